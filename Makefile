@@ -1,0 +1,35 @@
+# Everything a person runs; each target sets up .venv first if it has to.
+PYTHON ?= python3
+BIN := .venv/bin
+IMAGE := plw_mlflow:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' plw_mlflow/__init__.py)
+
+.PHONY: run test study image bench setup
+
+run: setup
+	$(BIN)/python -m entrypoints.main --plw 0.242
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# The published ten PLWs on both toy data sets, with two seeds.
+study: setup
+	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --output output/study
+
+bench: setup
+	mkdir -p output
+	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
+
+image:
+	docker build --build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
+
+setup: .venv/installed
+
+.venv/installed: conda.yaml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; say which with make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	sed -n 's/^ *- \([^ ]*==[^ ]*\)$$/\1/p' conda.yaml > .venv/requirements.txt
+	$(BIN)/pip install --requirement .venv/requirements.txt
+	touch $@

@@ -1,0 +1,30 @@
+"""Fit score against prompt loss weight:  python -m entrypoints.analyze --scores FILE.csv --output DIR"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from plw_mlflow.cli import command
+from plw_mlflow.config import AnalyzeConfig
+
+
+@command(AnalyzeConfig)
+def main(config: AnalyzeConfig) -> None:
+    from plw_mlflow import analyze, report, tracking
+
+    with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
+        if config.scores is not None:
+            table = analyze.read_scores(config.scores)
+        else:
+            table = tracking.score_table(sweep=config.run_id, experiment=config.experiment)
+        fits = analyze.analyze(table, config.scale)
+        command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
+        folder = config.output or Path(scratch)
+        run.log_files(report.write(fits, table, folder, command))
+        run.log_regression(folder / "fit.json")
+        print(analyze.table_text(fits))
+        print(f"\nrun {run.id}\n{run.address()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Prepare, train and evaluate one cell in one MLflow run:  python -m entrypoints.main --plw 0.242"""
+
+from plw_mlflow.cli import command
+from plw_mlflow.config import MainConfig
+
+
+@command(MainConfig)
+def main(config: MainConfig) -> None:
+    from plw_mlflow import cell, tracking
+
+    with tracking.open_run(config, cell.name(config)) as run:
+        cell.run(config, run)
+    print(f"\nrun {run.id}\n{run.address()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Fine-tune one model at one prompt loss weight:  python -m entrypoints.train --plw 0.1"""
+
+from plw_mlflow.cli import command
+from plw_mlflow.config import TrainConfig
+
+
+@command(TrainConfig)
+def main(config: TrainConfig) -> None:
+    from plw_mlflow import cell, tracking
+
+    with tracking.open_run(config, cell.name(config)) as run, cell.trained(config, run):
+        pass
+    print(f"\nrun {run.id}\n{run.address()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A cell from data to scores, in one MLflow run: what the entry points main and train share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from plw_mlflow import evaluate, models, prepare, train
+from plw_mlflow.config import MainConfig, TrainConfig, digest
+from plw_mlflow.prepare import Prepared
+from plw_mlflow.tracking import Run, short_name
+
+
+def name(config: TrainConfig) -> str:
+    """What MLflow's list of runs calls the cell."""
+    data = f"{short_name(config.model)} {short_name(config.dataset)}"
+    return f"{data} plw {config.plw:g} seed {config.seed} {config.method}"
+
+
+def run(config: MainConfig, run: Run) -> None:
+    """Prepare, train and evaluate; the unfinished cell's checkpoints are kept until its scores are in the run."""
+    tasks = evaluate.load_tasks(config)  # an unknown task is to be found before the training, not after it
+    with trained(config, run) as (model, tokenizer):
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed)
+        rows = evaluate.table(evaluation, run.cell())
+        run.log_scores(evaluation, rows)
+        evaluate.write(rows, config.output)
+        print(evaluate.table_text(evaluation))
+
+
+@contextmanager
+def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
+    """Train, or go on training, and log the model; yields it, adapters merged, and its tokenizer.
+
+    When the block ends well, the cell's checkpoints are removed.
+    """
+    tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+    prepared = prepare.run(config.dataset, tokenizer, config)
+    run.log_data(prepared.source, prepared.profile)
+    prepare.write(prepared, config.output)
+    print(prepare.profile_text(prepared.profile))
+    model = models.load(config.model)
+    _check_fit(model, prepared, config)
+    base = models.digest(config.model)
+    key = digest(config.identity() | {"data_sha256": prepared.source.sha256, "base": base})
+    folder = config.checkpoint_dir / key
+    with train.reserve(folder):
+        run.tag(base_model=base)
+        run.begin_cell(key, folder, train.newest_step(folder))
+        done = train.run(config, prepared, model, folder, run.log_step, run.flush)
+        run.flush()
+        if done.resumed_from:
+            print(f"went on from the checkpoint of step {done.resumed_from}")
+        print(f"trained {done.steps} steps, {done.tokens_per_second:.0f} tokens per second")
+        with tempfile.TemporaryDirectory() as adapter:
+            merged = models.merge(done.model, Path(adapter))
+            run.log_folder(Path(adapter), "adapter")
+        run.log_checkpoint(merged, tokenizer, config)
+        yield merged, tokenizer
+        shutil.rmtree(folder)
+
+
+def _check_fit(model: Any, prepared: Prepared, config: TrainConfig) -> None:
+    """Raise ValueError where the examples do not fit the model: too long, or of another vocabulary."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise ValueError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
+    largest = max(max(example.tokens) for example in prepared.training + prepared.validation)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if largest >= vocabulary:
+        raise ValueError(f"the tokenizer gives token {largest}, but {config.model} knows only {vocabulary} tokens")

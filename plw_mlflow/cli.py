@@ -1,0 +1,143 @@
+"""Command lines: one flag a field of the entry point's config, and errors a person can read.
+
+An empty value means "unset": MLproject has no other way to say so (a null default would make it mandatory).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import click
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[], NoReturn]]:
+    """Turn `main(config)` into a command with one option per field of `config_type`.
+
+    Exit status: 0 done; 2 the caller's mistake, one line on standard error; 130 interrupted; 1 anything else.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> Callable[[], NoReturn]:
+        @click.command(help=f"{config_type.__doc__}", context_settings={"show_default": True, "max_content_width": 120})
+        def parsed(**values: Any) -> None:
+            given = {name: value for name, value in values.items() if value is not UNSET}
+            main(config_type(**given))
+
+        for option in reversed(options(config_type)):
+            parsed = option(parsed)
+        return lambda: _run(parsed)
+
+    return decorate
+
+
+def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
+    """A click option for each field of a config."""
+    help_lines = _help(config_type)
+    hints = typing.get_type_hints(config_type)
+    return [
+        click.option(
+            "--" + field.name.replace("_", "-"),
+            field.name,
+            type=_OptionalType(hints[field.name]),
+            default=None if field.default is None or field.default is MISSING else _spell(field.default),
+            help=help_lines[field.name],
+        )
+        for field in fields(config_type)
+    ]
+
+
+def spell_default(value: Any) -> str:
+    """A default as MLproject writes it: unset is the empty string, floats are written out."""
+    return "" if value is None else _spell(value)
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+UNSET = None
+
+
+class _OptionalType(click.ParamType):
+    """A field's type as click wants it; an empty value is unset."""
+
+    def __init__(self, hint: Any) -> None:
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        (kind,) = [part for part in parts if part is not type(None)]
+        self.is_optional = len(parts) > 1
+        if typing.get_origin(kind) is Literal:
+            self.inner: click.ParamType = click.Choice(list(typing.get_args(kind)))
+        else:
+            self.inner = {
+                bool: click.BOOL,
+                int: click.INT,
+                float: click.FLOAT,
+                Path: click.Path(path_type=Path),
+            }.get(kind, click.STRING)
+        self.name = self.inner.name
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.inner.get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            if self.is_optional:
+                return None
+            self.fail("a value is needed", param, ctx)
+        return self.inner.convert(value, param, ctx)
+
+
+def _help(config_type: type[Any]) -> dict[str, str]:
+    """The string under each field, of the class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for part in reversed(config_type.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                assert isinstance(field.target, ast.Name)
+                found[field.target.id] = str(text.value.value)
+    return found
+
+
+def _run(parsed: click.Command) -> NoReturn:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        parsed.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _stop(error.format_message().replace("\n", " "), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _stop("interrupted; the same command goes on from the last checkpoint", 130)
+    except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
+        # Only errors that this package raised itself are messages to the caller; a library's are bugs to be seen.
+        if not _raised_here(error):
+            traceback.print_exc()
+            sys.exit(1)
+        _stop(" ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1)
+    sys.exit(0)
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,326 @@
+"""What each entry point can be told: one frozen dataclass each, a line of help under every field.
+
+The command-line options (`cli.py`) are made from these fields, and MLproject repeats their names and defaults.
+Defaults belong to the toy laboratory, which runs anywhere; the README gives the values for a real model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How records become examples."""
+
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id (unset: the model's own)."""
+    invert: bool = False
+    """Turn records with long completions into short-completion ones (prompt inversion, as AlpacaDataShort was made)."""
+    max_records: int | None = None
+    """Use only the first so many records of the data set (unset: all)."""
+    max_tokens: int = 512
+    """Longest example in tokens, template and end of text included."""
+    on_long: Literal["drop", "truncate"] = "drop"
+    """What happens to an example longer than max-tokens."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What happens to a record that lacks a field or has an empty completion; skipped ones are counted and listed."""
+    validation_share: float = 0.02
+    """Share of records kept for validation, chosen by a hash of their text."""
+    output: Path | None = None
+    """Folder for what was found, as files (unset: MLflow alone has it)."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
+        if not 0 < self.validation_share < 1:
+            found.append(f"validation-share must lie between 0 and 1, got {self.validation_share}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """How a cell is trained; the same for every cell of a sweep."""
+
+    loss_divisor: Literal["weights", "tokens"] = "weights"
+    """Divide a step's loss by the sum of its token weights, or by the number of tokens of non-zero weight."""
+    divisor_scope: Literal["step", "micro-batch"] = "step"
+    """Divide once over the whole optimiser step, or each micro-batch by its own divisor and then average."""
+    template_weight: float | None = None
+    """Loss weight of the template's own tokens (unset: as the prompt)."""
+    completion_weight: float = 1.0
+    """Loss weight of completion tokens and their end of text."""
+    learning_rate: float = 0.001
+    """Peak learning rate of AdamW; suits the toy model. The study: 0.00002 for a full 7B model."""
+    epochs: float = 2.0
+    """Passes over the training examples."""
+    batch_examples: int = 32
+    """Examples per optimiser step, over all devices."""
+    micro_batch_examples: int = 16
+    """Examples per device and forward pass; lower it when memory is short, the step stays the same."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises; it then falls along a cosine to 0."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapters, on every linear layer but the head."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA adapters: their product is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the LoRA adapters."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 where the device has it. Weights stay float32."""
+    eval_every: int = 50
+    """Steps between passes over the validation examples."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    checkpoint_dir: Path = Path("checkpoints")
+    """Folder for checkpoints of unfinished cells; the same command goes on from them after a crash."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        found = _below(
+            self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "eval_every", "save_every"
+        ) + _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
+        for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        if self.warmup_ratio > 1:
+            found.append(f"warmup-ratio must be at most 1, got {self.warmup_ratio}")
+        if self.batch_examples % self.micro_batch_examples and self.batch_examples > self.micro_batch_examples:
+            found.append(
+                f"batch-examples ({self.batch_examples}) must be a multiple of "
+                f"micro-batch-examples ({self.micro_batch_examples})"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellOptions:
+    """What tells one cell from another."""
+
+    plw: float = 0.242
+    """Prompt loss weight: the loss weight of prompt tokens, a completion token weighing 1."""
+    model: str = "toy"
+    """Base model: toy, a Hugging Face folder, or a hub id, with @REVISION to pin it."""
+    dataset: str = "toy-short"
+    """Data set: toy-short, toy-long, or a .json or .jsonl file (also .gz) with instruction, input, output."""
+    seed: int = 1234
+    """Number from which every random choice is derived."""
+    method: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        if not 0 <= self.plw < math.inf:
+            return [f"plw must be a number of 0 or more, got {self.plw}"]
+        if self.plw > 1:
+            warnings.warn(f"plw {self.plw} is above 1: prompt tokens weigh more than completion tokens", stacklevel=4)
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """How a model is scored."""
+
+    tasks: str = "toy"
+    """Benchmark tasks or groups of lm-evaluation-harness, comma-separated; toy is the laboratory's own group."""
+    limit: int | None = None
+    """Score only the first so many documents of each task (unset: all)."""
+    data_dir: Path | None = None
+    """Folder with local benchmark files, read instead of the hub where a task has one (README, Benchmarks)."""
+    eval_batch_examples: int = 64
+    """Requests per forward pass in scoring."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        found = _below(self, 1, "limit", "eval_batch_examples")
+        if not names(self.tasks):
+            found.append("tasks must name at least one task")
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            found.append(f"data-dir {self.data_dir} is not a folder")
+        return found
+
+
+class Checked:
+    """Runs every `faults` a config has inherited, and reports what they find at once."""
+
+    def __post_init__(self) -> None:
+        found = [fault for part in type(self).__mro__ if "faults" in vars(part) for fault in vars(part)["faults"](self)]
+        if found:
+            raise ValueError("; ".join(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Checked, DataOptions):
+    """Look at a data set before training on it."""
+
+    model: str = "toy"
+    """Model whose tokenizer counts the tokens, unless tokenizer is set."""
+    dataset: str = "toy-short"
+    """Data set: toy-short, toy-long, or a .json or .jsonl file (also .gz) with instruction, input, output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
+    """Fine-tune one model at one prompt loss weight."""
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide what comes out of training: two runs with equal identity are the same cell."""
+        leave_out = {"output", "checkpoint_dir", "save_every"}
+        return {field.name: getattr(self, field.name) for field in fields(TrainConfig) if field.name not in leave_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Checked, ScoreOptions):
+    """Score a cell's checkpoint, or any model folder."""
+
+    run_id: str | None = None
+    """MLflow run of the cell to score; its scores are added to that run."""
+    model: str | None = None
+    """Model to score where there is no run: toy, a Hugging Face folder, or a hub id (opens a run of its own)."""
+    seed: int = 1234
+    """Number from which the choice of few-shot examples is derived."""
+    output: Path | None = None
+    """Folder for scores.csv (unset: MLflow alone has it)."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        return [] if (self.run_id is None) != (self.model is None) else ["give either run-id or model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainConfig(ScoreOptions, TrainConfig):
+    """Prepare, train and evaluate one cell in one MLflow run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
+    """Run every combination of the listed values as a cell, then analyse their scores."""
+
+    plw: str = ",".join(f"{plw:g}" for plw in PUBLISHED_PLWS)
+    """Prompt loss weights, comma-separated; the published ten."""
+    model: str = "toy"
+    """Base models, comma-separated."""
+    dataset: str = "toy-short,toy-long"
+    """Data sets, comma-separated."""
+    seed: str = "1234"
+    """Seeds, comma-separated."""
+    method: str = "full"
+    """Methods, comma-separated: full, lora."""
+
+    def cells(self) -> list[MainConfig]:
+        """One `main` per combination, in an order that fills whole curves first."""
+        shared = {
+            field.name: getattr(self, field.name)
+            for part in (DataOptions, RecipeOptions, ScoreOptions)
+            for field in fields(part)
+            if field.name != "output"
+        }
+        return [
+            MainConfig(
+                plw=_number("plw", plw, float),
+                model=model,
+                dataset=dataset,
+                seed=_number("seed", seed, int),
+                method=method,  # type: ignore[arg-type]
+                **shared,
+            )
+            for model in names(self.model)
+            for seed in names(self.seed)
+            for dataset in names(self.dataset)
+            for method in names(self.method)
+            for plw in names(self.plw)
+        ]
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        found = [
+            f"{_flag(name)} names nothing"
+            for name in ("plw", "model", "dataset", "seed", "method")
+            if not names(getattr(self, name))
+        ]
+        found += [
+            f"method must be full or lora, got {method}"
+            for method in names(self.method)
+            if method not in ("full", "lora")
+        ]
+        if not found:
+            try:
+                self.cells()
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig(Checked):
+    """Fit score against prompt loss weight."""
+
+    scores: Path | None = None
+    """Score table as CSV: model,dataset,plw,seed,task,metric,score."""
+    run_id: str | None = None
+    """MLflow run of a sweep, whose cells are analysed."""
+    experiment: str | None = None
+    """MLflow experiment (its name), all of whose finished cells are analysed."""
+    scale: Literal["none", "fraction"] = "none"
+    """What to do where tasks on 0..100 stand beside tasks on 0..1: refuse, or divide the former by 100."""
+    output: Path | None = None
+    """Folder for fit.json, report.html and the figures (unset: MLflow alone has them)."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        given = [value for value in (self.scores, self.run_id, self.experiment) if value is not None]
+        return [] if len(given) == 1 else ["give one of scores, run-id or experiment"]
+
+
+CONFIGS: dict[str, type[Checked]] = {
+    "main": MainConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "analyze": AnalyzeConfig,
+    "sweep": SweepConfig,
+}
+
+
+def names(listed: str) -> list[str]:
+    """The parts of a comma-separated list, without blanks."""
+    return [part.strip() for part in listed.split(",") if part.strip()]
+
+
+def _number(name: str, text: str, kind: type[Any]) -> Any:
+    """One number of a list, or a ValueError that names the option."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+
+
+def digest(values: dict[str, Any]) -> str:
+    """A short, stable name for a set of values: the start of the SHA-256 of their sorted JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _below(config: object, least: float, *fields_: str) -> list[str]:
+    return [
+        f"{_flag(name)} must be {least} or more, got {value}"
+        for name in fields_
+        if (value := getattr(config, name)) is not None and not value >= least
+    ]

@@ -1,0 +1,166 @@
+"""Models: a pinned base, trained whole or through LoRA adapters, exported as a plain Hugging Face folder.
+
+Weights are float32 throughout (transformers would otherwise keep a half-precision checkpoint's own type, in which
+small updates round to nothing); lower precision is the arithmetic's, chosen in train.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from plw_mlflow import loss, seeding
+from plw_mlflow.config import RecipeOptions
+
+TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a base model comes from."""
+
+    path: str  # folder or hub id
+    revision: str | None  # of a hub id; None for a folder
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the model lies on this machine's disk."""
+        return Path(self.path).is_dir()
+
+
+def locate(name: str) -> Location:
+    """`toy`, a folder, or ID@REVISION, as a Location. Raises ValueError for what can be none of them."""
+    if name == "toy":
+        return Location(str(TOY_FOLDER), None)
+    if Path(name).is_dir():
+        return Location(str(Path(name).resolve()), None)
+    path, _, revision = name.partition("@")
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"model {name!r} is not a folder on this machine")
+    return Location(path, revision or None)
+
+
+def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
+    """The tokenizer of a model, or another one. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    where = locate(tokenizer or model)
+    try:
+        return AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main")
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loaded("tokenizer", tokenizer or model, error)) from None
+
+
+def load(model: str) -> Any:
+    """A causal language model with float32 weights, in evaluation mode.
+
+    Raises ValueError where there is none, for encoder-decoder models (their prompt has no loss), and where the
+    model does more to its hidden states than project them, so that the loss would not be the model's own.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving; the bar a person needs is training's
+    where = locate(model)
+    if where.is_folder and not (Path(where.path) / "config.json").is_file():
+        raise ValueError(f"folder {model} holds no model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(where.path, revision=where.revision or "main")
+        if config.is_encoder_decoder:
+            raise ValueError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
+        loaded_and_found: Any = AutoModelForCausalLM.from_pretrained(
+            where.path, revision=where.revision or "main", dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged weights
+        raise ValueError(_not_loaded("model", model, error)) from None
+    loaded, found = loaded_and_found
+    if found["missing_keys"]:  # transformers would draw them at random, and train on
+        raise ValueError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
+    loaded.eval()
+    probe = torch.arange(4).unsqueeze(0)  # any tokens do
+    with torch.no_grad():
+        hidden, head, bias = project(loaded, probe, torch.ones_like(probe))
+        if not torch.allclose(nn.functional.linear(hidden, head, bias), loaded(probe).logits, atol=1e-4):
+            raise ValueError(f"{config.model_type} changes its logits after the head, which the loss does not follow")
+    return loaded
+
+
+def digest(model: str) -> str:
+    """What identifies a base model's weights: the hub's commit, or a SHA-256 over a folder's weight files."""
+    where = locate(model)
+    if not where.is_folder:
+        from huggingface_hub import HfApi
+
+        try:
+            return f"{where.path}@{HfApi().model_info(where.path, revision=where.revision).sha}"
+        except Exception as error:  # Offline, a cached snapshot is used; its commit is what was asked for.
+            if where.revision is None:
+                raise ValueError(_not_loaded("model", model, error)) from None
+            return f"{where.path}@{where.revision}"
+    found = hashlib.sha256()
+    for file in sorted(Path(where.path).glob("*.safetensors")) or sorted(Path(where.path).glob("*.bin")):
+        found.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                found.update(block)
+    return found.hexdigest()
+
+
+def adapt(model: Any, recipe: RecipeOptions, seed: int) -> Any:
+    """Freeze a model and put LoRA adapters on every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    seeding.seed_global(seed, "lora")
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.lora_dropout,
+    )
+    return get_peft_model(model, settings)
+
+
+def merge(model: Any, adapter_folder: Path) -> Any:
+    """A trained model as plain transformers gives it; its adapters, if any, are saved to a folder, then merged."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return model
+    model.save_pretrained(str(adapter_folder))
+    return model.merge_and_unload()
+
+
+def project(model: Any, tokens: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Last hidden states [B, T, H] of a causal model, and the weight [V, H] and bias of the head they go to."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.base_model(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
+    head = causal.get_output_embeddings()
+    return hidden, head.weight, getattr(head, "bias", None)
+
+
+class Learner(nn.Module):
+    """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, attention: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, attention, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
+        hidden, head, bias = project(self.model, tokens, attention)
+        total, nll = loss.weighted_nll(
+            hidden[:, :-1].flatten(0, 1), head, bias, tokens[:, 1:].flatten(), weights[:, 1:].flatten()
+        )
+        return total, nll.view(weights[:, 1:].shape)
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{what} {name!r} cannot be loaded: {first_line}"

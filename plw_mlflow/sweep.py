@@ -1,0 +1,87 @@
+"""Sweep: a cell for every combination of values, each in a process of its own, and an account of them all.
+
+A crash takes one cell, and the device's memory is clean each time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from plw_mlflow import analyze, cell, report, tracking
+from plw_mlflow.config import MainConfig, SweepConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell."""
+
+    config: MainConfig
+    run_id: str
+    exit_status: int  # of its process; 0 is a finished cell
+
+
+def run(config: SweepConfig) -> None:
+    """Run every cell, analyse what finished, and raise RuntimeError if any did not, naming it."""
+    cells = config.cells()
+    with tracking.open_sweep(config) as (parent, open_child):
+        outcomes = []
+        for number, one in enumerate(cells, start=1):
+            run_id = open_child(cell.name(one))
+            print(f"\ncell {number} of {len(cells)}: {cell.name(one)} (run {run_id})", flush=True)
+            outcomes.append(Outcome(one, run_id, _process(one, run_id)))
+        failed = [outcome for outcome in outcomes if outcome.exit_status != 0]
+        print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} cells finished")
+        if len(failed) < len(outcomes):
+            for best in tracking.best_cells(parent.id).values():
+                tracking.mark_best(best)
+            _analyse(config, parent)
+        print(f"\nrun {parent.id}\n{parent.address()}")
+        if failed:
+            listed = "; ".join(f"{cell.name(o.config)} (exit status {o.exit_status}, run {o.run_id})" for o in failed)
+            raise RuntimeError(f"{len(failed)} of {len(outcomes)} cells did not finish: {listed}")
+
+
+def arguments(config: MainConfig) -> list[str]:
+    """The command line that gives a config back."""
+    return [
+        part
+        for field in fields(config)
+        for part in ("--" + field.name.replace("_", "-"), tracking.spell(getattr(config, field.name)))
+    ]
+
+
+def _process(one: MainConfig, run_id: str) -> int:
+    environment = tracking.child_environment(run_id)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "entrypoints.main", *arguments(one)]
+    status = subprocess.run(command, env=environment).returncode
+    if status != 0:
+        tracking.fail(run_id)
+    return status
+
+
+def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
+    """Fit the finished cells; a table that cannot be fitted (two PLWs, say) is said, not fatal."""
+    table = tracking.score_table(sweep=parent.id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = config.output or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = folder / "scores.csv"
+        table.to_csv(scores, index=False)
+        parent.log_files([scores])
+        try:
+            fits = analyze.analyze(table)
+        except ValueError as error:
+            print(f"the scores are not analysed: {error}")
+            return
+        command = f"python -m entrypoints.analyze --run-id {parent.id}"
+        parent.log_files(report.write(fits, table, folder, command))
+        parent.log_regression(folder / "fit.json")
+        print("\n" + analyze.table_text(fits))

@@ -1,0 +1,433 @@
+"""Tracking: everything that goes into MLflow or comes out of it. No other module imports mlflow.
+
+A cell is one run. MLflow's own `mlflow run` has opened that run already and logged the parameters as it was given
+them; here the run is joined, and only what is missing is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run reports to its own store alone
+
+import mlflow
+import pandas as pd
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+
+from plw_mlflow import __version__, seeding
+from plw_mlflow.evaluate import Evaluation
+from plw_mlflow.records import Source
+
+FLUSH_SECONDS = 5.0
+BATCH_METRICS = 1000  # MLflow's limit on one log_batch
+CELL_FIELDS = ("model", "dataset", "plw", "seed", "method")
+
+
+class Run:
+    """An open MLflow run: of a cell, or of one entry point alone."""
+
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
+        self._client = mlflow.MlflowClient()
+        self._metrics: list[Metric] = []
+        self._flushed = time.monotonic()
+        self._dataset: MetaDataset | None = None
+        self._model_id: str | None = None
+
+    def log_config(self, config: Any) -> None:
+        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file."""
+        known = self._client.get_run(self.id).data.params
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        missing = [Param(name, spell(value)) for name, value in values.items() if name not in known]
+        self._client.log_batch(self.id, params=missing)
+        mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
+        mlflow.log_dict(seeding.fingerprint(), "environment.json")
+
+    def tag(self, **tags: str) -> None:
+        """Set tags, each under `plw.`."""
+        self._client.log_batch(self.id, tags=[RunTag(f"plw.{name}", value) for name, value in tags.items()])
+
+    def log_data(self, source: Source, profile: dict[str, Any]) -> None:
+        """Log the data set as the run's input, with its digest, and its length profile."""
+        where: DatasetSource
+        if source.location == "generated":
+            where = CodeDatasetSource({"generator": "plw_mlflow.toy", "version": __version__})
+        else:
+            where = _FileSource(source.location)
+        # A digest holds 36 characters at most; the whole one is a tag.
+        self._dataset = MetaDataset(where, name=short_name(source.name), digest=source.sha256[:36])  # type: ignore[abstract]
+        mlflow.log_input(self._dataset, context="training")
+        self.tag(data_sha256=source.sha256)
+        mlflow.log_dict(profile, "profile.json")
+
+    def begin_cell(self, cell: str, folder: Path, step: int) -> None:
+        """Make this the run of a cell. If an earlier run was cut short in `folder`, take its curves up to `step` over.
+
+        The earlier run then no longer stands for the cell, and says which run does.
+        """
+        marker = folder / "run_id"
+        earlier = marker.read_text() if marker.exists() else None
+        self.tag(cell=cell, status="training")
+        if earlier and earlier != self.id:
+            self._take_over(earlier, step)
+        marker.write_text(self.id)
+
+    def log_step(self, metrics: dict[str, float], step: int) -> None:
+        """Log a step's metrics; they are sent together every few seconds."""
+        now = int(time.time() * 1000)
+        self._metrics += [Metric(name, value, now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the metrics held back."""
+        while self._metrics:
+            self._client.log_batch(self.id, metrics=self._metrics[:BATCH_METRICS])
+            del self._metrics[:BATCH_METRICS]
+        self._flushed = time.monotonic()
+
+    def log_checkpoint(self, model: Any, tokenizer: Any, config: Any) -> None:
+        """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET."""
+        logged = mlflow.transformers.log_model(
+            {"model": model, "tokenizer": tokenizer},
+            name="model",
+            task="text-generation",
+            # Named here because MLflow would otherwise load the model in a process of its own to find out.
+            pip_requirements=[f"{name}=={seeding.fingerprint()[name]}" for name in ("torch", "transformers")],
+        )
+        self._model_id = logged.model_id
+        version = mlflow.register_model(
+            f"models:/{logged.model_id}",
+            f"plw-{short_name(config.model)}-{short_name(config.dataset)}",
+            tags={f"plw.{name}": spell(getattr(config, name)) for name in CELL_FIELDS},
+        )
+        self.tag(status="trained", model_version=f"{version.name}/{version.version}")
+
+    def load_checkpoint(self) -> tuple[Any, Any]:
+        """The model and tokenizer that this run has logged. Raises ValueError where there is none."""
+        outputs = self._client.get_run(self.id).outputs
+        if not outputs or not outputs.model_outputs:
+            raise ValueError(f"run {self.id} has logged no model; train it first")
+        self._model_id = outputs.model_outputs[-1].model_id
+        parts = mlflow.transformers.load_model(f"models:/{self._model_id}", return_type="components")
+        return parts["model"], parts["tokenizer"]
+
+    def log_scores(self, evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:
+        """Log every score as TASK/METRIC, and the run's score table; its mean is the run's `score`.
+
+        Rows of tasks scored before stay in the table, unless they are scored again here.
+        """
+        rows_now = pd.DataFrame(rows)
+        earlier = self.scores()
+        if not earlier.empty:
+            rows_now = pd.concat([earlier[~earlier["task"].isin(rows_now["task"])], rows_now], ignore_index=True)
+        metrics = {"score": float(rows_now["score"].mean())}
+        for score in evaluation.scores:
+            metrics[f"{score.task}/{score.metric}"] = score.score
+            if score.stderr is not None:
+                metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
+        mlflow.log_metrics(metrics, model_id=self._model_id, dataset=self._dataset)
+        mlflow.log_text(rows_now.to_csv(index=False), "scores.csv")
+        mlflow.log_dict(evaluation.results, "harness.json")
+        self.tag(status="scored")
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Log a folder's files, if it has any, as artifacts under `name`."""
+        if any(folder.iterdir()):
+            mlflow.log_artifacts(str(folder), name)
+
+    def log_files(self, files: Sequence[Path]) -> None:
+        """Log files as artifacts, under their names."""
+        for file in files:
+            mlflow.log_artifact(str(file))
+
+    def log_regression(self, fit: Path) -> None:
+        """Register a fit as the pyfunc model plw-regression: data frame (dataset, plw) in, scores and optimum out.
+
+        It is coefficients in JSON and the code that reads them; nothing is pickled.
+        """
+        package = Path(__file__).resolve().parent
+        with tempfile.TemporaryDirectory() as folder:
+            code = Path(folder) / package.name
+            code.mkdir()
+            for module in ("__init__.py", "analyze.py"):
+                shutil.copy(package / module, code)
+            versions = seeding.fingerprint()
+            mlflow.pyfunc.log_model(
+                name="regression",
+                loader_module="plw_mlflow.analyze",
+                data_path=str(fit),
+                code_paths=[str(code)],
+                pip_requirements=[f"{name}=={versions[name]}" for name in ("numpy", "scipy", "pandas")],
+                signature=infer_signature(
+                    pd.DataFrame({"dataset": ["toy-short"], "plw": [0.1]}),
+                    pd.DataFrame({"score": [0.5], "optimum_plw": [0.1]}),
+                ),
+                registered_model_name="plw-regression",
+            )
+
+    def cell(self) -> dict[str, Any]:
+        """What tells this run's cell from others, for the score table. Raises ValueError where it has none."""
+        run = self._client.get_run(self.id)
+        if "plw.cell" not in run.data.tags:
+            raise ValueError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
+        return _cell(run.data.params)
+
+    def address(self) -> str:
+        """How a person opens this run in MLflow's UI."""
+        run = self._client.get_run(self.id)
+        page = f"#/experiments/{run.info.experiment_id}/runs/{self.id}"
+        store = mlflow.get_tracking_uri()
+        if store.startswith("http"):
+            return f"{store.rstrip('/')}/{page}"
+        return f"mlflow ui --backend-store-uri {store}    then open http://127.0.0.1:5000/{page}"
+
+    def scores(self) -> pd.DataFrame:
+        """The run's score table so far, empty if nothing was scored."""
+        if "scores.csv" not in {item.path for item in self._client.list_artifacts(self.id)}:
+            return pd.DataFrame()
+        with tempfile.TemporaryDirectory() as folder:
+            return pd.read_csv(self._client.download_artifacts(self.id, "scores.csv", folder))
+
+    def _take_over(self, earlier: str, step: int) -> None:
+        try:
+            run = self._client.get_run(earlier)
+        except MlflowException:
+            return  # It was deleted, or is in another store: its curves are not to be had.
+        for name in run.data.metrics:
+            self._metrics += [m for m in self._client.get_metric_history(earlier, name) if m.step <= step]
+        self.flush()
+        self.tag(resumed_from=earlier)
+        self._client.set_tag(earlier, "plw.superseded_by", self.id)
+        if "plw.cell" in run.data.tags:
+            self._client.delete_tag(earlier, "plw.cell")
+        if run.info.status == RunStatus.to_string(RunStatus.RUNNING):
+            self._client.set_terminated(earlier, RunStatus.to_string(RunStatus.KILLED))
+
+
+@contextmanager
+def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]:
+    """Open a run (the one `mlflow run` has begun, if any), or reopen `run_id`; it ends with the block.
+
+    A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; a
+    reopened one keeps the status it had. Raises ConnectionError where the tracking server does not answer.
+    """
+    _check_reachable()
+    status = "FINISHED"
+    if run_id is not None:
+        status = _get_run(run_id).info.status
+    active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
+    run = Run(active.info.run_id)
+    try:
+        if run_id is None:
+            run.tag(version=__version__, **_origin())
+            run.log_config(config)
+        yield run
+        run.flush()
+    except BaseException as error:
+        if run_id is None:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            run.tag(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+@contextmanager
+def open_sweep(config: Any) -> Iterator[tuple[Run, Callable[[str], str]]]:
+    """Open a sweep's parent run; yields it with a function that opens a child for a cell and returns the child's id."""
+    with open_run(config, "sweep") as parent:
+        client = mlflow.MlflowClient()
+        experiment = client.get_run(parent.id).info.experiment_id
+
+        def open_child(name: str) -> str:
+            tags = {"mlflow.parentRunId": parent.id, "mlflow.user": os.environ.get("USER", "")}
+            return str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
+
+        yield parent, open_child
+
+
+def child_environment(run_id: str) -> dict[str, str]:
+    """The environment of a process that is to log into `run_id`, and no other run."""
+    return os.environ | {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+
+
+def fail(run_id: str) -> None:
+    """Mark a run FAILED whose process ended badly, perhaps before it could say so itself."""
+    mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+
+
+def note_wrapper(run_id: str) -> None:
+    """Where `mlflow run` has opened a run for work on another one, say so on it, and leave it alone."""
+    wrapper = os.environ.pop("MLFLOW_RUN_ID", None)
+    if wrapper and wrapper != run_id:
+        mlflow.MlflowClient().set_tag(wrapper, "plw.for_run", run_id)
+
+
+def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
+    """The score table of a sweep's cells, or of all cells of an experiment: scored runs only.
+
+    With several methods, a method counts as a model of its own. Raises ValueError where there is nothing.
+    """
+    _check_reachable()
+    client = mlflow.MlflowClient()
+    if sweep is not None:
+        experiment_id = _get_run(sweep).info.experiment_id
+        wanted, what = f"tags.`mlflow.parentRunId` = '{sweep}'", f"sweep {sweep}"
+    else:
+        found = client.get_experiment_by_name(str(experiment))
+        if found is None:
+            raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
+        experiment_id, wanted, what = found.experiment_id, "attributes.status = 'FINISHED'", f"experiment {experiment}"
+    rows, page = [], None
+    while True:
+        runs = client.search_runs([experiment_id], filter_string=wanted, max_results=1000, page_token=page)
+        for run in runs:
+            if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
+                scores = Run(run.info.run_id).scores()
+                rows.append(scores.assign(method=run.data.params["method"]))
+        page = runs.token
+        if not page:
+            break
+    if not rows:
+        raise ValueError(f"{what} holds no scored cell")
+    joined = pd.concat(rows, ignore_index=True)
+    if joined["method"].nunique() > 1:
+        joined["model"] += " (" + joined["method"] + ")"
+    joined = joined.drop(columns="method")
+    joined.attrs["source"] = what
+    return joined
+
+
+def mark_best(run_id: str) -> None:
+    """Give the model version a cell has registered the alias `best`."""
+    name, _, version = _get_run(run_id).data.tags["plw.model_version"].rpartition("/")
+    mlflow.MlflowClient().set_registered_model_alias(name, "best", version)
+
+
+def best_cells(sweep: str) -> dict[tuple[str, str], str]:
+    """The run with the highest score for each (model, dataset) of a sweep."""
+    client = mlflow.MlflowClient()
+    parent = _get_run(sweep)
+    runs = client.search_runs(
+        [parent.info.experiment_id],
+        filter_string=f"tags.`mlflow.parentRunId` = '{sweep}' and tags.`plw.status` = 'scored'",
+        order_by=["metrics.score ASC"],
+        max_results=1000,
+    )
+    return {(run.data.params["model"], run.data.params["dataset"]): run.info.run_id for run in runs}
+
+
+def spell(value: Any) -> str:
+    """A config's value as MLproject writes it: unset is empty, truth is in small letters."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def short_name(name: str) -> str:
+    """The last part of a path or hub id without its endings, fit for a registered model's name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name.partition("@")[0]).name.split(".")[0]).strip("-") or "unnamed"
+
+
+class _FileSource(FileSystemDatasetSource):
+    """A file on this machine as a data set's source."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @property
+    def uri(self) -> str:
+        return self._path
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "local"
+
+    def load(self, dst_path: str | None = None) -> str:
+        return self._path
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return isinstance(raw_source, str) and Path(raw_source).is_file()
+
+    @classmethod
+    def _resolve(cls, raw_source: str) -> _FileSource:
+        return cls(raw_source)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"uri": self._path}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[str, Any]) -> _FileSource:
+        return cls(source_dict["uri"])
+
+
+def _cell(params: dict[str, str]) -> dict[str, Any]:
+    kinds = {"model": str, "dataset": str, "plw": float, "seed": int}
+    return {name: kind(params[name]) for name, kind in kinds.items()}
+
+
+def _get_run(run_id: str) -> mlflow.entities.Run:
+    try:
+        return mlflow.MlflowClient().get_run(run_id)
+    except MlflowException:
+        raise ValueError(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}") from None
+
+
+def _origin() -> dict[str, str]:
+    """The code's commit and the image it runs in, as far as they are known."""
+    here = Path(__file__).resolve().parent
+    found = {"image": os.environ.get("PLW_IMAGE", ""), "git_commit": os.environ.get("PLW_GIT_COMMIT", "")}
+    if not found["git_commit"]:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True
+        )
+        found["git_commit"] = asked.stdout.strip()
+    return {name: value for name, value in found.items() if value}
+
+
+def _quiet() -> None:
+    """Keep MLflow's notes on migrations and absent model cards from between a person and the numbers."""
+    for logger, level in (
+        ("alembic", logging.WARNING),
+        ("mlflow", logging.WARNING),
+        ("mlflow.transformers", logging.ERROR),
+    ):
+        logging.getLogger(logger).setLevel(level)
+
+
+def _check_reachable() -> None:
+    """Ask the tracking server one thing, without the minutes of retries that MLflow would spend."""
+    _quiet()
+    patient = {
+        name: os.environ.get(name) for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    }
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    try:
+        mlflow.MlflowClient().search_experiments(max_results=1)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConnectionError(f"the tracking store {mlflow.get_tracking_uri()} cannot be used: {reason}") from None
+    finally:
+        for name, value in patient.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,356 @@
+"""Does the fit equal R's, obey its laws, and refuse the tables it should?"""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from plw_mlflow import analyze
+
+TABLES = Path(__file__).parents[1] / "paper" / "tables"
+REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
+STUDY_PLWS = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]
+
+
+@pytest.fixture(scope="module")
+def study() -> pd.DataFrame:
+    return analyze.read_scores(TABLES / "v1_scores.csv")
+
+
+@pytest.fixture(scope="module")
+def study_fits(study) -> dict[str, analyze.Fit]:
+    return {fit.dataset: fit for fit in analyze.analyze(study)}
+
+
+def simulate(seed=1, b=(0.5, 0.1, -0.08), sd_task=0.2, sd=0.01, tasks=6, seeds=2, dataset="short", keep=1.0):
+    """A score table whose coefficients are known; `keep` < 1 leaves scores out at random."""
+    random = np.random.default_rng(seed)
+    level = random.normal(0, sd_task, tasks)
+    rows = [
+        {"model": "m", "dataset": dataset, "plw": plw, "seed": s, "task": f"task{t}", "metric": "acc"}
+        | {"score": b[0] + b[1] * analyze.w_p(plw) + b[2] * analyze.w_p(plw) ** 2 + level[t] + random.normal(0, sd)}
+        for t in range(tasks)
+        for plw in STUDY_PLWS
+        for s in range(seeds)
+    ]
+    return pd.DataFrame(rows)[random.random(len(rows)) < keep].reset_index(drop=True)
+
+
+# ------------------------------------------------------------------------- against an independent answer
+
+QUANTITIES = {
+    "b0": (lambda fit: fit.coefficients["intercept"], 1e-5),
+    "b1": (lambda fit: fit.coefficients["w_p"], 1e-5),
+    "b2": (lambda fit: fit.coefficients["w_p^2"], 1e-5),
+    # lme4 stops its search within 6e-5 of the intercept's variance, ours goes on: see the balanced closed form below.
+    "se0": (lambda fit: fit.standard_errors["intercept"], 5e-5),
+    "se1": (lambda fit: fit.standard_errors["w_p"], 1e-5),
+    "se2": (lambda fit: fit.standard_errors["w_p^2"], 1e-5),
+    "p1": (lambda fit: fit.p_values["w_p"], 1e-4),
+    "p2": (lambda fit: fit.p_values["w_p^2"], 1e-4),
+    "var_task": (lambda fit: fit.var_task, 1e-4),
+    "dispersion": (lambda fit: fit.var_residual, 1e-5),
+    "lrt_chisq_ml": (lambda fit: fit.joint_chisq, 1e-5),
+    "lrt_p": (lambda fit: fit.joint_p, 1e-5),
+    "vertex_wp": (lambda fit: fit.vertex_wp, 1e-5),
+    "vertex_wp_se_delta": (lambda fit: fit.vertex_wp_se, 1e-5),
+}
+
+
+@pytest.mark.parametrize("dataset", REFERENCE.index)
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_fit_equals_lme4(study_fits, dataset, quantity):
+    value, tolerance = QUANTITIES[quantity]
+    assert value(study_fits[dataset]) == pytest.approx(REFERENCE.loc[dataset, quantity], rel=tolerance)
+
+
+@pytest.mark.parametrize("dataset", REFERENCE.index)
+def test_loglikelihood_equals_lme4(study_fits, dataset):
+    assert study_fits[dataset].loglik == pytest.approx(REFERENCE.loc[dataset, "loglik"], abs=1e-5)
+
+
+def test_the_published_optimum(study_fits):
+    fit = study_fits["AlpacaDataShort"]
+    assert round(fit.optimum_plw, 4) == 0.2434
+    assert fit.optimum_interval[0] < 0.2434 < fit.optimum_interval[1]
+    assert "PLW matters here" in fit.verdict
+    assert study_fits["AlpacaDataCleaned"].optimum_plw is None
+    assert "no interior optimum" in study_fits["AlpacaDataCleaned"].verdict
+    assert study_fits["AlpacaData"].optimum_interval == [0, 1]  # a peak, but anywhere
+    assert "may be chance" in study_fits["AlpacaData"].verdict
+
+
+def dense(y, x, group, reml):
+    """The same model with its n x n covariance written out and both variances searched for."""
+    same = group[:, None] == group[None, :]
+    n, p = x.shape
+
+    def solve(log_variances):
+        var_group, var_residual = np.exp(log_variances)
+        v = var_group * same + var_residual * np.eye(n)
+        inverse = np.linalg.inv(v)
+        information = x.T @ inverse @ x
+        b = np.linalg.solve(information, x.T @ inverse @ y)
+        deviance = np.linalg.slogdet(v)[1] + (y - x @ b) @ inverse @ (y - x @ b)
+        deviance += (n - p if reml else n) * math.log(2 * math.pi)
+        return deviance + (np.linalg.slogdet(information)[1] if reml else 0), b, np.linalg.inv(information)
+
+    start = np.log([y.var(), y.var() / 10])
+    options = {"xatol": 1e-9, "fatol": 1e-11, "maxiter": 4000, "maxfev": 4000}
+    best = optimize.minimize(lambda z: solve(z)[0], start, method="Nelder-Mead", options=options)
+    deviance, b, covariance = solve(best.x)
+    return b, covariance, *np.exp(best.x), -deviance / 2
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_random_intercept_equals_dense_matrices_on_an_unbalanced_table(reml):
+    table = simulate(seed=3, sd_task=0.02, tasks=5, keep=0.6)
+    w = table["plw"].to_numpy() ** analyze.EXPONENT
+    x, y, group = np.column_stack([np.ones_like(w), w, w**2]), table["score"].to_numpy(), pd.factorize(table["task"])[0]
+    assert len(set(np.bincount(group))) > 2
+    b, covariance, var_group, var_residual, loglik = dense(y, x, group, reml)
+    fit = analyze.fit_random_intercept(y, x, group, reml)
+    assert fit.loglik == pytest.approx(loglik, abs=1e-8)
+    assert fit.coefficients == pytest.approx(b, rel=1e-6)
+    assert fit.covariance == pytest.approx(covariance, rel=1e-5)
+    assert (fit.var_group, fit.var_residual) == pytest.approx((var_group, var_residual), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+@pytest.mark.parametrize("dataset", REFERENCE.index)
+def test_balanced_variances_have_a_closed_form(study, study_fits, dataset):
+    table = study[study["dataset"] == dataset]
+    w = table["plw"] ** analyze.EXPONENT
+    x = np.column_stack([pd.get_dummies(table["task"]).to_numpy(float), w, w**2])
+    b, rss, *_ = np.linalg.lstsq(x, table["score"].to_numpy())
+    var_residual = rss[0] / (160 - 8 - 2)
+    var_task = table.groupby("task")["score"].mean().var(ddof=1) - var_residual / 20
+    fit = study_fits[dataset]
+    assert (fit.var_residual, fit.var_task) == pytest.approx((var_residual, var_task), rel=1e-6)
+    assert list(fit.coefficients.values())[1:] == pytest.approx(b[-2:], rel=1e-9)
+
+
+def test_predict_is_the_parabola_in_w_p():
+    fit_json = {"fits": [{"model": "lmm", "dataset": "d", "coefficients": {"intercept": 1, "w_p": 2, "w_p^2": -3}}]}
+    assert analyze.predict(fit_json, "d", 0) == 1
+    assert analyze.predict(fit_json, "d", 1) == 0
+    assert analyze.predict(fit_json, "d", 0.1) == pytest.approx(1 + 2 * 0.5 - 3 * 0.25, abs=1e-6)
+    with pytest.raises(ValueError, match="no lmm fit of data set 'e'; there are d"):
+        analyze.predict(fit_json, "e", 0.1)
+    with pytest.raises(ValueError, match="plw must be 0 or more"):
+        analyze.predict(fit_json, "d", -1)
+
+
+def test_missing_scores_are_those_of_the_full_grid():
+    table = simulate(tasks=2)
+    gone = table.index[[3, 17]]
+    missing = analyze.missing_scores(table.drop(index=gone))
+    assert analyze.missing_scores(table).empty
+    pd.testing.assert_frame_equal(missing, table.loc[gone, analyze.SCORE].reset_index(drop=True), check_dtype=False)
+
+
+# ------------------------------------------------------------------------------------------------- by law
+
+
+def test_fit_recovers_the_coefficients_it_was_given():
+    (fit,) = analyze.analyze(simulate(sd=0.001, seeds=5))
+    assert fit.coefficients["w_p"] == pytest.approx(0.1, abs=4 * fit.standard_errors["w_p"])
+    assert fit.coefficients["w_p^2"] == pytest.approx(-0.08, abs=4 * fit.standard_errors["w_p^2"])
+    assert fit.var_residual == pytest.approx(0.001**2, rel=0.2)
+    assert fit.vertex_wp == pytest.approx(0.625, abs=4 * fit.vertex_wp_se)
+    assert fit.optimum_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.optimum_interval[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), shift=st.floats(-0.4, 0.4), factor=st.floats(0.01, 1), keep=st.sampled_from([0.5, 1])
+)
+def test_shifting_moves_the_intercept_and_scaling_scales(seed, shift, factor, keep):
+    table = simulate(seed=seed, b=(0.0, 0.1, -0.08), sd_task=0.05, keep=keep)
+    (fit,) = analyze.analyze(table)
+    (shifted,) = analyze.analyze(table.assign(score=table["score"] + shift))
+    (scaled,) = analyze.analyze(table.assign(score=table["score"] * factor))
+    assert shifted.coefficients["intercept"] == pytest.approx(fit.coefficients["intercept"] + shift, abs=1e-8)
+    for term in ("w_p", "w_p^2"):
+        assert shifted.coefficients[term] == pytest.approx(fit.coefficients[term], rel=1e-5)
+        assert scaled.coefficients[term] == pytest.approx(factor * fit.coefficients[term], rel=1e-5)
+        assert scaled.standard_errors[term] == pytest.approx(factor * fit.standard_errors[term], rel=1e-5)
+        assert scaled.p_values[term] == pytest.approx(fit.p_values[term], rel=1e-3)
+    assert scaled.var_task == pytest.approx(factor**2 * fit.var_task, rel=1e-4)
+
+
+def test_the_order_of_rows_changes_no_bit(study):
+    shuffled = study.sample(frac=1, random_state=5)
+    fits, again = analyze.analyze(study), analyze.analyze(shuffled)
+    assert [asdict(fit) for fit in fits] == [asdict(fit) for fit in again]
+    assert analyze.to_json(fits, study) == analyze.to_json(again, shuffled)
+
+
+def test_fraction_scale_undoes_a_mix_of_units(study, study_fits):
+    mixed = study.copy()
+    mixed["score"] = mixed["score"].where(mixed["metric"] != "bleu", 100 * mixed["score"])
+    with pytest.raises(ValueError, match=r"scales are mixed \(0..100 beside 0..1\): give --scale fraction"):
+        analyze.analyze(mixed)
+    for fit in analyze.analyze(mixed, scale="fraction"):
+        assert fit.scale == "fraction"
+        assert fit.coefficients == pytest.approx(study_fits[fit.dataset].coefficients, rel=1e-9)
+
+
+def test_scores_on_neither_scale_are_fitted_and_noted(study, study_fits):
+    z = study.assign(score=100 * (study["score"] - 0.35))
+    for fit in analyze.analyze(z):
+        assert fit.joint_p == pytest.approx(study_fits[fit.dataset].joint_p, rel=1e-6)
+        assert "Some scores are negative" in fit.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("b", "note", "verdict"),
+    [
+        ((0.5, -0.1, 0.02), "does not bend downwards", "no interior optimum; the curve is highest at PLW 0,"),
+        ((0.5, 0.3, -0.1), "rises over the whole range", "no interior optimum; the curve is highest at PLW 1,"),
+        ((0.5, -0.1, -0.1), "falls over the whole range", "no interior optimum; the curve is highest at PLW 0,"),
+    ],
+)
+def test_no_interior_optimum_is_an_answer(b, note, verdict):
+    (fit,) = analyze.analyze(simulate(b=b, sd_task=0.05, sd=0.001))
+    assert not fit.has_interior_optimum
+    assert fit.optimum_plw is None
+    assert fit.optimum_interval is None
+    assert note in fit.notes[0]
+    assert verdict in fit.verdict
+    assert "no interior optimum" in analyze.table_text([fit])
+
+
+def test_a_plw_above_one_widens_the_range():
+    table = simulate(b=(0.5, 0.2, -0.08), sd_task=0.05, sd=0.001)
+    extended = table.assign(plw=table["plw"] * 8)
+    w = extended["plw"] ** analyze.EXPONENT
+    extended["score"] = 0.3 + 0.2 * w - 0.08 * w**2 + np.random.default_rng(2).normal(0, 0.001, len(w))
+    (fit,) = analyze.analyze(extended)
+    assert fit.optimum_plw == pytest.approx(1.25 ** (1 / analyze.EXPONENT), rel=0.05)
+
+
+def test_a_singular_fit_is_said_and_is_least_squares():
+    table = simulate(sd_task=0.0, sd=0.05)
+    table["score"] -= table.groupby("task")["score"].transform("mean") - 0.5
+    (fit,) = analyze.analyze(table)
+    w = table["plw"].to_numpy() ** analyze.EXPONENT
+    expected = np.polynomial.polynomial.polyfit(w, table["score"], 2)
+    assert fit.is_singular
+    assert fit.var_task == 0
+    assert "Singular fit" in fit.notes[0]
+    assert list(fit.coefficients.values()) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+HEADER = "model,dataset,plw,seed,task,metric,score"
+GOOD = [
+    f"m,d,{plw},1,{task},acc,{0.5 + plw / 10 + 0.03 * (i % 2)}" for i, plw in enumerate([0, 0.1, 1]) for task in "ab"
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "scores.csv: empty"),
+        ([HEADER], "scores.csv: holds no scores"),
+        ([HEADER.replace("plw,seed,", ""), "m,d,a,acc,0.5"], "scores.csv: no column plw, seed; a score table has"),
+        ([HEADER + ",score", *(row + ",1" for row in GOOD)], "column score occurs twice"),
+        ([HEADER, *GOOD, "m,d,0.5,1,a,acc"], "scores.csv, row 8: 6 fields, but the header has 7"),
+        ([HEADER, *GOOD, "m,d,lots,1,a,acc,0.5"], "scores.csv, row 8: plw is 'lots', but must be a finite number"),
+        ([HEADER, *GOOD, "m,d,nan,1,a,acc,0.5"], "row 8: plw is 'nan', but must be a finite number"),
+        ([HEADER, *GOOD, "m,d,-0.1,1,a,acc,0.5"], "row 8: plw is '-0.1', but must be 0 or more"),
+        ([HEADER, *GOOD, "m,d,0.5,1.5,a,acc,0.5"], "row 8: seed is '1.5', but must be a whole number"),
+        ([HEADER, "", *GOOD, "m,d,0.5,1,a,acc,NaN"], "row 9: score is 'NaN', but must be a finite number"),
+        ([HEADER, *GOOD, "m,d,0.5,1,a,acc,inf"], "row 8: score is 'inf', but must be a finite number"),
+        ([HEADER, *GOOD, "m,d,0.5,1,a,acc,1e300"], "row 8: score is '1e300', too large to be one"),
+        ([HEADER, *GOOD, "m,d,0.5,1,a,acc,"], "row 8: score is '', but must be a finite number"),
+        ([HEADER, *GOOD, "m,,0.5,1,a,acc,0.5"], "row 8: dataset is '', a name is needed"),
+        ([HEADER, *GOOD, "m,d,1e-1,1,a,acc,0.5"], "row 8: scores the same model, dataset, plw, seed, task as row 4"),
+        ([HEADER, *GOOD, "m,d,0.1,1,a,f1,0.5"], "task a has the metrics acc and f1; choose one metric per task"),
+        ([HEADER, *GOOD[:4]], "data set d has 2 distinct PLWs; a curve needs 3 or more"),
+        ([HEADER, *GOOD[::2]], "data set d has only the task a; a fit over tasks needs 2 or more"),
+        ([HEADER, *(row.rsplit(",", 1)[0] + ",0.5" for row in GOOD)], "data set d has constant scores"),
+        ([HEADER, *GOOD[:3], GOOD[5]], "data set d has 4 scores for 2 tasks, too few"),
+        (
+            [HEADER, *(row.replace("m,d,1,", "m,d,2,") for row in GOOD), "m,d,4,1,a,acc,56.1"],
+            "scores 56.1 here but 0.5",
+        ),
+        ([HEADER + ",n", *(row + ",many" for row in GOOD)], "row 2: n is 'many', but must be a finite number"),
+    ],
+)
+def test_a_bad_table_is_refused_in_one_line(tmp_path, lines, message):
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared whole, below
+        analyze.analyze(analyze.read_scores(path))
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none.csv: cannot be read \(No such file"):
+        analyze.read_scores(tmp_path / "none.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
+    with pytest.raises(ValueError, match=r"binary.csv: not a CSV file in UTF-8"):
+        analyze.read_scores(tmp_path / "binary.csv")
+
+
+def test_a_data_frame_is_checked_as_a_file_is():
+    table = simulate()
+    table.loc[7, "score"] = float("nan")
+    with pytest.raises(ValueError, match="score table, row 7: score is 'nan'"):
+        analyze.analyze(table)
+    with pytest.raises(ValueError, match="scale is 'percent', but must be one of none, fraction"):
+        analyze.analyze(simulate(), scale="percent")
+
+
+def test_scores_without_residuals_are_refused():
+    exact = simulate(sd=0.0)
+    with pytest.raises(ValueError, match="follows a curve exactly"):
+        analyze.analyze(exact)
+    with pytest.raises(ValueError, match="too close together"):
+        analyze.analyze(simulate().assign(plw=lambda t: 0.1 + 1e-12 * t["plw"]))
+
+
+def test_a_file_with_a_byte_order_mark_quotes_and_extra_columns_is_read(tmp_path):
+    path = tmp_path / "scores.csv"
+    quoted = [row.replace(",a,", ',"a, and b",') + ",0.1,100,note" for row in GOOD]
+    path.write_text("\ufeff" + "\r\n".join([HEADER + ",stderr,n,task_type", *quoted]), newline="")
+    table = analyze.read_scores(path)
+    assert set(table["task"]) == {"a, and b", "b"}
+    assert table["n"].tolist() == [100] * 6
+    assert list(table.index) == [2, 3, 4, 5, 6, 7]
+
+
+def test_analysis_needs_only_a_table():
+    """Neither tracking nor training nor drawing is imported to fit a table."""
+    heavy = {"mlflow", "torch", "transformers", "matplotlib"}
+    code = f"import sys, plw_mlflow.analyze; print({heavy} & set(sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=TABLES.parents[1], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "set()"
+
+
+def test_fit_json_is_json_and_unrounded(study, study_fits):
+    told = json.loads(json.dumps(analyze.to_json(list(study_fits.values()), study), allow_nan=False))
+    assert told["schema"] == "plw_mlflow.fit/1"
+    assert told["table"]["rows"] == 480
+    assert told["table"]["missing"] == []
+    short = next(fit for fit in told["fits"] if fit["dataset"] == "AlpacaDataShort")
+    assert short["coefficients"] == study_fits["AlpacaDataShort"].coefficients
+    assert analyze.predict(told, "AlpacaDataShort", 0.2434) == pytest.approx(0.36197, abs=1e-5)

@@ -1,0 +1,269 @@
+"""Are the caller's mistakes all told, in one line, and does everything else do what its help says?"""
+
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from plw_mlflow import cli, config, records
+from plw_mlflow.config import (
+    CONFIGS,
+    AnalyzeConfig,
+    EvaluateConfig,
+    MainConfig,
+    PrepareConfig,
+    SweepConfig,
+    TrainConfig,
+)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function that runs a command on arguments: (exit status, output, error output, configs it got)."""
+
+    def called(config_type, *arguments, main=lambda config: None):
+        got = []
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command replaces it
+        with pytest.raises(SystemExit) as stopped:
+            cli.command(config_type)(lambda config: (got.append(config), main(config)))()
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err, got
+
+    return called
+
+
+def is_one_line(text):
+    return text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--plw", "-0.1"], "plw must be a number of 0 or more, got -0.1"),
+        (["--plw", "nan"], "plw must be a number of 0 or more, got nan"),
+        (["--plw", "inf"], "plw must be a number of 0 or more, got inf"),
+        (["--plw", "-inf"], "plw must be a number of 0 or more, got -inf"),
+        (["--plw", "heavy"], "'heavy' is not a valid float"),
+        (["--plw", "0.1,0.2"], "'0.1,0.2' is not a valid float"),
+        (["--plw", ""], "a value is needed"),
+        (["--dataset", ""], "a value is needed"),
+        (["--plw"], "requires an argument"),
+        (["--plx", "0.1"], "--plx"),
+        (["extra"], "extra"),
+        (["--method", "both"], "'both' is not one of 'full', 'lora'"),
+        (["--invert", "perhaps"], "'perhaps' is not a valid boolean"),
+        (["--max-records", "1.5"], "'1.5' is not a valid integer"),
+        (["--max-records", "0"], "max-records must be 1 or more, got 0"),
+        (["--max-tokens", "1"], "max-tokens must be 2 or more, got 1"),
+        (["--validation-share", "1"], "validation-share must lie between 0 and 1"),
+        (["--template-weight", "-1"], "template-weight must be 0 or more"),
+        (["--completion-weight", "nan"], "completion-weight must be 0 or more"),
+        (["--learning-rate", "inf"], "learning-rate must be a number above 0"),
+        (["--epochs", "0"], "epochs must be a number above 0"),
+        (["--lora-dropout", "1"], "lora-dropout must be at least 0 and below 1"),
+        (["--warmup-ratio", "1.1"], "warmup-ratio must be at most 1"),
+        (["--batch-examples", "6", "--micro-batch-examples", "4"], "must be a multiple of"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(call, arguments, expected):
+    status, _, error, got = call(TrainConfig, *arguments)
+    assert (status, got) == (2, [])
+    assert is_one_line(error)
+    assert expected in error
+
+
+def test_all_mistakes_are_told_at_once(call):
+    _, _, error, _ = call(MainConfig, "--plw", "-1", "--max-tokens", "0", "--epochs", "nan", "--limit", "0")
+    assert is_one_line(error)
+    for expected in ("plw must", "max-tokens must", "epochs must", "limit must"):
+        assert error.count(expected) == 1
+
+
+def test_a_plw_above_1_is_warned_of_and_used(call):
+    status, _, error, (got,) = call(TrainConfig, "--plw", "1.5")
+    assert (status, got.plw) == (0, 1.5)
+    assert error == "warning: plw 1.5 is above 1: prompt tokens weigh more than completion tokens\n"
+
+
+@pytest.mark.parametrize("plw", ["1e-2", "0.01", ".01"])
+def test_a_number_may_be_spelt_as_one_likes(call, plw):
+    _, _, _, (got,) = call(TrainConfig, "--plw", plw)
+    assert got.plw == 0.01
+
+
+def test_an_empty_value_is_unset_where_a_field_may_be(call):
+    optional = ("--tokenizer", "--max-records", "--template-weight", "--output", "--data-dir", "--limit")
+    _, _, _, (got,) = call(MainConfig, *(part for flag in optional for part in (flag, "")))
+    assert got == MainConfig()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_defaults_pass_through_the_command_line_unchanged(call, name):
+    needed = {"evaluate": {"model": "toy"}, "analyze": {"run_id": "abc"}}.get(name, {})
+    _, _, _, (expected,) = call(
+        CONFIGS[name], *(part for key in needed for part in (f"--{key.replace('_', '-')}", needed[key]))
+    )
+    assert expected == CONFIGS[name](**needed)
+    spelt = [
+        part
+        for field in fields(CONFIGS[name])
+        for part in (f"--{field.name.replace('_', '-')}", cli.spell_default(getattr(expected, field.name)))
+    ]
+    _, _, _, (got,) = call(CONFIGS[name], *spelt)
+    assert got == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_tells_of_every_field(call, name):
+    status, shown, _, got = call(CONFIGS[name], "--help")
+    assert (status, got) == (0, [])
+    shown = "".join(shown.split())  # click breaks lines at hyphens too
+    source = Path(config.__file__).read_text().split("\n")
+    for field in fields(CONFIGS[name]):
+        assert f"--{field.name.replace('_', '-')}" in shown
+        written = [
+            "".join(below.split()).strip('"')
+            for above, below in pairwise(source)
+            if above.startswith(f"    {field.name}: ")
+        ]
+        assert any(line and line in shown for line in written), field.name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ""),
+        (False, "false"),
+        (0.001, "0.001"),
+        (2.0, "2.0"),
+        (512, "512"),
+        (Path("a/b"), "a/b"),
+        ("drop", "drop"),
+    ],
+)
+def test_a_default_is_spelt_for_mlproject(value, expected):
+    assert cli.spell_default(value) == expected
+
+
+def ours(config):
+    records.load("no/such/file")
+
+
+def a_librarys(config):
+    json.loads("{")
+
+
+def not_finite(config):
+    from plw_mlflow import train
+
+    train._finite({"train/loss": math.nan}, 7)
+
+
+def interrupted(config):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "expected"),
+    [
+        (ours, 2, "error: data set 'no/such/file' is neither a file nor one of toy-short, toy-long"),
+        (not_finite, 1, "error: train/loss is nan at step 7"),
+        (interrupted, 130, "error: interrupted"),
+    ],
+)
+def test_what_stops_a_command_is_told_in_one_line(call, main, status, expected):
+    found, _, error, _ = call(PrepareConfig, main=main)
+    assert found == status
+    assert is_one_line(error.lstrip("\n"))  # click ends the line that shows ^C
+    assert error.lstrip("\n").startswith(expected)
+
+
+def test_a_librarys_error_is_shown_whole(call):
+    status, _, error, _ = call(PrepareConfig, main=a_librarys)
+    assert status == 1
+    assert "Traceback" in error
+    assert "JSONDecodeError" in error
+
+
+def test_any_other_error_is_no_message_to_the_caller(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def broken(config):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):  # Python's own traceback and exit status 1
+        cli.command(PrepareConfig)(broken)()
+
+
+def test_a_sweep_is_every_combination_curve_by_curve():
+    sweep = SweepConfig(plw="0, 0.1,1", dataset="a,b", seed="1,2", method="lora", epochs=3)
+    found = [(cell.seed, cell.dataset, cell.plw) for cell in sweep.cells()]
+    assert found == [(seed, dataset, plw) for seed in (1, 2) for dataset in "ab" for plw in (0, 0.1, 1)]
+    assert {(cell.method, cell.epochs, cell.model) for cell in sweep.cells()} == {("lora", 3, "toy")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"plw": "0,x"}, "plw must be a number, got 'x'"),
+        ({"plw": "0,-1"}, "plw must be a number of 0 or more, got -1"),
+        ({"seed": "1,1.5"}, "seed must be a whole number, got '1.5'"),
+        ({"plw": " , "}, "plw names nothing"),
+        ({"method": "full,both"}, "method must be full or lora, got both"),
+        ({"tasks": ","}, "tasks must name at least one task"),
+    ],
+)
+def test_a_sweep_refuses_what_a_cell_would(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        SweepConfig(**options)
+
+
+def test_the_published_plws_are_the_default():
+    published = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]  # arXiv:2401.13586v1, 3.1
+    assert [float(plw) for plw in SweepConfig().plw.split(",")] == published
+
+
+@pytest.mark.parametrize(
+    ("config_type", "options", "is_enough"),
+    [
+        (EvaluateConfig, {}, False),
+        (EvaluateConfig, {"run_id": "r", "model": "toy"}, False),
+        (EvaluateConfig, {"run_id": "r"}, True),
+        (AnalyzeConfig, {}, False),
+        (AnalyzeConfig, {"scores": Path("a.csv"), "experiment": "e"}, False),
+        (AnalyzeConfig, {"experiment": "e"}, True),
+    ],
+)
+def test_what_to_look_at_is_said_once(config_type, options, is_enough):
+    if is_enough:
+        config_type(**options)
+    else:
+        with pytest.raises(ValueError, match=r"^give "):
+            config_type(**options)
+
+
+def test_the_identity_of_a_cell_leaves_out_what_changes_no_number():
+    same = TrainConfig(output=Path("a"), checkpoint_dir=Path("b"), save_every=7)
+    assert config.digest(same.identity()) == config.digest(TrainConfig().identity())
+    assert config.digest(MainConfig(tasks="x").identity()) == config.digest(TrainConfig().identity())
+    assert config.digest(TrainConfig(plw=0.1).identity()) != config.digest(TrainConfig().identity())
+    assert set(TrainConfig().identity()) >= {"plw", "model", "dataset", "seed", "method", "loss_divisor", "epochs"}
+
+
+def test_a_field_without_help_would_be_noticed():
+    @dataclass(frozen=True, kw_only=True)
+    class Silent:
+        """Nothing."""
+
+        loud: int = 1
+        """Heard."""
+        quiet: int = 2
+
+    assert cli._help(Silent) == {"loud": "Heard."}

@@ -1,0 +1,102 @@
+"""Do benchmark scores mean what they say?"""
+
+import json
+
+import pytest
+
+from plw_mlflow import evaluate, models
+from plw_mlflow.config import ScoreOptions
+
+
+def results(**tasks):
+    """Results as the harness gives them: task=(metrics, documents)."""
+    return {
+        "results": {task: {"alias": task, **metrics} for task, (metrics, _) in tasks.items()},
+        "n-samples": {task: {"original": 9, "effective": n} for task, (_, n) in tasks.items() if n},
+        "n-shot": {task: 0 for task in tasks},
+        "versions": {task: 1.0 for task in tasks},
+    }
+
+
+def test_bleu_becomes_a_fraction_and_the_first_metric_stands_for_its_task():
+    found = evaluate._scores(
+        results(
+            choice=({"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": 0.2}, 4),
+            translation=({"bleu,none": 20.0, "bleu_stderr,none": 3.0}, 8),
+            unknown_error=({"exact_match,none": 0.1, "exact_match_stderr,none": "N/A"}, 8),
+            group=({"acc,none": 0.9}, None),
+        )
+    )
+    evaluation = evaluate.Evaluation(found, {})
+    assert [(s.task, s.metric, s.score, s.stderr, s.n) for s in evaluation.primary] == [
+        ("choice", "acc", 0.5, 0.1, 4),
+        ("translation", "bleu", 0.2, 0.03, 8),
+        ("unknown_error", "exact_match", 0.1, None, 8),
+    ]
+    assert [s.metric for s in found] == ["acc", "acc_norm", "bleu", "exact_match"]
+    assert evaluation.mean == pytest.approx((0.5 + 0.2 + 0.1) / 3)
+
+
+@pytest.fixture
+def arc(tmp_path):
+    rows = [
+        {"question": f"What is {n} and {n}?", "choices": [str(2 * n), "none", "many"], "answer": 0} for n in range(1, 4)
+    ]
+    (tmp_path / "arc_easy_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_a_local_file_gives_the_harness_its_own_task(arc):
+    (task,) = evaluate.load_tasks(ScoreOptions(tasks="arc_easy", data_dir=arc)).loaded
+    document = next(iter(task.test_docs()))
+    assert task.doc_to_text(document) == "Question: What is 1 and 1?\nAnswer:"
+    assert task.doc_to_choice(document) == ["2", "none", "many"]
+    assert task.doc_to_target(document) == 0
+    assert [metric["metric"] for metric in task.config.metric_list] == ["acc", "acc_norm"]
+
+
+def test_scores_equal_the_likelihoods_computed_by_hand(arc):
+    """acc is the share of questions whose right answer is the likeliest; here by the model's own loss."""
+    model, tokenizer = models.load("toy"), models.load_tokenizer("toy")
+    options = ScoreOptions(tasks="arc_easy", data_dir=arc)
+    (score, _) = evaluate.run(model, tokenizer, evaluate.load_tasks(options), options, seed=1).scores
+    right = 0
+    for line in (arc / "arc_easy_test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        context = f"Question: {row['question']}\nAnswer:"
+        likelihoods = []
+        for choice in row["choices"]:
+            tokens = tokenizer(f"{context} {choice}", return_tensors="pt").input_ids
+            start = len(tokenizer(context).input_ids)
+            log_probabilities = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
+            likelihoods.append(log_probabilities.gather(1, tokens[0, start:, None]).sum().item())
+        right += likelihoods.index(max(likelihoods)) == row["answer"]
+    assert score.score == right / 3
+    assert score.n == 3
+
+
+def test_real_arc_files_are_read_whole(shared):
+    options = ScoreOptions(tasks="arc_easy,arc_challenge", data_dir=shared / "data/eval")
+    counts = {task.config.task: len(list(task.test_docs())) for task in evaluate.load_tasks(options).loaded}
+    assert counts == {"arc_easy": 2376, "arc_challenge": 1172}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "which does not exist"),
+        ('{"question": "?"}', "is not what task arc_easy reads: KeyError 'choices'"),
+        ("no json", "is not what task arc_easy reads: JSONDecodeError"),
+    ],
+)
+def test_missing_or_damaged_documents_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "arc_easy_test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="arc_easy_test.jsonl") as error:
+        evaluate.load_tasks(ScoreOptions(tasks="arc_easy", data_dir=tmp_path))
+    assert message in str(error.value)
+
+
+def test_an_unknown_task_is_answered_with_the_nearest_names():
+    with pytest.raises(ValueError, match="there is no task 'toy_shrt'; the nearest are toy_short"):
+        evaluate.load_tasks(ScoreOptions(tasks="toy,toy_shrt"))

@@ -1,0 +1,326 @@
+"""The entry points as a person runs them: in processes of their own, on the toy laboratory, into a store on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+
+from plw_mlflow import cell, models, tracking
+from plw_mlflow.config import MainConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--max-records", "120", "--epochs", "1", "--limit", "4")
+
+
+class Place:
+    """A folder with a tracking store, and the commands run in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+
+    @cached_property
+    def client(self):  # at first use, as the store puts its artifacts below the folder it is first opened in
+        return mlflow.MlflowClient(self.uri)
+
+    def environment(self, **more):
+        return (
+            os.environ
+            | {
+                "MLFLOW_TRACKING_URI": self.uri,
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "PYTHONPATH": str(ROOT),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            }
+            | more
+        )
+
+    def start(self, name, *arguments, **more):
+        command = [sys.executable, "-m", f"entrypoints.{name}", *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, name, *arguments, status=0, **more):
+        process = self.start(name, *arguments, **more)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == status, err
+        return out, err
+
+    def runs(self):
+        """All runs, the newest first."""
+        return list(self.client.search_runs(["0"], order_by=["attributes.start_time DESC"]))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def new_place(tmp_path):
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cell_run(place):
+    """A cell made by `main`: its MLflow run, what was printed, and the files it left."""
+    out, _ = place.run("main", "--plw", "0.242", *SMALL, "--output", "found")
+    return place.runs()[0], out, place.folder / "found"
+
+
+def test_main_puts_everything_on_one_run(place, cell_run):
+    run, out, found = cell_run
+    assert run.info.status == "FINISHED"
+    assert {
+        "plw": "0.242",
+        "model": "toy",
+        "dataset": "toy-short",
+        "seed": "1234",
+        "method": "full",
+    }.items() <= run.data.params.items()
+    assert run.data.params.keys() == {field for field in MainConfig.__dataclass_fields__}
+    (data,) = run.inputs.dataset_inputs
+    assert run.data.tags["plw.data_sha256"].startswith(data.dataset.digest)
+    assert json.loads((found / "profile.json").read_text())["sha256"] == run.data.tags["plw.data_sha256"]
+    steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(1, len(steps) + 1))
+    curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm", "tokens_per_second")
+    assert {f"train/{curve}" for curve in curves} | {
+        "eval/prompt_loss",
+        "eval/completion_loss",
+    } <= run.data.metrics.keys()
+    assert run.info.run_id in out
+    assert "mlflow ui --backend-store-uri" in out
+
+
+def test_scores_are_metrics_and_rows_of_the_score_table(cell_run):
+    run, _, found = cell_run
+    rows = pd.read_csv(found / "scores.csv")
+    assert list(rows.columns[:7]) == ["model", "dataset", "plw", "seed", "task", "metric", "score"]
+    assert list(rows["task"]) == ["toy_choice", "toy_short", "toy_long"]
+    assert (rows["n"] == 4).all()
+    for row in rows.itertuples():
+        assert run.data.metrics[f"{row.task}/{row.metric}"] == pytest.approx(row.score)
+    assert run.data.metrics["score"] == pytest.approx(rows["score"].mean())
+
+
+def test_the_model_is_registered_and_the_scores_are_the_models(place, cell_run):
+    run, _, _ = cell_run
+    version = place.client.get_model_version("plw-toy-toy-short", "1")
+    assert version.tags["plw.plw"] == "0.242"
+    (output,) = run.outputs.model_outputs
+    model = place.client.get_logged_model(output.model_id)
+    assert {metric.key: metric.value for metric in model.metrics}["score"] == run.data.metrics["score"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, method, monkeypatch):
+    monkeypatch.chdir(new_place.folder)
+    mlflow.set_tracking_uri(new_place.uri)
+    tokens = torch.arange(5, 45).view(2, 20)
+    trained = []
+    merge = models.merge
+
+    def watched(model, folder):
+        with torch.no_grad():
+            trained.append(model(tokens).logits)  # before adapters are merged
+        return merge(model, folder)
+
+    monkeypatch.setattr(models, "merge", watched)
+    config = TrainConfig(method=method, max_records=120, epochs=1)
+    with tracking.open_run(config, "test") as run, cell.trained(config, run):
+        pass
+    script = (
+        "import mlflow, torch; "
+        "model = mlflow.transformers.load_model('models:/plw-toy-toy-short/1', return_type='components')['model']; "
+        "torch.save(model(torch.arange(5, 45).view(2, 20)).logits, 'logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=new_place.folder, env=new_place.environment(), check=True)
+    loaded = torch.load(new_place.folder / "logits.pt")
+    torch.testing.assert_close(loaded, trained[0])  # float32 defaults: 1e-5, and 1.3e-6 of the value
+    base = models.load("toy")(tokens).logits
+    assert (loaded - base).abs().max() > 0.01  # it is not the base that came back
+
+
+def test_evaluate_adds_scores_to_the_cells_run(place, cell_run):
+    run, _, _ = cell_run
+    before = len(place.runs())
+    place.run("evaluate", "--run-id", run.info.run_id, "--tasks", "toy_choice", "--limit", "4", "--output", "again")
+    assert len(place.runs()) == before
+    after = place.client.get_run(run.info.run_id)
+    assert after.info.status == "FINISHED"
+    assert after.data.metrics["score"] == run.data.metrics["score"]  # the other tasks still count
+    history = place.client.get_metric_history(run.info.run_id, "toy_choice/acc")
+    assert len(history) == 2
+    assert history[0].value == history[1].value
+
+
+def test_train_then_evaluate_gives_the_scores_of_main(place, cell_run):
+    run, _, _ = cell_run
+    place.run("train", "--plw", "0.242", *SMALL[:4])
+    trained = place.runs()[0]
+    assert trained.data.tags["plw.cell"] == run.data.tags["plw.cell"]
+    place.run("evaluate", "--run-id", trained.info.run_id, "--limit", "4")
+    scores = {name: value for name, value in run.data.metrics.items() if name.startswith(("toy_", "score"))}
+    again = place.client.get_run(trained.info.run_id).data.metrics
+    assert {name: again[name] for name in scores} == pytest.approx(scores)
+
+
+def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
+    def project(*parameters):
+        command = ["mlflow", "run", str(ROOT / "local"), "--env-manager", "local"]
+        for parameter in parameters:
+            command += ["-P", parameter]
+        return subprocess.run(
+            command, cwd=new_place.folder, env=new_place.environment(), capture_output=True, text=True
+        )
+
+    small = ("max_records=120", "epochs=1", "limit=2", f"checkpoint_dir={new_place.folder}/checkpoints")
+    done = project("plw=1e-2", *small)
+    assert done.returncode == 0, done.stderr
+    (run,) = new_place.runs()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["plw"] == "1e-2"
+    assert "score" in run.data.metrics
+    assert (
+        json.loads(
+            Path(
+                mlflow.artifacts.download_artifacts(
+                    run_id=run.info.run_id, artifact_path="config.json", tracking_uri=new_place.uri
+                )
+            ).read_text()
+        )["plw"]
+        == 0.01
+    )
+
+    refused = project("plw=0.1", "plv=0.2")
+    assert refused.returncode != 0
+    assert "No such option: --plv" in refused.stderr
+    assert new_place.runs()[0].info.status == "FAILED"
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(new_place):
+    command = ("main", "--max-records", "600", "--epochs", "2", "--save-every", "3", "--limit", "2")
+    process = new_place.start(*command)
+    checkpoints = new_place.folder / "checkpoints"
+    wait_until(lambda: list(checkpoints.glob("*/step-*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (killed,) = new_place.runs()
+    out, _ = new_place.run(*command)
+    assert "went on from the checkpoint of step" in out
+    run = new_place.runs()[0]
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in new_place.client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(1, len(steps) + 1))  # the killed run's curve and its own, none lost or doubled
+    assert run.data.tags["plw.resumed_from"] == killed.info.run_id
+    killed = new_place.client.get_run(killed.info.run_id)
+    assert killed.data.tags["plw.superseded_by"] == run.info.run_id
+    assert "plw.cell" not in killed.data.tags
+    assert killed.info.status == "KILLED"
+    assert not list(checkpoints.iterdir())
+
+
+def test_an_interrupt_ends_the_run_as_killed(new_place):
+    process = new_place.start("train", "--save-every", "1")
+    wait_until(lambda: list((new_place.folder / "checkpoints").glob("*/step-*")), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "error: interrupted; the same command goes on from the last checkpoint"
+    assert new_place.runs()[0].info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no/such/model"), "model 'no/such/model'"),
+        (("--dataset", "toy-shrt"), "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
+        (("--tasks", "toy_choise"), "there is no task 'toy_choise'; the nearest are toy_choice"),
+        (("--max-tokens", "20"), "no example of toy-short is left to train on"),
+        (("--max-tokens", "4096"), "max-tokens is 4096, but toy has 512 positions"),
+        (("--learning-rate", "1e30", "--max-records", "120"), "at step"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failed_run(new_place, arguments, message):
+    status = 1 if "--learning-rate" in arguments else 2
+    _, err = new_place.run("main", *arguments, status=status, HF_HUB_OFFLINE="1")
+    (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert message in line
+    assert "Traceback" not in err
+    (run,) = new_place.runs()
+    assert run.info.status == "FAILED"
+    assert message in run.data.tags["plw.error"]
+    assert not new_place.client.search_registered_models()
+
+
+def test_an_unreachable_tracking_server_is_one_line(new_place):
+    started = time.monotonic()
+    _, err = new_place.run("prepare", status=1, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert err.strip().splitlines()[-1].startswith("error: the tracking store http://127.0.0.1:9 cannot be used")
+    assert "Traceback" not in err
+    assert time.monotonic() - started < 120  # MLflow alone would retry for minutes; this bounds a hang, not a speed
+
+
+def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
+    out, _ = new_place.run("sweep", "--plw", "0,0.1,1", "--dataset", "toy-short", *SMALL, "--output", "sweep")
+    parent = next(run for run in new_place.runs() if "mlflow.parentRunId" not in run.data.tags)
+    children = [run for run in new_place.runs() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.params["plw"] for run in children) == ["0.0", "0.1", "1.0"]
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert len({run.data.tags["plw.cell"] for run in children}) == 3
+    fit = json.loads((new_place.folder / "sweep" / "fit.json").read_text())
+    assert [one["dataset"] for one in fit["fits"]] == ["toy-short"]
+    assert "3 of 3 cells finished" in out
+    best = new_place.client.get_model_version_by_alias("plw-toy-toy-short", "best")
+    assert best.run_id == max(children, key=lambda run: run.data.metrics["score"]).info.run_id
+
+    mlflow.set_tracking_uri(new_place.uri)
+    regression = mlflow.pyfunc.load_model("models:/plw-regression/1")
+    predicted = regression.predict(pd.DataFrame({"dataset": ["toy-short"], "plw": [0.0]}))
+    expected = fit["fits"][0]["coefficients"]["intercept"]  # w_p is 0 at PLW 0
+    assert predicted["score"][0] == pytest.approx(expected)
+
+    new_place.run("analyze", "--run-id", parent.info.run_id, "--output", "again")
+    again = json.loads((new_place.folder / "again" / "fit.json").read_text())
+    assert again["fits"] == fit["fits"]
+
+
+def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):
+    _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,absent.json", *SMALL, status=1)
+    assert "1 of 2 cells did not finish: toy absent plw 0 seed 1234 full (exit status 2" in err.splitlines()[-1]
+    statuses = {run.data.params["dataset"]: run.info.status for run in new_place.runs()}
+    assert statuses == {"toy-short": "FINISHED", "absent.json": "FAILED", "toy-short,absent.json": "FAILED"}
+
+
+def test_analyze_of_a_table_writes_its_files_and_a_registered_regression(new_place):
+    out, _ = new_place.run("analyze", "--scores", ROOT / "paper/tables/v1_scores.csv", "--output", "study")
+    names = {path.name for path in (new_place.folder / "study").iterdir()}
+    assert {"fit.json", "report.html"} <= names
+    assert "0.2434" in out
+    (run,) = new_place.runs()
+    logged = {item.path for item in new_place.client.list_artifacts(run.info.run_id)}
+    assert names <= logged
+
+
+def wait_until(holds, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,141 @@
+"""Does MLflow hold what a run said, once, in the caller's own words?  (tests/test_pipeline.py sees the rest.)"""
+
+import os
+
+import mlflow
+import pandas as pd
+import pytest
+
+from plw_mlflow import tracking
+from plw_mlflow.config import MainConfig, TrainConfig
+from plw_mlflow.evaluate import Evaluation, Score
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri)
+
+
+def history(store, run_id, name):
+    return [(point.step, point.value) for point in store.get_metric_history(run_id, name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("toy", "toy"),
+        ("meta-llama/Llama-2-7b-hf@01c7f73", "Llama-2-7b-hf"),
+        ("/some/folder/stories260K-hf/", "stories260K-hf"),
+        ("data/alpaca data.json.gz", "alpaca-data"),
+        ("ünsinn", "nsinn"),
+    ],
+)
+def test_short_name_suits_a_registered_model(name, expected):
+    assert tracking.short_name(name) == expected
+
+
+def test_parameters_already_logged_keep_their_spelling(store, monkeypatch):
+    begun = store.create_run("0")  # as `mlflow run` begins one
+    store.log_param(begun.info.run_id, "plw", "1e-2")
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun.info.run_id)
+    with tracking.open_run(TrainConfig(plw=0.01, invert=True), "cell") as run:
+        assert run.id == begun.info.run_id
+        assert "MLFLOW_RUN_ID" not in os.environ  # no process started from here inherits it
+    params = store.get_run(run.id).data.params
+    assert (params["plw"], params["invert"], params["max_records"]) == ("1e-2", "true", "")
+
+
+def test_a_failure_is_told_on_the_run(store):
+    with pytest.raises(ValueError, match="bad luck"), tracking.open_run(TrainConfig(), "cell") as run:
+        raise ValueError("bad luck")
+    found = store.get_run(run.id)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["plw.error"] == "ValueError: bad luck"
+
+
+def test_a_reopened_run_keeps_its_status_when_what_is_added_fails(store):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        pass
+    with pytest.raises(ValueError, match="no such task"), tracking.open_run(TrainConfig(), "", run_id=run.id):
+        raise ValueError("no such task")
+    assert store.get_run(run.id).info.status == "FINISHED"
+
+
+def test_metrics_held_back_arrive_once(store):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        for step in range(2500):  # more than one request takes
+            run.log_step({"train/loss": float(step)}, step)
+    assert history(store, run.id, "train/loss") == [(step, float(step)) for step in range(2500)]
+
+
+def test_a_cut_short_run_hands_its_curve_over(store, tmp_path):
+    with pytest.raises(KeyboardInterrupt), tracking.open_run(TrainConfig(), "cell") as first:
+        first.begin_cell("c", tmp_path, 0)
+        for step in range(1, 6):
+            first.log_step({"train/loss": step / 10}, step)
+        first.flush()
+        raise KeyboardInterrupt
+    assert store.get_run(first.id).info.status == "KILLED"
+    with tracking.open_run(TrainConfig(), "cell") as second:
+        second.begin_cell("c", tmp_path, 3)  # the last checkpoint was of step 3
+        second.log_step({"train/loss": 0.4}, 4)
+    assert history(store, second.id, "train/loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert "plw.cell" not in store.get_run(first.id).data.tags
+    assert store.get_run(second.id).data.tags["plw.cell"] == "c"
+
+
+def scored(config, *scores):
+    """A finished cell with a score per task."""
+    with tracking.open_run(config, "cell") as run:
+        run.tag(cell=f"{config.plw}/{config.method}")
+        add_scores(run, *scores)
+    return run
+
+
+def add_scores(run, *scores):
+    evaluation = Evaluation([Score(task, "acc", score, 0.1, 5, 0, "1.0", True) for task, score in scores], {})
+    run.log_scores(
+        evaluation, [run.cell() | {"task": s.task, "metric": s.metric, "score": s.score} for s in evaluation.scores]
+    )
+
+
+def test_score_is_the_mean_over_all_tasks_scored_so_far(store):
+    run = scored(MainConfig(), ("a", 0.2), ("b", 0.4))
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("b", 0.6), ("c", 1.0))
+    assert store.get_run(run.id).data.metrics["score"] == pytest.approx((0.2 + 0.6 + 1.0) / 3)
+    assert dict(zip(again.scores()["task"], again.scores()["score"], strict=True)) == {"a": 0.2, "b": 0.6, "c": 1.0}
+
+
+def test_the_score_table_holds_scored_cells_alone(store):
+    scored(MainConfig(plw=0.0), ("a", 0.2))
+    scored(MainConfig(plw=1.0), ("a", 0.3))
+    with tracking.open_run(MainConfig(), "no cell"):
+        pass
+    expected = pd.DataFrame({"plw": [0.0, 1.0], "score": [0.2, 0.3]})
+    found = tracking.score_table(experiment="Default").sort_values("plw", ignore_index=True)
+    pd.testing.assert_frame_equal(found[["plw", "score"]], expected)
+    assert set(found["model"]) == {"toy"}
+
+
+def test_methods_in_one_table_count_as_models(store):
+    scored(MainConfig(), ("a", 0.2))
+    scored(MainConfig(method="lora"), ("a", 0.3))
+    assert set(tracking.score_table(experiment="Default")["model"]) == {"toy (full)", "toy (lora)"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tracking.score_table(experiment="none"), "there is no experiment 'none'"),
+        (lambda: tracking.score_table(experiment="Default"), "holds no scored cell"),
+        (lambda: tracking.score_table(sweep="f" * 32), "there is no run 'ffff"),
+    ],
+)
+def test_what_is_not_there_is_said(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

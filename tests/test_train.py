@@ -1,0 +1,407 @@
+"""Is a step's loss and gradient what the table of divisors says, and does a killed run end in the same weights?"""
+
+import copy
+import fcntl
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from plw_mlflow import batches, train
+from plw_mlflow.config import TrainConfig
+from plw_mlflow.prepare import Prepared
+from plw_mlflow.records import Source
+from plw_mlflow.tokens import Example, Segment
+from tests.conftest import VOCABULARY, tiny_llama
+
+METHODS = ("full", "lora")
+
+
+def example(number: int, *lengths: int) -> Example:
+    """An example with random tokens, and so many of them in template, instruction, input and completion."""
+    random = torch.Generator().manual_seed(number)
+    tokens = torch.randint(VOCABULARY, (sum(lengths),), generator=random).tolist()
+    return Example(tokens, [segment for segment in Segment for _ in range(lengths[segment])])
+
+
+# Rows of 5 to 18 tokens, and few or many of them completion: means of means would differ from the mean.
+EXAMPLES = [example(1, 3, 2, 0, 13), example(2, 3, 1, 1, 1), example(3, 4, 5, 2, 2), example(4, 2, 1, 1, 1)]
+EXAMPLES += [example(5, 3, 9, 3, 1)]
+
+
+def run(folder, *, training=EXAMPLES, model=None, log=lambda metrics, step: None, **options):
+    """Train the tiny model, or another; by default a single step on all examples at once."""
+    options = {"batch_examples": 6, "micro_batch_examples": 6, "epochs": 1, "max_grad_norm": 1e9} | options
+    prepared = Prepared(Source("made up", "generated", "", [], []), list(training), EXAMPLES[:2], {})
+    return train.run(TrainConfig(**options), prepared, model or tiny_llama(), folder, log)
+
+
+def first_step(folder, **options):
+    """Loss and gradients, by parameter, with which the optimiser takes a run's first step."""
+    model = options.pop("model", None) or tiny_llama()
+    losses, gradients = {}, {}
+
+    def look(*_):
+        for name, parameter in model.named_parameters():
+            gradients.setdefault(name, parameter.grad.clone())
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        run(folder, model=model, log=lambda metrics, step: losses.update({step: metrics}), **options)
+    finally:
+        hook.remove()
+    return losses[1]["train/loss"], gradients
+
+
+def oracle(groups, weights, divisor):
+    """The mean over groups of sum w l / divisor, and its gradients: a row at a time, all logits, in float64.
+
+    weights: by segment, in the order template, instruction, input, completion.
+    """
+    model = copy.deepcopy(tiny_llama()).double()
+    losses = []
+    for group in groups:
+        total, weight, count = torch.zeros((), dtype=torch.float64), 0.0, 0
+        for row in group:
+            logits = model(torch.tensor([row.tokens])).logits[0]
+            for position in range(1, len(row.tokens)):
+                w = weights[row.segment[position]]
+                if w:
+                    target = torch.tensor(row.tokens[position])
+                    total = total + w * cross_entropy(logits[position - 1], target)
+                    weight, count = weight + w, count + 1
+        if count:
+            losses.append(total / {"weights": weight, "tokens": count}[divisor])
+        else:
+            losses.append(total)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@functools.cache
+def whole_step(plw, divisor):
+    return oracle([EXAMPLES], [plw, plw, plw, 1], divisor)
+
+
+def assert_same_step(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)  # summed in float32
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 1e-3  # well above the absolute tolerance
+        # Twice the default relative tolerance of float32: a sum of hundreds of products, in another order.
+        torch.testing.assert_close(found[1][name], gradient, check_dtype=False, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
+@pytest.mark.parametrize("divisor", ["weights", "tokens"])
+@pytest.mark.parametrize("plw", [0, 0.0005, 0.242, 1])
+def test_a_step_is_the_same_however_it_is_cut(plw, divisor, micro_batch, tmp_path):
+    found = first_step(tmp_path, plw=plw, loss_divisor=divisor, micro_batch_examples=micro_batch)
+    assert_same_step(found, whole_step(plw, divisor))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("micro_batch", [2, 6])
+@pytest.mark.parametrize("plw", [0, 1])
+def test_the_extremes_are_the_two_usual_losses(plw, micro_batch, tied, tmp_path):
+    """PLW 0 is the model's own loss with the prompt masked by -100, PLW 1 its loss with only padding masked."""
+    model = tiny_llama(tied=tied)
+    longest = max(len(row.tokens) for row in EXAMPLES)
+    tokens = torch.zeros(len(EXAMPLES), longest, dtype=torch.int64)
+    labels = torch.full_like(tokens, -100)
+    for number, row in enumerate(EXAMPLES):
+        first = 0 if plw else row.segment.index(Segment.COMPLETION)
+        tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
+        labels[number, first : len(row.tokens)] = torch.tensor(row.tokens[first:])
+    own = copy.deepcopy(model)
+    loss = own(tokens, labels=labels).loss  # what stands right of a row's tokens cannot be seen from them
+    loss.backward()
+    expected = loss.item(), {name: parameter.grad for name, parameter in own.named_parameters()}
+
+    found = first_step(tmp_path, model=model, plw=plw, micro_batch_examples=micro_batch)
+    assert_same_step(found, expected)
+
+
+@pytest.mark.parametrize("divisor", ["weights", "tokens"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_batch, tmp_path):
+    (order,) = batches.steps(len(EXAMPLES), 6, seed=1234, first=0, total=1)
+    taken = [EXAMPLES[index] for index in order]
+    groups = [taken[start : start + micro_batch] for start in range(0, len(taken), micro_batch)]
+    expected = oracle(groups, [0.242, 0.242, 0.242, 1], divisor)
+    found = first_step(
+        tmp_path, plw=0.242, loss_divisor=divisor, divisor_scope="micro-batch", micro_batch_examples=micro_batch
+    )
+    assert_same_step(found, expected)
+    assert found[0] != pytest.approx(whole_step(0.242, divisor)[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("divisor", ["weights", "tokens"])
+@pytest.mark.parametrize(("template", "completion"), [(0.0, 1.0), (0.5, 1.0), (None, 3.0), (0.0, 0.0)])
+def test_template_and_completion_may_have_weights_of_their_own(template, completion, divisor, tmp_path):
+    plw = 0.25
+    expected = oracle([EXAMPLES], [plw if template is None else template, plw, plw, completion], divisor)
+    found = first_step(tmp_path, plw=plw, template_weight=template, completion_weight=completion, loss_divisor=divisor)
+    assert_same_step(found, expected)
+
+
+PROMPT_ALONE = example(9, 4, 6, 0, 0)  # as truncation leaves it
+
+
+def test_a_micro_batch_that_weighs_nothing_adds_nothing(tmp_path):
+    found = first_step(tmp_path, training=[*EXAMPLES, PROMPT_ALONE], plw=0, micro_batch_examples=1)
+    assert_same_step(found, whole_step(0, "weights"))
+
+
+def test_nor_where_each_micro_batch_has_its_own_divisor(tmp_path):
+    found = first_step(
+        tmp_path, training=[*EXAMPLES, PROMPT_ALONE], plw=0, micro_batch_examples=1, divisor_scope="micro-batch"
+    )
+    expected = oracle([[row] for row in [*EXAMPLES, PROMPT_ALONE]], [0, 0, 0, 1], "weights")
+    assert_same_step(found, expected)
+
+
+@pytest.mark.parametrize("scope", ["step", "micro-batch"])
+def test_a_step_that_weighs_nothing_changes_nothing(scope, tmp_path):
+    model = tiny_llama()
+    loss, gradients = first_step(
+        tmp_path, model=model, training=[PROMPT_ALONE] * 2, plw=0, micro_batch_examples=1, divisor_scope=scope
+    )
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+    assert all(map(torch.equal, model.parameters(), tiny_llama().parameters()))
+
+
+def test_losses_are_logged_by_side_whatever_the_plw(tmp_path):
+    """Prompt and completion losses are plain means, known before training as after each step."""
+    metrics = {}
+    run(tmp_path, plw=0.242, epochs=3, eval_every=2, log=lambda found, step: metrics.update({step: found}))
+    for step, prefix, rows in ((0, "eval", EXAMPLES[:2]), (1, "train", EXAMPLES)):
+        for side, weights in (("prompt", [1, 1, 1, 0]), ("completion", [0, 0, 0, 1])):
+            expected, _ = oracle([rows], weights, "weights")
+            assert metrics[step][f"{prefix}/{side}_loss"] == pytest.approx(expected, rel=1e-5)
+    assert [step for step in metrics if "eval/prompt_loss" in metrics[step]] == [0, 2, 3]
+    assert all(metrics[step]["train/tokens_per_second"] > 0 for step in (1, 2, 3))
+
+
+def test_at_plw_0_the_prompt_loss_comes_from_validation_alone(tmp_path):
+    metrics = {}
+    run(tmp_path, plw=0, log=lambda found, step: metrics.update({step: found}))
+    assert "train/prompt_loss" not in metrics[1]
+    assert metrics[1]["eval/prompt_loss"] > 0
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine(tmp_path):
+    rates = []
+    run(
+        tmp_path,
+        epochs=8,
+        warmup_ratio=0.25,
+        learning_rate=0.002,
+        eval_every=99,
+        log=lambda metrics, step: rates.append(metrics.get("train/learning_rate")),
+    )
+    # 8 steps, of which 2 rise: 0, 1/2, then (1 + cos(pi k / 6)) / 2.
+    expected = [0, 0.001] + [0.001 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    assert rates[1:] == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    norms = []
+    _, gradients = first_step(tmp_path, max_grad_norm=0.01)
+    assert math.sqrt(sum(gradient.square().sum() for gradient in gradients.values())) == pytest.approx(0.01, rel=1e-3)
+    run(tmp_path / "again", max_grad_norm=0.01, log=lambda metrics, step: norms.append(metrics.get("train/grad_norm")))
+    assert norms[1] > 0.01  # logged as it was before
+
+
+def test_bfloat16_keeps_float32_weights_and_stays_near(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate keeps one precision a process
+    try:
+        loss, gradients = first_step(tmp_path, precision="bfloat16", plw=0.242)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    expected, exact = whole_step(0.242, "weights")
+    # 8 bits of precision, through two layers.
+    assert loss == pytest.approx(expected, rel=0.02)
+    for name, gradient in exact.items():
+        assert gradients[name].dtype == torch.float32
+        assert (gradients[name] - gradient).norm() < 0.1 * gradient.norm()
+
+
+def test_lora_leaves_the_base_as_it_was(tmp_path):
+    done = run(tmp_path, method="lora", epochs=4, learning_rate=0.01)
+    parameters = dict(done.model.named_parameters())
+    expected = dict(tiny_llama().named_parameters())
+    base = {name: p for name, p in parameters.items() if "lora_" not in name}
+    assert len(base) == len(expected)
+    assert all(map(torch.equal, base.values(), expected.values()))
+    assert all(p.any() for name, p in parameters.items() if "lora_B" in name)  # these begin at 0
+    saved = train.load_file(tmp_path / "step-000004" / "weights.safetensors")
+    assert set(saved) == {name for name in parameters if "lora_" in name}
+
+
+@pytest.mark.parametrize(("change", "is_same"), [({}, True), ({"seed": 2}, False)])
+def test_equal_seeds_give_equal_bits(change, is_same, tmp_path):
+    options = {"method": "lora", "lora_dropout": 0.3, "epochs": 3, "batch_examples": 2, "micro_batch_examples": 1}
+    first = run(tmp_path / "a", **options)
+    second = run(tmp_path / "b", **options | change)
+    assert all(map(torch.equal, first.model.parameters(), second.model.parameters())) == is_same
+
+
+# Checkpoints and resume
+
+
+def resumable(folder, method, **options):
+    """Nine steps with a checkpoint after every second; dropout shows whether random choices are taken up again."""
+    options = {"batch_examples": 2, "micro_batch_examples": 1, "epochs": 3, "save_every": 2, "eval_every": 99} | options
+    return run(folder, method=method, lora_dropout=0.3 if method == "lora" else 0.0, plw=0.242, **options)
+
+
+def hang(folder: Path) -> None:
+    """Train in a process per method, each stopping for good in its seventh step, just after a checkpoint of the sixth.
+
+    Runs in a process of its own, where torch has done nothing yet that would not survive a fork.
+    """
+    for method in METHODS:
+        if os.fork() == 0:
+
+            def stop(metrics, step, method=method):
+                if step == 7:
+                    print(method, flush=True)
+                    signal.pause()
+
+            try:
+                with train.reserve(folder / method):
+                    resumable(folder / method, method, log=stop)
+            finally:
+                print("never got there", flush=True)
+                os._exit(1)
+    for _ in METHODS:
+        os.wait()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of runs that were killed, and what a second process was told while the first still ran."""
+    folder = tmp_path_factory.mktemp("killed")
+    script = "import pathlib, sys; from tests.test_train import hang; hang(pathlib.Path(sys.argv[1]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert sorted(process.stdout.readline().strip() for _ in METHODS) == sorted(METHODS)
+        told = {}
+        for method in METHODS:
+            with pytest.raises(ValueError, match="another process") as refused, train.reserve(folder / method):
+                pass
+            told[method] = str(refused.value)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    for method in METHODS:
+        with (folder / method / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the last of the process, which takes a moment to die
+    return folder, told
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_started_again_ends_in_the_same_bits(killed, method, tmp_path):
+    folder, told = killed
+    folder /= method
+    assert str(folder) in told[method]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000006"]
+    (folder / "unfinished").mkdir()  # as a kill while saving leaves it
+    (folder / "unfinished" / "weights.safetensors").write_bytes(b"half")
+
+    steps = []
+    with train.reserve(folder):  # the lock died with its process
+        again = resumable(folder, method, log=lambda metrics, step: steps.append(step))
+    undisturbed = resumable(tmp_path, method)
+    assert (again.resumed_from, again.steps, steps) == (6, 9, [7, 8, 9])
+    expected = dict(undisturbed.model.named_parameters())
+    found = dict(again.model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not all(map(torch.equal, found.values(), dict(tiny_llama().named_parameters()).values()))
+    assert [path.name for path in folder.glob("step-*")] == ["step-000009"]
+    assert not (folder / "unfinished").exists()
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(tmp_path):
+    expected = resumable(tmp_path, "full")
+    steps = []
+    again = resumable(tmp_path, "full", log=lambda metrics, step: steps.append(step))
+    assert steps == []
+    assert again.resumed_from == again.steps == 9
+    assert all(map(torch.equal, again.model.parameters(), expected.model.parameters()))
+
+
+def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
+    seen = []
+    prepared = Prepared(Source("made up", "generated", "", [], []), EXAMPLES, EXAMPLES[:2], {})
+    config = TrainConfig(batch_examples=2, micro_batch_examples=2, epochs=1, save_every=2)
+    train.run(
+        config,
+        prepared,
+        tiny_llama(),
+        tmp_path,
+        before_save=lambda: seen.append(sorted(path.name for path in tmp_path.glob("step-*"))),
+    )
+    assert seen == [[], ["step-000002"]]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (2, 999_999, 1_000_000):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert [path.name for path in train._checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
+    model = tiny_llama()
+    model.model.norm.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="train/loss is nan at step 1"):
+        run(tmp_path, model=model)
+    assert list(tmp_path.glob("step-*")) == []
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_weights_that_give_no_finite_loss_never_replace_a_good_checkpoint(save_every, tmp_path, monkeypatch):
+    """Here the fourth step itself is fine, but leaves weights that are not."""
+
+    def poison(optimizer, *_):
+        steps.append(optimizer)
+        if len(steps) == 4:
+            optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
+
+    steps = []
+    hook = register_optimizer_step_pre_hook(poison)
+    try:
+        with pytest.raises(FloatingPointError, match=r"at step 4"):
+            resumable(tmp_path, "full", save_every=save_every)
+    finally:
+        hook.remove()
+    (kept,) = tmp_path.glob("step-*")
+    assert kept.name == {1: "step-000003", 2: "step-000002"}[save_every]
+    weights = train.load_file(kept / "weights.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert resumable(tmp_path, "full", save_every=save_every).resumed_from == int(kept.name[-1])
+
+
+def test_a_learning_rate_beyond_reason_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"Lower --learning-rate"):
+        resumable(tmp_path, "full", learning_rate=1e30, warmup_ratio=0.0)
+    assert list(tmp_path.glob("step-*")) == []
