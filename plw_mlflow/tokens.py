@@ -80,7 +80,10 @@ def encode(record: Record, tokenizer: Any) -> Example:
     pieces = list(render(record))
     ends = list(itertools.accumulate(len(text) for text, _ in pieces))
     segments = [segment for _, segment in pieces]
-    encoded = tokenizer("".join(text for text, _ in pieces), return_offsets_mapping=True, verbose=False)
+    # A record may spell a special token, as HTML's <s>struck out</s> does LLaMA's: that is text like any other.
+    encoded = tokenizer(
+        "".join(text for text, _ in pieces), return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
     tokens: list[int] = list(encoded["input_ids"])
     segment = [int(segments[bisect.bisect_left(ends, end)]) for _, end in encoded["offset_mapping"]]
     if tokens[-1] != tokenizer.eos_token_id:

@@ -100,14 +100,11 @@ def run(
             seeding.seed_global(config.seed, "dropout", state.step, accelerator.process_index)
             step_started = time.monotonic()
             examples = [prepared.training[index] for index in indices]
-            mine = _share(
-                [
-                    batches.collate(cut, weights)
-                    for cut in batches.split(examples, config.micro_batch_examples, by_length=by_length)
-                ],
-                accelerator,
-            )
-            metrics: dict[str, float] = _accumulate(learner, mine, config, accelerator)
+            micro_batches = [
+                batches.collate(cut, weights)
+                for cut in batches.split(examples, config.micro_batch_examples, by_length=by_length)
+            ]
+            metrics: dict[str, float] = _accumulate(learner, micro_batches, config, accelerator)
             norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
             metrics["train/grad_norm"] = float(norm) if norm is not None else math.nan
             metrics["train/learning_rate"] = float(state.schedule.get_last_lr()[0])
@@ -136,15 +133,19 @@ def run(
     return Trained(state.learner.model.eval(), total, resumed_from, tokens_seen / seconds, seconds)
 
 
-def _accumulate(learner: Any, mine: list[Batch], config: TrainConfig, accelerator: Accelerator) -> dict[str, float]:
+def _accumulate(
+    learner: Any, micro_batches: list[Batch], config: TrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
     """Add up the gradients of one step, and return its losses.
+
+    micro_batches: those of all processes; each computes its share.
 
     The step's divisor is summed over all micro-batches and all processes before the first backward pass.
     """
     device = accelerator.device
+    mine = _share(micro_batches, accelerator)
     divisors = [loss.divisor(batch.weights, config.loss_divisor) for batch in mine]
     whole = accelerator.reduce(torch.stack(divisors).sum().to(device), "sum")
-    micro_batches = len(mine) * accelerator.num_processes
     # Sums over this process: divided loss; prompt losses and tokens; completion losses and tokens.
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for number, (cpu_batch, own) in enumerate(zip(mine, divisors, strict=True), start=1):
@@ -152,7 +153,7 @@ def _accumulate(learner: Any, mine: list[Batch], config: TrainConfig, accelerato
         with accelerator.no_sync(learner) if number < len(mine) else nullcontext():
             total, nll = learner(batch.tokens, batch.attention, batch.weights)
             # DDP averages gradients over processes where a sum is wanted: hence the factor of their number.
-            divided = total * _reciprocal(whole if config.divisor_scope == "step" else own * micro_batches)
+            divided = total * _reciprocal(whole if config.divisor_scope == "step" else own * len(micro_batches))
             accelerator.backward(divided * accelerator.num_processes)
         sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
     found = accelerator.reduce(sums, "sum").tolist()

@@ -92,7 +92,7 @@ def test_real_arc_files_are_read_whole(shared):
 def test_missing_or_damaged_documents_are_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "arc_easy_test.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="arc_easy_test.jsonl") as error:
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl") as error:
         evaluate.load_tasks(ScoreOptions(tasks="arc_easy", data_dir=tmp_path))
     assert message in str(error.value)
 

@@ -1,12 +1,10 @@
 """The entry points as a person runs them: in processes of their own, on the toy laboratory, into a store on disk."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
 
 import mlflow
@@ -16,54 +14,9 @@ import torch
 
 from plw_mlflow import cell, models, tracking
 from plw_mlflow.config import MainConfig, TrainConfig
+from tests.stores import ROOT, Place
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--max-records", "120", "--epochs", "1", "--limit", "4")
-
-
-class Place:
-    """A folder with a tracking store, and the commands run in it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-
-    @cached_property
-    def client(self):  # at first use, as the store puts its artifacts below the folder it is first opened in
-        return mlflow.MlflowClient(self.uri)
-
-    def environment(self, **more):
-        return (
-            os.environ
-            | {
-                "MLFLOW_TRACKING_URI": self.uri,
-                "MLFLOW_DISABLE_TELEMETRY": "true",
-                "PYTHONPATH": str(ROOT),
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            }
-            | more
-        )
-
-    def start(self, name, *arguments, **more):
-        command = [sys.executable, "-m", f"entrypoints.{name}", *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment(**more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, name, *arguments, status=0, **more):
-        process = self.start(name, *arguments, **more)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == status, err
-        return out, err
-
-    def runs(self):
-        """All runs, the newest first."""
-        return list(self.client.search_runs(["0"], order_by=["attributes.start_time DESC"]))
 
 
 @pytest.fixture(scope="module")
@@ -247,19 +200,18 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (("--model", "no/such/model"), "model 'no/such/model'"),
-        (("--dataset", "toy-shrt"), "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
-        (("--tasks", "toy_choise"), "there is no task 'toy_choise'; the nearest are toy_choice"),
-        (("--max-tokens", "20"), "no example of toy-short is left to train on"),
-        (("--max-tokens", "4096"), "max-tokens is 4096, but toy has 512 positions"),
-        (("--learning-rate", "1e30", "--max-records", "120"), "at step"),
+        (("train", "--model", "no/such/model"), 2, "tokenizer 'no/such/model' cannot be loaded"),
+        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
+        (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
+        (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
+        (("train", "--max-tokens", "4096"), 2, "max-tokens is 4096, but toy has 512 positions"),
+        (("train", "--learning-rate", "1e30", "--max-records", "120"), 1, "at step"),
     ],
 )
-def test_bad_input_is_one_line_and_a_failed_run(new_place, arguments, message):
-    status = 1 if "--learning-rate" in arguments else 2
-    _, err = new_place.run("main", *arguments, status=status, HF_HUB_OFFLINE="1")
+def test_bad_input_is_one_line_and_a_failed_run(new_place, arguments, status, message):
+    _, err = new_place.run(*arguments, status=status)
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert message in line
     assert "Traceback" not in err

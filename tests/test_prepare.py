@@ -139,7 +139,13 @@ def test_the_profile_reads_well_and_names_what_was_left_out(write, tokenizer):
     assert found["skipped"] == ["record 4 has an empty completion (output)"]
     assert "1 unusable, 1 too long; 0 truncated" in text
     assert found["sha256"][:12] in text
-    json.dumps(found)  # it is written as profile.json
+
+
+def test_a_profile_is_written_where_there_is_a_folder_for_it(write, tokenizer, tmp_path):
+    found = prepare.run(write(LONG), tokenizer, DataOptions())
+    prepare.write(found, tmp_path / "new" / "folder")
+    assert json.loads((tmp_path / "new" / "folder" / "profile.json").read_text()) == found.profile
+    prepare.write(found, None)
 
 
 @given(st.text(max_size=20))

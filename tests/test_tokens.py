@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -60,6 +60,7 @@ odd = st.text(max_size=12) | st.sampled_from(
         "\r\n\t\u3000\u2028",
         "\ufeff\ufffd",
         "{instruction} {input} {0} {{ %s }",
+        "<s>struck out</s>",  # HTML, and the spelling of special tokens
         "\n\n### Response:",
         "\n\n### Input:\n",
     ]
@@ -70,7 +71,6 @@ odd = st.text(max_size=12) | st.sampled_from(
 @example("{instruction}", "\n\n### Response:4", "### Instruction:\n{input}")
 def test_segments_part_the_tokens_in_order_whatever_the_text(instruction, context, output):
     """With a token a byte, segments are known from the lengths of the pieces in bytes."""
-    assume("s>" not in instruction + context + output)  # would be read as an end-of-text token
     record = Record("1", instruction, context, output)
     found = encode(record, byte_tokenizer())
     before, after = tokens.ALPACA_WITHOUT_INPUT.split("{instruction}")
@@ -97,7 +97,6 @@ def _bytes_to_characters() -> dict[int, str]:
 @given(instruction=odd, context=odd, output=odd)
 def test_a_token_belongs_where_its_last_character_does(greedy, instruction, context, output):
     """Tokens of many bytes straddle the borders; their own spelling says where each ends."""
-    assume("s>" not in instruction + context + output)
     record = Record("1", instruction, context, output)
     found = encode(record, greedy)
     by_byte = [segment for text, segment in tokens.render(record) for _ in text.encode()]
@@ -146,6 +145,12 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
     found = encode(Record("1", "Go.", "", "Gone"), tokenizer)
     assert found == encode(Record("1", "Go.", "", "Gone"), byte_tokenizer())
+
+
+def test_a_record_that_spells_special_tokens_holds_text():
+    found = encode(Record("1", "Strike <s>it</s>", "", "<s>it</s>"), byte_tokenizer(bos=True))
+    assert [token for token in found.tokens if token in (BOS, EOS)] == [BOS, EOS]
+    assert found.segment.count(C) == len("<s>it</s>") + 1
 
 
 @pytest.mark.parametrize("field", ["instruction", "input"])

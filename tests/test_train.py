@@ -6,8 +6,10 @@ import functools
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -131,13 +133,17 @@ def test_the_extremes_are_the_two_usual_losses(plw, micro_batch, tied, tmp_path)
     assert_same_step(found, expected)
 
 
+def micro_batches(rows, size):
+    """The rows of the only step, as they are cut where each micro-batch has its own divisor."""
+    (order,) = batches.steps(len(rows), 6, seed=1234, first=0, total=1)
+    taken = [rows[index] for index in order]
+    return [taken[start : start + size] for start in range(0, len(taken), size)]
+
+
 @pytest.mark.parametrize("divisor", ["weights", "tokens"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_batch, tmp_path):
-    (order,) = batches.steps(len(EXAMPLES), 6, seed=1234, first=0, total=1)
-    taken = [EXAMPLES[index] for index in order]
-    groups = [taken[start : start + micro_batch] for start in range(0, len(taken), micro_batch)]
-    expected = oracle(groups, [0.242, 0.242, 0.242, 1], divisor)
+    expected = oracle(micro_batches(EXAMPLES, micro_batch), [0.242, 0.242, 0.242, 1], divisor)
     found = first_step(
         tmp_path, plw=0.242, loss_divisor=divisor, divisor_scope="micro-batch", micro_batch_examples=micro_batch
     )
@@ -179,6 +185,47 @@ def test_a_step_that_weighs_nothing_changes_nothing(scope, tmp_path):
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())
     assert all(map(torch.equal, model.parameters(), tiny_llama().parameters()))
+
+
+SCOPES = ("step", "micro-batch")
+
+
+def share(folder: Path, port: str) -> None:
+    """Take the first step in two processes, which have three micro-batches between them, and save what each found.
+
+    Runs in a process of its own, where torch has done nothing yet that would not survive a fork.
+    """
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    for rank in ("0", "1"):
+        if os.fork() == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            try:
+                options = {"plw": 0.242, "micro_batch_examples": 2}
+                found = {scope: first_step(folder / scope, divisor_scope=scope, **options) for scope in SCOPES}
+                torch.save(found, folder / rank)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+    for _ in range(2):
+        os.wait()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = "import pathlib, sys; from tests.test_train import share; share(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", script, str(tmp_path), port]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=60)
+    expected = {
+        "step": whole_step(0.242, "weights"),
+        "micro-batch": oracle(micro_batches(EXAMPLES, 2), [0.242, 0.242, 0.242, 1], "weights"),
+    }
+    for rank in ("0", "1"):
+        found = torch.load(tmp_path / rank)
+        for scope in SCOPES:
+            assert_same_step(found[scope], expected[scope])
 
 
 def test_losses_are_logged_by_side_whatever_the_plw(tmp_path):
@@ -282,9 +329,10 @@ def hang(folder: Path) -> None:
             try:
                 with train.reserve(folder / method):
                     resumable(folder / method, method, log=stop)
-            finally:
-                print("never got there", flush=True)
-                os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+            print("never got there", flush=True)
+            os._exit(0)
     for _ in METHODS:
         os.wait()
 
