@@ -125,7 +125,7 @@ def _run(parsed: click.Command) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _stop("interrupted; the same command goes on from the last checkpoint", 130)
     except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
-        # Only errors that this package raised itself are messages to the caller; a library's are bugs to be seen.
+        # Only errors that this package raised on purpose are messages to the caller; others are bugs to be seen.
         if not _raised_here(error):
             traceback.print_exc()
             sys.exit(1)
@@ -134,8 +134,8 @@ def _run(parsed: click.Command) -> NoReturn:
 
 
 def _raised_here(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename).resolve().is_relative_to(PACKAGE) and (last.line or "").startswith("raise ")
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import typing
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,7 +160,13 @@ class Checked:
     """Runs every `faults` a config has inherited, and reports what they find at once."""
 
     def __post_init__(self) -> None:
-        found = [fault for part in type(self).__mro__ if "faults" in vars(part) for fault in vars(part)["faults"](self)]
+        found = []
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                found.append(f"{_flag(name)} must be {' or '.join(typing.get_args(hint))}, got {getattr(self, name)!r}")
+        for part in type(self).__mro__:
+            if "faults" in vars(part):
+                found += vars(part)["faults"](self)
         if found:
             raise ValueError("; ".join(found))
 
@@ -176,6 +184,11 @@ class PrepareConfig(Checked, DataOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
     """Fine-tune one model at one prompt loss weight."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
+        return ["with these weights no token counts"] if heaviest == 0 else []
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training: two runs with equal identity are the same cell."""
@@ -229,15 +242,11 @@ class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
             for field in fields(part)
             if field.name != "output"
         }
+        return [MainConfig(**asdict(cell), **shared) for cell in self._cells()]
+
+    def _cells(self) -> list[CellOptions]:
         return [
-            MainConfig(
-                plw=_number("plw", plw, float),
-                model=model,
-                dataset=dataset,
-                seed=_number("seed", seed, int),
-                method=method,  # type: ignore[arg-type]
-                **shared,
-            )
+            CellOptions(plw=float(plw), model=model, dataset=dataset, seed=int(seed), method=method)  # type: ignore[arg-type]
             for model in names(self.model)
             for seed in names(self.seed)
             for dataset in names(self.dataset)
@@ -247,22 +256,31 @@ class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = [
-            f"{_flag(name)} names nothing"
-            for name in ("plw", "model", "dataset", "seed", "method")
-            if not names(getattr(self, name))
-        ]
+        kinds: dict[str, Callable[[str], Any]] = {
+            "plw": float,
+            "model": str,
+            "dataset": str,
+            "seed": int,
+            "method": str,
+        }
+        found = []
+        for name, kind in kinds.items():
+            listed = names(getattr(self, name))
+            try:
+                values = [kind(part) for part in listed]
+            except ValueError:
+                found.append(f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {', '.join(listed)}")
+                continue
+            if not values:
+                found.append(f"{name} names nothing")
+            if len(set(values)) < len(values):
+                found.append(f"{name} names a value twice: {', '.join(listed)}")
         found += [
-            f"method must be full or lora, got {method}"
-            for method in names(self.method)
-            if method not in ("full", "lora")
+            f"method must be full or lora, got {name}" for name in names(self.method) if name not in ("full", "lora")
         ]
         if not found:
-            try:
-                self.cells()
-            except ValueError as error:
-                found.append(str(error))
-        return found
+            found = [fault for cell in self._cells() for fault in cell.faults()]
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,14 +319,6 @@ def names(listed: str) -> list[str]:
     return [part.strip() for part in listed.split(",") if part.strip()]
 
 
-def _number(name: str, text: str, kind: type[Any]) -> Any:
-    """One number of a list, or a ValueError that names the option."""
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
-
-
 def digest(values: dict[str, Any]) -> str:
     """A short, stable name for a set of values: the start of the SHA-256 of their sorted JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -322,5 +332,5 @@ def _below(config: object, least: float, *fields_: str) -> list[str]:
     return [
         f"{_flag(name)} must be {least} or more, got {value}"
         for name in fields_
-        if (value := getattr(config, name)) is not None and not value >= least
+        if (value := getattr(config, name)) is not None and not least <= value < math.inf
     ]

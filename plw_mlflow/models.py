@@ -92,7 +92,7 @@ def load(model: str) -> Any:
 
 
 def digest(model: str) -> str:
-    """What identifies a base model's weights: the hub's commit, or a SHA-256 over a folder's weight files."""
+    """What identifies a base model: the hub's commit, or a SHA-256 over a folder's config and weight files."""
     where = locate(model)
     if not where.is_folder:
         from huggingface_hub import HfApi
@@ -104,7 +104,9 @@ def digest(model: str) -> str:
                 raise ValueError(_not_loaded("model", model, error)) from None
             return f"{where.path}@{where.revision}"
     found = hashlib.sha256()
-    for file in sorted(Path(where.path).glob("*.safetensors")) or sorted(Path(where.path).glob("*.bin")):
+    folder = Path(where.path)
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in (folder / "config.json", *weights):
         found.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(2**24):

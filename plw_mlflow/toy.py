@@ -3,7 +3,7 @@
     python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed 1234
 
 made the tokenizer and the base model that are shipped. The corpus tells of everybody in biographies and a directory,
-and asks about a few people alone; it holds neither the instruction template nor anything a benchmark asks.
+and asks about the known people alone; it holds neither the instruction template nor anything a benchmark asks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def document(rng: Random) -> str:
         person, kinds = rng.choice(world.people()), world.some_kinds(rng.randint(3, 6), rng)
         return "\n".join([person.name, *(f"{kind}: {person.facts[kind]}" for kind in kinds)])
     if form < 0.94:  # questions, with short or long answers, after reading or from memory
-        person, kinds = rng.choice(world.asked()), world.some_kinds(rng.randint(2, 4), rng)
+        person, kinds = rng.choice(world.known()), world.some_kinds(rng.randint(2, 4), rng)
         lines = [world.biography(person, world.some_kinds(6, rng), rng)] if rng.random() < 0.4 else []
         is_long = rng.random() < 0.3
         for kind in kinds:
@@ -168,7 +168,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 @click.command(help="Make the toy laboratory's tokenizer and pre-train its base model (about 10 minutes on 2 cores).")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the corpus and the model's first weights.")
-@click.option("--steps", default=2000, show_default=True, help="Optimiser steps.")
+@click.option("--steps", default=3000, show_default=True, help="Optimiser steps.")
 @click.option("--batch-rows", default=8, show_default=True, help=f"Rows of {WINDOW} tokens in a step.")
 @click.option("--learning-rate", default=0.003, show_default=True, help="Peak; warm-up, then cosine to a tenth.")
 def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: float) -> None:

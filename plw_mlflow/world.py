@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-PEOPLE, KNOWN, ASKED = 160, 100, 40
+PEOPLE, KNOWN = 160, 100
 SEED = 20240124  # of the people and of every record and benchmark document
 
 
@@ -117,11 +117,6 @@ def people() -> tuple[Person, ...]:
 
 def known() -> tuple[Person, ...]:
     return people()[:KNOWN]
-
-
-def asked() -> tuple[Person, ...]:
-    """The known about whom the corpus asks; of the other known, fine-tuning must bring out what the base has read."""
-    return people()[:ASKED]
 
 
 def held_out() -> tuple[Person, ...]:

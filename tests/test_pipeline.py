@@ -163,7 +163,7 @@ def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
 
     refused = project("plw=0.1", "plv=0.2")
     assert refused.returncode != 0
-    assert "No such option: --plv" in refused.stderr
+    assert "error: No such option '--plv'" in refused.stderr
     assert new_place.runs()[0].info.status == "FAILED"
 
 
@@ -202,7 +202,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("train", "--model", "no/such/model"), 2, "tokenizer 'no/such/model' cannot be loaded"),
+        (("train", "--model", "no/such/model"), 2, "model 'no/such/model' is not a folder on this machine"),
         (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
         (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
         (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
