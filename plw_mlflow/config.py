@@ -62,9 +62,9 @@ class RecipeOptions:
     """Loss weight of completion tokens and their end of text."""
     learning_rate: float = 0.001
     """Peak learning rate of AdamW; suits the toy model. The study: 0.00002 for a full 7B model."""
-    epochs: float = 2.0
+    epochs: float = 3.0
     """Passes over the training examples."""
-    batch_examples: int = 32
+    batch_examples: int = 16
     """Examples per optimiser step, over all devices."""
     micro_batch_examples: int = 16
     """Examples per device and forward pass; lower it when memory is short, the step stays the same."""

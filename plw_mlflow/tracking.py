@@ -30,7 +30,6 @@ from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
 
 from plw_mlflow import __version__, seeding
 from plw_mlflow.evaluate import Evaluation
@@ -165,6 +164,7 @@ class Run:
         It is coefficients in JSON and the code that reads them; nothing is pickled.
         """
         package = Path(__file__).resolve().parent
+        fits = json.loads(fit.read_text())["fits"]
         with tempfile.TemporaryDirectory() as folder:
             code = Path(folder) / package.name
             code.mkdir()
@@ -177,10 +177,7 @@ class Run:
                 data_path=str(fit),
                 code_paths=[str(code)],
                 pip_requirements=[f"{name}=={versions[name]}" for name in ("numpy", "scipy", "pandas")],
-                signature=infer_signature(
-                    pd.DataFrame({"dataset": ["toy-short"], "plw": [0.1]}),
-                    pd.DataFrame({"score": [0.5], "optimum_plw": [0.1]}),
-                ),
+                input_example=pd.DataFrame({"dataset": [one["dataset"] for one in fits], "plw": 0.1}),
                 registered_model_name="plw-regression",
             )
 

@@ -27,4 +27,4 @@ def score_short(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """
     values = "|".join(world.KINDS[doc["kind"]].values)
     named = re.search(rf"\b({values})\b", results[0])
-    return {"exact_match": float(named is not None and named[0] == doc["answer"])}
+    return {"acc": float(named is not None and named[0] == doc["answer"])}
