@@ -19,5 +19,6 @@ COPY plw_mlflow plw_mlflow
 COPY entrypoints entrypoints
 
 ARG COMMIT=""
-ENV PLW_GIT_COMMIT=${COMMIT}
+ARG IMAGE=""
+ENV PLW_GIT_COMMIT=${COMMIT} PLW_IMAGE=${IMAGE}
 CMD ["python", "-m", "entrypoints.main", "--help"]

@@ -23,7 +23,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 
 image:
-	docker build --build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
+	docker build --build-arg IMAGE=$(IMAGE) --build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
 
 setup: .venv/installed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +40,8 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
 
     When the block ends well, the cell's checkpoints are removed.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a cell runs in one process for now; start it without torchrun or accelerate launch")
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(config.dataset, tokenizer, config)
     run.log_data(prepared.source, prepared.profile)
@@ -45,17 +49,24 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     print(prepare.profile_text(prepared.profile))
     model = models.load(config.model)
     _check_fit(model, prepared, config)
-    base = models.digest(config.model)
-    key = digest(config.identity() | {"data_sha256": prepared.source.sha256, "base": base})
+    contents = {
+        "data": prepared.source.sha256,
+        "records": str(len(prepared.source.records)),
+        "base": models.digest(config.model),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "precision": train.mixed_precision(config.precision),
+    }
+    key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key
     with train.reserve(folder):
-        run.tag(base_model=base)
+        run.tag(base_model=contents["base"], precision=contents["precision"])
         run.begin_cell(key, folder, train.newest_step(folder))
         done = train.run(config, prepared, model, folder, run.log_step, run.flush)
         run.flush()
         if done.resumed_from:
-            print(f"went on from the checkpoint of step {done.resumed_from}")
-        print(f"trained {done.steps} steps, {done.tokens_per_second:.0f} tokens per second")
+            print(f"went on from the checkpoint of step {done.resumed_from} of {done.steps}")
+        if done.resumed_from < done.steps:
+            print(f"trained to step {done.steps}, {done.tokens_per_second:.0f} tokens per second")
         with tempfile.TemporaryDirectory() as adapter:
             merged = models.merge(done.model, Path(adapter))
             run.log_folder(Path(adapter), "adapter")

@@ -14,11 +14,13 @@ import types
 import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import click
+
+from plw_mlflow.config import spell
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -32,8 +34,7 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
     def decorate(main: Callable[[Any], None]) -> Callable[[], NoReturn]:
         @click.command(help=f"{config_type.__doc__}", context_settings={"show_default": True, "max_content_width": 120})
         def parsed(**values: Any) -> None:
-            given = {name: value for name, value in values.items() if value is not UNSET}
-            main(config_type(**given))
+            main(config_type(**values))
 
         for option in reversed(options(config_type)):
             parsed = option(parsed)
@@ -51,25 +52,11 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
             "--" + field.name.replace("_", "-"),
             field.name,
             type=_OptionalType(hints[field.name]),
-            default=None if field.default is None or field.default is MISSING else _spell(field.default),
+            default=None if field.default is None else spell(field.default),
             help=help_lines[field.name],
         )
         for field in fields(config_type)
     ]
-
-
-def spell_default(value: Any) -> str:
-    """A default as MLproject writes it: unset is the empty string, floats are written out."""
-    return "" if value is None else _spell(value)
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-UNSET = None
 
 
 class _OptionalType(click.ParamType):

@@ -43,6 +43,7 @@ class DataOptions:
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
+        found += _not_a_folder(self, "output")
         if not 0 < self.validation_share < 1:
             found.append(f"validation-share must lie between 0 and 1, got {self.validation_share}")
         return found
@@ -97,6 +98,7 @@ class RecipeOptions:
         for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
+        found += _not_a_folder(self, "checkpoint_dir")
         if not 0 <= self.lora_dropout < 1:
             found.append(f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout}")
         if self.warmup_ratio > 1:
@@ -191,8 +193,16 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         return ["with these weights no token counts"] if heaviest == 0 else []
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide what comes out of training: two runs with equal identity are the same cell."""
-        leave_out = {"output", "checkpoint_dir", "save_every"}
+        """The values that decide what comes out of training, but for model, data and tokenizer.
+
+        Those three are told apart by their contents (`cell.py`): one file has many paths.
+        """
+        leave_out = {"model", "dataset", "tokenizer", "max_records", "on_bad_record", "precision"}
+        leave_out |= {"output", "checkpoint_dir", "save_every", "eval_every"}
+        if self.divisor_scope == "step":  # how a step is cut then changes nothing
+            leave_out |= {"micro_batch_examples"}
+        if self.method == "full":
+            leave_out |= {"lora_rank", "lora_alpha", "lora_dropout"}
         return {field.name: getattr(self, field.name) for field in fields(TrainConfig) if field.name not in leave_out}
 
 
@@ -211,7 +221,8 @@ class EvaluateConfig(Checked, ScoreOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        return [] if (self.run_id is None) != (self.model is None) else ["give either run-id or model"]
+        found = _not_a_folder(self, "output")
+        return found if (self.run_id is None) != (self.model is None) else [*found, "give either run-id or model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +312,8 @@ class AnalyzeConfig(Checked):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         given = [value for value in (self.scores, self.run_id, self.experiment) if value is not None]
-        return [] if len(given) == 1 else ["give one of scores, run-id or experiment"]
+        found = _not_a_folder(self, "output")
+        return found if len(given) == 1 else [*found, "give one of scores, run-id or experiment"]
 
 
 CONFIGS: dict[str, type[Checked]] = {
@@ -319,6 +331,13 @@ def names(listed: str) -> list[str]:
     return [part.strip() for part in listed.split(",") if part.strip()]
 
 
+def spell(value: Any) -> str:
+    """A value as MLproject and MLflow have it: unset is empty, truth is in small letters, floats are written out."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+
+
 def digest(values: dict[str, Any]) -> str:
     """A short, stable name for a set of values: the start of the SHA-256 of their sorted JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -326,6 +345,11 @@ def digest(values: dict[str, Any]) -> str:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _not_a_folder(config: object, field: str) -> list[str]:
+    path = getattr(config, field)
+    return [f"{_flag(field)} {path} is a file, not a folder"] if path is not None and path.is_file() else []
 
 
 def _below(config: object, least: float, *fields_: str) -> list[str]:

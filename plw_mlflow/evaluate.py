@@ -10,6 +10,7 @@ import csv
 import difflib
 import json
 import logging
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from plw_mlflow.config import ScoreOptions, names
+from plw_mlflow.errors import first_line
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
-PERCENT_METRICS = ("bleu", "chrf", "ter")  # the harness gives these on 0..100
+# The harness gives these on 0..100; the second line is TruthfulQA's.
+PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
 BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors; the harness takes no more for BLEU either
 
 
@@ -35,7 +38,7 @@ class Score:
     n: int  # documents scored
     num_fewshot: int
     task_version: str
-    is_primary: bool  # the task's first metric, which stands for it in the score table
+    is_primary: bool  # the first metric of which more is better; it stands for its task in the score table
 
 
 @dataclass(frozen=True)
@@ -90,21 +93,30 @@ def load_tasks(options: ScoreOptions) -> Tasks:
         for name in wanted
     ]
     try:
-        return Tasks(list(manager.load(specs)["tasks"].values()), manager)
+        loaded = list(manager.load(specs)["tasks"].values())
     except (ConnectionError, OSError) as error:  # the hub, or a file
         raise ValueError(
-            f"the documents of {options.tasks} cannot be read: {_first_line(error)}; "
+            f"the documents of {options.tasks} cannot be read: {first_line(error)}; "
             "without a network, give local files by --data-dir"
         ) from None
+    for task in loaded:
+        if True not in task.higher_is_better().values():
+            raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
+    return Tasks(loaded, manager)
 
 
 def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:
-    """Score a causal language model on tasks."""
+    """Score a causal language model on tasks, on the GPU if there is one."""
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     harness_model = HFLM(
-        pretrained=model.eval(), tokenizer=tokenizer, batch_size=options.eval_batch_examples, max_batch_size=None
+        pretrained=model.to(device).eval(),
+        tokenizer=tokenizer,
+        batch_size=options.eval_batch_examples,
+        max_batch_size=None,
     )
     found = simple_evaluate(
         harness_model,
@@ -124,28 +136,36 @@ def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: i
 
 
 def _scores(results: dict[str, Any]) -> list[Score]:
-    """The harness's results as rows. Its keys are "METRIC,FILTER"; the first of a task is its primary metric."""
+    """The harness's results as rows. Its keys are "METRIC,FILTER"; a filter other than "none" is part of the name.
+
+    Raises ValueError for a task without a metric on 0..1 of which more is better: it has no score to average.
+    """
     scores = []
     for task, values in results["results"].items():
         if task not in results["n-samples"]:
             continue  # a group, whose tasks have rows of their own
-        metrics = [key for key in values if "," in key and "_stderr," not in key]
-        for position, key in enumerate(metrics):
-            metric, name_of_filter = key.split(",")
-            scale = 100 if metric in PERCENT_METRICS else 1
-            stderr = values.get(f"{metric}_stderr,{name_of_filter}")
+        rises = results["higher_is_better"].get(task, {})
+        has_primary = False
+        for key in (key for key in values if "," in key and "_stderr," not in key):
+            metric, kind = key.split(",")
+            scale = 100 if PERCENT_METRICS.fullmatch(metric) else 1
+            stderr = values.get(f"{metric}_stderr,{kind}")
+            is_primary = not has_primary and rises.get(metric) is True and 0 <= values[key] / scale <= 1
+            has_primary |= is_primary
             scores.append(
                 Score(
                     task=task,
-                    metric=metric,
+                    metric=metric if kind == "none" else f"{metric}-{kind}",
                     score=values[key] / scale,
                     stderr=stderr / scale if isinstance(stderr, float) else None,
                     n=results["n-samples"][task]["effective"],
                     num_fewshot=results["n-shot"].get(task) or 0,
                     task_version=str(results["versions"].get(task)),
-                    is_primary=position == 0,
+                    is_primary=is_primary,
                 )
             )
+        if not has_primary:
+            raise ValueError(f"task {task} has no metric on 0 to 1 of which more is better, so it gives no score")
     return scores
 
 
@@ -221,7 +241,3 @@ def _as_dataset(documents: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
     from datasets import Dataset
 
     return {"test": Dataset.from_list(documents)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,6 +34,8 @@ def weighted_nll(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and the head's is the largest
+        hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
         loss, kept = _ChunkedNLL.apply(hidden[rows], head, bias, targets[rows], weights[rows])
     return loss, torch.zeros_like(weights).index_copy(0, rows, kept)
@@ -86,11 +88,12 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The incoming gradient holds 1 / divisor: applied last, so that low-precision products stay near 1.
+        # The incoming gradient holds 1 / divisor: applied last, so that low-precision products stay near 1, and in
+        # float32, as a rounded divisor would scale the whole step.
         grad_hidden, grad_head, grad_bias = ctx.saved_tensors
         head_type, bias_type = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grads[0].to(grad_hidden.dtype),
+            None if grad_hidden is None else (grad_hidden.float() * grads[0]).to(grad_hidden.dtype),
             None if grad_head is None else (grad_head * grads[0]).to(head_type),
             None if grad_bias is None else (grad_bias * grads[0]).to(bias_type),
             None,

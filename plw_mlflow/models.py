@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plw_mlflow import loss, seeding
 from plw_mlflow.config import RecipeOptions
+from plw_mlflow.errors import first_line
 
 TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 
@@ -92,17 +93,14 @@ def load(model: str) -> Any:
 
 
 def digest(model: str) -> str:
-    """What identifies a base model: the hub's commit, or a SHA-256 over a folder's config and weight files."""
+    """What identifies a base model that was loaded: the hub's commit, or a SHA-256 of its config and weight files."""
     where = locate(model)
     if not where.is_folder:
-        from huggingface_hub import HfApi
+        from huggingface_hub import hf_hub_download
 
-        try:
-            return f"{where.path}@{HfApi().model_info(where.path, revision=where.revision).sha}"
-        except Exception as error:  # Offline, a cached snapshot is used; its commit is what was asked for.
-            if where.revision is None:
-                raise ValueError(_not_loaded("model", model, error)) from None
-            return f"{where.path}@{where.revision}"
+        # The file is in the cache by now, in a folder that has the commit's name.
+        config = hf_hub_download(where.path, "config.json", revision=where.revision, local_files_only=True)
+        return f"{where.path}@{Path(config).parent.name}"
     found = hashlib.sha256()
     folder = Path(where.path)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
@@ -164,5 +162,4 @@ class Learner(nn.Module):
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{what} {name!r} cannot be loaded: {first_line}"
+    return f"{what} {name!r} cannot be loaded: {first_line(error)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +38,7 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     if options.invert:
         chosen = [inversion.invert(record, lambda text: count_tokens(text, tokenizer)) for record in chosen]
         inverted = sum(new is not old for new, old in zip(chosen, source.records, strict=True))
-    training: list[Example] = []
-    validation: list[Example] = []
+    placed: list[tuple[float, Example]] = []
     dropped, truncated = [], 0
     for record in chosen:
         example = encode(record, tokenizer)
@@ -48,7 +48,12 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
                 continue
             example = Example(example.tokens[: options.max_tokens], example.segment[: options.max_tokens])
             truncated += 1
-        (validation if _is_validation(record, options.validation_share) else training).append(example)
+        placed.append((_place(record), example))
+    share = options.validation_share
+    if len(placed) > 1:  # a few records may all lie beyond the share; the curves need one all the same
+        share = max(share, math.nextafter(min(place for place, _ in placed), 1))
+    training = [example for place, example in placed if place >= share]
+    validation = [example for place, example in placed if place < share]
     examples = training + validation
     lost = sum(not _has_completion(example) for example in examples)
     if not any(map(_has_completion, training)):
@@ -57,8 +62,6 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
             f"{lost} lost their whole completion at max-tokens={options.max_tokens} (raise --max-tokens), and "
             f"{len(validation)} are kept for validation"
         )
-    if not validation:  # A few records may hash to none; the curves need one all the same.
-        validation = [training[-1]]
     counts = {
         "records": len(chosen),
         "inverted": inverted,
@@ -131,7 +134,7 @@ def _has_completion(example: Example) -> bool:
     return Segment.COMPLETION in example.segment
 
 
-def _is_validation(record: Record, share: float) -> bool:
-    """Whether a record is kept for validation: decided by its own text, so that adding rows moves none."""
+def _place(record: Record) -> float:
+    """Where a record lies in 0..1, by a hash of its text, so that adding rows moves none; the first are validation."""
     text = "\x00".join((record.instruction, record.input, record.output)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:8]) < share * 2**64
+    return int.from_bytes(hashlib.sha256(text).digest()[:6]) / 2**48

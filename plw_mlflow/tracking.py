@@ -15,12 +15,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run reports to its own store alone
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 import pandas as pd
@@ -32,12 +33,14 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 
 from plw_mlflow import __version__, seeding
+from plw_mlflow.config import CellOptions, spell
+from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.records import Source
 
 FLUSH_SECONDS = 5.0
 BATCH_METRICS = 1000  # MLflow's limit on one log_batch
-CELL_FIELDS = ("model", "dataset", "plw", "seed", "method")
+CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
 
 class Run:
@@ -63,6 +66,11 @@ class Run:
     def tag(self, **tags: str) -> None:
         """Set tags, each under `plw.`."""
         self._client.log_batch(self.id, tags=[RunTag(f"plw.{name}", value) for name, value in tags.items()])
+
+    def untag(self, name: str) -> None:
+        """Remove the tag `plw.NAME`, if the run has it."""
+        if f"plw.{name}" in self._client.get_run(self.id).data.tags:
+            self._client.delete_tag(self.id, f"plw.{name}")
 
     def log_data(self, source: Source, profile: dict[str, Any]) -> None:
         """Log the data set as the run's input, with its digest, and its length profile."""
@@ -145,7 +153,7 @@ class Run:
                 metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
         mlflow.log_metrics(metrics, model_id=self._model_id, dataset=self._dataset)
         mlflow.log_text(rows_now.to_csv(index=False), "scores.csv")
-        mlflow.log_dict(evaluation.results, "harness.json")
+        mlflow.log_dict(evaluation.results, f"harness/{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json")
         self.tag(status="scored")
 
     def log_folder(self, folder: Path, name: str) -> None:
@@ -206,11 +214,14 @@ class Run:
 
     def _take_over(self, earlier: str, step: int) -> None:
         try:
-            run = self._client.get_run(earlier)
-        except MlflowException:
-            return  # It was deleted, or is in another store: its curves are not to be had.
+            run = _get_run(earlier)
+        except ValueError:
+            return  # It is in another store, or deleted for good: its curves are not to be had.
+        if run.info.lifecycle_stage != "active":
+            return  # Deleted, though not for good: MLflow lets nobody change it.
         for name in run.data.metrics:
-            self._metrics += [m for m in self._client.get_metric_history(earlier, name) if m.step <= step]
+            if step > 0 and name.startswith(("train/", "eval/")):
+                self._metrics += [m for m in self._client.get_metric_history(earlier, name) if m.step <= step]
         self.flush()
         self.tag(resumed_from=earlier)
         self._client.set_tag(earlier, "plw.superseded_by", self.id)
@@ -224,13 +235,13 @@ class Run:
 def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]:
     """Open a run (the one `mlflow run` has begun, if any), or reopen `run_id`; it ends with the block.
 
-    A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; a
-    reopened one keeps the status it had. Raises ConnectionError where the tracking server does not answer.
+    A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; when adding
+    to a reopened one fails, that keeps the status it had. Raises ConnectionError where the tracking server does not
+    answer.
     """
     _check_reachable()
+    before = None if run_id is None else _get_run(run_id).info.status
     status = "FINISHED"
-    if run_id is not None:
-        status = _get_run(run_id).info.status
     active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
     run = Run(active.info.run_id)
     try:
@@ -239,10 +250,13 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
             run.log_config(config)
         yield run
         run.flush()
+        run.untag("error")
     except BaseException as error:
-        if run_id is None:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            run.tag(status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        status = before or ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with suppress(MlflowException):  # a store that is gone must not hide why the run failed
+            run.flush()
+            if before is None:
+                run.tag(status="failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
     finally:
         mlflow.end_run(status)
@@ -256,7 +270,7 @@ def open_sweep(config: Any) -> Iterator[tuple[Run, Callable[[str], str]]]:
         experiment = client.get_run(parent.id).info.experiment_id
 
         def open_child(name: str) -> str:
-            tags = {"mlflow.parentRunId": parent.id, "mlflow.user": os.environ.get("USER", "")}
+            tags = {"mlflow.parentRunId": parent.id}
             return str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
 
         yield parent, open_child
@@ -280,7 +294,7 @@ def note_wrapper(run_id: str) -> None:
 
 
 def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
-    """The score table of a sweep's cells, or of all cells of an experiment: scored runs only.
+    """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
     With several methods, a method counts as a model of its own. Raises ValueError where there is nothing.
     """
@@ -294,24 +308,27 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
         if found is None:
             raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
         experiment_id, wanted, what = found.experiment_id, "attributes.status = 'FINISHED'", f"experiment {experiment}"
-    rows, page = [], None
-    while True:
-        runs = client.search_runs([experiment_id], filter_string=wanted, max_results=1000, page_token=page)
-        for run in runs:
-            if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
-                scores = Run(run.info.run_id).scores()
-                rows.append(scores.assign(method=run.data.params["method"]))
-        page = runs.token
-        if not page:
-            break
-    if not rows:
+    runs = client.search_runs(
+        [experiment_id], filter_string=wanted, order_by=["attributes.start_time DESC"], max_results=50_000
+    )
+    newest: dict[tuple[str, ...], mlflow.entities.Run] = {}
+    for run in runs:
+        if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
+            other = newest.setdefault(tuple(run.data.params[name] for name in CELL_FIELDS), run)
+            if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
+                raise ValueError(
+                    f"{what} holds two kinds of cell that differ in more than {', '.join(CELL_FIELDS)}, such as runs "
+                    f"{other.info.run_id} and {run.info.run_id}; delete one kind, or give them experiments of their own"
+                )
+    if not newest:
         raise ValueError(f"{what} holds no scored cell")
-    joined = pd.concat(rows, ignore_index=True)
-    if joined["method"].nunique() > 1:
-        joined["model"] += " (" + joined["method"] + ")"
-    joined = joined.drop(columns="method")
-    joined.attrs["source"] = what
-    return joined
+    tables = [Run(run.info.run_id).scores().assign(method=run.data.params["method"]) for run in newest.values()]
+    table = pd.concat(tables, ignore_index=True)
+    if table["method"].nunique() > 1:
+        table["model"] += " (" + table["method"] + ")"
+    table = table.drop(columns="method")
+    table.attrs["source"] = what
+    return table
 
 
 def mark_best(run_id: str) -> None:
@@ -323,24 +340,22 @@ def mark_best(run_id: str) -> None:
 def best_cells(sweep: str) -> dict[tuple[str, str], str]:
     """The run with the highest score for each (model, dataset) of a sweep."""
     client = mlflow.MlflowClient()
-    parent = _get_run(sweep)
     runs = client.search_runs(
-        [parent.info.experiment_id],
+        [_get_run(sweep).info.experiment_id],
         filter_string=f"tags.`mlflow.parentRunId` = '{sweep}' and tags.`plw.status` = 'scored'",
-        order_by=["metrics.score ASC"],
-        max_results=1000,
+        order_by=["metrics.score DESC"],
+        max_results=50_000,  # MLflow's limit
     )
-    return {(run.data.params["model"], run.data.params["dataset"]): run.info.run_id for run in runs}
-
-
-def spell(value: Any) -> str:
-    """A config's value as MLproject writes it: unset is empty, truth is in small letters."""
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    best: dict[tuple[str, str], str] = {}
+    for run in runs:
+        best.setdefault((run.data.params["model"], run.data.params["dataset"]), run.info.run_id)
+    return best
 
 
 def short_name(name: str) -> str:
-    """The last part of a path or hub id without its endings, fit for a registered model's name."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name.partition("@")[0]).name.split(".")[0]).strip("-") or "unnamed"
+    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name."""
+    last = re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(name.partition("@")[0]).name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "unnamed"
 
 
 class _FileSource(FileSystemDatasetSource):
@@ -384,19 +399,21 @@ def _cell(params: dict[str, str]) -> dict[str, Any]:
 def _get_run(run_id: str) -> mlflow.entities.Run:
     try:
         return mlflow.MlflowClient().get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise ValueError(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}") from None
 
 
 def _origin() -> dict[str, str]:
     """The code's commit and the image it runs in, as far as they are known."""
-    here = Path(__file__).resolve().parent
     found = {"image": os.environ.get("PLW_IMAGE", ""), "git_commit": os.environ.get("PLW_GIT_COMMIT", "")}
     if not found["git_commit"]:
-        asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True
-        )
-        found["git_commit"] = asked.stdout.strip()
+        with suppress(OSError):  # no git here
+            git = ["git", "-C", str(Path(__file__).resolve().parent)]
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+            changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
+            found["git_commit"] = commit + ("-dirty" if changed else "")
     return {name: value for name, value in found.items() if value}
 
 
@@ -420,8 +437,8 @@ def _check_reachable() -> None:
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(f"the tracking store {mlflow.get_tracking_uri()} cannot be used: {reason}") from None
+        uri = mlflow.get_tracking_uri()
+        raise ConnectionError(f"the tracking store {uri} cannot be used: {first_line(error)}") from None
     finally:
         for name, value in patient.items():
             if value is None:

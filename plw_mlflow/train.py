@@ -2,7 +2,7 @@
 
 Written on Accelerate rather than on transformers.Trainer because the divisor is the science of this package and
 must be readable in one place. Every random choice of a step follows from seed and step, so that a run killed and
-resumed ends in the same weights, to the bit, as one left alone.
+resumed ends in the same weights as one left alone; on a CPU, to the bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Trained:
     model: Any  # the trained model, with its adapters if it has any
     steps: int
     resumed_from: int  # step of the checkpoint it went on from, 0 for none
-    tokens_per_second: float  # of this process's own steps
+    tokens_per_second: float  # of all processes, validation and checkpoints included, since it started or resumed
     seconds: float
 
 
@@ -71,7 +71,7 @@ def run(
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step; the last
     checkpoint stays as it was.
     """
-    accelerator = Accelerator(mixed_precision=_mixed_precision(config.precision))
+    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     if config.method == "lora":
         model = models.adapt(model, config, config.seed)
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
@@ -213,9 +213,10 @@ def _share(micro_batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
     return padded[accelerator.process_index :: processes]
 
 
-def _mixed_precision(precision: str) -> str:
+def mixed_precision(precision: str) -> str:
+    """What `--precision` comes to on this machine, as Accelerate calls it: "bf16" or "no"."""
     if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if precision == "bfloat16" else "no"
 
 
@@ -227,7 +228,9 @@ def _start(config: TrainConfig, model: Any, total: int) -> _State:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * total), total)
+    # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn nothing.
+    warmup = min(math.ceil(config.warmup_ratio * total), total - 1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
     return _State(models.Learner(model), optimizer, schedule)
 
 

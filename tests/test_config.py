@@ -113,7 +113,7 @@ def test_defaults_pass_through_the_command_line_unchanged(call, name):
     spelt = [
         part
         for field in fields(CONFIGS[name])
-        for part in (f"--{field.name.replace('_', '-')}", cli.spell_default(getattr(expected, field.name)))
+        for part in (f"--{field.name.replace('_', '-')}", config.spell(getattr(expected, field.name)))
     ]
     _, _, _, (got,) = call(CONFIGS[name], *spelt)
     assert got == expected
@@ -148,7 +148,7 @@ def test_help_tells_of_every_field(call, name):
     ],
 )
 def test_a_default_is_spelt_for_mlproject(value, expected):
-    assert cli.spell_default(value) == expected
+    assert config.spell(value) == expected
 
 
 def ours(config):
@@ -250,11 +250,13 @@ def test_what_to_look_at_is_said_once(config_type, options, is_enough):
 
 
 def test_the_identity_of_a_cell_leaves_out_what_changes_no_number():
-    same = TrainConfig(output=Path("a"), checkpoint_dir=Path("b"), save_every=7)
+    same = TrainConfig(output=Path("a"), checkpoint_dir=Path("b"), save_every=7, micro_batch_examples=4, lora_rank=3)
     assert config.digest(same.identity()) == config.digest(TrainConfig().identity())
     assert config.digest(MainConfig(tasks="x").identity()) == config.digest(TrainConfig().identity())
     assert config.digest(TrainConfig(plw=0.1).identity()) != config.digest(TrainConfig().identity())
-    assert set(TrainConfig().identity()) >= {"plw", "model", "dataset", "seed", "method", "loss_divisor", "epochs"}
+    assert set(TrainConfig().identity()) >= {"plw", "seed", "method", "loss_divisor", "epochs", "learning_rate"}
+    assert "micro_batch_examples" in TrainConfig(divisor_scope="micro-batch").identity()
+    assert "lora_rank" in TrainConfig(method="lora").identity()
 
 
 def test_a_field_without_help_would_be_noticed():

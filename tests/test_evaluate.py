@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from plw_mlflow import evaluate, models
+from plw_mlflow import evaluate, models, toy
 from plw_mlflow.config import ScoreOptions
 
 
@@ -14,6 +15,9 @@ def results(**tasks):
         "results": {task: {"alias": task, **metrics} for task, (metrics, _) in tasks.items()},
         "n-samples": {task: {"original": 9, "effective": n} for task, (_, n) in tasks.items() if n},
         "n-shot": {task: 0 for task in tasks},
+        "higher_is_better": {
+            task: {"acc": True, "acc_norm": True, "bleu": True, "exact_match": True} for task in tasks
+        },
         "versions": {task: 1.0 for task in tasks},
     }
 
@@ -37,6 +41,23 @@ def test_bleu_becomes_a_fraction_and_the_first_metric_stands_for_its_task():
     assert evaluation.mean == pytest.approx((0.5 + 0.2 + 0.1) / 3)
 
 
+def test_the_primary_metric_is_one_of_which_more_is_better():
+    found = results(lambada=({"perplexity,none": 20.0, "acc,none": 0.4}, 9))
+    found["higher_is_better"]["lambada"] = {"perplexity": False, "acc": True}
+    assert [(s.metric, s.is_primary) for s in evaluate._scores(found)] == [("perplexity", False), ("acc", True)]
+    found["higher_is_better"]["lambada"] = {"perplexity": False, "acc": False}
+    with pytest.raises(ValueError, match="task lambada has no metric on 0 to 1"):
+        evaluate._scores(found)
+
+
+def test_filters_of_one_metric_have_names_of_their_own():
+    found = results(gsm8k=({"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.3}, 9))
+    assert [(s.metric, s.score, s.is_primary) for s in evaluate._scores(found)] == [
+        ("exact_match-strict-match", 0.1, True),
+        ("exact_match-flexible-extract", 0.3, False),
+    ]
+
+
 @pytest.fixture
 def arc(tmp_path):
     rows = [
@@ -55,24 +76,23 @@ def test_a_local_file_gives_the_harness_its_own_task(arc):
     assert [metric["metric"] for metric in task.config.metric_list] == ["acc", "acc_norm"]
 
 
-def test_scores_equal_the_likelihoods_computed_by_hand(arc):
-    """acc is the share of questions whose right answer is the likeliest; here by the model's own loss."""
+def test_scores_equal_the_likelihoods_computed_by_hand():
+    """acc is the share of questions whose right answer is the likeliest; here by the model's own logits."""
     model, tokenizer = models.load("toy"), models.load_tokenizer("toy")
-    options = ScoreOptions(tasks="arc_easy", data_dir=arc)
-    (score, _) = evaluate.run(model, tokenizer, evaluate.load_tasks(options), options, seed=1).scores
-    right = 0
-    for line in (arc / "arc_easy_test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        context = f"Question: {row['question']}\nAnswer:"
+    options = ScoreOptions(tasks="toy_choice", limit=24)
+    (score,) = evaluate.run(model, tokenizer, evaluate.load_tasks(options), options, seed=1).scores
+    right = []
+    for document in toy.benchmark("toy_choice")[:24]:
+        context = tokenizer(document["prompt"]).input_ids
         likelihoods = []
-        for choice in row["choices"]:
-            tokens = tokenizer(f"{context} {choice}", return_tensors="pt").input_ids
-            start = len(tokenizer(context).input_ids)
-            log_probabilities = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
-            likelihoods.append(log_probabilities.gather(1, tokens[0, start:, None]).sum().item())
-        right += likelihoods.index(max(likelihoods)) == row["answer"]
-    assert score.score == right / 3
-    assert score.n == 3
+        for choice in document["choices"]:
+            answer = tokenizer(choice, add_special_tokens=False).input_ids
+            log_probabilities = model(torch.tensor([context + answer])).logits.log_softmax(-1)[0, len(context) - 1 : -1]
+            likelihoods.append(sum(row[token].item() for row, token in zip(log_probabilities, answer, strict=True)))
+        right.append(document["choices"][likelihoods.index(max(likelihoods))] == document["answer"])
+    assert 0 < sum(right) < 24
+    assert score.score == pytest.approx(sum(right) / 24)
+    assert score.n == 24
 
 
 def test_real_arc_files_are_read_whole(shared):

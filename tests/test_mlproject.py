@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from plw_mlflow import __version__
-from plw_mlflow.cli import options, spell_default
-from plw_mlflow.config import CONFIGS
+from plw_mlflow.cli import options
+from plw_mlflow.config import CONFIGS, spell
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = {"MLproject": "", "local/MLproject": "cd .. && "}
@@ -28,7 +28,7 @@ def test_mlproject_passes_on_what_it_declares(project, name, config_type):
     assert sorted(passed_on) == sorted(flags)
     assert all(flag in entry["command"] for flag in flags.values())
     defaults = {field: spec["default"] for field, spec in entry["parameters"].items()}
-    assert defaults == {field.name: spell_default(field.default) for field in fields(config_type)}
+    assert defaults == {field.name: spell(field.default) for field in fields(config_type)}
 
 
 @pytest.mark.parametrize("project", PROJECTS)
@@ -44,7 +44,7 @@ def test_every_option_has_the_default_of_its_field(config_type):
     for field, decorate in zip(fields(config_type), options(config_type), strict=True):
         (option,) = decorate(lambda: None).__click_params__
         assert option.opts == [f"--{field.name.replace('_', '-')}"]
-        assert (option.default or "") == spell_default(field.default)
+        assert (option.default or "") == spell(field.default)
         assert option.help.endswith((".", ")")), f"{field.name} has no line of help"
 
 

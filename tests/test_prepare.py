@@ -35,12 +35,17 @@ def texts(examples, tokenizer):
     ]
 
 
+def everything(found):
+    """All examples, in the order of their length."""
+    return sorted(found.training + found.validation, key=lambda example: len(example.tokens))
+
+
 LONG = [("a" * 10, "b" * 5), ("a" * 20, "b" * 5), ("a" * 10, "b" * 40)]  # HEAD + 16, HEAD + 26, HEAD + 51 tokens
 
 
 def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
     found = prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=HEAD + 26, validation_share=1e-9))
-    assert [len(example.tokens) for example in found.training] == [HEAD + 16, HEAD + 26]
+    assert [len(example.tokens) for example in everything(found)] == [HEAD + 16, HEAD + 26]
     assert found.profile["dropped_as_too_long"] == ["data.jsonl:3"]
     assert found.profile["truncated"] == found.profile["lost_whole_completion"] == 0
 
@@ -48,9 +53,9 @@ def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
 def test_or_cut_off_and_counted(write, tokenizer):
     options = DataOptions(max_tokens=HEAD + 20, on_long="truncate", validation_share=1e-9)
     found = prepare.run(write(LONG), tokenizer, options)
-    assert [len(example.tokens) for example in found.training] == [HEAD + 16, HEAD + 20, HEAD + 20]
-    completions = [example.segment.count(Segment.COMPLETION) for example in found.training]
-    assert completions == [5 + 1, 0, 10]  # only the first has kept its end of text
+    assert [len(example.tokens) for example in everything(found)] == [HEAD + 16, HEAD + 20, HEAD + 20]
+    completions = [example.segment.count(Segment.COMPLETION) for example in everything(found)]
+    assert sorted(completions) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
     assert found.profile["dropped_as_too_long"] == []
     assert found.profile["truncated"] == 2
     assert found.profile["lost_whole_completion"] == 1
@@ -67,7 +72,7 @@ def test_nothing_left_is_an_error_that_counts(write, tokenizer, on_long, expecte
 
 def test_completions_lost_in_validation_do_not_stop_the_training(write, tokenizer, monkeypatch):
     """As many completions are lost as there are training examples, yet these have theirs."""
-    monkeypatch.setattr(prepare, "_is_validation", lambda record, share: len(record.instruction) > 20)
+    monkeypatch.setattr(prepare, "_place", lambda record: 0.0 if len(record.instruction) > 20 else 0.9)
     options = DataOptions(max_tokens=HEAD + 20, on_long="truncate")
     found = prepare.run(write([("a", "b"), ("a" * 30, "b")]), tokenizer, options)
     assert found.profile["lost_whole_completion"] == len(found.training) == len(found.validation) == 1
@@ -95,11 +100,15 @@ def test_adding_rows_moves_none_across_the_split(write, tokenizer):
     assert set(texts(before.training, tokenizer)) <= set(texts(after.training, tokenizer))
 
 
-def test_without_a_validation_example_the_last_one_serves_and_is_counted_once(write, tokenizer):
-    found = prepare.run(write([("a", "b"), ("c", "d")]), tokenizer, DataOptions(validation_share=1e-9))
-    assert found.validation == [found.training[-1]]
-    assert len(found.training) == 2
-    assert found.profile["tokens"] == sum(len(example.tokens) for example in found.training)
+def test_a_few_records_leave_one_for_validation_that_is_not_trained_on(write, tokenizer):
+    found = prepare.run(write([("a", "b"), ("c", "d"), ("e", "f")]), tokenizer, DataOptions(validation_share=1e-9))
+    assert len(found.validation) == 1
+    assert sorted(texts(everything(found), tokenizer)) == ["a", "c", "e"]
+
+
+def test_a_single_record_is_trained_on(write, tokenizer):
+    found = prepare.run(write([("a", "b")]), tokenizer, DataOptions(validation_share=1e-9))
+    assert (len(found.training), len(found.validation)) == (1, 0)
 
 
 def test_inversion_is_counted(write, tokenizer):
@@ -110,7 +119,7 @@ def test_inversion_is_counted(write, tokenizer):
     )
     assert found.profile["inverted"] == 1
     expected = Record("", "Predict the prompt that generated the following AI output.", "A longer one.", "Short.")
-    assert found.training[0] == encode(expected, tokenizer)
+    assert encode(expected, tokenizer) in everything(found)
 
 
 def test_a_profile_by_hand():

@@ -32,6 +32,8 @@ def history(store, run_id, name):
         ("/some/folder/stories260K-hf/", "stories260K-hf"),
         ("data/alpaca data.json.gz", "alpaca-data"),
         ("ünsinn", "nsinn"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("Qwen/Qwen2.5-7B-Instruct@main", "Qwen2.5-7B-Instruct"),
     ],
 )
 def test_short_name_suits_a_registered_model(name, expected):
@@ -55,6 +57,27 @@ def test_a_failure_is_told_on_the_run(store):
     found = store.get_run(run.id)
     assert found.info.status == "FAILED"
     assert found.data.tags["plw.error"] == "ValueError: bad luck"
+
+
+def test_a_failing_run_keeps_the_metrics_held_back(store):
+    with pytest.raises(ValueError, match="bad luck"), tracking.open_run(TrainConfig(), "cell") as run:
+        lose(run)
+    assert history(store, run.id, "train/loss") == [(1, 0.5)]
+
+
+def lose(run):
+    run.log_step({"train/loss": 0.5}, 1)
+    raise ValueError("bad luck")
+
+
+def test_what_is_added_well_to_a_failed_run_mends_it(store):
+    with pytest.raises(ValueError, match="bad luck"), tracking.open_run(TrainConfig(), "cell") as run:
+        raise ValueError("bad luck")
+    with tracking.open_run(TrainConfig(), "", run_id=run.id):
+        pass
+    found = store.get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert "plw.error" not in found.data.tags
 
 
 def test_a_reopened_run_keeps_its_status_when_what_is_added_fails(store):
@@ -85,6 +108,25 @@ def test_a_cut_short_run_hands_its_curve_over(store, tmp_path):
     assert "plw.cell" not in store.get_run(first.id).data.tags
     assert store.get_run(first.id).info.status == "KILLED"
     assert store.get_run(second.id).data.tags["plw.cell"] == "c"
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_hands_nothing_over(store, tmp_path):
+    for _ in range(2):
+        with tracking.open_run(TrainConfig(), "cell") as run:
+            run.begin_cell("c", tmp_path, 0)
+            run.log_step({"eval/prompt_loss": 1.0}, 0)
+    assert history(store, run.id, "eval/prompt_loss") == [(0, 1.0)]
+
+
+def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
+    with tracking.open_run(TrainConfig(), "cell") as first:
+        first.begin_cell("c", tmp_path, 0)
+        first.log_step({"train/loss": 1.0}, 1)
+    store.delete_run(first.id)
+    with tracking.open_run(TrainConfig(), "cell") as second:
+        second.begin_cell("c", tmp_path, 1)
+    assert (tmp_path / "run_id").read_text() == second.id
+    assert history(store, second.id, "train/loss") == []
 
 
 def scored(config, *scores):
@@ -119,6 +161,22 @@ def test_the_score_table_holds_scored_cells_alone(store):
     found = tracking.score_table(experiment="Default").sort_values("plw", ignore_index=True)
     pd.testing.assert_frame_equal(found[["plw", "score"]], expected)
     assert set(found["model"]) == {"toy"}
+
+
+def test_of_a_cell_run_twice_the_newest_counts(store):
+    scored(MainConfig(), ("a", 0.2))
+    scored(MainConfig(), ("a", 0.3))
+    assert list(tracking.score_table(experiment="Default")["score"]) == [0.3]
+
+
+def test_cells_of_two_recipes_are_not_mixed(store):
+    first = scored(MainConfig(), ("a", 0.2))
+    second = scored(MainConfig(), ("a", 0.3))
+    store.set_tag(second.id, "plw.cell", "another recipe")
+    with pytest.raises(ValueError, match="two kinds of cell") as error:
+        tracking.score_table(experiment="Default")
+    assert first.id in str(error.value)
+    assert second.id in str(error.value)
 
 
 def test_methods_in_one_table_count_as_models(store):
