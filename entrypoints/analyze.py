@@ -16,7 +16,9 @@ def main(config: AnalyzeConfig) -> None:
         if config.scores is not None:
             table = analyze.read_scores(config.scores)
         else:
-            table = tracking.score_table(sweep=config.run_id, experiment=config.experiment)
+            table, thin = analyze.fittable(tracking.score_table(sweep=config.run_id, experiment=config.experiment))
+            if thin:
+                print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
         fits = analyze.analyze(table, config.scale)
         command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
         folder = config.output or Path(scratch)

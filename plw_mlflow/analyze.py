@@ -26,6 +26,7 @@ from scipy import optimize, stats
 EXPONENT = 0.30103
 LEVEL = 0.05  # of every test; intervals are at 1 - LEVEL
 SCHEMA = "plw_mlflow.fit/1"
+MIN_PLWS = 3  # that a parabola can be fitted to
 
 NAMES = ["model", "dataset", "task", "metric"]
 COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
@@ -159,11 +160,26 @@ def check(table: pd.DataFrame) -> pd.DataFrame:
         where = f"{source}: data set {dataset}"
         if part["task"].nunique() < 2:
             raise ValueError(f"{where} has only the task {part['task'].iloc[0]}; a fit over tasks needs 2 or more")
-        if (plws := part["plw"].nunique()) < 3:
-            raise ValueError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs 3 or more")
+        if (plws := part["plw"].nunique()) < MIN_PLWS:
+            raise ValueError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
         if part.groupby("task")["score"].nunique().max() == 1:
             raise ValueError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
     return typed
+
+
+def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
+
+    For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
+    kept, for `check` to say so.
+    """
+    plws = table.groupby("dataset")["plw"].nunique()
+    thin = sorted(plws.index[plws < MIN_PLWS])
+    if len(thin) == len(plws):
+        return table, []
+    kept = table[~table["dataset"].isin(thin)]
+    kept.attrs = table.attrs
+    return kept, thin
 
 
 def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:

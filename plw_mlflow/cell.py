@@ -19,8 +19,8 @@ from plw_mlflow.tracking import Run, short_name
 
 def name(config: TrainConfig) -> str:
     """What MLflow's list of runs calls the cell."""
-    data = f"{short_name(config.model)} {short_name(config.dataset)}"
-    return f"{data} plw {config.plw:g} seed {config.seed} {config.method}"
+    data = f"{short_name(config.dataset)} {short_name(config.model)}"  # PLW first: lists cut long names off
+    return f"plw {config.plw:g} {data} {config.method} seed {config.seed}"
 
 
 def run(config: MainConfig, run: Run) -> None:
@@ -54,7 +54,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
         "records": str(len(prepared.source.records)),
         "base": models.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": train.mixed_precision(config.precision),
+        "precision": "bfloat16" if train.mixed_precision(config.precision) == "bf16" else "float32",
     }
     key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import signal
 import sys
 import textwrap
 import traceback
@@ -36,7 +37,7 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         def parsed(**values: Any) -> None:
             main(config_type(**values))
 
-        for option in reversed(options(config_type)):
+        for option in options(config_type):
             parsed = option(parsed)
         return lambda: _run(parsed)
 
@@ -102,6 +103,7 @@ def _help(config_type: type[Any]) -> dict[str, str]:
 
 
 def _run(parsed: click.Command) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         parsed.main(standalone_mode=False)
@@ -110,7 +112,9 @@ def _run(parsed: click.Command) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
-        _stop("interrupted; the same command goes on from the last checkpoint", 130)
+        _stop(
+            "interrupted; given again, main and train go on from their last checkpoint, if they have written one", 130
+        )
     except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
         # Only errors that this package raised on purpose are messages to the caller; others are bugs to be seen.
         if not _raised_here(error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import typing
 import warnings
 from collections.abc import Callable
@@ -349,7 +350,12 @@ def _flag(name: str) -> str:
 
 def _not_a_folder(config: object, field: str) -> list[str]:
     path = getattr(config, field)
-    return [f"{_flag(field)} {path} is a file, not a folder"] if path is not None and path.is_file() else []
+    if path is None:
+        return []
+    nearest = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        return []
+    return [f"{_flag(field)} {path} cannot be made: {nearest} is not a folder that can be written to"]
 
 
 def _below(config: object, least: float, *fields_: str) -> list[str]:

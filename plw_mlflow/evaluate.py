@@ -13,8 +13,10 @@ import logging
 import re
 import statistics
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +120,19 @@ def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: i
         batch_size=options.eval_batch_examples,
         max_batch_size=None,
     )
-    found = simple_evaluate(
-        harness_model,
-        tasks=tasks.loaded,
-        task_manager=tasks.manager,
-        limit=options.limit,
-        bootstrap_iters=BOOTSTRAP_ROUNDS,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed % 2**32,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with redirect_stdout(StringIO()):  # it says when it bootstraps, and to whom is not clear
+        found = simple_evaluate(
+            harness_model,
+            tasks=tasks.loaded,
+            task_manager=tasks.manager,
+            limit=options.limit,
+            bootstrap_iters=BOOTSTRAP_ROUNDS,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed % 2**32,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     assert found is not None  # None is the answer to processes other than the first, of which there are none
     results = json.loads(json.dumps(found, default=str))
     return Evaluation(_scores(results), results)

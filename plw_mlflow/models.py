@@ -55,7 +55,8 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main")
     except (OSError, ValueError) as error:
-        raise ValueError(_not_loaded("tokenizer", tokenizer or model, error)) from None
+        what = "tokenizer" if tokenizer else "the tokenizer of model"
+        raise ValueError(_not_loaded(what, tokenizer or model, error)) from None
 
 
 def load(model: str) -> Any:

@@ -40,7 +40,7 @@ def run(config: SweepConfig) -> None:
         print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} cells finished")
         if len(failed) < len(outcomes):
             for best in tracking.best_cells(parent.id).values():
-                tracking.mark_best(best)
+                print(f"best of this sweep: models:/{tracking.mark_best(best)}@best, run {best}")
             _analyse(config, parent)
         print(f"\nrun {parent.id}\n{parent.address()}")
         if failed:

@@ -331,10 +331,11 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     return table
 
 
-def mark_best(run_id: str) -> None:
-    """Give the model version a cell has registered the alias `best`."""
+def mark_best(run_id: str) -> str:
+    """Give the model version a cell has registered the alias `best`; returns the model's name."""
     name, _, version = _get_run(run_id).data.tags["plw.model_version"].rpartition("/")
     mlflow.MlflowClient().set_registered_model_alias(name, "best", version)
+    return name
 
 
 def best_cells(sweep: str) -> dict[tuple[str, str], str]:

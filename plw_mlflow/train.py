@@ -178,8 +178,8 @@ def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {value} at step {step}; training stops there, and the last good checkpoint is kept. "
-                f"Lower --learning-rate or --max-grad-norm, or look at the data of this step"
+                f"{name} is {value} at step {step}; training stops there, and the last good checkpoint, if there is "
+                f"one yet, is kept. Lower --learning-rate or --max-grad-norm, or look at the data of this step"
             )
     return metrics
 

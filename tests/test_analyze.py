@@ -354,3 +354,13 @@ def test_fit_json_is_json_and_unrounded(study, study_fits):
     short = next(fit for fit in told["fits"] if fit["dataset"] == "AlpacaDataShort")
     assert short["coefficients"] == study_fits["AlpacaDataShort"].coefficients
     assert analyze.predict(told, "AlpacaDataShort", 0.2434) == pytest.approx(0.36197, abs=1e-5)
+
+
+def test_a_data_set_with_too_few_plws_is_set_aside_and_named():
+    rows = [(dataset, plw) for dataset, plws in {"whole": (0, 0.1, 1), "stray": (0.5,)}.items() for plw in plws]
+    table = pd.DataFrame(rows, columns=["dataset", "plw"])
+    kept, thin = analyze.fittable(table)
+    assert set(kept["dataset"]) == {"whole"}
+    assert thin == ["stray"]
+    only_stray = table[table["dataset"] == "stray"]
+    assert analyze.fittable(only_stray)[0] is only_stray  # for `check` to refuse

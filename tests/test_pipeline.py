@@ -223,7 +223,10 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "error: interrupted; the same command goes on from the last checkpoint"
+    assert (
+        err.strip().splitlines()[-1]
+        == "error: interrupted; given again, main and train go on from their last checkpoint, if they have written one"
+    )
     assert new_place.runs()[0].info.status == "KILLED"
 
 
@@ -283,7 +286,7 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
 
 def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):
     _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,absent.json", *SMALL, status=1)
-    assert "1 of 2 cells did not finish: toy absent plw 0 seed 1234 full (exit status 2" in err.splitlines()[-1]
+    assert "1 of 2 cells did not finish: plw 0 absent toy full seed 1234 (exit status 2" in err.splitlines()[-1]
     statuses = {run.data.params["dataset"]: run.info.status for run in new_place.runs()}
     assert statuses == {"toy-short": "FINISHED", "absent.json": "FAILED", "toy-short,absent.json": "FAILED"}
 
