@@ -8,21 +8,16 @@ from plw_mlflow.config import EvaluateConfig
 def main(config: EvaluateConfig) -> None:
     from plw_mlflow import evaluate, models, tracking
 
-    if config.run_id is None:
-        model = str(config.model)
-        with tracking.open_run(config, f"evaluate {model}") as run:
-            tasks = evaluate.load_tasks(config)
-            evaluation = evaluate.run(models.load(model), models.load_tokenizer(model), tasks, config, config.seed)
-            rows = evaluate.table(evaluation, {"model": model, "dataset": "", "plw": "", "seed": config.seed})
-            run.log_scores(evaluation, rows)
-    else:
-        tracking.note_wrapper(config.run_id)
-        with tracking.open_run(config, "", run_id=config.run_id) as run:
+    with tracking.open_run(config, f"evaluate {config.model}", run_id=config.run_id) as run:
+        if config.model is None:
             cell = run.cell()
-            tasks = evaluate.load_tasks(config)
-            evaluation = evaluate.run(*run.load_checkpoint(), tasks, config, config.seed)
-            rows = evaluate.table(evaluation, cell)
-            run.log_scores(evaluation, rows)
+            model, tokenizer = run.load_checkpoint()
+        else:
+            cell = {"model": config.model, "dataset": "", "plw": "", "seed": config.seed}
+            model, tokenizer = models.load(config.model), models.load_tokenizer(config.model)
+        evaluation = evaluate.run(model, tokenizer, evaluate.load_tasks(config), config, config.seed)
+        rows = evaluate.table(evaluation, cell)
+        run.log_scores(evaluation, rows)
     evaluate.write(rows, config.output)
     print(evaluate.table_text(evaluation))
     print(f"\nrun {run.id}\n{run.address()}")

@@ -241,6 +241,8 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     """
     _check_reachable()
     before = None if run_id is None else _get_run(run_id).info.status
+    if run_id is not None:
+        _leave_wrapper(run_id)
     status = "FINISHED"
     active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
     run = Run(active.info.run_id)
@@ -286,7 +288,7 @@ def fail(run_id: str) -> None:
     mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
 
 
-def note_wrapper(run_id: str) -> None:
+def _leave_wrapper(run_id: str) -> None:
     """Where `mlflow run` has opened a run for work on another one, say so on it, and leave it alone."""
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)
     if wrapper and wrapper != run_id:

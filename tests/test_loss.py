@@ -1,5 +1,7 @@
 """Is the chunked loss, with gradients made by hand in its forward pass, the plain weighted cross-entropy?"""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -102,6 +104,40 @@ def test_bfloat16_products_stay_near_float32():
     for name, gradient in gradients.items():
         assert inputs[name].grad.dtype == torch.float32
         assert (inputs[name].grad - gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_a_bfloat16_divisor_is_not_rounded():
+    """1 / 777 in bfloat16 is off by 0.17 %, which would scale the gradients of all layers but the head."""
+    gradients = []
+    for scale in (1.0, 1 / 777):
+        inputs = case(1)
+        hidden = inputs.pop("hidden").bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            total, _ = loss.weighted_nll(hidden=hidden, **inputs)
+        (total * scale).backward()
+        gradients.append(hidden.grad.double() / scale)
+    whole, divided = gradients
+    along = (whole * divided).sum() / whole.square().sum()  # 1 where the second is the first but for random rounding
+    assert along.item() == pytest.approx(1, abs=5e-4)
+
+
+def test_without_gradients_none_is_made():
+    """A parameter asks for its gradient even under no_grad; the head's is as large as the head."""
+
+    class Products(TorchDispatchMode):
+        shapes: ClassVar[list[tuple[int, ...]]] = []
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            if function is torch.ops.aten.mm.default:
+                self.shapes.append(tuple(made.shape))
+            return made
+
+    inputs = case(1)
+    inputs["head"].requires_grad_()
+    with torch.no_grad(), Products() as products:
+        loss.weighted_nll(**inputs)
+    assert products.shapes == [(30, V)]  # logits alone
 
 
 def test_the_logits_of_all_rows_never_exist_at_once(monkeypatch):

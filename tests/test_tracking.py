@@ -129,6 +129,18 @@ def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
     assert history(store, second.id, "train/loss") == []
 
 
+def test_a_wrapper_says_whose_run_it_works_on_and_holds_nothing_else(store, monkeypatch):
+    with tracking.open_run(MainConfig(), "cell") as cell:
+        pass
+    wrapper = store.create_run("0").info.run_id  # as `mlflow run -e evaluate -P run_id=...` begins one
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper)
+    with tracking.open_run(MainConfig(), "", run_id=cell.id) as reopened:
+        assert reopened.id == cell.id
+    found = store.get_run(wrapper)
+    assert {name: tag for name, tag in found.data.tags.items() if name.startswith("plw.")} == {"plw.for_run": cell.id}
+    assert (found.data.params, found.data.metrics) == ({}, {})
+
+
 def scored(config, *scores):
     """A finished cell with a score per task."""
     with tracking.open_run(config, "cell") as run:

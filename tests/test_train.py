@@ -262,6 +262,13 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine(tmp_path):
     assert rates[1:] == pytest.approx(expected)
 
 
+def test_a_run_of_one_step_learns(tmp_path):
+    rates = []
+    run(tmp_path, epochs=1e-9, log=lambda metrics, step: rates.append(metrics.get("train/learning_rate")))
+    assert len(rates) == 2
+    assert rates[1] > 0  # a warm-up of one step would have made it 0
+
+
 def test_gradients_are_clipped_to_their_norm(tmp_path):
     norms = []
     _, gradients = first_step(tmp_path, max_grad_norm=0.01)
