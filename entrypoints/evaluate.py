@@ -9,13 +9,14 @@ def main(config: EvaluateConfig) -> None:
     from plw_mlflow import evaluate, models, tracking
 
     with tracking.open_run(config, f"evaluate {config.model}", run_id=config.run_id) as run:
+        tasks = evaluate.load_tasks(config)  # an unknown one is to be found before a large model is read
         if config.model is None:
             cell = run.cell()
             model, tokenizer = run.load_checkpoint()
         else:
             cell = {"model": config.model, "dataset": "", "plw": "", "seed": config.seed}
             model, tokenizer = models.load(config.model), models.load_tokenizer(config.model)
-        evaluation = evaluate.run(model, tokenizer, evaluate.load_tasks(config), config, config.seed)
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed)
         rows = evaluate.table(evaluation, cell)
         run.log_scores(evaluation, rows)
     evaluate.write(rows, config.output)

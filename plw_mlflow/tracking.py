@@ -313,10 +313,12 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     runs = client.search_runs(
         [experiment_id], filter_string=wanted, order_by=["attributes.start_time DESC"], max_results=50_000
     )
-    newest: dict[tuple[str, ...], mlflow.entities.Run] = {}
+    newest: dict[tuple[Any, ...], mlflow.entities.Run] = {}
     for run in runs:
         if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
-            other = newest.setdefault(tuple(run.data.params[name] for name in CELL_FIELDS), run)
+            # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
+            key = (*_cell(run.data.params).values(), run.data.params["method"])
+            other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
                     f"{what} holds two kinds of cell that differ in more than {', '.join(CELL_FIELDS)}, such as runs "

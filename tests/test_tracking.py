@@ -181,6 +181,15 @@ def test_of_a_cell_run_twice_the_newest_counts(store):
     assert list(tracking.score_table(experiment="Default")["score"]) == [0.3]
 
 
+def test_two_spellings_of_a_plw_are_one_cell(store, monkeypatch):
+    begun = store.create_run("0").info.run_id
+    store.log_param(begun, "plw", "1e-2")
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    scored(MainConfig(plw=0.01), ("a", 0.2))
+    scored(MainConfig(plw=0.01), ("a", 0.3))
+    assert list(tracking.score_table(experiment="Default")["score"]) == [0.3]
+
+
 def test_cells_of_two_recipes_are_not_mixed(store):
     first = scored(MainConfig(), ("a", 0.2))
     second = scored(MainConfig(), ("a", 0.3))
