@@ -1,9 +1,13 @@
 # Everything a person runs; each target sets up .venv first if it has to.
 PYTHON ?= python3
 BIN := .venv/bin
-IMAGE := plw_mlflow:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' plw_mlflow/__init__.py)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' plw_mlflow/__init__.py)
+IMAGE := plw_mlflow:$(VERSION)
+# More for docker build, say --network host, --build-arg BASE=... or a --secret (Dockerfile).
+BUILD :=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test study image bench setup
+.PHONY: run test study image image-cpu test-image bench setup
 
 run: setup
 	$(BIN)/python -m entrypoints.main --plw 0.242
@@ -22,8 +26,17 @@ bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 
+# Both make the image that MLproject names.
 image:
-	docker build --build-arg IMAGE=$(IMAGE) --build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
+	DOCKER_BUILDKIT=1 docker build $(BUILD) --build-arg VERSION=$(VERSION) --build-arg IMAGE=$(IMAGE) \
+		--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
+
+image-cpu:
+	$(MAKE) image BUILD="--build-arg TORCH_INDEX=$(CPU_INDEX) $(BUILD)"
+
+# Needs a Docker engine and the image.
+test-image: setup
+	PLW_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/test_image.py
 
 setup: .venv/installed
 

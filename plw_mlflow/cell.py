@@ -38,7 +38,7 @@ def run(config: MainConfig, run: Run) -> None:
 def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     """Train, or go on training, and log the model; yields it, adapters merged, and its tokenizer.
 
-    When the block ends well, the cell's checkpoints are removed.
+    When the block ends well, the cell's checkpoints are removed, on disk and in the store.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a cell runs in one process for now; start it without torchrun or accelerate launch")
@@ -60,8 +60,10 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     folder = config.checkpoint_dir / key
     with train.reserve(folder):
         run.tag(base_model=contents["base"], precision=contents["precision"])
+        run.fetch_checkpoint(key, folder, newer_than=train.newest_step(folder))
         run.begin_cell(key, folder, train.newest_step(folder))
-        done = train.run(config, prepared, model, folder, run.log_step, run.flush)
+        store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
+        done = train.run(config, prepared, model, folder, run.log_step, run.flush, store)
         run.flush()
         if done.resumed_from:
             print(f"went on from the checkpoint of step {done.resumed_from} of {done.steps}")
@@ -72,6 +74,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
             run.log_folder(Path(adapter), "adapter")
         run.log_checkpoint(merged, tokenizer, config)
         yield merged, tokenizer
+        run.drop_checkpoints()
         shutil.rmtree(folder)
 
 

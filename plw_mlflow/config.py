@@ -90,6 +90,8 @@ class RecipeOptions:
     """Steps between checkpoints."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints of unfinished cells; the same command goes on from them after a crash."""
+    store_checkpoints: bool = True
+    """Copy each checkpoint into the MLflow run too, so that the same command goes on from it on any machine."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
@@ -159,8 +161,12 @@ class ScoreOptions:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Runs every `faults` a config has inherited, and reports what they find at once."""
+    """Every entry point's: runs each `faults` a config has inherited, and reports what they find at once."""
+
+    allow_stale_image: bool = False
+    """In Docker, run the image's code even where it is not the code of the project's folder or commit."""
 
     def __post_init__(self) -> None:
         found = []
@@ -199,7 +205,7 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         Those three are told apart by their contents (`cell.py`): one file has many paths.
         """
         leave_out = {"model", "dataset", "tokenizer", "max_records", "on_bad_record", "precision"}
-        leave_out |= {"output", "checkpoint_dir", "save_every", "eval_every"}
+        leave_out |= {"output", "checkpoint_dir", "store_checkpoints", "save_every", "eval_every", "allow_stale_image"}
         if self.divisor_scope == "step":  # how a step is cut then changes nothing
             leave_out |= {"micro_batch_examples"}
         if self.method == "full":
@@ -254,6 +260,7 @@ class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
             for field in fields(part)
             if field.name != "output"
         }
+        shared["allow_stale_image"] = self.allow_stale_image
         return [MainConfig(**asdict(cell), **shared) for cell in self._cells()]
 
     def _cells(self) -> list[CellOptions]:

@@ -11,9 +11,9 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -31,8 +31,9 @@ from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import __version__, seeding
+from plw_mlflow import __version__, origin, seeding
 from plw_mlflow.config import CellOptions, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
@@ -40,6 +41,8 @@ from plw_mlflow.records import Source
 
 FLUSH_SECONDS = 5.0
 BATCH_METRICS = 1000  # MLflow's limit on one log_batch
+SILENT_SECONDS = 60.0  # a run without a sign of life for so long is taken for dead
+CHECKPOINTS = "checkpoints"  # artifact folder of an unfinished cell
 CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
 
@@ -53,6 +56,9 @@ class Run:
         self._flushed = time.monotonic()
         self._dataset: MetaDataset | None = None
         self._model_id: str | None = None
+        self._cell = ""
+        self._stored: str | None = None  # name of this run's checkpoint in the store
+        self._stored_before: list[str] = []  # earlier runs of the cell that have one there
 
     def log_config(self, config: Any) -> None:
         """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file."""
@@ -85,6 +91,54 @@ class Run:
         self.tag(data_sha256=source.sha256)
         mlflow.log_dict(profile, "profile.json")
 
+    def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
+        """Bring the store's newest checkpoint of a cell, where it is of a step after `newer_than`, into `folder`.
+
+        Raises ValueError where the run it belongs to seems to be at work still, on another machine.
+        """
+        runs = self._client.search_runs(
+            [self._client.get_run(self.id).info.experiment_id],
+            filter_string=f"tags.`plw.checkpoint` LIKE '{cell}/%'",
+        )
+        stored = {run.info.run_id: run.data.tags["plw.checkpoint"].partition("/")[2] for run in runs}
+        self._stored = stored.pop(self.id, None)
+        self._stored_before = list(stored)
+        newest = max(((int(name.removeprefix("step-")), name, run_id) for run_id, name in stored.items()), default=None)
+        if newest is None or newest[0] <= newer_than:
+            return
+        _, name, run_id = newest
+        marker = folder / "run_id"
+        if not marker.exists() or marker.read_text() != run_id:  # else the folder's lock says that it has ended
+            _await_silence(run_id)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            os.replace(self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch), folder / name)
+        marker.write_text(run_id)
+
+    def store_checkpoint(self, saved: Path) -> None:
+        """Copy a checkpoint's folder into the run; then the cell's older ones in the store are removed."""
+        self._client.log_artifacts(self.id, str(saved), f"{CHECKPOINTS}/{saved.name}")
+        self.tag(checkpoint=f"{self._cell}/{saved.name}")  # complete from here on
+        if self._stored not in (None, saved.name):
+            self._delete(self.id, f"{CHECKPOINTS}/{self._stored}")
+        self._stored = saved.name
+        self._drop_earlier()
+
+    def drop_checkpoints(self) -> None:
+        """Remove the cell's checkpoints from the store, as its model is there now."""
+        self._drop_earlier()
+        if self._stored is not None:
+            self.untag("checkpoint")
+            self._delete(self.id, CHECKPOINTS)
+
+    def _drop_earlier(self) -> None:
+        while self._stored_before:
+            run_id = self._stored_before.pop()
+            self._client.delete_tag(run_id, "plw.checkpoint")
+            self._delete(run_id, CHECKPOINTS)
+
+    def _delete(self, run_id: str, path: str) -> None:
+        get_artifact_repository(self._client.get_run(run_id).info.artifact_uri).delete_artifacts(path)
+
     def begin_cell(self, cell: str, folder: Path, step: int) -> None:
         """Make this the run of a cell. If an earlier run was cut short in `folder`, take its curves up to `step` over.
 
@@ -92,6 +146,7 @@ class Run:
         """
         marker = folder / "run_id"
         earlier = marker.read_text() if marker.exists() else None
+        self._cell = cell
         self.tag(cell=cell, status="training")
         if earlier and earlier != self.id:
             self._take_over(earlier, step)
@@ -247,6 +302,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
     run = Run(active.info.run_id)
     try:
+        _check_container(run.id, config)
         if run_id is None:
             run.tag(version=__version__, **_origin())
             run.log_config(config)
@@ -286,6 +342,23 @@ def child_environment(run_id: str) -> dict[str, str]:
 def fail(run_id: str) -> None:
     """Mark a run FAILED whose process ended badly, perhaps before it could say so itself."""
     mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+
+
+def _await_silence(run_id: str) -> None:
+    """Return once nothing has been heard of a run for SILENT_SECONDS; raise ValueError if it goes on meanwhile."""
+    client = mlflow.MlflowClient()
+
+    def last_heard() -> float:
+        return max((point.timestamp for point in client.get_metric_history(run_id, "train/loss")), default=0) / 1000
+
+    heard = last_heard()
+    while (seconds := heard + SILENT_SECONDS - time.time()) > 0:
+        if client.get_run(run_id).info.status != RunStatus.to_string(RunStatus.RUNNING):
+            return
+        print(f"run {run_id} trained this cell a moment ago; waiting {seconds:.0f} s to see whether it still does")
+        time.sleep(min(seconds, FLUSH_SECONDS * 2))
+        if last_heard() > heard:
+            raise ValueError(f"another process is training this very cell, as run {run_id}; wait for it, or end it")
 
 
 def _leave_wrapper(run_id: str) -> None:
@@ -412,14 +485,23 @@ def _get_run(run_id: str) -> mlflow.entities.Run:
 
 def _origin() -> dict[str, str]:
     """The code's commit and the image it runs in, as far as they are known."""
-    found = {"image": os.environ.get("PLW_IMAGE", ""), "git_commit": os.environ.get("PLW_GIT_COMMIT", "")}
-    if not found["git_commit"]:
-        with suppress(OSError):  # no git here
-            git = ["git", "-C", str(Path(__file__).resolve().parent)]
-            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-            changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
-            found["git_commit"] = commit + ("-dirty" if changed else "")
+    found = {"image": origin.image(), "git_commit": origin.commit()}
     return {name: value for name, value in found.items() if value}
+
+
+def _check_container(run_id: str, config: Any) -> None:
+    """In a container, find out before the work whether it is the right code, and whether its results would last."""
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    place = client.get_experiment(run.info.experiment_id).artifact_location
+    origin.check_mounted(mlflow.get_tracking_uri(), place)
+    try:
+        origin.check_image(run.data.tags.get("mlflow.source.git.commit"))
+    except ValueError as error:
+        if not config.allow_stale_image:
+            raise
+        warnings.warn(str(error), stacklevel=2)
+        client.set_tag(run_id, "plw.stale_image", "true")
 
 
 def _quiet() -> None:

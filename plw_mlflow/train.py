@@ -62,11 +62,13 @@ def run(
     folder: Path,
     log: Log = lambda metrics, step: None,
     before_save: Callable[[], None] = lambda: None,
+    after_save: Callable[[Path], None] = lambda saved: None,
 ) -> Trained:
     """Train a model on prepared examples, from the newest checkpoint in `folder` if there is one.
 
     log: called after every step with its metrics (losses in nats per token).
     before_save: called before each checkpoint, to put in safety whatever the caller holds back.
+    after_save: called with each checkpoint's folder, once it is complete.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step; the last
     checkpoint stays as it was.
@@ -128,7 +130,7 @@ def run(
             if saving:
                 before_save()
                 if accelerator.is_main_process:
-                    _save(folder, state)
+                    after_save(_save(folder, state))
     seconds = time.monotonic() - started
     return Trained(state.learner.model.eval(), total, resumed_from, tokens_seen / seconds, seconds)
 
@@ -259,8 +261,8 @@ def newest_step(folder: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in _checkpoints(folder)), default=0)
 
 
-def _save(folder: Path, state: _State) -> None:
-    """Write a checkpoint, then remove the ones before it."""
+def _save(folder: Path, state: _State) -> Path:
+    """Write a checkpoint, then remove the ones before it; returns its own folder."""
     unfinished = folder / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -269,9 +271,11 @@ def _save(folder: Path, state: _State) -> None:
         {"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()},
         unfinished / "optimizer.pt",
     )
-    os.replace(unfinished, folder / f"step-{state.step:06d}")
+    finished = folder / f"step-{state.step:06d}"
+    os.replace(unfinished, finished)
     for older in _checkpoints(folder)[:-1]:
         shutil.rmtree(older)
+    return finished
 
 
 def _load(folder: Path, state: _State) -> int:

@@ -22,15 +22,20 @@ def _template():
     return folder / "mlflow.db"
 
 
+def make_store(folder):
+    """Put a new tracking store into a folder; gives its URI."""
+    shutil.copy(_template(), folder / "mlflow.db")
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        store.execute("UPDATE experiments SET artifact_location = ?", (f"{folder}/mlruns/0",))
+    return f"sqlite:///{folder}/mlflow.db"
+
+
 class Place:
     """A folder with a tracking store in it, and the entry points run there in processes of their own."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-        shutil.copy(_template(), folder / "mlflow.db")
-        with sqlite3.connect(folder / "mlflow.db") as store:
-            store.execute("UPDATE experiments SET artifact_location = ?", (f"{folder}/mlruns/0",))
+        self.uri = make_store(folder)
 
     @cached_property
     def client(self):
