@@ -129,6 +129,82 @@ def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
     assert history(store, second.id, "train/loss") == []
 
 
+def saved(folder, step):
+    """A checkpoint's folder, as training leaves it."""
+    place = folder / f"step-{step:06d}"
+    place.mkdir(parents=True)
+    (place / "weights.safetensors").write_text(f"weights of step {step}")
+    return place
+
+
+@pytest.fixture
+def cut_short(store, tmp_path):
+    """A run of the cell "abc" whose checkpoint of step 40 is in the store, and whose machine is gone."""
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.begin_cell("abc", tmp_path, 0)
+        run.log_step({"train/loss": 0.5}, 40)
+        run.store_checkpoint(saved(tmp_path / "old", 20))
+        run.store_checkpoint(saved(tmp_path / "old", 40))
+    return run.id
+
+
+def artifacts(store, run_id, path=None):
+    return [item.path for item in store.list_artifacts(run_id, path)]
+
+
+def test_the_stores_newest_checkpoint_is_brought_to_another_machine(store, cut_short, tmp_path):
+    assert artifacts(store, cut_short, "checkpoints") == ["checkpoints/step-000040"]  # the one before it is gone
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+        assert (folder / "step-000040" / "weights.safetensors").read_text() == "weights of step 40"
+        run.begin_cell("abc", folder, 40)
+        assert artifacts(store, cut_short, "checkpoints")  # kept until there is another
+        run.store_checkpoint(saved(tmp_path / "new", 60))
+        assert "checkpoints" not in artifacts(store, cut_short)
+        assert artifacts(store, run.id, "checkpoints") == ["checkpoints/step-000060"]
+        run.drop_checkpoints()
+    assert "checkpoints" not in artifacts(store, run.id)
+    tags = store.get_run(cut_short).data.tags | store.get_run(run.id).data.tags
+    assert "plw.checkpoint" not in tags
+    assert tags["plw.superseded_by"] == run.id
+    assert history(store, run.id, "train/loss") == [(40, 0.5)]
+
+
+@pytest.mark.parametrize(("cell", "newer_than"), [("abcd", 0), ("ab", 0), ("abc", 40)])
+def test_another_cells_or_an_older_checkpoint_is_left_where_it_is(cut_short, tmp_path, cell, newer_than):
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.fetch_checkpoint(cell, folder, newer_than=newer_than)
+    assert not list(folder.iterdir())
+
+
+def test_a_cell_that_another_machine_still_trains_is_not_taken(store, cut_short, tmp_path, monkeypatch):
+    other = tracking.Run(cut_short)
+    store.update_run(cut_short, "RUNNING")
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: other.log_step({"train/loss": 0.4}, 41))
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with (
+        pytest.raises(ValueError, match=f"another process is training this very cell, as run {cut_short}"),
+        tracking.open_run(TrainConfig(), "cell") as run,
+    ):
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+
+
+def test_a_run_that_stays_silent_is_taken_for_dead(store, cut_short, tmp_path, monkeypatch):
+    store.update_run(cut_short, "RUNNING")
+    monkeypatch.setattr(tracking, "SILENT_SECONDS", 0.5)
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+    assert (folder / "step-000040").is_dir()
+
+
 def test_a_wrapper_says_whose_run_it_works_on_and_holds_nothing_else(store, monkeypatch):
     with tracking.open_run(MainConfig(), "cell") as cell:
         pass
