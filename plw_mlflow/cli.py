@@ -104,7 +104,10 @@ def _help(config_type: type[Any]) -> dict[str, str]:
 
 
 def _run(parsed: click.Command) -> NoReturn:
-    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to interrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
+    # Not in processes that a library forks: a pool ends its workers by SIGTERM, and one that is just about to wait for
+    # a lock would take note of it too late.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         parsed.main(standalone_mode=False)
@@ -123,12 +126,6 @@ def _run(parsed: click.Command) -> NoReturn:
             sys.exit(1)
         _stop(" ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1)
     sys.exit(0)
-
-
-def _interrupt(*_: object, of: int = os.getpid()) -> None:
-    if os.getpid() != of:  # a helper process that a library forked, and now ends
-        os._exit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
 
 
 def _raised_here(error: BaseException) -> bool:

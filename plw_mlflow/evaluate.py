@@ -10,6 +10,7 @@ import csv
 import difflib
 import json
 import logging
+import os
 import re
 import statistics
 from collections.abc import Callable
@@ -113,6 +114,7 @@ def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: i
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     harness_model = HFLM(
         pretrained=model.to(device).eval(),

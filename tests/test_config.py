@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, fields
@@ -20,6 +22,7 @@ from plw_mlflow.config import (
     SweepConfig,
     TrainConfig,
 )
+from tests.stores import ROOT
 
 
 @pytest.fixture
@@ -269,3 +272,32 @@ def test_a_field_without_help_would_be_noticed():
         quiet: int = 2
 
     assert cli._help(Silent) == {"loud": "Heard."}
+
+
+def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
+    """A pool ends its workers by SIGTERM; one that took it for an interrupt might wait for ever."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import multiprocessing, os, signal, time\n"
+        "from plw_mlflow.cli import command\n"
+        "from plw_mlflow.config import AnalyzeConfig\n"
+        "@command(AnalyzeConfig)\n"
+        "def main(config):\n"
+        "    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler\n"
+        "    ready, begun = os.pipe()\n"
+        "    work = lambda: (os.write(begun, b'.'), time.sleep(60))\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "    worker.start()\n"
+        "    os.read(ready, 1)\n"
+        "    worker.terminate()\n"
+        "    worker.join()\n"
+        "    print(worker.exitcode)\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, "--scores", "x"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("-15\n", "", 0)
