@@ -18,13 +18,22 @@ TOY = ("toy-short", "toy-long")
 
 
 @dataclass(frozen=True)
-class Record:
-    """One instruction as text."""
+class Message:
+    """One turn of a conversation."""
 
-    id: str  # "FILE:NUMBER" counted from 1, or "toy-short:NUMBER"
-    instruction: str
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction as text, or a conversation that ends with the assistant."""
+
+    id: str  # "FILE:NUMBER" counted from 1, "toy-short:NUMBER" or "HUB-ID:NUMBER"
+    instruction: str  # of a conversation: the last user turn
     input: str  # may be empty
-    output: str  # the completion, never empty
+    output: str  # the completion; of a conversation: the last assistant turn
+    messages: tuple[Message, ...] = ()  # the whole conversation, where the record came as one
 
 
 @dataclass(frozen=True)
