@@ -294,7 +294,7 @@ def _conversation(row: dict[str, Any], id: str) -> Record | Fault:
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             return Fault(f"has the role {role!r} in turn {number}, where only {', '.join(ROLES)} are known")
         if not isinstance(content, str):
             return Fault(f"has something other than text as its turn {number}")
