@@ -161,7 +161,7 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
     left.set_xlabel("tokens")
     left.set_ylabel("share of the records that are no longer")
     left.set_title("Lengths", loc="left", fontsize=11)
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8.5, frameon=False)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
 
     shares_by_plw = {float(plw): share for plw, share in found["effective_prompt_share"].items()}
     w = np.array(list(shares_by_plw)) ** EXPONENT
