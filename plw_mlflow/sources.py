@@ -7,17 +7,19 @@ on the network, is the one the study used or is refused.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 from plw_mlflow import formats
 from plw_mlflow.errors import first_line
@@ -121,19 +123,10 @@ def _file(path: Path, name: str, sha256: str, licence: str, inverted: bool) -> S
 
 
 def _obtain(name: str, pinned: Pinned, cache_dir: Path, data_dir: Path | None) -> tuple[Path, str]:
-    """The pinned file and its SHA-256: from the folder of local copies, from the cache, or downloaded into that."""
-    from filelock import FileLock
-
+    """The pinned file and its SHA-256: from the folder of local copies or one in it, from the cache, or downloaded."""
     if data_dir is not None:
-        for local in (
-            folder / (pinned.file + ending)
-            for folder in (data_dir, *_folders(data_dir))
-            for ending in (
-                "",
-                ".gz",
-                ".zst",
-            )
-        ):
+        folders = [data_dir, *sorted(path for path in data_dir.iterdir() if path.is_dir())]
+        for local in (folder / (pinned.file + ending) for folder in folders for ending in ("", ".gz", ".zst")):
             if local.is_file():
                 return local, _verified(local, name, pinned)
     folder = cache_dir / "sources" / (pinned.sha256 or pinned.blob)[:16]
@@ -148,15 +141,11 @@ def _obtain(name: str, pinned: Pinned, cache_dir: Path, data_dir: Path | None) -
     return target, _verified(target, name, pinned)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
 def _download(url: str, path: Path, name: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
             shutil.copyfileobj(answer, file)
-    except OSError as error:  # what urllib raises is one of these, and so is a connection that breaks
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"{name} cannot be downloaded ({first_line(error)}); get {url} elsewhere, put it into a folder, and name "
             f"that with --data-dir"
@@ -208,7 +197,7 @@ def _hub(dataset: str) -> Source:
         licence, commit = str(getattr(info.card_data, "license", None) or ""), str(info.sha)
     except HfHubHTTPError as error:
         raise ValueError(f"the hub has no data set {dataset} for you: {first_line(error)}") from None
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of whichever HTTP library the hub's client uses
         if not re.fullmatch("[0-9a-f]{40}", revision):
             raise ConnectionError(
                 f"the hub cannot be asked for {dataset} ({first_line(error)}); with the whole commit as @REVISION, "
