@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from plw_mlflow.errors import first_line
 from plw_mlflow.records import Record
@@ -187,6 +187,8 @@ class ChatTemplate:
             if shape not in self._outlines:
                 self._outlines[shape] = self._outline(turns)
             rendered = self._rendered(turns, [turn.text for turn in turns])
+        except TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"record {record.id} does not fit the chat template: {first_line(error)}") from None
         outline = self._outlines[shape]
