@@ -69,6 +69,11 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     chosen = ~is_repeated if options.drop_duplicates else np.ones(len(rows), bool)
     if options.mix is not None:
         chosen &= blend(columns["key"], which == 1, chosen, options.mix_share)
+        for number, source in enumerate(found):
+            if not chosen[which == number].any():
+                raise ValueError(
+                    f"mix-share={options.mix_share:g} with so few records leaves no record of {source.name}; change it"
+                )
     chosen = np.flatnonzero(chosen)
     duplicates = int(is_repeated.sum() if options.drop_duplicates else is_repeated[chosen].sum())
     columns = {name: column[chosen] for name, column in columns.items()}
@@ -82,7 +87,7 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     is_dropped = is_long & (options.on_long == "drop")
     place = _fraction(columns["key"][:, :6])
     share = options.validation_share
-    if np.count_nonzero(~is_dropped) > 1:  # a few may all lie beyond the share; the curves need one all the same
+    if len(np.unique(place[~is_dropped])) > 1:  # a few may all lie beyond the share; the curves need one all the same
         share = max(share, math.nextafter(place[~is_dropped].min(), 1))
     is_training, is_validation = ~is_dropped & (place >= share), ~is_dropped & (place < share)
     is_lost = ~is_dropped & (columns["completion_kept"] == 0)
