@@ -109,16 +109,14 @@ class Encoder:
         rendered = [self.template.render(record) for record in records]
         parts = [self._spelled(record, pieces) for record, pieces in zip(records, rendered, strict=True)]
         encodings = self._backend.encode_batch(["".join(texts) for texts in parts], add_special_tokens=False)
-        prompts = [
-            "".join(texts[:number])
-            for texts, pieces in zip(parts, rendered, strict=True)
-            for number in _completion_starts(pieces)
-            if self._prompt_border == "separate"
-        ]
-        prompt_tokens = iter(self.count(prompts))
+        borders = [_completion_starts(pieces) for pieces in rendered]
+        prompt_tokens: Iterator[int] | None = None
+        if self._prompt_border == "separate":
+            prompts = ["".join(texts[:n]) for texts, starts in zip(parts, borders, strict=True) for n in starts]
+            prompt_tokens = iter(self.count(prompts))
         return [
-            self._example(encoding, pieces, texts, prompt_tokens)
-            for encoding, pieces, texts in zip(encodings, rendered, parts, strict=True)
+            self._example(encoding, pieces, [len(text) for text in texts], starts, prompt_tokens)
+            for encoding, pieces, texts, starts in zip(encodings, rendered, parts, borders, strict=True)
         ]
 
     def _spelled(self, record: Record, pieces: Sequence[Piece]) -> list[str]:
@@ -129,20 +127,30 @@ class Encoder:
         return [self._specials[piece.text] if piece.is_special else piece.text for piece in pieces]
 
     def _example(
-        self, encoding: Encoding, pieces: Sequence[Piece], texts: Sequence[str], prompt_tokens: Iterator[int]
+        self,
+        encoding: Encoding,
+        pieces: Sequence[Piece],
+        characters: Sequence[int],
+        completion_starts: Sequence[int],
+        prompt_tokens: Iterator[int] | None,
     ) -> Example:
-        ends = list(itertools.accumulate(map(len, texts)))  # of the pieces, in characters
+        """The example of one encoding.
+
+        characters: of each piece. completion_starts: numbers of pieces. prompt_tokens: the tokens before each of these
+            starts if tokenised alone, where that is to be the border.
+        """
+        ends = list(itertools.accumulate(characters))
         stops = [len(encoding) if end == ends[-1] else _first_beyond(encoding, end) for end in ends]  # in tokens
         straddling = 0
-        for number in _completion_starts(pieces):
-            if self._prompt_border == "separate":
+        for number in completion_starts:
+            if prompt_tokens is not None:
                 border = min(next(prompt_tokens), len(encoding))
                 before, beyond = stops[: number - 1], stops[number:]
                 stops = [*(min(stop, border) for stop in before), border, *(max(stop, border) for stop in beyond)]
-            elif first_token_starts := encoding.token_to_chars(stops[number - 1]):
-                straddling += first_token_starts[0] < ends[number - 1]
+            elif first_token := encoding.token_to_chars(stops[number - 1]):
+                straddling += first_token[0] < ends[number - 1]
         segments = [Segment.TEMPLATE, *(piece.segment for piece in pieces), Segment.COMPLETION]
-        lengths = np.diff([-len(self._opening), 0, *stops, len(encoding) + len(self._closing)])
+        lengths = [len(self._opening), *(b - a for a, b in itertools.pairwise([0, *stops])), len(self._closing)]
         return Example(
             np.array([*self._opening, *encoding.ids, *self._closing], dtype=np.int32),
             np.repeat(np.array(segments, dtype=np.int8), lengths),
