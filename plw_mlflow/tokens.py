@@ -82,7 +82,9 @@ class Encoder:
         settings = json.loads(self._serialised)
         model, specials = settings["model"], self._specials
         for token in settings["added_tokens"]:
-            token["content"] = specials.get(token["content"], token["content"])
+            if token["content"] in specials:
+                # Found before the text is normalised: after it, some would be missed (LLaMA puts a space before each).
+                token |= {"content": specials[token["content"]], "normalized": False}
         if isinstance(model["vocab"], dict):
             model["vocab"] = {specials.get(piece, piece): number for piece, number in model["vocab"].items()}
         else:  # Unigram: pairs of piece and log-probability
@@ -140,7 +142,12 @@ class Encoder:
             starts if tokenised alone, where that is to be the border.
         """
         ends = list(itertools.accumulate(characters))
-        stops = [len(encoding) if end == ends[-1] else _first_beyond(encoding, end) for end in ends]  # in tokens
+        stops: list[int] = []  # in tokens
+        for piece, end in zip(pieces, ends, strict=True):
+            if piece.is_special:  # one token, though it may take the white space after it along
+                stops.append(stops[-1] + 1 if stops else 1)
+            else:
+                stops.append(len(encoding) if end == ends[-1] else _first_beyond(encoding, end))
         straddling = 0
         for number in completion_starts:
             if prompt_tokens is not None:
