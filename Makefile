@@ -21,6 +21,7 @@ study: setup
 bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
+	$(BIN)/python -m benchmarks.data --json output/data.json
 
 image:
 	docker build --build-arg IMAGE=$(IMAGE) --build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .

@@ -49,7 +49,7 @@ def test_main_puts_everything_on_one_run(place, cell_run):
     assert run.data.params.keys() == {field for field in MainConfig.__dataclass_fields__}
     (data,) = run.inputs.dataset_inputs
     assert run.data.tags["plw.data_sha256"].startswith(data.dataset.digest)
-    assert json.loads((found / "profile.json").read_text())["sha256"] == run.data.tags["plw.data_sha256"]
+    assert json.loads((found / "profile.json").read_text())["sources"][0]["sha256"] == run.data.tags["plw.data_sha256"]
     steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(1, len(steps) + 1))
     curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm", "tokens_per_second")
