@@ -124,6 +124,11 @@ def test_a_template_of_ones_own_has_special_tokens_where_it_spells_them(tmp_path
     assert [token for token in example.tokens.tolist() if token in ids] == ids
 
 
+def test_of_two_special_tokens_the_longer_one_is_meant():
+    template = templates.TextTemplate("{instruction}{input}", "<x>y{instruction}", ["<x>", "<x>y"])
+    assert written(template.render(Record("1", "U", "", "A"))) == ["T*<x>y", "N U", "C A"]
+
+
 @pytest.mark.parametrize("name", ["alpaca", "none"])
 @pytest.mark.parametrize("turns", ["sua", "uaua", "usa"])
 def test_a_conversation_does_not_fit_a_template_with_places(tokenizer, name, turns):

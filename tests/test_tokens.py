@@ -221,6 +221,41 @@ def test_separately_tokenised_prompts_are_counted_as_the_alpaca_code_counts_them
     assert straddling or segment == by_offsets
 
 
+def test_white_space_that_a_tokenizer_leaves_out_of_its_offsets_counts():
+    """GPT-2's offsets of ":\\n" end with the colon, which would make the newline of the completion prompt."""
+    tokenizer = byte_tokenizer((":", "Ċ"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokens, segment, straddling = encode(Record("1", "Go", "", "\nx"), tokenizer)
+    assert tokens[-3] == tokenizer.convert_tokens_to_ids(":Ċ")
+    assert segment[-4:] == [T, C, C, C]
+    assert straddling == 1
+
+
+@pytest.mark.parametrize(
+    ("merges", "pieces", "segment"),
+    [
+        # Whole: a, b, newline-4. Alone: one token, so b is completion.
+        ([("Ċ", "4"), ("b", "Ċ"), ("a", "bĊ")], ["a", "b", "Ċ4"], [N, C, C]),
+        # Whole: one token. Alone: three, more than there are.
+        ([("Ċ", "4"), ("b", "Ċ4"), ("a", "bĊ4")], ["abĊ4"], [T]),
+    ],
+)
+def test_prompts_that_break_otherwise_alone(merges, pieces, segment):
+    """In place of each piece's own tokens, the first so many of the whole text are prompt."""
+    tokenizer = byte_tokenizer(*merges)
+    found = encode(Record("1", "ab", "", "4"), tokenizer, "none", "separate")
+    assert found == ([*tokenizer.convert_tokens_to_ids(pieces), EOS], [*segment, C], 0)
+
+
+def test_a_completion_may_be_lost_to_a_prompt_that_is_longer_alone():
+    tokenizer = byte_tokenizer(("Ċ", "4"), ("b", "Ċ4"), ("a", "bĊ4"))
+    source = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    template = templates.ChatTemplate(source, tokenizer)
+    (found,) = Encoder(tokenizer, template, prompt_border="separate").encode([Record("1", "ab", "", "4")])
+    assert found.tokens.tolist() == [*tokenizer.convert_tokens_to_ids(["abĊ4", "Ċ"]), EOS]
+    assert found.segment.tolist() == [T, T, T]
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("template", ["alpaca", "none"])
 def test_a_text_begins_as_its_tokenizer_has_the_habit_and_ends_once(bos, template):
@@ -302,13 +337,17 @@ def test_nothing_is_encoded_of_nothing(tokenizer):
     assert encoder(tokenizer).encode([]) == encoder(tokenizer).count([]) == []
 
 
-def test_a_call_before_leaves_no_trace(tokenizer):
+def test_a_call_before_leaves_no_trace():
     """transformers keeps a call's truncation and padding in the tokenizer."""
-    record, used = Record("1", "Go.", "", "Gone"), byte_tokenizer()
+    record, used, tokenizer = Record("1", "Go.", "", "Gone"), byte_tokenizer(), byte_tokenizer()
+    tokenizer.pad_token = "</s>"
     used.pad_token = "</s>"
     used(["a", "abcdef"], truncation=True, max_length=3, padding="max_length")
-    assert encode(record, used) == encode(record, tokenizer)
-    assert encoder(used).count(["abcdef"]) == [6]
+    source = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    before, after = (Encoder(each, templates.ChatTemplate(source, each)) for each in (tokenizer, used))
+    assert after.digest == before.digest
+    assert after.encode([record])[0].tokens.tolist() == before.encode([record])[0].tokens.tolist()
+    assert after.count(["abcdef"]) == [6]
 
 
 @given(st.lists(odd, max_size=4))
