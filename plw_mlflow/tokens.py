@@ -91,7 +91,7 @@ class Encoder:
             model["vocab"] = [[specials.get(piece, piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token") is not None:
             model["unk_token"] = specials.get(model["unk_token"], model["unk_token"])
-        settings["post_processor"] = None  # GPT-2's would also take white space out of the offsets
+        settings["post_processor"] = None  # GPT-2's would also take spaces out of the offsets
         return Tokenizer.from_str(json.dumps(settings))
 
     def contents(self, record: Record) -> list[tuple[str, Segment]]:
