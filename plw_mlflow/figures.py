@@ -155,7 +155,7 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
         left.plot(list(length["quantiles"].values()), shares, line, color=colour, linewidth=2, label=label)
     cut = f"max-tokens {found['max_tokens']}: {found['longer_than_max_tokens']:.1%} are longer"
     left.axvline(found["max_tokens"], color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
-    left.set_xscale("symlog", linthresh=1, base=2)
+    left.set_xscale("symlog", linthresh=1, linscale=0.5, base=4)
     left.set_xlim(left=0)
     left.xaxis.set_major_formatter("{x:.0f}")
     left.set_xlabel("tokens")
