@@ -234,7 +234,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     ("arguments", "status", "message"),
     [
         (("train", "--model", "no/such/model"), 2, "model 'no/such/model' is not a folder on this machine"),
-        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
+        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file, nor a hub id"),
         (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
         (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
         (("train", "--max-tokens", "4096"), 2, "max-tokens is 4096, but toy has 512 positions"),
