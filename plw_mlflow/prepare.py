@@ -125,10 +125,14 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
 
 
 def cache_dir(options: DataOptions) -> Path:
-    """The folder for downloads and stored examples."""
-    if options.cache_dir is not None:
-        return options.cache_dir
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plw_mlflow"
+    """The folder for downloads and stored examples, which is there now. Raises ValueError where it cannot be made."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = options.cache_dir or home / "plw_mlflow"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the cache {folder} cannot be made ({error.strerror}); name another: --cache-dir") from None
+    return folder
 
 
 def blend(keys: np.ndarray, is_second: np.ndarray, usable: np.ndarray, share: float) -> np.ndarray:

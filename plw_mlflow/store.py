@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from plw_mlflow.errors import first_line
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
 
@@ -134,13 +135,20 @@ def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
     """What is stored in `folder`, after `build` has written it if nothing is yet.
 
     build: adds the examples, and returns what is to be said of them (JSON).
+
+    Raises ValueError where what is stored cannot be read.
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _write(folder, build)
-    return Store(folder)
+    try:
+        return Store(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"what is stored in {folder} cannot be read ({first_line(error)}); remove that folder, and it is made anew"
+        ) from None
 
 
 def _write(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> None:

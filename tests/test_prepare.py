@@ -409,6 +409,13 @@ def test_the_cache_is_where_it_was_told_to_be(write, tokenizer, tmp_path, monkey
     assert [path.suffix for path in (expected / "examples").iterdir() if path.suffix] == [".lock"]
 
 
+def test_a_cache_that_cannot_be_made_is_told_with_the_way_out(write, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"file/plw_mlflow cannot be made .*--cache-dir"):
+        prepare.run(write(LONG), tokenizer, DataOptions())
+
+
 # Telling.
 
 

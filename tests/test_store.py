@@ -93,6 +93,15 @@ def test_what_could_not_be_finished_leaves_nothing_behind(tmp_path):
     assert once(tmp_path / "store", build_from([[[1, 3]]])).about["said"] == "of them"
 
 
+def test_a_damaged_file_is_told_with_the_way_out(tmp_path):
+    once(tmp_path / "store", build_from([[[1, 3]]]))
+    content = (tmp_path / "store" / "examples.arrow").read_bytes()
+    for damaged in (b"", content[:-20], b"{}"):
+        (tmp_path / "store" / "examples.arrow").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"store cannot be read .*remove that folder"):
+            once(tmp_path / "store", build_from([]))
+
+
 PREPARE = """
 import sys, time
 from pathlib import Path
