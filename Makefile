@@ -25,6 +25,7 @@ study: setup
 bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
+	$(BIN)/python -m benchmarks.data --json output/data.json
 
 # Both make the image that MLproject names.
 image:

@@ -1,4 +1,6 @@
-"""Look at a data set before training on it:  python -m entrypoints.prepare --dataset toy-long"""
+"""Look at a data set before training on it:  python -m entrypoints.prepare --dataset toy-long --show 3"""
+
+import sys
 
 from plw_mlflow.cli import command
 from plw_mlflow.config import PrepareConfig
@@ -6,13 +8,20 @@ from plw_mlflow.config import PrepareConfig
 
 @command(PrepareConfig)
 def main(config: PrepareConfig) -> None:
-    from plw_mlflow import models, prepare, tracking
+    from plw_mlflow import models, prepare, show, tracking
+    from plw_mlflow.batches import Weights
 
     with tracking.open_run(config, f"prepare {config.dataset}") as run:
-        prepared = prepare.run(config.dataset, models.load_tokenizer(config.model, config.tokenizer), config)
-        run.log_data(prepared.source, prepared.profile)
+        tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+        prepared = prepare.run(config.dataset, tokenizer, config)
+        run.log_data(prepared.sources, prepared.profile)
         prepare.write(prepared, config.output)
-        print(prepare.profile_text(prepared.profile))
+        template_weight = config.plw if config.template_weight is None else config.template_weight
+        weights = Weights(prompt=config.plw, template=template_weight, completion=config.completion_weight)
+        for index in range(min(config.show or 0, len(prepared.training))):
+            name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
+            print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))
+        print(prepare.text(prepared.profile))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from plw_mlflow import seeding
-from plw_mlflow.tokens import Example, Segment
+from plw_mlflow.templates import Segment
+from plw_mlflow.tokens import Example
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def collate(examples: Sequence[Example], weights: Weights) -> Batch:
     tokens, attention, segment = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     for row, example in enumerate(examples):
         length = len(example.tokens)
-        tokens[row, :length] = torch.tensor(example.tokens)
-        segment[row, :length] = torch.tensor(example.segment)
+        tokens[row, :length] = torch.from_numpy(example.tokens.astype(np.int64))
+        segment[row, :length] = torch.from_numpy(example.segment.astype(np.int64))
         attention[row, :length] = 1
     # The first token of an example is never predicted: nothing stands before it.
     predicted = attention.clone()

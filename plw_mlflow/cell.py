@@ -44,14 +44,14 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
         raise ValueError("a cell runs in one process for now; start it without torchrun or accelerate launch")
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(config.dataset, tokenizer, config)
-    run.log_data(prepared.source, prepared.profile)
+    run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
-    print(prepare.profile_text(prepared.profile))
+    print(prepare.text(prepared.profile))
     model = models.load(config.model)
     _check_fit(model, prepared, config)
     contents = {
-        "data": prepared.source.sha256,
-        "records": str(len(prepared.source.records)),
+        "data": ",".join(source.sha256 for source in prepared.sources),
+        "examples": prepared.digest,
         "base": models.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "precision": "bfloat16" if train.mixed_precision(config.precision) == "bf16" else "float32",
@@ -83,7 +83,8 @@ def _check_fit(model: Any, prepared: Prepared, config: TrainConfig) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ValueError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
-    largest = max(max(example.tokens) for example in prepared.training + prepared.validation)
     vocabulary = model.get_input_embeddings().num_embeddings
-    if largest >= vocabulary:
-        raise ValueError(f"the tokenizer gives token {largest}, but {config.model} knows only {vocabulary} tokens")
+    if prepared.largest_token >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token {prepared.largest_token}, but {config.model} knows only {vocabulary} tokens"
+        )

@@ -21,13 +21,41 @@ PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class LocalOptions:
+    """What is on this machine already."""
+
+    data_dir: Path | None = None
+    """Folder with local copies of data sets and benchmark files, read instead of the network (README)."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            return [f"data-dir {self.data_dir} is not a folder"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(LocalOptions):
     """How records become examples."""
 
     tokenizer: str | None = None
     """Tokenizer folder or hub id (unset: the model's own)."""
+    format: Literal["auto", "alpaca", "prompt-completion", "chat", "dolly"] = "auto"
+    """Fields of the records; auto finds them out from the first records, and says so."""
+    template: str = "alpaca"
+    """Text around a record: alpaca, chat (the tokenizer's own), none, or a FILE.json or FILE.jinja (README)."""
+    prompt_border: Literal["offsets", "separate"] = "offsets"
+    """Where the prompt ends: at the token its last character lies in, or after as many tokens as it has alone."""
+    completion_turns: Literal["last", "every"] = "last"
+    """Which of a conversation's assistant turns are completion."""
     invert: bool = False
     """Turn records with long completions into short-completion ones (prompt inversion, as AlpacaDataShort was made)."""
+    mix: str | None = None
+    """Second data set, blended into the first; read and templated like it (unset: none)."""
+    mix_share: float = 0.5
+    """Share of the records that come from the second data set; as many records as can be had without repeating any."""
+    drop_duplicates: bool = False
+    """Leave out a record whose text has occurred before; exact duplicates are counted in any case."""
     max_records: int | None = None
     """Use only the first so many records of the data set (unset: all)."""
     max_tokens: int = 512
@@ -35,18 +63,23 @@ class DataOptions:
     on_long: Literal["drop", "truncate"] = "drop"
     """What happens to an example longer than max-tokens."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """What happens to a record that lacks a field or has an empty completion; skipped ones are counted and listed."""
+    """What happens to a record that cannot be used; skipped ones are counted and listed."""
+    empty_completion: Literal["bad", "keep"] = "bad"
+    """A record with an empty completion is bad, or kept to train on its end of text alone, as the study did."""
     validation_share: float = 0.02
     """Share of records kept for validation, chosen by a hash of their text."""
+    cache_dir: Path | None = None
+    """Folder for downloads and tokenised data (unset: plw_mlflow in $XDG_CACHE_HOME or ~/.cache)."""
     output: Path | None = None
     """Folder for what was found, as files (unset: MLflow alone has it)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
-        found += _not_a_folder(self, "output")
-        if not 0 < self.validation_share < 1:
-            found.append(f"validation-share must lie between 0 and 1, got {self.validation_share}")
+        found += _not_a_folder(self, "output", "cache_dir")
+        for name in ("validation_share", "mix_share"):
+            if not 0 < getattr(self, name) < 1:
+                found.append(f"{_flag(name)} must lie between 0 and 1, got {getattr(self, name)}")
         return found
 
 
@@ -123,7 +156,7 @@ class CellOptions:
     model: str = "toy"
     """Base model: toy, a Hugging Face folder, or a hub id, with @REVISION to pin it."""
     dataset: str = "toy-short"
-    """Data set: toy-short, toy-long, or a .json or .jsonl file (also .gz) with instruction, input, output."""
+    """Data set: toy-short, toy-long, AlpacaData, AlpacaDataCleaned, AlpacaDataShort, Dolly, a file, or a hub id."""
     seed: int = 1234
     """Number from which every random choice is derived."""
     method: Literal["full", "lora"] = "full"
@@ -139,15 +172,13 @@ class CellOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(LocalOptions):
     """How a model is scored."""
 
     tasks: str = "toy"
     """Benchmark tasks or groups of lm-evaluation-harness, comma-separated; toy is the laboratory's own group."""
     limit: int | None = None
     """Score only the first so many documents of each task (unset: all)."""
-    data_dir: Path | None = None
-    """Folder with local benchmark files, read instead of the hub where a task has one (README, Benchmarks)."""
     eval_batch_examples: int = 64
     """Requests per forward pass in scoring."""
 
@@ -156,8 +187,6 @@ class ScoreOptions:
         found = _below(self, 1, "limit", "eval_batch_examples")
         if not names(self.tasks):
             found.append("tasks must name at least one task")
-        if self.data_dir is not None and not self.data_dir.is_dir():
-            found.append(f"data-dir {self.data_dir} is not a folder")
         return found
 
 
@@ -187,7 +216,19 @@ class PrepareConfig(Checked, DataOptions):
     model: str = "toy"
     """Model whose tokenizer counts the tokens, unless tokenizer is set."""
     dataset: str = "toy-short"
-    """Data set: toy-short, toy-long, or a .json or .jsonl file (also .gz) with instruction, input, output."""
+    """Data set: toy-short, toy-long, AlpacaData, AlpacaDataCleaned, AlpacaDataShort, Dolly, a file, or a hub id."""
+    show: int | None = None
+    """Print the first so many training examples token by token, with the weight of each (unset: none)."""
+    plw: float = 0.242
+    """Prompt loss weight of the tokens shown."""
+    template_weight: float | None = None
+    """Loss weight of the template's own tokens shown (unset: as the prompt)."""
+    completion_weight: float = 1.0
+    """Loss weight of the completion tokens shown."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        return _below(self, 1, "show") + _below(self, 0, "plw", "template_weight", "completion_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +243,15 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, but for model, data and tokenizer.
 
-        Those three are told apart by their contents (`cell.py`): one file has many paths.
+        Those three are told apart by their contents (`cell.py`): one file has many paths. The examples' digest covers
+        whatever makes tokens of text.
         """
-        leave_out = {"model", "dataset", "tokenizer", "max_records", "on_bad_record", "precision"}
-        leave_out |= {"output", "checkpoint_dir", "store_checkpoints", "save_every", "eval_every", "allow_stale_image"}
+        leave_out = {"model", "dataset", "tokenizer", "format", "template", "prompt_border", "completion_turns"}
+        leave_out |= {"invert", "mix", "max_records", "on_bad_record", "empty_completion", "precision"}
+        if self.mix is None:
+            leave_out |= {"mix_share"}
+        leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
+        leave_out |= {"eval_every", "allow_stale_image"}
         if self.divisor_scope == "step":  # how a step is cut then changes nothing
             leave_out |= {"micro_batch_examples"}
         if self.method == "full":
@@ -355,14 +401,16 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _not_a_folder(config: object, field: str) -> list[str]:
-    path = getattr(config, field)
-    if path is None:
-        return []
-    nearest = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK):
-        return []
-    return [f"{_flag(field)} {path} cannot be made: {nearest} is not a folder that can be written to"]
+def _not_a_folder(config: object, *fields_: str) -> list[str]:
+    found = []
+    for name in fields_:
+        path = getattr(config, name)
+        if path is None:
+            continue
+        nearest = next(part for part in (path, *path.absolute().parents) if part.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            found.append(f"{_flag(name)} {path} cannot be made: {nearest} is not a folder that can be written to")
+    return found
 
 
 def _below(config: object, least: float, *fields_: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Figures: what the scores of one data set do along PLW, and the curve fitted to them.
+"""Figures: how long the records of a data set are, and what its scores do along PLW with the curve fitted to them.
 
 Tasks differ from each other far more than PLW moves any of them, so every task is centred: what is drawn is how
 far a score lies from its own task's mean. The band is then that of the curve about its own mean, free of the
@@ -8,6 +8,9 @@ uncertainty of the intercept, which says how hard the tasks are and nothing of P
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,10 +34,13 @@ def plain(text: str, limit: int = 30) -> str:
     return short.replace("$", r"\$").replace("_", " _", 1) if short.startswith("_") else short.replace("$", r"\$")
 
 
-def tick_labels(plws: list[float]) -> dict[float, str]:
-    """w_p and label of the PLWs (ascending) that can be labelled without touching another; both ends always are."""
+def tick_labels(plws: list[float], axis: float = 1.0) -> dict[float, str]:
+    """w_p and label of the PLWs (ascending) that can be labelled without touching another; both ends always are.
+
+    axis: the axis' width, as a part of that of `draw_curve`.
+    """
     places = [(plw**EXPONENT, f"{plw:.2g}") for plw in plws]
-    span = max(1.0, places[-1][0])
+    span = max(1.0, places[-1][0]) / axis
 
     def fits_beside(left: tuple[float, str], right: tuple[float, str]) -> bool:
         return right[0] - left[0] > span * CHARACTER * (1 + len(left[1]) / 2 + len(right[1]) / 2)
@@ -127,6 +133,51 @@ def draw_curve(fit: Fit, table: pd.DataFrame) -> bytes:
     axes.set_ylabel("score minus its task's mean")
     figure.suptitle(plain(fit.dataset, 80), x=0.02, ha="left", fontsize=13, fontweight="bold")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5, frameon=False)
+    return _png(figure)
+
+
+def draw_profile(found: Mapping[str, Any]) -> bytes:
+    """A PNG of a length profile: how long the records are, and what part of the loss weight lies on their prompts."""
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(4, 3))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_ylim(0, 1)
+
+    lengths = {f"{name}, bare": found["lengths"][name] for name in ("instruction", "input", "completion")}
+    lengths["whole example, with template"] = found["lengths_with_template"]["example"]
+    colours = [COLOURS[1], COLOURS[0], COLOURS[2], "black"]
+    for (name, length), line, colour in zip(lengths.items(), ("--", ":", "-", "-"), colours, strict=True):
+        shares = [float(quantile) for quantile in length["quantiles"]]
+        label = f"{name}: mean {length['mean']:.1f}"
+        left.plot(list(length["quantiles"].values()), shares, line, color=colour, linewidth=2, label=label)
+    cut = f"max-tokens {found['max_tokens']}: {found['longer_than_max_tokens']:.1%} are longer"
+    left.axvline(found["max_tokens"], color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
+    left.set_xscale("symlog", linthresh=1, linscale=0.5, base=4)
+    left.set_xlim(left=0)
+    left.xaxis.set_major_formatter("{x:.0f}")
+    left.set_xlabel("tokens")
+    left.set_ylabel("share of the records that are no longer")
+    left.set_title("Lengths", loc="left", fontsize=11)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
+
+    shares_by_plw = {float(plw): share for plw, share in found["effective_prompt_share"].items()}
+    w = np.array(list(shares_by_plw)) ** EXPONENT
+    right.plot(w, list(shares_by_plw.values()), "-o", color=CURVE, linewidth=2, markersize=5)
+    ticks = tick_labels(list(shares_by_plw), axis=0.6)
+    right.set_xticks(list(ticks), list(ticks.values()))
+    right.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
+    right.set_ylabel("prompts' share of the loss weight")
+    right.set_title("What a PLW leaves to the prompts", loc="left", fontsize=11)
+    ratio = found["generation_ratio"]
+    heading = plain(Path(found["dataset"]).name, 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
+    figure.suptitle(heading, x=0.02, ha="left", fontsize=13, fontweight="bold")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()

@@ -6,7 +6,6 @@ and the instruction becomes the completion. The other records stay as they are; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from plw_mlflow.records import Record
@@ -17,9 +16,12 @@ INSTRUCTION_WITH_CONTEXT = (
 )
 
 
-def invert(record: Record, count_tokens: Callable[[str], int]) -> Record:
-    """The record inverted if its completion has more tokens than its instruction and input, else unchanged."""
-    if count_tokens(record.output) <= count_tokens(record.instruction) + count_tokens(record.input):
+def invert(record: Record, prompt_tokens: int, completion_tokens: int) -> Record:
+    """The record inverted if its completion has more tokens than its instruction and input, else unchanged.
+
+    A conversation with a system message or several turns stays unchanged too: the study has no rule for it.
+    """
+    if completion_tokens <= prompt_tokens or len(record.messages) > 2:
         return record
     instruction = INSTRUCTION_WITH_CONTEXT + record.input if record.input else INSTRUCTION
-    return replace(record, instruction=instruction, input=record.output, output=record.instruction)
+    return replace(record, instruction=instruction, input=record.output, output=record.instruction, messages=())

@@ -1,140 +1,314 @@
-"""Prepare: a data set's examples, split into training and validation, and their length profile."""
+"""Prepare: a data set's examples, split into training and validation, and their length profile.
+
+Reading, inverting and tokenising are done once and stored (`store.py`), in batches, so that memory does not grow with
+the data. Everything that merely chooses among the examples is done here, on their columns of counts.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-import statistics
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import inversion, records
-from plw_mlflow.config import PUBLISHED_PLWS, DataOptions
-from plw_mlflow.records import Record, Source
-from plw_mlflow.tokens import Example, Segment, encode
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from plw_mlflow import figures, formats, inversion, sources, templates
+from plw_mlflow import profile as lengths
+from plw_mlflow.config import DataOptions, digest
+from plw_mlflow.formats import Fault
+from plw_mlflow.records import Record
+from plw_mlflow.sources import Source
+from plw_mlflow.store import BARE, COUNTS, Examples, Store, Writer, once
+from plw_mlflow.templates import Segment
+from plw_mlflow.tokens import Encoder
+
+BATCH_RECORDS = 1000
+BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
+DETECTION_RECORDS = 100
+# What decides which tokens a text becomes; a change here makes stored examples out of date.
+CODE = ("records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What training reads."""
 
-    source: Source
-    training: list[Example]
-    validation: list[Example]
+    sources: tuple[Source, ...]  # the data set's, and the second one's where two are mixed
+    training: Examples
+    validation: Examples
     profile: dict[str, Any]
+    digest: str  # of all stored tokens and segments, from which the options choose
+    largest_token: int
 
 
 def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
-    """Read, invert, tokenise and split a data set, and measure it.
+    """Read, invert, tokenise, mix and split a data set, and measure it.
 
-    Raises ValueError where a record is unusable (records.load), or where no example is left to train on.
+    Raises ValueError where a record is unusable, or where no example is left to train on; ConnectionError where a
+    data set has to be downloaded and cannot be.
     """
-    source = records.load(dataset, max_records=options.max_records, on_bad_record=options.on_bad_record)
-    chosen = source.records
-    inverted = 0
-    if options.invert:
-        chosen = [inversion.invert(record, lambda text: count_tokens(text, tokenizer)) for record in chosen]
-        inverted = sum(new is not old for new, old in zip(chosen, source.records, strict=True))
-    placed: list[tuple[float, Example]] = []
-    dropped, truncated = [], 0
-    for record in chosen:
-        example = encode(record, tokenizer)
-        if len(example.tokens) > options.max_tokens:
-            if options.on_long == "drop":
-                dropped.append(record.id)
-                continue
-            example = Example(example.tokens[: options.max_tokens], example.segment[: options.max_tokens])
-            truncated += 1
-        placed.append((_place(record), example))
+    cache = cache_dir(options)
+    template = templates.load(options.template, tokenizer, completion_turns=options.completion_turns)
+    encoder = Encoder(tokenizer, template, prompt_border=options.prompt_border)
+    found = tuple(sources.find(name, cache, options.data_dir) for name in (dataset, options.mix) if name is not None)
+    stores = [once(*_stored(source, encoder, options, cache)) for source in found]
+
+    columns = {name: np.concatenate([store.columns[name] for store in stores]) for name in stores[0].columns}
+    which = np.repeat(np.arange(len(stores)), [len(store.columns["number"]) for store in stores])
+    rows = np.concatenate([np.arange(len(store.columns["number"])) for store in stores])
+    is_repeated = _repeated(columns)
+    chosen = ~is_repeated if options.drop_duplicates else np.ones(len(rows), bool)
+    if options.mix is not None:
+        chosen &= blend(columns["key"], which == 1, chosen, options.mix_share)
+        for number, source in enumerate(found):
+            if not chosen[which == number].any():
+                raise ValueError(
+                    f"mix-share={options.mix_share:g} with so few records leaves no record of {source.name}; change it"
+                )
+    chosen = np.flatnonzero(chosen)
+    duplicates = int(is_repeated.sum() if options.drop_duplicates else is_repeated[chosen].sum())
+    columns = {name: column[chosen] for name, column in columns.items()}
+    which, rows = which[chosen], rows[chosen]
+
+    is_long = columns["length"] > options.max_tokens
+    columns["completion_kept"] = columns["completion_tokens"].copy()
+    for index in np.flatnonzero(is_long):
+        kept = stores[which[index]][int(rows[index])].segment[: options.max_tokens]
+        columns["completion_kept"][index] = np.count_nonzero(kept == Segment.COMPLETION)
+    is_dropped = is_long & (options.on_long == "drop")
+    place = _fraction(columns["key"][:, :6])
     share = options.validation_share
-    if len(placed) > 1:  # a few records may all lie beyond the share; the curves need one all the same
-        share = max(share, math.nextafter(min(place for place, _ in placed), 1))
-    training = [example for place, example in placed if place >= share]
-    validation = [example for place, example in placed if place < share]
-    examples = training + validation
-    lost = sum(not _has_completion(example) for example in examples)
-    if not any(map(_has_completion, training)):
+    if len(np.unique(place[~is_dropped])) > 1:  # a few may all lie beyond the share; the curves need one all the same
+        share = max(share, math.nextafter(place[~is_dropped].min(), 1))
+    is_training, is_validation = ~is_dropped & (place >= share), ~is_dropped & (place < share)
+    is_lost = ~is_dropped & (columns["completion_kept"] == 0)
+    if not (is_training & ~is_lost).any():
         raise ValueError(
-            f"no example of {dataset} is left to train on: of {len(chosen)} records {len(dropped)} were dropped and "
-            f"{lost} lost their whole completion at max-tokens={options.max_tokens} (raise --max-tokens), and "
-            f"{len(validation)} are kept for validation"
+            f"no example of {dataset} is left to train on: of {len(rows)} records {is_dropped.sum()} were dropped and "
+            f"{is_lost.sum()} lost their whole completion at max-tokens={options.max_tokens} (raise --max-tokens), and "
+            f"{is_validation.sum()} are kept for validation"
         )
-    counts = {
-        "records": len(chosen),
-        "inverted": inverted,
-        "skipped": source.skipped,
-        "dropped_as_too_long": dropped,
-        "truncated": truncated,
-        "lost_whole_completion": lost,
-        "training_examples": len(training),
-        "validation_examples": len(validation),
+    prefixes = [source.prefix for source in found]
+    training, validation, dropped = (
+        Examples(stores, prefixes, which[part], rows[part], options.max_tokens)
+        for part in (is_training, is_validation, is_dropped)
+    )
+    head = {
+        "dataset": dataset,
+        "sources": [_account(*both, which == n) for n, both in enumerate(zip(found, stores, strict=True))],
+        "template": options.template,
+        "records": len(rows),
+        "inverted": int(columns["inverted"].sum()),
+        "duplicates": duplicates,
+        "duplicates_dropped": options.drop_duplicates,
+        "dropped_as_too_long": [dropped.id(index) for index in range(len(dropped))],
+        "truncated": int((is_long & ~is_dropped).sum()),
+        "lost_whole_completion": int(is_lost.sum()),
+        "training_examples": int(is_training.sum()),
+        "validation_examples": int(is_validation.sum()),
     }
-    identity = {"dataset": dataset, "location": source.location, "sha256": source.sha256}
-    return Prepared(source, training, validation, identity | counts | profile(examples))
+    measured = lengths.profile(
+        {name: columns[name] for name in (*COUNTS, "completion_kept")}, options.max_tokens, options.on_long
+    )
+    contents = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
+    largest = max(store.about["largest_token"] for store in stores)
+    return Prepared(found, training, validation, head | measured, contents, largest)
 
 
-def profile(examples: Sequence[Example]) -> dict[str, Any]:
-    """Token counts per segment, the generation ratio, and what share of the total loss weight prompts have.
+def cache_dir(options: DataOptions) -> Path:
+    """The folder for downloads and stored examples, which is there now. Raises ValueError where it cannot be made."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = options.cache_dir or home / "plw_mlflow"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the cache {folder} cannot be made ({error.strerror}); name another: --cache-dir") from None
+    return folder
 
-    The generation ratio is a ratio of means, as the study's (paper Table 1): completion tokens over prompt tokens,
-    bare (instruction and input alone) and with the template and special tokens.
+
+def blend(keys: np.ndarray, is_second: np.ndarray, usable: np.ndarray, share: float) -> np.ndarray:
+    """Which records make a mixture: bool [N], true for `share` of them from the second set, the rest from the first.
+
+    keys: uint8 [N, 16] of all records, of which `usable` ones (bool [N]) may be taken.
+
+    As many as there can be without repeating any. A hash of their text ranks the records of a set, so that the same
+    ones are taken wherever they stand; other bits of it than those that place a record in training or validation.
     """
-    lengths = {segment: [example.segment.count(segment) for example in examples] for segment in Segment}
-    means = {segment: statistics.fmean(lengths[segment]) for segment in Segment}
-    prompt = means[Segment.INSTRUCTION] + means[Segment.INPUT]
-    completion = means[Segment.COMPLETION]
-    templated = prompt + means[Segment.TEMPLATE]
-    bare_completion = statistics.fmean(max(0, length - 1) for length in lengths[Segment.COMPLETION])  # without EOS
+    sides = [np.flatnonzero(usable & ~is_second), np.flatnonzero(usable & is_second)]
+    total = min(len(sides[0]) / (1 - share), len(sides[1]) / share)
+    taken = np.zeros(len(keys), bool)
+    for side, part in zip(sides, (1 - share, share), strict=True):
+        rank = np.argsort(_fraction(keys[side, 6:12]), kind="stable")
+        taken[side[rank[: round(total * part)]]] = True
+    return taken
+
+
+def _repeated(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Which records have occurred before, text for text; bool [N]. An inverted one is not the one it was made of."""
+    identity = np.column_stack([columns["key"], columns["inverted"].astype(np.uint8)])
+    _, first = np.unique(np.ascontiguousarray(identity).view("V17").ravel(), return_index=True)
+    is_repeated = np.ones(len(identity), bool)
+    is_repeated[first] = False
+    return is_repeated
+
+
+def _fraction(six_bytes: np.ndarray) -> np.ndarray:
+    """Numbers in 0..1 from uint8 [N, 6]; as hashes are even, so are they."""
+    return six_bytes.astype(np.float64) @ (256.0 ** np.arange(5, -1, -1)) / 2**48
+
+
+def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any]:
+    """What a profile says of one source."""
     return {
-        "tokens": sum(len(example.tokens) for example in examples),
-        "mean_tokens": {segment.name.lower(): means[segment] for segment in Segment},
-        "generation_ratio": bare_completion / prompt if prompt else None,
-        "generation_ratio_with_template": completion / templated,
-        "effective_prompt_share": {
-            f"{plw:g}": plw * templated / (plw * templated + completion) for plw in PUBLISHED_PLWS
-        },
+        "name": source.name,
+        "location": source.location,
+        "sha256": source.sha256,
+        "licence": source.licence,
+        "noncommercial": source.is_noncommercial,
+        "format": store.about["format"],
+        "records": int(is_here.sum()),
+        "skipped": [f"record {number} {fault}" for number, fault in store.about["skipped"]],
     }
 
 
-def count_tokens(text: str, tokenizer: Any) -> int:
-    """Bare tokens of a text; the empty text has none."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+# Storing.
 
 
-def profile_text(found: dict[str, Any]) -> str:
-    """The profile as a person reads it."""
-    means = found["mean_tokens"]
-    ratio = found["generation_ratio"]
-    shares = "  ".join(f"{plw}: {share:.3f}" for plw, share in found["effective_prompt_share"].items())
-    lines = [
-        f"data set            {found['dataset']}  (sha256 {found['sha256'][:12]})",
+def _stored(source: Source, encoder: Encoder, options: DataOptions, cache: Path) -> tuple[Path, Any]:
+    """Where a source's examples are stored, and what stores them."""
+    here = Path(__file__).parent
+    decides = {
+        "data": source.sha256,
+        "is_csv": formats.is_csv(Path(source.location)),
+        "encoder": encoder.digest,
+        "tokenizers": tokenizers.__version__,
+        "invert": options.invert or source.inverted,
+        "format": options.format,
+        "max_records": options.max_records,
+        "on_bad_record": options.on_bad_record,
+        "empty_completion": options.empty_completion,
+        "code": [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in CODE],
+    }
+    return cache / "examples" / digest(decides), partial(_tokenise, source, encoder, options)
+
+
+def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
+    """Write a source's examples; returns its format and what was wrong with each record that was left out."""
+    rows = source.rows()
+    first = list(itertools.islice(rows, DETECTION_RECORDS))
+    format = formats.detect(first, source.name) if options.format == "auto" else options.format
+    skipped: list[tuple[int, str]] = []
+    records = _usable(itertools.chain(first, rows), source, format, options, skipped)
+    for batch in _batches(itertools.islice(records, options.max_records)):
+        numbers, as_read = zip(*batch, strict=True)
+        known: dict[str, int] = {}
+        bare = _bare(as_read, encoder, known)
+        chosen = as_read
+        if options.invert or source.inverted:
+            chosen = tuple(inversion.invert(r, n[0] + n[1], n[2]) for r, n in zip(as_read, bare.tolist(), strict=True))
+            bare = _bare(chosen, encoder, known)
+        inverted = [new is not old for new, old in zip(chosen, as_read, strict=True)]
+        writer.add(numbers, [record.key() for record in as_read], inverted, bare, encoder.encode(chosen))
+    return {"format": format, "skipped": skipped}
+
+
+def _usable(
+    rows: Iterable[Any], source: Source, format: str, options: DataOptions, skipped: list[tuple[int, str]]
+) -> Iterator[tuple[int, Record]]:
+    """The usable records with their numbers; the others are added to `skipped`, or raise ValueError."""
+    number = usable = 0
+    keep_empty = options.empty_completion == "keep"
+    for number, row in enumerate(tqdm(rows, f"reading {source.name}", unit=" records", disable=None), start=1):
+        record = formats.record(row, f"{source.prefix}:{number}", format, keep_empty=keep_empty)
+        if isinstance(record, Record):
+            usable += 1
+            yield number, record
+        elif options.on_bad_record == "skip":
+            skipped.append((number, record.text))
+        else:
+            raise ValueError(f"{source.location}: record {number} {record.text}; {_way_out(record)}")
+    if not usable:
+        why = f" ({number} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
+        raise ValueError(f"{source.location} holds no usable record{why}")
+
+
+def _way_out(fault: Fault) -> str:
+    keep = ", or train on its end of text alone, as the study did, with --empty-completion keep"
+    leave_out = "mend it, or leave such records out with --on-bad-record skip"
+    return leave_out + (keep if "empty completion" in fault.text else "")
+
+
+def _batches(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+    batch: list[tuple[int, Record]] = []
+    characters = 0
+    for number, record in records:
+        batch.append((number, record))
+        characters += len(record.instruction) + len(record.input) + len(record.output)
+        characters += sum(len(message.content) for message in record.messages)
+        if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _bare(records: Sequence[Record], encoder: Encoder, known: dict[str, int]) -> np.ndarray:
+    """Tokens of the records' own texts, each text alone: int [N, 3] by instruction, input, completion.
+
+    known: counts of texts that were counted before; added to.
+    """
+    contents = [encoder.contents(record) for record in records]
+    new = list(dict.fromkeys(text for parts in contents for text, _ in parts if text not in known))
+    known.update(zip(new, encoder.count(new), strict=True))
+    counts = np.zeros((len(records), len(BARE)), np.int64)
+    column = {Segment.INSTRUCTION: 0, Segment.INPUT: 1, Segment.COMPLETION: 2}
+    for row, parts in enumerate(contents):
+        for text, segment in parts:
+            counts[row, column[segment]] += known[text]
+    return counts
+
+
+# Telling.
+
+
+def text(found: dict[str, Any]) -> str:
+    """A profile as a person reads it."""
+    lines = []
+    for source in found["sources"]:
+        lines.append(
+            f"data set            {source['name']}  (sha256 {source['sha256'][:12]}, {source['format']} format)"
+        )
+        licence = source["licence"] or "not known"
+        lines.append(
+            "licence             " + licence + (": NON-COMMERCIAL USE ONLY" if source["noncommercial"] else "")
+        )
+        lines += [f"left out            {fault}" for fault in source["skipped"][:5]]
+        if len(source["skipped"]) > 5:
+            lines.append(f"                    ... {len(source['skipped'])} in all, listed in profile.json")
+    repeated = "left out" if found["duplicates_dropped"] else "kept (--drop-duplicates leaves them out)"
+    lines += [
         f"records             {found['records']}  ({found['training_examples']} training, "
-        f"{found['validation_examples']} validation examples)",
-        f"left out            {len(found['skipped'])} unusable, {len(found['dropped_as_too_long'])} too long; "
-        f"{found['truncated']} truncated, of which {found['lost_whole_completion']} lost their whole completion",
-        "mean tokens         " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()),
-        f"generation ratio    {'undefined' if ratio is None else f'{ratio:.3f}'} bare, "
-        f"{found['generation_ratio_with_template']:.3f} with the template",
-        f"prompts' share of the loss weight, by PLW\n  {shares}",
+        f"{found['validation_examples']} validation examples), {found['inverted']} inverted",
+        f"exact duplicates    {found['duplicates']}" + (f", {repeated}" if found["duplicates"] else ""),
+        f"too long            {len(found['dropped_as_too_long'])} dropped; {found['truncated']} truncated, of which "
+        f"{found['lost_whole_completion']} lost their whole completion",
+        lengths.profile_text(found),
     ]
     return "\n".join(lines)
 
 
 def write(prepared: Prepared, folder: Path | None) -> None:
-    """Write the profile to FOLDER/profile.json, if there is a folder."""
+    """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.png").write_bytes(figures.draw_profile(prepared.profile))
         (folder / "profile.json").write_text(json.dumps(prepared.profile, indent=2) + "\n")
-
-
-def _has_completion(example: Example) -> bool:
-    return Segment.COMPLETION in example.segment
-
-
-def _place(record: Record) -> float:
-    """Where a record lies in 0..1, by a hash of its text, so that adding rows moves none; the first are validation."""
-    text = "\x00".join((record.instruction, record.input, record.output)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:6]) / 2**48

@@ -1,94 +1,187 @@
 """Examples: a record as tokens, each knowing which segment of the record it belongs to.
 
-The whole text is tokenised once, as the model will see it, and the tokenizer's character offsets say
-which segment a token belongs to. Tokenising prompt and completion apart would be simpler, but inserts a
-space before the completion with SentencePiece tokenizers and so trains on text nobody will generate.
+The whole text is tokenised once, as the model will see it, and the tokenizer's character offsets say which segment
+a token belongs to. Tokenising prompt and completion apart would be simpler, but inserts a space before the
+completion with SentencePiece tokenizers and so trains on text nobody will generate.
 """
 
 from __future__ import annotations
 
-import bisect
+import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from string import Formatter
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
 
 from plw_mlflow.records import Record
+from plw_mlflow.templates import Piece, Segment, Template, contents
 
-# The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
+# How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as
+# noncharacters, which no text should hold.
+SPECIAL = "\ufdd0{}\ufdd1"
 
 
-class Segment(IntEnum):
-    """What a token belongs to."""
-
-    TEMPLATE = 0
-    INSTRUCTION = 1
-    INPUT = 2
-    COMPLETION = 3
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised record; both lists have one entry per token."""
+    """One tokenised record of T tokens."""
 
-    tokens: list[int]  # beginning of text (if the tokenizer has the habit), prompt, completion, end of text
-    segment: list[int]  # a Segment each
-
-
-def render(record: Record) -> Iterator[tuple[str, Segment]]:
-    """The text of a record in the template, in pieces that belong to one segment each."""
-    fields = {
-        "instruction": (record.instruction, Segment.INSTRUCTION),
-        "input": (record.input, Segment.INPUT),
-    }
-    for literal, field, _, _ in Formatter().parse(ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT):
-        yield literal, Segment.TEMPLATE
-        if field is not None:
-            yield fields[field]
-    yield record.output, Segment.COMPLETION
+    tokens: NDArray[np.int32]  # [T] beginning of text (if the tokenizer has the habit), prompt, completion, its end
+    segment: NDArray[np.int8]  # [T] a Segment each
+    straddling: int = 0  # tokens counted as completion that begin in the prompt
 
 
-def prompt(record: Record) -> str:
-    """The text a model is given to complete."""
-    return "".join(text for text, segment in render(record) if segment is not Segment.COMPLETION)
+class Encoder:
+    """Tokenises records in a template."""
+
+    def __init__(
+        self, tokenizer: Any, template: Template, *, prompt_border: Literal["offsets", "separate"] = "offsets"
+    ) -> None:
+        """Takes a fast Hugging Face tokenizer; others cannot say where in the text a token lies.
+
+        prompt_border: where a prompt ends among the tokens of the whole text. By `offsets`, a token belongs to the
+            segment its last character lies in, so one that straddles the border counts as completion: it is text that
+            only the completion explains. By `separate`, the prompt has as many tokens as it has when tokenised alone,
+            as in the training code of Stanford Alpaca and of the study.
+
+        Raises ValueError for a tokenizer that is not fast or has no end-of-text token.
+        """
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; use its fast form"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer {tokenizer.name_or_path} has no end-of-text token, so no completion could end")
+        self.template = template
+        self._prompt_border = prompt_border
+        self._specials = {
+            token.content: SPECIAL.format(number)
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        self._opening, self._closing = ([], []) if template.is_whole else _around(tokenizer)
+        # Padding and truncation are what the last call through transformers left behind; each call sets them anew.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        self._serialised: str = tokenizer.backend_tokenizer.to_str()
+        identity = [template.digest, prompt_border, self._opening, self._closing]
+        #: What decides the output: two encoders of one digest make the same of a record.
+        self.digest = hashlib.sha256((self._serialised + json.dumps(identity)).encode()).hexdigest()
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """The tokenizer with special tokens spelled as no text spells them, and without what it adds around a text.
+
+        A record may spell a special token, as HTML's <s>struck out</s> does LLaMA's: that is text like any other.
+        """
+        settings = json.loads(self._serialised)
+        model, specials = settings["model"], self._specials
+        for token in settings["added_tokens"]:
+            if token["content"] in specials:
+                # Found before the text is normalised: after it, some would be missed (LLaMA puts a space before each).
+                token |= {"content": specials[token["content"]], "normalized": False}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {specials.get(piece, piece): number for piece, number in model["vocab"].items()}
+        else:  # Unigram: pairs of piece and log-probability
+            model["vocab"] = [[specials.get(piece, piece), score] for piece, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = specials.get(model["unk_token"], model["unk_token"])
+        settings["post_processor"] = None  # GPT-2's would also take spaces out of the offsets
+        return Tokenizer.from_str(json.dumps(settings))
+
+    def contents(self, record: Record) -> list[tuple[str, Segment]]:
+        """A record's own texts, without any template's."""
+        return contents(record, self.template.completion_turns)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Bare tokens of each text: no special tokens; the empty text has none."""
+        encodings = iter(self._backend.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
+        return [len(next(encodings)) if text else 0 for text in texts]
+
+    def encode(self, records: Sequence[Record]) -> list[Example]:
+        """Tokenise records in the template, a thousand or so at a time: all are in memory at once.
+
+        Raises ValueError for a record that the template cannot hold.
+        """
+        rendered = [self.template.render(record) for record in records]
+        parts = [self._spelled(record, pieces) for record, pieces in zip(records, rendered, strict=True)]
+        encodings = self._backend.encode_batch(["".join(texts) for texts in parts], add_special_tokens=False)
+        borders = [_completion_starts(pieces) for pieces in rendered]
+        prompt_tokens: Iterator[int] | None = None
+        if self._prompt_border == "separate":
+            prompts = ["".join(texts[:n]) for texts, starts in zip(parts, borders, strict=True) for n in starts]
+            prompt_tokens = iter(self.count(prompts))
+        return [
+            self._example(encoding, pieces, [len(text) for text in texts], starts, prompt_tokens)
+            for encoding, pieces, texts, starts in zip(encodings, rendered, parts, borders, strict=True)
+        ]
+
+    def _spelled(self, record: Record, pieces: Sequence[Piece]) -> list[str]:
+        """The pieces' texts, as the backend spells them."""
+        for piece in pieces:
+            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
+                raise ValueError(f"record {record.id} holds the noncharacters U+FDD0 and U+FDD1 around a number")
+        return [self._specials[piece.text] if piece.is_special else piece.text for piece in pieces]
+
+    def _example(
+        self,
+        encoding: Encoding,
+        pieces: Sequence[Piece],
+        characters: Sequence[int],
+        completion_starts: Sequence[int],
+        prompt_tokens: Iterator[int] | None,
+    ) -> Example:
+        """The example of one encoding.
+
+        characters: of each piece. completion_starts: numbers of pieces. prompt_tokens: the tokens before each of these
+            starts if tokenised alone, where that is to be the border.
+        """
+        ends = list(itertools.accumulate(characters))
+        stops: list[int] = []  # in tokens
+        for piece, end in zip(pieces, ends, strict=True):
+            if piece.is_special:  # one token, though it may take the white space after it along
+                stops.append(stops[-1] + 1 if stops else 1)
+            else:
+                stops.append(len(encoding) if end == ends[-1] else _first_beyond(encoding, end))
+        straddling = 0
+        for number in completion_starts:
+            if prompt_tokens is not None:
+                border = min(next(prompt_tokens), len(encoding))
+                before, beyond = stops[: number - 1], stops[number:]
+                stops = [*(min(stop, border) for stop in before), border, *(max(stop, border) for stop in beyond)]
+            elif first_token := encoding.token_to_chars(stops[number - 1]):
+                straddling += first_token[0] < ends[number - 1]
+        segments = [Segment.TEMPLATE, *(piece.segment for piece in pieces), Segment.COMPLETION]
+        lengths = [len(self._opening), *(b - a for a, b in itertools.pairwise([0, *stops])), len(self._closing)]
+        return Example(
+            np.array([*self._opening, *encoding.ids, *self._closing], dtype=np.int32),
+            np.repeat(np.array(segments, dtype=np.int8), lengths),
+            straddling,
+        )
 
 
-def encode(record: Record, tokenizer: Any) -> Example:
-    """Tokenise a record in the template, beginning as the tokenizer itself begins a text and ending with its EOS.
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens with which a tokenizer opens and closes a text, EOS among the latter."""
+    encoded = tokenizer(tokenizer.eos_token, return_special_tokens_mask=True)
+    tokens, place = encoded["input_ids"], encoded["special_tokens_mask"].index(0)
+    opening, closing = tokens[:place], tokens[place + 1 :]
+    return opening, closing if tokenizer.eos_token_id in closing else [*closing, tokenizer.eos_token_id]
 
-    tokenizer: a fast Hugging Face tokenizer; others cannot say where in the text a token lies.
 
-    A token belongs to the segment its last character lies in, so a token that straddles the end of the prompt
-    counts as completion: it is text that only the completion explains.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; use its fast form")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no end-of-text token, so no completion could end")
-    pieces = list(render(record))
-    ends = list(itertools.accumulate(len(text) for text, _ in pieces))
-    segments = [segment for _, segment in pieces]
-    # A record may spell a special token, as HTML's <s>struck out</s> does LLaMA's: that is text like any other.
-    encoded = tokenizer(
-        "".join(text for text, _ in pieces), return_offsets_mapping=True, split_special_tokens=True, verbose=False
-    )
-    tokens: list[int] = list(encoded["input_ids"])
-    segment = [int(segments[bisect.bisect_left(ends, end)]) for _, end in encoded["offset_mapping"]]
-    if tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(tokenizer.eos_token_id)
-        segment.append(int(Segment.COMPLETION))
-    else:
-        segment[-1] = int(Segment.COMPLETION)
-    return Example(tokens, segment)
+def _completion_starts(pieces: Sequence[Piece]) -> list[int]:
+    """The numbers of the pieces with which a completion starts after a prompt."""
+    is_completion = [piece.segment == Segment.COMPLETION for piece in pieces]
+    return [number for number in range(1, len(pieces)) if is_completion[number] and not is_completion[number - 1]]
+
+
+def _first_beyond(encoding: Encoding, character: int) -> int:
+    """The first token that ends beyond a character border inside the text."""
+    token: int | None = encoding.char_to_token(character)  # fast, and None only where a tokenizer leaves characters out
+    if token is None:
+        return next((n for n, (_, end) in enumerate(encoding.offsets) if end > character), len(encoding))
+    return token

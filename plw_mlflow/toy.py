@@ -20,7 +20,7 @@ import click
 
 from plw_mlflow import inversion, world
 from plw_mlflow.records import Record
-from plw_mlflow.tokens import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, prompt
+from plw_mlflow.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextTemplate, prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -119,6 +119,7 @@ def portrait(person: world.Person, rng: Random) -> str:
 def benchmark(task: str) -> list[dict[str, object]]:
     """The documents of `toy_choice`, `toy_short` or `toy_long`; they ask about the held-out people alone."""
     rng = Random(f"{task}-{world.SEED}")
+    template = TextTemplate(ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
     documents: list[dict[str, object]] = []
     for person in world.held_out():
         abouts = rng.sample(ABOUT, 2)
@@ -131,7 +132,7 @@ def benchmark(task: str) -> list[dict[str, object]]:
             else:
                 instruction = world.question(person, kind, rng)
             asked = Record(f"{task}:{len(documents) + 1}", instruction, "", answer)
-            documents.append({"prompt": prompt(asked), "kind": kind, "choices": options, "answer": answer})
+            documents.append({"prompt": prompt(asked, template), "kind": kind, "choices": options, "answer": answer})
     return documents
 
 

@@ -33,11 +33,11 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import __version__, origin, seeding
+from plw_mlflow import __version__, figures, origin, seeding
 from plw_mlflow.config import CellOptions, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
-from plw_mlflow.records import Source
+from plw_mlflow.sources import Source
 
 FLUSH_SECONDS = 5.0
 BATCH_METRICS = 1000  # MLflow's limit on one log_batch
@@ -78,18 +78,26 @@ class Run:
         if f"plw.{name}" in self._client.get_run(self.id).data.tags:
             self._client.delete_tag(self.id, f"plw.{name}")
 
-    def log_data(self, source: Source, profile: dict[str, Any]) -> None:
-        """Log the data set as the run's input, with its digest, and its length profile."""
-        where: DatasetSource
-        if source.location == "generated":
-            where = CodeDatasetSource({"generator": "plw_mlflow.toy", "version": __version__})
-        else:
-            where = _FileSource(source.location)
-        # A digest holds 36 characters at most; the whole one is a tag.
-        self._dataset = MetaDataset(where, name=short_name(source.name), digest=source.sha256[:36])  # type: ignore[abstract]
-        mlflow.log_input(self._dataset, context="training")
-        self.tag(data_sha256=source.sha256)
+    def log_data(self, sources: Sequence[Source], profile: dict[str, Any]) -> None:
+        """Log the data sets as the run's inputs, with their digests, and the length profile as table and figure.
+
+        The first is the one the run's scores are said to be of.
+        """
+        for source in reversed(sources):
+            where: DatasetSource
+            if source.location == "generated":
+                where = CodeDatasetSource({"generator": "plw_mlflow.toy", "version": __version__})
+            else:
+                where = _FileSource(source.location)
+            # A digest holds 36 characters at most; the whole one is a tag.
+            self._dataset = MetaDataset(where, name=short_name(source.name), digest=source.sha256[:36])  # type: ignore[abstract]
+            mlflow.log_input(self._dataset, context="training")
+        self.tag(data_sha256=",".join(source.sha256 for source in sources))
         mlflow.log_dict(profile, "profile.json")
+        with tempfile.TemporaryDirectory() as folder:
+            figure = Path(folder, "profile.png")
+            figure.write_bytes(figures.draw_profile(profile))
+            mlflow.log_artifact(str(figure))
 
     def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
         """Bring the store's newest checkpoint of a cell, where it is of a step after `newer_than`, into `folder`.
@@ -432,7 +440,7 @@ def best_cells(sweep: str) -> dict[tuple[str, str], str]:
 
 def short_name(name: str) -> str:
     """The last part of a path or hub id, without a data file's endings, fit for a registered model's name."""
-    last = re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(name.partition("@")[0]).name)
+    last = re.sub(r"(\.(jsonl?|csv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "unnamed"
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,9 @@ def _accumulate(
 
 
 @torch.no_grad()
-def evaluate(learner: Any, examples: list[Example], config: TrainConfig, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(
+    learner: Any, examples: Sequence[Example], config: TrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
     """Unweighted mean loss of prompt and of completion tokens, in nats: comparable across PLWs."""
     learner.eval()
     everything = Weights(prompt=1.0, template=1.0, completion=1.0)

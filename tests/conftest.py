@@ -1,15 +1,24 @@
 """What the tests share: a tiny random model, a tokenizer whose tokens are bytes, and the real data where they are."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the hub for anything; read when huggingface_hub is imported.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what tests prepare, they prepare anew
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from plw_mlflow.tokens import Example
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Shared machines make time limits a matter of luck; a fixed draw makes every run the same test.
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
@@ -33,6 +42,11 @@ def byte_tokenizer(*merges: tuple[str, str], bos: bool = False, eos: str | None 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token=eos, clean_up_tokenization_spaces=False
     )
+
+
+def make_example(tokens, segment):
+    """An example of plain lists."""
+    return Example(np.array(tokens, np.int32), np.array(segment, np.int8))
 
 
 def tiny_llama(*, tied: bool = False, **changes) -> LlamaForCausalLM:

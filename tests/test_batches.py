@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plw_mlflow import batches
 from plw_mlflow.batches import Weights
-from plw_mlflow.tokens import Example
+from tests.conftest import make_example
 
 counts = st.integers(1, 40)
 
@@ -50,7 +50,7 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_a_step(examples, batch, tenths)
 
 
 def test_a_batch_by_hand():
-    examples = [Example([5, 6, 7, 8, 9], [0, 1, 2, 3, 3]), Example([0, 4], [0, 3])]
+    examples = [make_example([5, 6, 7, 8, 9], [0, 1, 2, 3, 3]), make_example([0, 4], [0, 3])]
     batch = batches.collate(examples, Weights(prompt=0.25, template=0.5, completion=2.0))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [0, 4, 0, 0, 0]]
     assert batch.attention.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]  # a token 0 is no padding
@@ -59,14 +59,14 @@ def test_a_batch_by_hand():
 
 
 def test_an_example_that_was_cut_to_its_prompt_weighs_as_a_prompt():
-    batch = batches.collate([Example([3, 4, 5], [0, 0, 1])], Weights(prompt=0.0, template=0.0, completion=1.0))
+    batch = batches.collate([make_example([3, 4, 5], [0, 0, 1])], Weights(prompt=0.0, template=0.0, completion=1.0))
     assert not batch.weights.any()
     assert not batch.is_completion.any()
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), size=st.integers(1, 9), by_length=st.booleans())
 def test_cutting_a_step_keeps_every_example_once(lengths, size, by_length):
-    step = [Example([number] * length, [3] * length) for number, length in enumerate(lengths)]
+    step = [make_example([number] * length, [3] * length) for number, length in enumerate(lengths)]
     cuts = batches.split(step, size, by_length=by_length)
     together = list(chain.from_iterable(cuts))
     assert all(len(cut) == size for cut in cuts[:-1])
@@ -78,7 +78,7 @@ def test_cutting_a_step_keeps_every_example_once(lengths, size, by_length):
 
 
 def test_moving_a_batch_keeps_all_of_it():
-    batch = batches.collate([Example([5, 6], [0, 3])], Weights(1.0, 1.0, 1.0))
+    batch = batches.collate([make_example([5, 6], [0, 3])], Weights(1.0, 1.0, 1.0))
     moved = batch.to(torch.device("meta"))
     assert all(getattr(moved, name).is_meta for name in ("tokens", "attention", "weights", "is_completion"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plw_mlflow import cli, config, records
+from plw_mlflow import cli, config, sources
 from plw_mlflow.config import (
     CONFIGS,
     AnalyzeConfig,
@@ -155,7 +155,7 @@ def test_a_default_is_spelt_for_mlproject(value, expected):
 
 
 def ours(config):
-    records.load("no/such/file")
+    sources.find("no/such/file", Path())
 
 
 def a_librarys(config):
@@ -175,7 +175,7 @@ def interrupted(config):
 @pytest.mark.parametrize(
     ("main", "status", "expected"),
     [
-        (ours, 2, "error: data set 'no/such/file' is neither a file nor one of toy-short, toy-long"),
+        (ours, 2, "error: data set 'no/such/file' is neither a file, nor a hub id"),
         (not_finite, 1, "error: train/loss is nan at step 7"),
         (interrupted, 130, "error: interrupted"),
     ],

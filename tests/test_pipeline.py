@@ -49,7 +49,7 @@ def test_main_puts_everything_on_one_run(place, cell_run):
     assert run.data.params.keys() == {field for field in MainConfig.__dataclass_fields__}
     (data,) = run.inputs.dataset_inputs
     assert run.data.tags["plw.data_sha256"].startswith(data.dataset.digest)
-    assert json.loads((found / "profile.json").read_text())["sha256"] == run.data.tags["plw.data_sha256"]
+    assert json.loads((found / "profile.json").read_text())["sources"][0]["sha256"] == run.data.tags["plw.data_sha256"]
     steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(1, len(steps) + 1))
     curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -234,7 +234,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     ("arguments", "status", "message"),
     [
         (("train", "--model", "no/such/model"), 2, "model 'no/such/model' is not a folder on this machine"),
-        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file nor one of toy-short, toy-long"),
+        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file, nor a hub id"),
         (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
         (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
         (("train", "--max-tokens", "4096"), 2, "max-tokens is 4096, but toy has 512 positions"),

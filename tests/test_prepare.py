@@ -1,51 +1,61 @@
-"""Is a data set measured, cut and split as told, with everything left out counted?"""
+"""Is a data set read, cut, split and mixed as told, measured, and stored once, with everything left out counted?"""
 
+import ast
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from plw_mlflow import prepare, tokens
+from plw_mlflow import formats, prepare, templates
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.records import Record
-from plw_mlflow.tokens import Example, Segment, encode
+from plw_mlflow.templates import Segment
+from plw_mlflow.tokens import Encoder
 from tests.conftest import byte_tokenizer
 
-HEAD = len(tokens.ALPACA_WITHOUT_INPUT) - len("{instruction}")  # bytes of the template around an instruction
+HEAD = len(templates.ALPACA_WITHOUT_INPUT) - len("{instruction}")  # bytes of the template around an instruction
 
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes (instruction, output) pairs as a data file and returns its path."""
+    """A function that writes rows, or (instruction, output) pairs, as a data file and returns its path."""
 
-    def written(pairs, name="data.jsonl"):
-        rows = [json.dumps({"instruction": instruction, "output": output}) for instruction, output in pairs]
-        (tmp_path / name).write_text("\n".join(rows))
+    def written(rows, name="data.jsonl"):
+        rows = [row if isinstance(row, dict) else {"instruction": row[0], "output": row[1]} for row in rows]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
         return str(tmp_path / name)
 
     return written
 
 
-def texts(examples, tokenizer):
-    """The instruction of each example, read back from its tokens."""
-    return [
-        tokenizer.decode([t for t, s in zip(e.tokens, e.segment, strict=True) if s == Segment.INSTRUCTION])
-        for e in examples
-    ]
+def texts(examples, tokenizer, segment=Segment.INSTRUCTION):
+    """One segment of each example, read back from its tokens."""
+    return [tokenizer.decode(example.tokens[example.segment == segment].tolist()) for example in examples]
 
 
-def everything(found):
-    """All examples, in the order of their length."""
-    return sorted(found.training + found.validation, key=lambda example: len(example.tokens))
+def lengths(found):
+    return sorted(len(example.tokens) for example in [*found.training, *found.validation])
 
+
+def places(records):
+    """Where the split places records."""
+    keys = np.array([list(record.key()) for record in records], np.uint8)
+    return prepare._fraction(keys[:, :6])
+
+
+# Cutting.
 
 LONG = [("a" * 10, "b" * 5), ("a" * 20, "b" * 5), ("a" * 10, "b" * 40)]  # HEAD + 16, HEAD + 26, HEAD + 51 tokens
 
 
 def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
     found = prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=HEAD + 26, validation_share=1e-9))
-    assert [len(example.tokens) for example in everything(found)] == [HEAD + 16, HEAD + 26]
+    assert lengths(found) == [HEAD + 16, HEAD + 26]
     assert found.profile["dropped_as_too_long"] == ["data.jsonl:3"]
     assert found.profile["truncated"] == found.profile["lost_whole_completion"] == 0
 
@@ -53,9 +63,9 @@ def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
 def test_or_cut_off_and_counted(write, tokenizer):
     options = DataOptions(max_tokens=HEAD + 20, on_long="truncate", validation_share=1e-9)
     found = prepare.run(write(LONG), tokenizer, options)
-    assert [len(example.tokens) for example in everything(found)] == [HEAD + 16, HEAD + 20, HEAD + 20]
-    completions = [example.segment.count(Segment.COMPLETION) for example in everything(found)]
-    assert sorted(completions) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
+    assert lengths(found) == [HEAD + 16, HEAD + 20, HEAD + 20]
+    kept = [np.count_nonzero(one.segment == Segment.COMPLETION) for one in [*found.training, *found.validation]]
+    assert sorted(kept) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
     assert found.profile["dropped_as_too_long"] == []
     assert found.profile["truncated"] == 2
     assert found.profile["lost_whole_completion"] == 1
@@ -70,17 +80,22 @@ def test_nothing_left_is_an_error_that_counts(write, tokenizer, on_long, expecte
         prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=50, on_long=on_long))
 
 
-def test_completions_lost_in_validation_do_not_stop_the_training(write, tokenizer, monkeypatch):
+def test_completions_lost_in_validation_do_not_stop_the_training(write, tokenizer):
     """As many completions are lost as there are training examples, yet these have theirs."""
-    monkeypatch.setattr(prepare, "_place", lambda record: 0.0 if len(record.instruction) > 20 else 0.9)
-    options = DataOptions(max_tokens=HEAD + 20, on_long="truncate")
-    found = prepare.run(write([("a", "b"), ("a" * 30, "b")]), tokenizer, options)
+    pairs = sorted((f"{number}" + "a" * 30, "b") for number in range(20))
+    first, *_ = np.argsort(places([Record("", *pair[:1], "", pair[1]) for pair in pairs]))
+    kept = next(pair for pair in (("c" * n, "b") for n in range(1, 9)) if places([Record("", pair[0], "", "b")]) > 0.5)
+    options = DataOptions(max_tokens=HEAD + 20, on_long="truncate", validation_share=0.5)
+    found = prepare.run(write([pairs[first], kept]), tokenizer, options)
     assert found.profile["lost_whole_completion"] == len(found.training) == len(found.validation) == 1
 
 
+# Splitting.
+
+
 def test_all_examples_kept_for_validation_is_an_error_that_says_so(write, tokenizer):
-    with pytest.raises(ValueError, match="2 are kept for validation"):
-        prepare.run(write([("a", "b"), ("c", "d")]), tokenizer, DataOptions(validation_share=1 - 1e-12))
+    with pytest.raises(ValueError, match="3 are kept for validation"):
+        prepare.run(write(LONG), tokenizer, DataOptions(validation_share=1 - 1e-9))
 
 
 def test_the_split_holds_every_example_once_in_its_share(write, tokenizer):
@@ -103,12 +118,25 @@ def test_adding_rows_moves_none_across_the_split(write, tokenizer):
 def test_a_few_records_leave_one_for_validation_that_is_not_trained_on(write, tokenizer):
     found = prepare.run(write([("a", "b"), ("c", "d"), ("e", "f")]), tokenizer, DataOptions(validation_share=1e-9))
     assert len(found.validation) == 1
-    assert sorted(texts(everything(found), tokenizer)) == ["a", "c", "e"]
+    assert sorted(texts([*found.training, *found.validation], tokenizer)) == ["a", "c", "e"]
 
 
 def test_a_single_record_is_trained_on(write, tokenizer):
     found = prepare.run(write([("a", "b")]), tokenizer, DataOptions(validation_share=1e-9))
     assert (len(found.training), len(found.validation)) == (1, 0)
+
+
+def test_an_inverted_record_stays_on_its_side_of_the_split(write, tokenizer):
+    """Or a mixture of a data set with its own inversion would be validated on what it has been trained on."""
+    path = write([(f"Question {number}?", "A longer answer than that, to be sure.") for number in range(100)])
+    options = DataOptions(validation_share=0.3)
+    plain, inverted = prepare.run(path, tokenizer, options), prepare.run(path, tokenizer, replace(options, invert=True))
+    assert inverted.profile["inverted"] == 100
+    inverted_instructions = texts(inverted.validation, tokenizer, Segment.COMPLETION)
+    assert [f"{text}</s>" for text in texts(plain.validation, tokenizer)] == inverted_instructions
+
+
+# Inverting, mixing, duplicates.
 
 
 def test_inversion_is_counted(write, tokenizer):
@@ -119,44 +147,337 @@ def test_inversion_is_counted(write, tokenizer):
     )
     assert found.profile["inverted"] == 1
     expected = Record("", "Predict the prompt that generated the following AI output.", "A longer one.", "Short.")
-    assert encode(expected, tokenizer) in everything(found)
+    (example,) = Encoder(tokenizer, templates.load("alpaca", tokenizer)).encode([expected])
+    assert example.tokens.tolist() in [one.tokens.tolist() for one in [*found.training, *found.validation]]
+    # Bare, of both records: the new instruction or the old, the input or none, the completion.
+    bare = {name: found.profile["lengths"][name]["mean"] * 2 for name in ("instruction", "input", "completion")}
+    assert bare == {"instruction": len(expected.instruction) + 13, "input": 13, "completion": 6 + 6}
 
 
-def test_a_profile_by_hand():
-    """Segments 0 template, 1 instruction, 2 input, 3 completion; the last completion token is the end of text."""
-    examples = [
-        Example([9] * 10, [0, 0, 0, 0, 1, 1, 2, 3, 3, 3]),
-        Example([9] * 12, [0, 0, 0, 0, 1, 3, 3, 3, 3, 3, 3, 3]),
-    ]
-    found = prepare.profile(examples)
-    assert found["tokens"] == 22
-    assert found["mean_tokens"] == {"template": 4, "instruction": 1.5, "input": 0.5, "completion": 5}
-    assert found["generation_ratio"] == 4 / 2  # 2 and 6 completion tokens over 3 and 1 prompt tokens
-    assert found["generation_ratio_with_template"] == 5 / 6
-    shares = found["effective_prompt_share"]
-    assert len(shares) == 10
-    assert shares["0"] == 0
-    assert shares["0.5"] == pytest.approx(6 / 16)
-    assert shares["1"] == pytest.approx(12 / 22)
+@pytest.mark.parametrize(("share", "expected"), [(0.25, (60, 20)), (0.5, (40, 40)), (0.8, (10, 40)), (0.3, (60, 26))])
+def test_a_mixture_has_its_share_and_is_as_large_as_can_be(write, tokenizer, share, expected):
+    first = write([(f"First {number}", "a") for number in range(60)], "first.jsonl")
+    second = write([(f"Second {number}", "b") for number in range(40)], "second.jsonl")
+    found = prepare.run(first, tokenizer, DataOptions(mix=second, mix_share=share))
+    mixed = texts([*found.training, *found.validation], tokenizer)
+    assert len(set(mixed)) == len(mixed)
+    assert tuple(sum(text.startswith(which) for text in mixed) for which in ("First", "Second")) == expected
+    assert [source["records"] for source in found.profile["sources"]] == list(expected)
+    assert [source.name for source in found.sources] == [first, second]
 
 
-def test_the_profile_reads_well_and_names_what_was_left_out(write, tokenizer):
-    path = write([*LONG, ("empty", "")])
-    options = PrepareConfig(max_tokens=HEAD + 26, on_bad_record="skip")
-    found = prepare.run(path, tokenizer, options).profile
-    text = prepare.profile_text(found)
-    assert found["skipped"] == ["record 4 has an empty completion (output)"]
-    assert "1 unusable, 1 too long; 0 truncated" in text
-    assert found["sha256"][:12] in text
+def test_a_mixture_takes_the_same_records_wherever_they_stand(write, tokenizer):
+    pairs = [(f"First {number}", "a") for number in range(60)]
+    second = write([(f"Second {number}", "b") for number in range(20)], "second.jsonl")
+    options = DataOptions(mix=second, mix_share=0.5)
+    one = prepare.run(write(pairs), tokenizer, options)
+    other = prepare.run(write(pairs[::-1], "reversed.jsonl"), tokenizer, options)
+    assert set(texts(one.training, tokenizer)) == set(texts(other.training, tokenizer))
+    more = prepare.run(write([*pairs, ("First 60", "a")], "more.jsonl"), tokenizer, options)
+    assert len(set(texts(one.training, tokenizer)) - set(texts(more.training, tokenizer))) <= 1
+
+
+def test_what_is_taken_into_a_mixture_does_not_decide_its_split(write, tokenizer):
+    first = write([(f"First {number}", "a") for number in range(2000)], "first.jsonl")
+    second = write([(f"Second {number}", "b") for number in range(200)], "second.jsonl")
+    found = prepare.run(first, tokenizer, DataOptions(mix=second, mix_share=0.5, validation_share=0.5))
+    assert 150 < len(found.validation) < 250  # of 400; the first sixth of the split would be all validation
+
+
+@given(
+    keys=st.lists(st.tuples(st.binary(min_size=16, max_size=16), st.booleans(), st.booleans()), min_size=1),
+    share=st.floats(0.01, 0.99),
+)
+def test_a_blend_is_of_usable_records_and_cannot_be_larger(keys, share):
+    is_second, usable = (np.array([one[which] for one in keys]) for which in (1, 2))
+    taken = prepare.blend(np.array([list(key) for key, *_ in keys], np.uint8), is_second, usable, share)
+    assert not (taken & ~usable).any()
+    counts = np.array([(taken & ~is_second).sum(), (taken & is_second).sum()])
+    whole = np.array([(usable & ~is_second).sum(), (usable & is_second).sum()])
+    parts = np.array([1 - share, share])
+    total = (whole / parts).min()
+    assert np.abs(counts - total * parts).max() <= 0.5 + 1e-9
+
+
+def test_a_mixture_of_nothing_is_an_error(write, tokenizer):
+    first = write([("First", "a"), ("Other", "a")], "first.jsonl")
+    second = write([("Second", "b")], "second.jsonl")
+    with pytest.raises(ValueError, match=r"mix-share=0.01 .* leaves no record of .*second.jsonl"):
+        prepare.run(first, tokenizer, DataOptions(mix=second, mix_share=0.01))
+
+
+def test_exact_duplicates_are_counted_and_dropped_if_told_so(write, tokenizer):
+    pairs = [("a", "b"), ("c", "d"), ("a", "b"), ("a", "b "), ("a", "b"), ("A", "b")]
+    found = prepare.run(write(pairs), tokenizer, DataOptions())
+    assert (found.profile["duplicates"], found.profile["records"]) == (2, 6)
+    assert "2, kept" in prepare.text(found.profile)
+    found = prepare.run(write(pairs), tokenizer, DataOptions(drop_duplicates=True))
+    assert (found.profile["duplicates"], found.profile["records"]) == (2, 4)
+    assert "2, left out" in prepare.text(found.profile)
+    assert [found.training.id(index) for index in range(len(found.training))] == sorted(
+        f"data.jsonl:{number}"
+        for number, pair in enumerate(pairs, 1)
+        if pair not in pairs[: number - 1]
+        and f"data.jsonl:{number}" not in [found.validation.id(index) for index in range(len(found.validation))]
+    )
+
+
+def test_a_record_is_no_duplicate_of_its_inversion(write, tokenizer):
+    path = write([("Short.", "A longer one."), ("Brief.", "A longer one yet.")])
+    found = prepare.run(path, tokenizer, DataOptions(mix=path, mix_share=0.5))
+    assert found.profile["duplicates"] == 2
+
+
+# Bad records.
+
+GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault", "way_out"),
+    [
+        ({"instruction": "Add."}, "lacks the field 'output'", "--on-bad-record skip"),
+        (GOOD | {"output": ""}, "has an empty completion (output)", "--empty-completion keep"),
+        ({}, "lacks the field 'instruction'", "--on-bad-record skip"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_number_or_skipped_and_listed(write, tokenizer, row, fault, way_out):
+    path = write([GOOD, row, GOOD, GOOD | {"output": 5}])
+    with pytest.raises(ValueError, match="record 2") as raised:
+        prepare.run(path, tokenizer, DataOptions())
+    assert str(raised.value).startswith(f"{path}: record 2 {fault}")
+    assert way_out in str(raised.value)
+
+    found = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip"))
+    (source,) = found.profile["sources"]
+    assert source["records"] == found.profile["records"] == 2
+    assert source["skipped"][0].startswith(f"record 2 {fault}")
+    assert source["skipped"][1] == "record 4 has something other than text as its output"
+    assert f"left out            {source['skipped'][0]}" in prepare.text(found.profile)
+
+
+def test_an_empty_completion_may_be_kept_to_train_on_its_end(write, tokenizer):
+    found = prepare.run(write([("a", ""), ("c", "d")]), tokenizer, DataOptions(empty_completion="keep"))
+    assert found.profile["lengths"]["completion"]["mean"] == 0.5
+    assert sorted(
+        one.tokens[one.segment == Segment.COMPLETION].tolist() for one in [*found.training, *found.validation]
+    ) == [[tokenizer.eos_token_id], [*tokenizer("d")["input_ids"], tokenizer.eos_token_id]]
+
+
+def test_max_records_counts_usable_ones_and_reads_no_further(write, tokenizer):
+    path = write([{}, GOOD, {}, GOOD, {}, GOOD])
+    found = prepare.run(path, tokenizer, DataOptions(max_records=2, on_bad_record="skip"))
+    (source,) = found.profile["sources"]
+    assert (source["records"], len(source["skipped"])) == (2, 2)
+
+
+def test_a_file_without_a_good_record_is_refused_even_when_skipping(write, tokenizer):
+    path = write([{"instruction": "Add.", "output": ""}] * 2)
+    with pytest.raises(ValueError, match=r"holds no usable record .*2 were read; record 1 has an empty completion"):
+        prepare.run(path, tokenizer, DataOptions(on_bad_record="skip"))
+
+
+def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_are(write, tokenizer):
+    found = prepare.run(write([*[("a", "")] * 9, ("b", "c")]), tokenizer, DataOptions(on_bad_record="skip"))
+    text = prepare.text(found.profile)
+    assert text.count("has an empty completion") == 5
+    assert "9 in all, listed in profile.json" in text
+
+
+# Formats.
+
+
+def test_a_format_can_be_forced(write, tokenizer):
+    path = write([GOOD | {"response": "four"}])
+    with pytest.raises(ValueError, match="say which with --format"):
+        prepare.run(path, tokenizer, DataOptions())
+    for format, expected in (("alpaca", "4"), ("dolly", "four")):
+        found = prepare.run(path, tokenizer, DataOptions(format=format))
+        assert found.profile["sources"][0]["format"] == format
+        assert f"{format} format" in prepare.text(found.profile)
+        (completion,) = texts(found.training, tokenizer, Segment.COMPLETION)
+        assert completion == expected + "</s>"
+
+
+def test_every_turn_of_a_conversation_keeps_its_segment(write):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "So long")]
+    path = write([{"messages": [{"role": role, "content": content} for role, content in turns]}])
+    for which, input_text, completion in (
+        ("last", "Be brief.Hello", "So long"),
+        ("every", "Be brief.", "HelloSo long"),
+    ):
+        options = DataOptions(template="chat", completion_turns=which)
+        found = prepare.run(path, tokenizer, options)
+        assert texts(found.training, tokenizer) == ["HiBye"]
+        assert texts(found.training, tokenizer, Segment.INPUT) == [input_text]
+        (trained,) = texts(found.training, tokenizer, Segment.COMPLETION)
+        assert trained.replace("</s>", "") == completion
+        bare = {name: length["mean"] for name, length in found.profile["lengths"].items()}
+        assert (bare["instruction"], bare["input"], bare["completion"]) == (5, len(input_text), len(completion))
+
+
+odd = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\x00\x01 \n\u202eא🦔")) | st.just(
+    "### Response:"
+)
+
+
+@given(st.lists(st.tuples(odd, odd, odd), min_size=1, max_size=5))
+def test_odd_text_goes_through_unchanged_or_is_left_out(tmp_path_factory, rows):
+    """From the file to the tokens of each segment, whatever the text; blank instructions and completions are bad."""
+    folder, tokenizer = tmp_path_factory.mktemp("odd"), byte_tokenizer()
+    records = [{"instruction": a, "input": b, "output": c} for a, b, c in rows]
+    (folder / "data.json").write_text(json.dumps([GOOD, *records]))
+    options = DataOptions(on_bad_record="skip", cache_dir=folder, max_tokens=10_000)
+    found = prepare.run(str(folder / "data.json"), tokenizer, options)
+    together = [*found.training, *found.validation]
+    expected = [(a, b, c + "</s>") for a, b, c in rows if a.strip() and c.strip()] + [("Add.", "2 2", "4</s>")]
+    parts = (texts(together, tokenizer, segment) for segment in (1, 2, 3))
+    assert sorted(zip(*parts, strict=True)) == sorted(expected)
+
+
+def test_a_record_of_a_megabyte_is_prepared_like_any(write, tokenizer):
+    path = write([("Repeat.", "ab " * 350_000), ("Add.", "4"), ("Add 5.", "9")])
+    found = prepare.run(path, tokenizer, DataOptions(max_tokens=2_000_000))
+    assert lengths(found)[-1] == HEAD + len("Repeat.") + 1_050_000 + 1
+
+
+# Storing.
+
+
+def test_what_was_prepared_is_not_read_again(write, tokenizer, monkeypatch):
+    path = write(LONG)
+    first = prepare.run(path, tokenizer, DataOptions(validation_share=1e-9))
+    monkeypatch.setattr(formats, "record", None)
+    again = prepare.run(path, tokenizer, DataOptions(validation_share=1e-9))
+    assert again.profile == first.profile
+    assert again.digest == first.digest
+    # Nor for what only chooses among the examples, nor under another name.
+    for change in ({"max_tokens": HEAD + 26}, {"on_long": "truncate"}, {"validation_share": 0.5}, {"mix": path}):
+        assert prepare.run(path, tokenizer, DataOptions(**change)).digest
+    other = write(LONG, "other.jsonl")
+    assert prepare.run(other, tokenizer, DataOptions(validation_share=1e-9)).digest == first.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"invert": True},
+        {"template": "none"},
+        {"prompt_border": "separate"},
+        {"max_records": 2},
+        {"format": "alpaca"},
+        {"on_bad_record": "skip"},
+        {"empty_completion": "keep"},
+    ],
+)
+def test_what_could_change_a_token_is_prepared_anew(write, tokenizer, tmp_path, change):
+    path, options = write(LONG), DataOptions(cache_dir=tmp_path / "cache")
+    prepare.run(path, tokenizer, options)
+    prepare.run(path, tokenizer, replace(options, **change))
+    assert len(list((tmp_path / "cache" / "examples").glob("*.lock"))) == 2
+
+
+def test_so_is_another_content_and_another_tokenizer(write, tokenizer, tmp_path):
+    options = DataOptions(cache_dir=tmp_path / "cache")
+    first = prepare.run(write(LONG), tokenizer, options)
+    other = prepare.run(write(LONG[:2]), tokenizer, options)
+    merged = prepare.run(write(LONG), byte_tokenizer(("a", "a")), options)
+    assert len({first.digest, other.digest, merged.digest}) == 3
+
+
+def test_the_code_that_matters_is_all_there_is_between_a_file_and_its_tokens():
+    """Every module that these modules import is one of them, or is known not to decide a token."""
+    folder = Path(prepare.__file__).parent
+    imported = set()
+    for node in (node for name in prepare.CODE for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))):
+        if isinstance(node, ast.ImportFrom) and node.module == "plw_mlflow":
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("plw_mlflow."):
+            imported.add(node.module.partition(".")[2])
+    # A toy data set is known by the hash of its rows, whatever made them.
+    assert imported - {"config", "errors", "figures", "profile", "toy"} <= set(prepare.CODE)
+    assert imported & set(prepare.CODE)
+
+
+@pytest.mark.parametrize("given", ["cache", None])
+def test_the_cache_is_where_it_was_told_to_be(write, tokenizer, tmp_path, monkeypatch, given):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    prepare.run(write(LONG), tokenizer, DataOptions(cache_dir=given and tmp_path / given))
+    expected = tmp_path / "cache" if given else tmp_path / "xdg" / "plw_mlflow"
+    assert [path.suffix for path in (expected / "examples").iterdir() if path.suffix] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_the_way_out(write, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"file/plw_mlflow cannot be made .*--cache-dir"):
+        prepare.run(write(LONG), tokenizer, DataOptions())
+
+
+# Telling.
+
+
+def test_the_profile_says_what_was_read(write, tokenizer):
+    path = write(LONG)
+    found = prepare.run(path, tokenizer, PrepareConfig(max_tokens=HEAD + 26)).profile
+    (source,) = found["sources"]
+    assert (source["name"], source["location"], source["licence"]) == (path, path, "")
+    text = prepare.text(found)
+    assert source["sha256"][:12] in text
+    assert "licence             not known" in text
+    assert "1 dropped; 0 truncated" in text
 
 
 def test_a_profile_is_written_where_there_is_a_folder_for_it(write, tokenizer, tmp_path):
     found = prepare.run(write(LONG), tokenizer, DataOptions())
     prepare.write(found, tmp_path / "new" / "folder")
     assert json.loads((tmp_path / "new" / "folder" / "profile.json").read_text()) == found.profile
+    assert (tmp_path / "new" / "folder" / "profile.png").read_bytes().startswith(b"\x89PNG")
     prepare.write(found, None)
 
 
-@given(st.text(max_size=20))
-def test_bare_counts_leave_out_special_tokens(text):
-    assert prepare.count_tokens(text, byte_tokenizer(bos=True)) == len(text.encode())
+# The study's own data.
+
+
+@pytest.fixture(scope="module")
+def llama(shared):
+    return AutoTokenizer.from_pretrained(shared / "data/models/llama-tokenizer-hf")
+
+
+def test_table_1_of_the_paper_to_the_last_digit(shared, llama):
+    """arXiv:2401.13586v1, Table 1, AlpacaData; 28 records have an empty completion, and the study kept them."""
+    found = prepare.run(
+        "AlpacaData", llama, DataOptions(data_dir=shared / "data", empty_completion="keep", on_long="truncate")
+    )
+    profile = found.profile
+    assert profile["records"] == 52_002
+    assert profile["tokens_bare"] == 4_376_482
+    shown = {
+        name: (f"{length['mean']:.2f}", f"{length['deviation']:.2f}") for name, length in profile["lengths"].items()
+    }
+    assert shown["instruction"] == ("13.40", "4.97")
+    assert shown["input"] == ("6.25", "14.38")
+    assert shown["completion"] == ("64.51", "64.85")
+    assert profile["generation_ratio"] == pytest.approx(3.284, abs=5e-4)
+    templated = profile["lengths_with_template"]
+    assert [f"{templated[name]['mean']:.2f}" for name in ("prompt", "completion")] == ["61.61", "65.53"]
+    assert len(found.training) + len(found.validation) == 52_002
+    assert "NON-COMMERCIAL" in prepare.text(profile)
+
+
+def test_inversion_of_the_kind_of_data_the_study_inverted(shared, llama):
+    found = prepare.run(str(shared / "data/instruct/alpaca_gpt4_sample.json.gz"), llama, DataOptions(invert=True))
+    profile = found.profile
+    assert (profile["records"], f"{profile['inverted'] / profile['records']:.0%}") == (999, "78%")
+    assert profile["lengths"]["completion"]["mean"] == pytest.approx(13.9, abs=0.05)
+    assert profile["lengths"]["instruction"]["mean"] == pytest.approx(17.9, abs=0.05)
+
+
+def test_dolly_is_shorter_than_its_prompts(shared, llama):
+    options = DataOptions(on_bad_record="skip")
+    found = prepare.run(str(shared / "data/instruct/dolly_15k.jsonl.gz"), llama, options).profile
+    assert (found["records"], found["sources"][0]["format"]) == (15_011, "dolly")
+    assert found["generation_ratio"] == pytest.approx(0.827, abs=5e-4)
+    assert found["generation_ratio_with_template"] == pytest.approx(0.613, abs=5e-4)

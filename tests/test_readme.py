@@ -1,4 +1,4 @@
-"""Does the README tell of what is there?  (The two commands of its first block are what CI itself runs.)"""
+"""Do README and docs/cloud.md tell of what is there?  (CI itself runs the two commands of README's first block.)"""
 
 import importlib
 import re
@@ -11,8 +11,9 @@ from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs" / "cloud.md").read_text()
 COMMANDS = re.findall(
-    r"^(?:make|python -m|mlflow run|source|mlflow ui)[^\n#]*", README.replace("\\\n", ""), re.MULTILINE
+    r"^(?:make|python -m|mlflow run|source|mlflow ui)[^\n#]*", PAGES.replace("\\\n", ""), re.MULTILINE
 )
 ENTRY_POINTS = [command for command in COMMANDS if command.startswith("python -m entrypoints.")]
 
@@ -31,7 +32,7 @@ def test_a_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("parameter", re.findall(r"mlflow run .*?-P (\w+)=", README))
+@pytest.mark.parametrize("parameter", re.findall(r"-P (\w+)=", PAGES))
 def test_a_parameter_of_mlflow_run_exists(parameter):
     assert parameter in CONFIGS["main"].__dataclass_fields__
 

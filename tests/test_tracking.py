@@ -1,14 +1,17 @@
 """Does MLflow hold what a run said, once, in the caller's own words?  (tests/test_pipeline.py sees the rest.)"""
 
+import json
 import os
+from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
 
-from plw_mlflow import tracking
-from plw_mlflow.config import MainConfig, TrainConfig
+from plw_mlflow import prepare, tracking
+from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
 from plw_mlflow.evaluate import Evaluation, Score
+from tests.conftest import byte_tokenizer
 from tests.stores import Place
 
 
@@ -31,6 +34,8 @@ def history(store, run_id, name):
         ("meta-llama/Llama-2-7b-hf@01c7f73", "Llama-2-7b-hf"),
         ("/some/folder/stories260K-hf/", "stories260K-hf"),
         ("data/alpaca data.json.gz", "alpaca-data"),
+        ("chats.parquet", "chats"),
+        ("sums.csv.zst", "sums"),
         ("ünsinn", "nsinn"),
         ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
         ("Qwen/Qwen2.5-7B-Instruct@main", "Qwen2.5-7B-Instruct"),
@@ -49,6 +54,24 @@ def test_parameters_already_logged_keep_their_spelling(store, monkeypatch):
         assert "MLFLOW_RUN_ID" not in os.environ  # no process started from here inherits it
     params = store.get_run(run.id).data.params
     assert (params["plw"], params["invert"], params["max_records"]) == ("1e-2", "true", "")
+
+
+def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, tmp_path):
+    rows = [{"instruction": f"Add {number}.", "output": str(number)} for number in range(30)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = DataOptions(mix=str(tmp_path / "sums.jsonl"))
+    prepared = prepare.run("toy-short", byte_tokenizer(), options)
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        run.log_data(prepared.sources, prepared.profile)
+    found = store.get_run(run.id)
+    inputs = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
+    assert inputs == {
+        name: source.sha256[:36] for name, source in zip(("toy-short", "sums"), prepared.sources, strict=True)
+    }
+    assert found.data.tags["plw.data_sha256"] == ",".join(source.sha256 for source in prepared.sources)
+    profile = store.download_artifacts(run.id, "profile.json", str(tmp_path))
+    assert json.loads(Path(profile).read_text()) == prepared.profile
+    assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failure_is_told_on_the_run(store):

@@ -21,9 +21,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from plw_mlflow import batches, train
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.prepare import Prepared
-from plw_mlflow.records import Source
-from plw_mlflow.tokens import Example, Segment
-from tests.conftest import VOCABULARY, tiny_llama
+from plw_mlflow.templates import Segment
+from plw_mlflow.tokens import Example
+from tests.conftest import VOCABULARY, make_example, tiny_llama
 
 METHODS = ("full", "lora")
 
@@ -32,7 +32,7 @@ def example(number: int, *lengths: int) -> Example:
     """An example with random tokens, and so many of them in template, instruction, input and completion."""
     random = torch.Generator().manual_seed(number)
     tokens = torch.randint(VOCABULARY, (sum(lengths),), generator=random).tolist()
-    return Example(tokens, [segment for segment in Segment for _ in range(lengths[segment])])
+    return make_example(tokens, [segment for segment in Segment for _ in range(lengths[segment])])
 
 
 # Rows of 5 to 18 tokens, and few or many of them completion: means of means would differ from the mean.
@@ -43,7 +43,7 @@ EXAMPLES += [example(5, 3, 9, 3, 1)]
 def run(folder, *, training=EXAMPLES, model=None, log=lambda metrics, step: None, **options):
     """Train the tiny model, or another; by default a single step on all examples at once."""
     options = {"batch_examples": 6, "micro_batch_examples": 6, "epochs": 1, "max_grad_norm": 1e9} | options
-    prepared = Prepared(Source("made up", "generated", "", [], []), list(training), EXAMPLES[:2], {})
+    prepared = Prepared((), list(training), EXAMPLES[:2], {}, "", 0)
     return train.run(TrainConfig(**options), prepared, model or tiny_llama(), folder, log)
 
 
@@ -74,11 +74,11 @@ def oracle(groups, weights, divisor):
     for group in groups:
         total, weight, count = torch.zeros((), dtype=torch.float64), 0.0, 0
         for row in group:
-            logits = model(torch.tensor([row.tokens])).logits[0]
+            logits = model(torch.tensor([row.tokens.tolist()])).logits[0]
             for position in range(1, len(row.tokens)):
                 w = weights[row.segment[position]]
                 if w:
-                    target = torch.tensor(row.tokens[position])
+                    target = torch.tensor(int(row.tokens[position]))
                     total = total + w * cross_entropy(logits[position - 1], target)
                     weight, count = weight + w, count + 1
         if count:
@@ -121,7 +121,7 @@ def test_the_extremes_are_the_two_usual_losses(plw, micro_batch, tied, tmp_path)
     tokens = torch.zeros(len(EXAMPLES), longest, dtype=torch.int64)
     labels = torch.full_like(tokens, -100)
     for number, row in enumerate(EXAMPLES):
-        first = 0 if plw else row.segment.index(Segment.COMPLETION)
+        first = 0 if plw else row.segment.tolist().index(Segment.COMPLETION)
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
         labels[number, first : len(row.tokens)] = torch.tensor(row.tokens[first:])
     own = copy.deepcopy(model)
@@ -407,7 +407,7 @@ def test_a_finished_run_started_again_has_nothing_to_do(tmp_path):
 
 def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
     seen = []
-    prepared = Prepared(Source("made up", "generated", "", [], []), EXAMPLES, EXAMPLES[:2], {})
+    prepared = Prepared((), EXAMPLES, EXAMPLES[:2], {}, "", 0)
     config = TrainConfig(batch_examples=2, micro_batch_examples=2, epochs=1, save_every=2)
     train.run(
         config,

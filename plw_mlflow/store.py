@@ -1,0 +1,165 @@
+"""Store: the examples of one data set, tokenised once, as an Arrow file that is mapped into memory.
+
+A stored file serves every length limit, split and mixture: those are choices among its rows, made on its columns of
+counts. It is written under another name and renamed when it is whole, under a lock, so two processes that want the
+same one at once make it once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from plw_mlflow.errors import first_line
+from plw_mlflow.templates import Segment
+from plw_mlflow.tokens import Example
+
+BARE = ("instruction", "input", "completion")  # tokens of a record's own texts, each tokenised alone
+BY_SEGMENT = {segment: f"{segment.name.lower()}_tokens" for segment in Segment}  # tokens of the example
+COUNTS = (*BARE, *BY_SEGMENT.values(), "length", "straddling")
+SCHEMA = pa.schema(
+    [("number", pa.int64()), ("key", pa.binary(16)), ("inverted", pa.bool_())]
+    + [(name, pa.int32()) for name in COUNTS]
+    + [("tokens", pa.list_(pa.int32())), ("segment", pa.list_(pa.int8()))]
+)
+
+
+class Writer:
+    """Writes examples to an Arrow file, a record batch at a time."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._largest = -1
+
+    def add(
+        self,
+        numbers: Sequence[int],
+        keys: Sequence[bytes],
+        inverted: Sequence[bool],
+        bare: np.ndarray,
+        examples: Sequence[Example],
+    ) -> None:
+        """Write the examples of some records.
+
+        numbers: where each record stood in its source.
+        keys: of each record as it was read (`Record.key`).
+        bare: int [N, 3] tokens of instruction, input and completion, each alone.
+        """
+        lengths = np.array([len(example.tokens) for example in examples])
+        tokens = np.concatenate([example.tokens for example in examples])
+        segment = np.concatenate([example.segment for example in examples])
+        cells = np.repeat(np.arange(len(examples)), lengths) * len(Segment) + segment
+        by_segment = np.bincount(cells, minlength=len(examples) * len(Segment)).reshape(-1, len(Segment))
+        straddling = np.array([example.straddling for example in examples])
+        counts = np.column_stack([bare, by_segment, lengths, straddling]).astype(np.int32)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        columns = [pa.array(numbers, pa.int64()), pa.array(keys, pa.binary(16)), pa.array(inverted, pa.bool_())]
+        columns += [pa.array(column) for column in counts.T]
+        columns += [pa.ListArray.from_arrays(offsets, part) for part in (tokens, segment)]
+        self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        for part in (lengths.astype(np.int32), tokens, segment):
+            self._digest.update(part.tobytes())
+        self._largest = max(self._largest, int(tokens.max()))
+
+    def about(self) -> dict[str, Any]:
+        """What identifies the examples written so far, and what a model must know to read them."""
+        return {"digest": self._digest.hexdigest(), "largest_token": self._largest}
+
+
+class Store:
+    """Examples as they were stored, one a row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
+        file = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
+        batches = [file.get_batch(index) for index in range(file.num_record_batches)]
+        # Number int64 [N], key uint8 [N, 16], inverted bool [N], and every count int32 [N].
+        self.columns = {
+            name: np.concatenate([batch[name].to_numpy(zero_copy_only=False) for batch in batches])
+            for name in ("number", "inverted", *COUNTS)
+        }
+        self.columns["key"] = np.concatenate(
+            [np.frombuffer(batch["key"].buffers()[1], np.uint8, 16 * len(batch)).reshape(-1, 16) for batch in batches]
+        )
+        self._starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
+        self._lists = [
+            tuple(part.to_numpy() for part in (b["tokens"].offsets, b["tokens"].values, b["segment"].values))
+            for b in batches
+        ]
+
+    def __getitem__(self, row: int) -> Example:
+        """The example of a row, whole; its arrays lie in the mapped file and cannot be written to."""
+        batch = bisect.bisect_right(self._starts, row) - 1
+        offsets, tokens, segment = self._lists[batch]
+        start, end = offsets[row - self._starts[batch] : row - self._starts[batch] + 2]
+        return Example(tokens[start:end], segment[start:end], int(self.columns["straddling"][row]))
+
+
+class Examples(Sequence[Example]):
+    """Some rows of some stores, in a given order, each cut off at `max_tokens`."""
+
+    def __init__(
+        self, stores: Sequence[Store], prefixes: Sequence[str], which: np.ndarray, rows: np.ndarray, max_tokens: int
+    ) -> None:
+        """prefixes: of each store's record ids. which, rows: int [N] store and row of each example."""
+        self._stores, self._prefixes, self._which, self._rows = stores, prefixes, which, rows
+        self._max_tokens = max_tokens
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        example = self._stores[self._which[index]][int(self._rows[index])]
+        if len(example.tokens) <= self._max_tokens:
+            return example
+        return Example(example.tokens[: self._max_tokens], example.segment[: self._max_tokens], example.straddling)
+
+    def id(self, index: int) -> str:
+        """The id of the record behind an example."""
+        which = self._which[index]
+        return f"{self._prefixes[which]}:{self._stores[which].columns['number'][self._rows[index]]}"
+
+
+def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
+    """What is stored in `folder`, after `build` has written it if nothing is yet.
+
+    build: adds the examples, and returns what is to be said of them (JSON).
+
+    Raises ValueError where what is stored cannot be read.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _write(folder, build)
+    try:
+        return Store(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"what is stored in {folder} cannot be read ({first_line(error)}); remove that folder, and it is made anew"
+        ) from None
+
+
+def _write(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> None:
+    unfinished = Path(f"{folder}.unfinished")  # of a process that was killed, perhaps: the lock is ours
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        with pa.OSFile(str(unfinished / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+            writer = Writer(file)
+            about = build(writer)
+        (unfinished / "about.json").write_text(json.dumps(about | writer.about()))
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

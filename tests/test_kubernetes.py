@@ -1,0 +1,71 @@
+"""The job `mlflow run . --backend kubernetes` sends: kubernetes/job.yaml, filled in by MLflow; no cluster is needed."""
+
+import json
+import re
+import sys
+from dataclasses import fields
+from types import ModuleType
+
+import click
+import pytest
+
+from plw_mlflow.cli import options
+from plw_mlflow.config import CONFIGS
+from tests.stores import ROOT
+
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123: what Kubernetes takes as a name
+
+
+@pytest.fixture
+def fill_in(monkeypatch, tmp_path):
+    """The job of an entry point, as MLflow sends it to the cluster."""
+    # MLflow's module imports the cluster's client, which conda.yaml leaves out and filling in does not use.
+    for name in ("kubernetes", "kubernetes.config", "kubernetes.config.config_exception"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["kubernetes.config.config_exception"], "ConfigException", Exception, raising=False)
+    from mlflow import projects
+    from mlflow.projects import kubernetes
+
+    monkeypatch.chdir(ROOT)
+    config = projects._parse_kubernetes_config(json.loads((ROOT / "kubernetes" / "backend.json").read_text()))
+    project = projects.load_project(".")
+
+    def job(entry):
+        command = kubernetes._get_run_command(projects.get_entry_point_command(project, entry, {}, str(tmp_path)))
+        environment = {"MLFLOW_RUN_ID": "a-run", "MLFLOW_TRACKING_URI": "http://localhost:5000"}
+        tag = f"{config['repository-uri']}:0123456"
+        return kubernetes._get_kubernetes_job_definition(
+            project.name, tag, "sha256:89ab", command, environment, config["kube-job-template"]
+        )
+
+    return job
+
+
+def test_kubernetes_takes_the_names(fill_in):
+    job = fill_in("main")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert NAME.fullmatch(job["metadata"]["name"])
+    assert NAME.fullmatch(container["name"])
+
+
+@pytest.mark.parametrize("entry", CONFIGS)
+def test_the_command_means_what_the_same_mlflow_run_means_elsewhere(fill_in, entry):
+    # Kubernetes runs it without a shell, though MLflow has quoted it for one: unset is '' there.
+    (container,) = fill_in(entry)["spec"]["template"]["spec"]["containers"]
+    python, m, module, *arguments = container["command"]
+    assert (python, m, module) == ("python", "-m", f"entrypoints.{entry}")
+    known = [decorate(lambda: None).__click_params__[0] for decorate in options(CONFIGS[entry])]
+    given = click.Command(entry, params=known).make_context(entry, arguments).params
+    assert given == {field.name: field.default for field in fields(CONFIGS[entry])}
+
+
+def test_what_the_template_asks_for_is_left(fill_in, monkeypatch):
+    monkeypatch.setenv("KUBE_MLFLOW_TRACKING_URI", "http://mlflow.example.com")
+    pod = fill_in("main")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "registry.example.com/plw_mlflow:0123456@sha256:89ab"
+    assert container["envFrom"] == [{"secretRef": {"name": "plw-mlflow", "optional": True}}]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy wants
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert environment == {"MLFLOW_RUN_ID": "a-run", "MLFLOW_TRACKING_URI": "http://mlflow.example.com"}
