@@ -40,7 +40,7 @@ COPY plw_mlflow plw_mlflow
 
 ARG VERSION=""
 ARG COMMIT=""
-ARG IMAGE=""
+ARG IMAGE=plw_mlflow
 ENV PLW_GIT_COMMIT=${COMMIT} PLW_IMAGE=${IMAGE}
 LABEL org.opencontainers.image.title="plw_mlflow" \
       org.opencontainers.image.version="${VERSION}" \

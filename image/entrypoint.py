@@ -12,13 +12,17 @@ import sys
 from pathlib import Path
 
 STORE = Path("/mlflow/tmp/mlruns")  # where mlflow run mounts the file of the default SQLite store
+IMAGE_ROOT = "/plw_mlflow"
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/run")
 
 
 def main(command: list[str]) -> None:
     folder = Path(os.environ["PLW_FOLDER"]) if Path(os.environ.get("PLW_FOLDER", "nowhere")).is_dir() else None
     mounted = mount_points()
+    code = f"commit {os.environ.get('PLW_GIT_COMMIT') or 'unknown'}"
     if Path("plw_mlflow").is_dir():
+        if os.getcwd() != IMAGE_ROOT:
+            code = f"code of {os.getcwd()}"
         os.environ["PYTHONPATH"] = os.getcwd()  # the image's code, or what mlflow run --build-image has put over it
         os.environ["PYTHONSAFEPATH"] = "1"  # and not what lies in the folder under the same names
         os.chdir(folder or Path.home())  # where whoever this becomes may write
@@ -30,7 +34,7 @@ def main(command: list[str]) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}"
     if "MLFLOW_TRACKING_URI" not in os.environ:
         say("warning: MLFLOW_TRACKING_URI is not set: what is logged goes with this container")
-    say(f"plw_mlflow {os.environ.get('PLW_IMAGE') or 'image'}, commit {os.environ.get('PLW_GIT_COMMIT') or 'unknown'}")
+    say(f"image {os.environ['PLW_IMAGE']}, {code}")
     say(f"device: {device()}")
     become_owner(next((path for path in (STORE, folder) if path is not None and path.exists()), None), mounted)
     os.environ.setdefault("USER", "plw")  # the user need not have a name here, but some libraries ask for one

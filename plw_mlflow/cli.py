@@ -83,7 +83,7 @@ class _OptionalType(click.ParamType):
         return self.inner.get_metavar(param, ctx)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
+        if value in ("", "''"):  # MLflow on Kubernetes quotes an empty value for a shell that it then does not use
             if self.is_optional:
                 return None
             self.fail("a value is needed", param, ctx)

@@ -57,6 +57,7 @@ class Run:
         self._dataset: MetaDataset | None = None
         self._model_id: str | None = None
         self._cell = ""
+        self._known_step = -1  # the last step in the curves of a run that was begun before, by a pod, say
         self._stored: str | None = None  # name of this run's checkpoint in the store
         self._stored_before: list[str] = []  # earlier runs of the cell that have one there
 
@@ -109,14 +110,15 @@ class Run:
             filter_string=f"tags.`plw.checkpoint` LIKE '{cell}/%'",
         )
         stored = {run.info.run_id: run.data.tags["plw.checkpoint"].partition("/")[2] for run in runs}
-        self._stored = stored.pop(self.id, None)
-        self._stored_before = list(stored)
+        self._stored = stored.get(self.id)  # a restarted pod or container goes on in the run it began
+        self._stored_before = [run_id for run_id in stored if run_id != self.id]
         newest = max(((int(name.removeprefix("step-")), name, run_id) for run_id, name in stored.items()), default=None)
         if newest is None or newest[0] <= newer_than:
             return
         _, name, run_id = newest
         marker = folder / "run_id"
-        if not marker.exists() or marker.read_text() != run_id:  # else the folder's lock says that it has ended
+        earlier = marker.read_text() if marker.exists() else self.id
+        if run_id not in (self.id, earlier):  # else the folder's lock, or whoever restarts it, says that it has ended
             _await_silence(run_id)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             os.replace(self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch), folder / name)
@@ -155,13 +157,18 @@ class Run:
         marker = folder / "run_id"
         earlier = marker.read_text() if marker.exists() else None
         self._cell = cell
+        self._known_step = max(
+            (point.step for point in self._client.get_metric_history(self.id, "train/loss")), default=-1
+        )
         self.tag(cell=cell, status="training")
         if earlier and earlier != self.id:
             self._take_over(earlier, step)
         marker.write_text(self.id)
 
     def log_step(self, metrics: dict[str, float], step: int) -> None:
-        """Log a step's metrics; they are sent together every few seconds."""
+        """Log a step's metrics, unless they are known from before; they are sent together every few seconds."""
+        if step <= self._known_step:
+            return
         now = int(time.time() * 1000)
         self._metrics += [Metric(name, value, now, step) for name, value in metrics.items()]
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -492,8 +499,8 @@ def _get_run(run_id: str) -> mlflow.entities.Run:
 
 
 def _origin() -> dict[str, str]:
-    """The code's commit and the image it runs in, as far as they are known."""
-    found = {"image": origin.image(), "git_commit": origin.commit()}
+    """The code, its commit and the image it runs in, as far as they are known."""
+    found = {"image": origin.image(), "git_commit": origin.commit(), "code_sha256": origin.code_digest(origin.ROOT)}
     return {name: value for name, value in found.items() if value}
 
 

@@ -228,6 +228,21 @@ def test_a_run_that_stays_silent_is_taken_for_dead(store, cut_short, tmp_path, m
     assert (folder / "step-000040").is_dir()
 
 
+def test_a_pod_started_again_goes_on_in_the_run_it_began(store, cut_short, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", cut_short)  # as Kubernetes gives it to the pod's successor
+    monkeypatch.setattr(tracking, "SILENT_SECONDS", 1e6)  # there is nobody to wait for
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        assert run.id == cut_short
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+        run.begin_cell("abc", folder, 40)
+        for step in (39, 40, 41):
+            run.log_step({"train/loss": 0.4}, step)
+    assert (folder / "step-000040").is_dir()
+    assert history(store, cut_short, "train/loss") == [(40, 0.5), (41, 0.4)]  # no step is there twice
+
+
 def test_a_wrapper_says_whose_run_it_works_on_and_holds_nothing_else(store, monkeypatch):
     with tracking.open_run(MainConfig(), "cell") as cell:
         pass
