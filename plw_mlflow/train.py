@@ -11,6 +11,8 @@ import fcntl
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,7 +73,7 @@ def run(
     after_save: called with each checkpoint's folder, once it is complete.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step; the last
-    checkpoint stays as it was.
+    checkpoint stays as it was. On SIGTERM, the step at hand is finished and saved, and KeyboardInterrupt raised.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     if config.method == "lora":
@@ -87,14 +89,17 @@ def run(
     started, tokens_seen = time.monotonic(), 0
     if resumed_from == 0:
         log(evaluate(learner, prepared.validation, config, accelerator), 0)
-    with tqdm(
-        total=total,
-        initial=resumed_from,
-        desc=f"plw {config.plw:g}",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    ) as progress:
+    with (
+        _hearing_sigterm() as is_to_stop,
+        tqdm(
+            total=total,
+            initial=resumed_from,
+            desc=f"plw {config.plw:g}",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        ) as progress,
+    ):
         learner.train()
         for indices in batches.steps(
             len(prepared.training), config.batch_examples, seed=config.seed, first=resumed_from, total=total
@@ -119,20 +124,38 @@ def run(
             tokens_seen += step_tokens
             metrics["train/tokens_per_second"] = step_tokens / (time.monotonic() - step_started)
             saving = state.step % config.save_every == 0 or state.step == total
-            if saving or state.step % config.eval_every == 0:
-                # Before each checkpoint too: the step's own loss says nothing of the weights the step has made.
+            stopping = is_to_stop()
+            if saving or (state.step % config.eval_every == 0 and not stopping):
+                # Before each checkpoint too: the step's own loss says nothing of the weights the step has made. Only
+                # before that of SIGTERM there may be no time.
                 metrics |= _finite(evaluate(learner, prepared.validation, config, accelerator), state.step)
             log(metrics, state.step)
             progress.set_postfix(
                 loss=f"{metrics['train/loss']:.3f}", tokens_per_s=f"{metrics['train/tokens_per_second']:.0f}"
             )
             progress.update()
-            if saving:
+            if saving or stopping:
                 before_save()
                 if accelerator.is_main_process:
                     after_save(_save(folder, state))
+            if stopping and state.step < total:
+                raise KeyboardInterrupt
     seconds = time.monotonic() - started
     return Trained(state.learner.model.eval(), total, resumed_from, tokens_seen / seconds, seconds)
+
+
+@contextmanager
+def _hearing_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGTERM is only noted: gives a function that says whether it has come."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        yield lambda: bool(heard)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _accumulate(

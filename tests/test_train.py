@@ -396,6 +396,22 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(killed, method, tmp_pa
     assert not (folder / "unfinished").exists()
 
 
+@pytest.mark.parametrize("step", [3, 4])  # 4 is saved anyway
+def test_sigterm_finishes_the_step_and_saves_it(step, tmp_path):
+    def terminate(metrics, at):
+        if at == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path / "terminated", "full", log=terminate)
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = resumable(tmp_path / "terminated", "full")
+    assert again.resumed_from == step
+    undisturbed = resumable(tmp_path / "undisturbed", "full")
+    assert all(map(torch.equal, again.model.parameters(), undisturbed.model.parameters()))
+
+
 def test_a_finished_run_started_again_has_nothing_to_do(tmp_path):
     expected = resumable(tmp_path, "full")
     steps = []
