@@ -18,6 +18,14 @@ RUN --mount=type=bind,source=image/wheels,target=/wheels \
     && /opt/venv/bin/pip install --no-cache-dir --find-links /wheels ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         --requirement /requirements.txt
 
+# The code, readable for whoever the container runs as, whatever the checkout's umask was.
+FROM ${BASE} AS code
+COPY conda.yaml /code/
+COPY image/entrypoint.py /code/image/
+COPY entrypoints /code/entrypoints
+COPY plw_mlflow /code/plw_mlflow
+RUN chmod -R a+rX /code
+
 FROM ${BASE}
 # MLflow mounts its default store as the file /mlflow/tmp/mlruns: whoever the container runs as must be able to write
 # beside it. The same for a home, as no user of the image's own is needed.
@@ -33,10 +41,7 @@ ENV HOME=/home/plw \
 WORKDIR /plw_mlflow
 COPY --from=install /opt/venv /opt/venv
 # Last, so that a change of code is a layer of a few megabytes.
-COPY conda.yaml ./
-COPY image/entrypoint.py image/
-COPY entrypoints entrypoints
-COPY plw_mlflow plw_mlflow
+COPY --from=code /code ./
 
 ARG VERSION=""
 ARG COMMIT=""

@@ -30,7 +30,7 @@ bench: setup
 # Both make the image that MLproject names.
 image:
 	DOCKER_BUILDKIT=1 docker build $(BUILD) --build-arg VERSION=$(VERSION) --build-arg IMAGE=$(IMAGE) \
-		--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40) --tag $(IMAGE) .
+		--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*') --tag $(IMAGE) .
 
 image-cpu:
 	$(MAKE) image BUILD="--build-arg TORCH_INDEX=$(CPU_INDEX) $(BUILD)"

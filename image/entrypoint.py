@@ -2,18 +2,20 @@
 
 `mlflow run` mounts the project's folder at its own path (MLproject) and the default store's file at STORE. Work goes
 on in that folder, so that relative paths mean inside what they mean outside, and as its owner, so that the files left
-there are theirs. Standard library alone: it runs before anything else, and only replaces itself.
+there are theirs. It needs the standard library alone, as it runs before anything else and only replaces itself.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+from plw_mlflow.origin import IMAGE_ROOT, mount_points
+
 STORE = Path("/mlflow/tmp/mlruns")  # where mlflow run mounts the file of the default SQLite store
-IMAGE_ROOT = "/plw_mlflow"
-SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/run")
+AWS = Path("/.aws")  # where mlflow run mounts the keys of an S3-style store
 
 
 def main(command: list[str]) -> None:
@@ -21,7 +23,7 @@ def main(command: list[str]) -> None:
     mounted = mount_points()
     code = f"commit {os.environ.get('PLW_GIT_COMMIT') or 'unknown'}"
     if Path("plw_mlflow").is_dir():
-        if os.getcwd() != IMAGE_ROOT:
+        if Path.cwd() != IMAGE_ROOT:
             code = f"code of {os.getcwd()}"
         os.environ["PYTHONPATH"] = os.getcwd()  # the image's code, or what mlflow run --build-image has put over it
         os.environ["PYTHONSAFEPATH"] = "1"  # and not what lies in the folder under the same names
@@ -37,6 +39,9 @@ def main(command: list[str]) -> None:
     say(f"image {os.environ['PLW_IMAGE']}, {code}")
     say(f"device: {device()}")
     become_owner(next((path for path in (STORE, folder) if path is not None and path.exists()), None), mounted)
+    if AWS.is_dir():
+        os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", str(AWS / "credentials"))
+        os.environ.setdefault("AWS_CONFIG_FILE", str(AWS / "config"))
     os.environ.setdefault("USER", "plw")  # the user need not have a name here, but some libraries ask for one
     try:
         os.execvp(command[0], command)
@@ -45,17 +50,9 @@ def main(command: list[str]) -> None:
         sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def mount_points() -> list[Path]:
-    """Folders and files of the host that are mounted here, in the order they were mounted."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    # Blanks in paths are octal there, as \\040.
-    points = [line.split()[4].encode().decode("unicode_escape") for line in lines]
-    return [Path(point) for point in points if point != "/" and not point.startswith(SYSTEM)]
-
-
 def same_file(one: Path, other: Path) -> bool:
     """Whether two paths are one file, through whatever mounts."""
-    return other.exists() and one.samefile(other)
+    return one.is_file() and other.is_file() and one.samefile(other)
 
 
 def become_owner(of: Path | None, mounted: list[Path]) -> None:
@@ -72,16 +69,24 @@ def become_owner(of: Path | None, mounted: list[Path]) -> None:
     artifacts = next((path for path in mounted if path.match(f"{os.environ.get('MLFLOW_RUN_ID')}/artifacts")), None)
     if artifacts is not None:
         hand_over(artifacts, uid, gid)
-    os.setgroups([])
-    os.setgid(gid)
-    os.setuid(uid)
+    try:
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+    except PermissionError:
+        say(f"error: root may not become {uid} here; start the container with --user {uid}:{gid}")
+        sys.exit(1)
 
 
-def hand_over(path: Path, uid: int, gid: int) -> None:
-    """Give the owner what Docker made as root on the host to mount it: the run's artifact folder and those above it."""
-    while path.stat().st_uid == 0 and not any(entry.is_file() for entry in path.iterdir()):
-        os.chown(path, uid, gid)
-        path = path.parent
+def hand_over(artifacts: Path, uid: int, gid: int) -> None:
+    """Give the owner what Docker has just made as root on the host: the run's artifact folder and those above it.
+
+    A folder that holds anything else was there before, and stays whose it is.
+    """
+    made, held = artifacts, 0
+    while made.stat().st_uid == 0 and len(list(made.iterdir())) == held:
+        os.chown(made, uid, gid)
+        made, held = made.parent, 1
 
 
 def device() -> str:
@@ -90,7 +95,8 @@ def device() -> str:
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True)
         if found.returncode == 0:
-            return "; ".join(f"{line} (driver)" for line in found.stdout.strip().splitlines())
+            useless = ", but this image's torch has no CUDA (make image)" if version("torch").endswith("+cpu") else ""
+            return "; ".join(f"{line} (driver)" for line in found.stdout.strip().splitlines()) + useless
     return "CPU alone; no GPU was handed in (docker run --gpus all, mlflow run -A gpus=all)"
 
 

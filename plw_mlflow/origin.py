@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_ROOT = Path("/plw_mlflow")  # Dockerfile's WORKDIR
-CODE = ("conda.yaml", "entrypoints", "plw_mlflow")
+CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "plw_mlflow")
 
 
 def image() -> str | None:
@@ -65,7 +66,7 @@ def code_digest(root: Path) -> str:
     for part in CODE:
         files = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*"))
         for file in files:
-            if file.is_file() and "__pycache__" not in file.parts:
+            if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
                 found.update(f"{file.relative_to(root).as_posix()}\0".encode())
                 found.update(hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()
@@ -87,9 +88,14 @@ def check_mounted(store: str, artifacts: str) -> None:
         )
 
 
+def mount_points() -> list[Path]:
+    """Everything that is mounted here."""
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    # Blanks and the like in paths are octal there, as \\040.
+    return [Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split(" ")[4])) for line in lines]
+
+
 def _in_container(path: str) -> bool:
-    """Whether a path lies in the container's own, passing file system."""
-    if not path.startswith("/"):
-        return False
-    nearest = next(part for part in (Path(path), *Path(path).parents) if part.exists())
-    return nearest.stat().st_dev == Path("/").stat().st_dev
+    """Whether a path lies in the container's own, passing file system: on no mount but that of its root."""
+    mounted = [point for point in mount_points() if point != Path("/")]
+    return path.startswith("/") and not any(Path(path).resolve().is_relative_to(point) for point in mounted)

@@ -6,9 +6,11 @@ A crash takes one cell, and the device's memory is clean each time.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from plw_mlflow import analyze, cell, report, tracking
 from plw_mlflow.config import MainConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_SECONDS = 10  # for a cell that was interrupted at the terminal to end by itself
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,25 @@ def _process(one: MainConfig, run_id: str) -> int:
     environment = tracking.child_environment(run_id)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "entrypoints.main", *arguments(one)]
-    status = subprocess.run(command, env=environment).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        heard: list[int] = []
+
+        def pass_on(number: int, _: object) -> None:
+            heard.append(number)
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the cell has heard of it too, if it came from the terminal
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_SECONDS)
+            process.terminate()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if heard:
+        raise KeyboardInterrupt
     if status != 0:
         tracking.fail(run_id)
     return status

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,8 @@ from plw_mlflow.sources import Source
 
 FLUSH_SECONDS = 5.0
 BATCH_METRICS = 1000  # MLflow's limit on one log_batch
-SILENT_SECONDS = 60.0  # a run without a sign of life for so long is taken for dead
+BEAT_SECONDS = 15.0  # between two signs of life of a run
+SILENT_SECONDS = 60.0  # a run without one for so long is taken for dead
 CHECKPOINTS = "checkpoints"  # artifact folder of an unfinished cell
 CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
@@ -103,7 +105,7 @@ class Run:
     def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
         """Bring the store's newest checkpoint of a cell, where it is of a step after `newer_than`, into `folder`.
 
-        Raises ValueError where the run it belongs to seems to be at work still, on another machine.
+        Raises ValueError where another machine is still at work on the cell.
         """
         runs = self._client.search_runs(
             [self._client.get_run(self.id).info.experiment_id],
@@ -112,24 +114,30 @@ class Run:
         stored = {run.info.run_id: run.data.tags["plw.checkpoint"].partition("/")[2] for run in runs}
         self._stored = stored.get(self.id)  # a restarted pod or container goes on in the run it began
         self._stored_before = [run_id for run_id in stored if run_id != self.id]
-        newest = max(((int(name.removeprefix("step-")), name, run_id) for run_id, name in stored.items()), default=None)
-        if newest is None or newest[0] <= newer_than:
-            return
-        _, name, run_id = newest
         marker = folder / "run_id"
-        earlier = marker.read_text() if marker.exists() else self.id
-        if run_id not in (self.id, earlier):  # else the folder's lock, or whoever restarts it, says that it has ended
-            _await_silence(run_id)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch), folder / name)
-        marker.write_text(run_id)
+        ended = marker.read_text() if marker.exists() else None  # as the folder's lock is ours
+        _await_silence([run_id for run_id in self._stored_before if run_id != ended])
+        newest_first = sorted(stored.items(), key=lambda item: int(item[1].removeprefix("step-")), reverse=True)
+        for run_id, name in newest_first:
+            if int(name.removeprefix("step-")) <= newer_than:
+                return
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                try:
+                    found = self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch)
+                except (MlflowException, OSError) as error:
+                    message = f"the checkpoint {name} of run {run_id} is not to be had ({first_line(error)})"
+                    warnings.warn(f"{message}; going on without it", stacklevel=2)
+                    continue
+                os.replace(found, folder / name)
+            marker.write_text(run_id)
+            return
 
     def store_checkpoint(self, saved: Path) -> None:
         """Copy a checkpoint's folder into the run; then the cell's older ones in the store are removed."""
         self._client.log_artifacts(self.id, str(saved), f"{CHECKPOINTS}/{saved.name}")
         self.tag(checkpoint=f"{self._cell}/{saved.name}")  # complete from here on
         if self._stored not in (None, saved.name):
-            self._delete(self.id, f"{CHECKPOINTS}/{self._stored}")
+            _remove(self.id, f"{CHECKPOINTS}/{self._stored}")
         self._stored = saved.name
         self._drop_earlier()
 
@@ -137,17 +145,11 @@ class Run:
         """Remove the cell's checkpoints from the store, as its model is there now."""
         self._drop_earlier()
         if self._stored is not None:
-            self.untag("checkpoint")
-            self._delete(self.id, CHECKPOINTS)
+            _remove(self.id, CHECKPOINTS, tag="checkpoint")
 
     def _drop_earlier(self) -> None:
         while self._stored_before:
-            run_id = self._stored_before.pop()
-            self._client.delete_tag(run_id, "plw.checkpoint")
-            self._delete(run_id, CHECKPOINTS)
-
-    def _delete(self, run_id: str, path: str) -> None:
-        get_artifact_repository(self._client.get_run(run_id).info.artifact_uri).delete_artifacts(path)
+            _remove(self._stored_before.pop(), CHECKPOINTS, tag="checkpoint")
 
     def begin_cell(self, cell: str, folder: Path, step: int) -> None:
         """Make this the run of a cell. If an earlier run was cut short in `folder`, take its curves up to `step` over.
@@ -311,17 +313,17 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     """
     _check_reachable()
     before = None if run_id is None else _get_run(run_id).info.status
-    if run_id is not None:
-        _leave_wrapper(run_id)
+    wrapper = None if run_id is None else _leave_wrapper(run_id)
     status = "FINISHED"
     active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
     run = Run(active.info.run_id)
     try:
-        _check_container(run.id, config)
+        _check_container(run.id, wrapper, config)
         if run_id is None:
             run.tag(version=__version__, **_origin())
             run.log_config(config)
-        yield run
+        with _giving_signs_of_life(run.id):
+            yield run
         run.flush()
         run.untag("error")
     except BaseException as error:
@@ -359,28 +361,68 @@ def fail(run_id: str) -> None:
     mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
 
 
-def _await_silence(run_id: str) -> None:
-    """Return once nothing has been heard of a run for SILENT_SECONDS; raise ValueError if it goes on meanwhile."""
+@contextmanager
+def _giving_signs_of_life(run_id: str) -> Iterator[None]:
+    """Within the block, a thread changes the run's tag plw.alive every few seconds, whatever else goes on."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        client = mlflow.MlflowClient()
+        while not ended.wait(BEAT_SECONDS):
+            with suppress(Exception):  # a store that is away for a while is not this thread's business
+                client.set_tag(run_id, "plw.alive", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(BEAT_SECONDS)
+
+
+def _await_silence(run_ids: Sequence[str]) -> None:
+    """Return once none of the runs is RUNNING, or has given a sign of life for SILENT_SECONDS.
+
+    Raises ValueError if one does meanwhile. No clocks of machines are compared.
+    """
     client = mlflow.MlflowClient()
 
-    def last_heard() -> float:
-        return max((point.timestamp for point in client.get_metric_history(run_id, "train/loss")), default=0) / 1000
+    def signs() -> dict[str, str | None]:
+        runs = map(client.get_run, run_ids)
+        return {r.info.run_id: r.data.tags.get("plw.alive") for r in runs if r.info.status == "RUNNING"}
 
-    heard = last_heard()
-    while (seconds := heard + SILENT_SECONDS - time.time()) > 0:
-        if client.get_run(run_id).info.status != RunStatus.to_string(RunStatus.RUNNING):
-            return
-        print(f"run {run_id} trained this cell a moment ago; waiting {seconds:.0f} s to see whether it still does")
-        time.sleep(min(seconds, FLUSH_SECONDS * 2))
-        if last_heard() > heard:
-            raise ValueError(f"another process is training this very cell, as run {run_id}; wait for it, or end it")
+    first, started = signs(), time.monotonic()
+    if first:
+        print(
+            f"run {', '.join(first)} has not ended; waiting {SILENT_SECONDS:.0f} s to see whether it trains this cell"
+        )
+    while (now := signs()) and time.monotonic() < started + SILENT_SECONDS:
+        if alive := [run_id for run_id, sign in now.items() if sign != first.get(run_id)]:
+            raise ValueError(
+                f"another process is training this very cell, as run {', '.join(alive)}; wait for it, or end it"
+            )
+        time.sleep(min(1.0, SILENT_SECONDS / 10))
 
 
-def _leave_wrapper(run_id: str) -> None:
-    """Where `mlflow run` has opened a run for work on another one, say so on it, and leave it alone."""
+def _remove(run_id: str, path: str, tag: str | None = None) -> None:
+    """Remove what is no longer needed from a run; that this fails is no reason to stop."""
+    try:
+        client = mlflow.MlflowClient()
+        run = client.get_run(run_id)
+        get_artifact_repository(run.info.artifact_uri).delete_artifacts(path)
+        if tag is not None and f"plw.{tag}" in run.data.tags:
+            client.delete_tag(run_id, f"plw.{tag}")
+    except Exception as error:  # of whichever store it is
+        warnings.warn(f"{path} of run {run_id} cannot be removed ({first_line(error)})", stacklevel=2)
+
+
+def _leave_wrapper(run_id: str) -> str | None:
+    """Where `mlflow run` has opened a run for work on another one, say so on it, and leave it alone; gives its id."""
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)
     if wrapper and wrapper != run_id:
         mlflow.MlflowClient().set_tag(wrapper, "plw.for_run", run_id)
+    return wrapper
 
 
 def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
@@ -504,19 +546,22 @@ def _origin() -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _check_container(run_id: str, config: Any) -> None:
-    """In a container, find out before the work whether it is the right code, and whether its results would last."""
+def _check_container(run_id: str, wrapper: str | None, config: Any) -> None:
+    """In a container, find out before the work whether it is the right code, and whether its results would last.
+
+    wrapper: the run for which MLflow has recorded a commit, where that is another one.
+    """
     client = mlflow.MlflowClient()
-    run = client.get_run(run_id)
-    place = client.get_experiment(run.info.experiment_id).artifact_location
+    place = client.get_experiment(client.get_run(run_id).info.experiment_id).artifact_location
     origin.check_mounted(mlflow.get_tracking_uri(), place)
+    worker = wrapper or run_id
     try:
-        origin.check_image(run.data.tags.get("mlflow.source.git.commit"))
+        origin.check_image(client.get_run(worker).data.tags.get("mlflow.source.git.commit"))
     except ValueError as error:
         if not config.allow_stale_image:
             raise
         warnings.warn(str(error), stacklevel=2)
-        client.set_tag(run_id, "plw.stale_image", "true")
+        client.set_tag(worker, "plw.stale_image", "true")
 
 
 def _quiet() -> None:

@@ -125,7 +125,7 @@ def run(
             metrics["train/tokens_per_second"] = step_tokens / (time.monotonic() - step_started)
             saving = state.step % config.save_every == 0 or state.step == total
             stopping = is_to_stop()
-            if saving or (state.step % config.eval_every == 0 and not stopping):
+            if saving or state.step % config.eval_every == 0:
                 # Before each checkpoint too: the step's own loss says nothing of the weights the step has made. Only
                 # before that of SIGTERM there may be no time.
                 metrics |= _finite(evaluate(learner, prepared.validation, config, accelerator), state.step)
@@ -138,8 +138,10 @@ def run(
                 before_save()
                 if accelerator.is_main_process:
                     after_save(_save(folder, state))
-            if stopping and state.step < total:
-                raise KeyboardInterrupt
+            if stopping:
+                break
+    if is_to_stop():
+        raise KeyboardInterrupt
     seconds = time.monotonic() - started
     return Trained(state.learner.model.eval(), total, resumed_from, tokens_seen / seconds, seconds)
 

@@ -36,8 +36,9 @@ class Project:
         self.folder, self.uid = folder, uid
         for part in ("plw_mlflow", "entrypoints"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for part in ("MLproject", "conda.yaml"):
-            shutil.copy(ROOT / part, folder)
+        (folder / "image").mkdir()
+        for part in ("MLproject", "conda.yaml", "image/entrypoint.py"):
+            shutil.copy(ROOT / part, folder / part)
         subprocess.run(["chown", "-R", f"{uid}:{uid}", folder], check=True)
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
@@ -113,7 +114,7 @@ def folder_for_anyone():
     """A folder for a project. pytest's own temporary ones are for nobody but the user who runs it."""
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
-        folder = Path(place) / "project"
+        folder = Path(place) / "größe-中"  # MLflow itself takes no blanks
         folder.mkdir()
         yield folder
 
@@ -223,11 +224,11 @@ def free_port():
 AWS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-@pytest.mark.parametrize("artifacts", ["of the server", "S3-style"])
-def test_a_tracking_server_gets_everything(new_project, monkeypatch, artifacts):
+@contextmanager
+def tracking_server(project, monkeypatch, *, s3_style):
+    """A tracking server beside the project; gives the environment in which mlflow uses it."""
     import boto3
 
-    project = new_project()
     place = project.folder.parent / "server"
     place.mkdir()
     environment = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": sysconfig.get_path("purelib")} | AWS
@@ -235,41 +236,58 @@ def test_a_tracking_server_gets_everything(new_project, monkeypatch, artifacts):
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{place}/server.db"]
     with serving([sys.executable, "-m", "moto.server", "-p", str(s3_port)], s3_port, place, 0, environment) as s3:
-        if artifacts == "S3-style":
+        if s3_style:
             environment["MLFLOW_S3_ENDPOINT_URL"] = s3
             for name, value in (AWS | {"MLFLOW_S3_ENDPOINT_URL": s3}).items():
                 monkeypatch.setenv(name, value)
             boto3.client("s3", endpoint_url=s3).create_bucket(Bucket="artifacts")
             command += ["--no-serve-artifacts", "--default-artifact-root", "s3://artifacts/runs"]
         with serving(command, port, place, 0, environment) as uri:
+            project.uri = uri
             given = {name: value for name, value in environment.items() if name.startswith(("AWS", "MLFLOW"))}
-            given["MLFLOW_TRACKING_URI"] = uri
-            project.run(plw="0.242", arguments=["-A", "network=host"], environment=given, **SMALL)
-            mlflow.set_tracking_uri(uri)
-            client = mlflow.MlflowClient(uri)
-            (run,) = client.search_runs(["0"])
-            check_finished_cell(client, run)
-            if artifacts == "S3-style":
-                assert run.info.artifact_uri.startswith("s3://artifacts/runs")
+            yield given | {"MLFLOW_TRACKING_URI": uri}
+
+
+@pytest.mark.parametrize("s3_style", [False, True])
+def test_a_tracking_server_gets_everything(new_project, monkeypatch, s3_style):
+    project = new_project()
+    with tracking_server(project, monkeypatch, s3_style=s3_style) as environment:
+        project.run(plw="0.242", arguments=["-A", "network=host"], environment=environment, **SMALL)
+        mlflow.set_tracking_uri(project.uri)
+        (run,) = project.client.search_runs(["0"])
+        check_finished_cell(project.client, run)
+        assert run.info.artifact_uri.startswith("s3://artifacts/runs" if s3_style else "mlflow-artifacts:/")
     assert project.not_theirs() == []
 
 
-def test_a_killed_container_goes_on_from_the_stores_checkpoint(new_project, monkeypatch):
+def test_a_killed_container_goes_on_from_the_checkpoint_in_the_default_store(new_project):
     project = new_project()
     os.chown(project.folder / make_store(project.folder).rpartition("/")[2], PERSON, PERSON)
-    long = {"plw": "0.242", "epochs": 6, "limit": 4, "save_every": 40, "eval_every": 40}
-    killed = project.start(**long)
+    check_it_goes_on(project, "SIGKILL")
+    assert not list(project.folder.glob("mlruns/0/*/artifacts/checkpoints/*"))
+
+
+def test_a_terminated_container_goes_on_from_the_checkpoint_in_an_s3_style_store(new_project, monkeypatch):
+    project = new_project()
+    with tracking_server(project, monkeypatch, s3_style=True) as environment:
+        check_it_goes_on(project, "SIGTERM", arguments=["-A", "network=host"], environment=environment)
+
+
+def check_it_goes_on(project, how, **given):
+    """A cell whose container gets a signal after its first checkpoint ends as if nothing had been."""
+    given |= {"plw": "0.242", "epochs": 6, "limit": 4, "save_every": 40, "eval_every": 40}
+    stopped = project.start(**given)
     while not (stored := project.client.search_runs(["0"], "tags.`plw.checkpoint` LIKE '%'")):
-        assert killed.poll() is None, killed.communicate()[0]
+        assert stopped.poll() is None, stopped.communicate()[0]
         time.sleep(0.5)
     containers = subprocess.run(
         ["docker", "ps", "-q", "--filter", f"volume={project.folder}"], capture_output=True, text=True, check=True
     ).stdout.split()
     (container,) = containers
-    subprocess.run(["docker", "kill", "--signal", "KILL", container], check=True, capture_output=True)
-    killed.communicate(timeout=60)
+    subprocess.run(["docker", "kill", "--signal", how, container], check=True, capture_output=True)
+    stopped.communicate(timeout=60)
     shutil.rmtree(project.folder / "checkpoints")  # as on another machine: the store alone has it now
-    out = project.run(**long)
+    out = project.run(**given)
     assert "went on from the checkpoint of step" in out
     first, second = stored[0].info.run_id, project.newest()
     assert second.info.status == "FINISHED"
@@ -279,7 +297,8 @@ def test_a_killed_container_goes_on_from_the_stores_checkpoint(new_project, monk
     earlier = project.client.get_run(first)
     assert earlier.data.tags["plw.superseded_by"] == second.info.run_id
     assert "plw.checkpoint" not in earlier.data.tags | second.data.tags
-    assert not list(project.folder.glob("mlruns/0/*/artifacts/checkpoints/*"))
+    for run_id in (first, second.info.run_id):
+        assert "checkpoints" not in {item.path for item in project.client.list_artifacts(run_id)}
     assert project.not_theirs() == []
 
 

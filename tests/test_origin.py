@@ -102,8 +102,15 @@ def test_a_store_elsewhere_or_wholly_in_the_container_is_let_be(mounted, monkeyp
     origin.check_mounted("http://127.0.0.1:5000", "/somewhere/else")
 
 
-def test_what_has_the_roots_device_is_in_the_container(tmp_path):
-    proc = "/proc/self/nothing/here"  # a mount everywhere
-    assert not origin._in_container(proc)
-    assert origin._in_container("/nowhere/at/all")
+def test_what_is_on_no_mount_is_the_containers(tmp_path, monkeypatch):
+    lines = [
+        "22 1 8:1 / / rw,relatime - ext4 /dev/root rw",
+        r"23 22 0:5 / /home/a\040b/j\134 rw - ext4 /dev/sda1 rw",
+        "24 22 0:6 / /home/jürgen rw - ext4 /dev/sda1 rw",
+    ]
+    monkeypatch.setattr(Path, "read_text", lambda self, errors: "\n".join(lines))
+    assert origin.mount_points() == [Path("/"), Path("/home/a b/j\\"), Path("/home/jürgen")]
+    assert not origin._in_container("/home/jürgen/mlruns/0")
+    assert not origin._in_container("/home/a b/j\\/new")
+    assert origin._in_container("/home/jürgens")
     assert not origin._in_container("s3://bucket")

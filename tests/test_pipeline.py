@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from plw_mlflow import cell, models, tracking
+from plw_mlflow import cell, models, tracking, train
 from plw_mlflow.config import MainConfig, TrainConfig
 from tests.stores import ROOT, Place
 
@@ -282,6 +282,19 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
     new_place.run("analyze", "--run-id", parent.info.run_id, "--output", "again")
     again = json.loads((new_place.folder / "again" / "fit.json").read_text())
     assert again["fits"] == fit["fits"]
+
+
+def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
+    process = new_place.start("sweep", "--plw", "0,1", "--dataset", "toy-short", "--save-every", "5")
+    checkpoints = new_place.folder / "checkpoints"
+    wait_until(lambda: list(checkpoints.glob("*/step-*")), process)
+    process.terminate()  # alone, as Docker does it to the first process of a container
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("error: interrupted")
+    assert [run.info.status for run in new_place.runs()] == ["KILLED", "KILLED"]  # the first cell and the sweep
+    with train.reserve(next(checkpoints.iterdir())):  # no process holds it any more
+        pass
 
 
 def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):

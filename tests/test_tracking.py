@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -204,28 +205,69 @@ def test_another_cells_or_an_older_checkpoint_is_left_where_it_is(cut_short, tmp
     assert not list(folder.iterdir())
 
 
-def test_a_cell_that_another_machine_still_trains_is_not_taken(store, cut_short, tmp_path, monkeypatch):
-    other = tracking.Run(cut_short)
+@pytest.fixture
+def alive(store, cut_short, monkeypatch):
+    """The run, as if it had not ended, and little patience with it."""
     store.update_run(cut_short, "RUNNING")
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: other.log_step({"train/loss": 0.4}, 41))
+    monkeypatch.setattr(tracking, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(tracking, "BEAT_SECONDS", 0.1)
+    return cut_short
+
+
+def test_a_cell_that_another_machine_is_at_work_on_is_not_taken(store, alive, tmp_path):
     folder = tmp_path / "other machine"
     folder.mkdir()
     with (
-        pytest.raises(ValueError, match=f"another process is training this very cell, as run {cut_short}"),
+        tracking._giving_signs_of_life(alive),  # it trains or scores, slowly: no metric arrives
+        pytest.raises(ValueError, match=f"another process is training this very cell, as run {alive}"),
         tracking.open_run(TrainConfig(), "cell") as run,
     ):
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        run.fetch_checkpoint("abc", folder, newer_than=99)
+    assert artifacts(store, alive, "checkpoints")
 
 
-def test_a_run_that_stays_silent_is_taken_for_dead(store, cut_short, tmp_path, monkeypatch):
-    store.update_run(cut_short, "RUNNING")
-    monkeypatch.setattr(tracking, "SILENT_SECONDS", 0.5)
+def test_a_run_that_stays_silent_is_taken_for_dead(alive, tmp_path):
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
         run.fetch_checkpoint("abc", folder, newer_than=0)
     assert (folder / "step-000040").is_dir()
+
+
+def test_a_run_that_ends_while_one_waits_is_dead(store, alive, tmp_path, monkeypatch):
+    def end(seconds):
+        store.set_tag(alive, "plw.alive", "its last sign")
+        store.update_run(alive, "KILLED")
+
+    monkeypatch.setattr(tracking.time, "sleep", end)
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+    assert (folder / "step-000040").is_dir()
+
+
+def test_a_checkpoint_that_somebody_removed_is_done_without(store, cut_short, tmp_path):
+    shutil.rmtree(Path(store.get_run(cut_short).info.artifact_uri) / "checkpoints")
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        with pytest.warns(UserWarning, match="step-000040 of run .* is not to be had"):
+            run.fetch_checkpoint("abc", folder, newer_than=0)
+        assert not list(folder.iterdir())
+        run.begin_cell("abc", folder, 0)
+        run.store_checkpoint(saved(tmp_path / "new", 20))
+    assert "plw.checkpoint" not in store.get_run(cut_short).data.tags
+
+
+def test_what_cannot_be_removed_stops_nothing(store, cut_short, tmp_path):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.fetch_checkpoint("abc", tmp_path, newer_than=40)
+        run.begin_cell("abc", tmp_path, 40)
+        store.delete_run(cut_short)  # MLflow then lets nobody change it
+        with pytest.warns(UserWarning, match="cannot be removed"):
+            run.store_checkpoint(saved(tmp_path / "new", 60))
+    assert store.get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_pod_started_again_goes_on_in_the_run_it_began(store, cut_short, tmp_path, monkeypatch):
