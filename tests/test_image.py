@@ -114,7 +114,7 @@ def folder_for_anyone():
     """A folder for a project. pytest's own temporary ones are for nobody but the user who runs it."""
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
-        folder = Path(place) / "größe-中"  # MLflow itself takes no blanks
+        folder = Path(place) / "project"  # of plain letters: MLflow's own mounts take no others
         folder.mkdir()
         yield folder
 
