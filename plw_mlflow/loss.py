@@ -2,8 +2,8 @@
 
 The logits of a step never exist at once. Since the weights are known beforehand, each chunk of rows yields its
 loss and its gradients in the forward pass, so nothing is computed twice: three matrix products, two with a frozen
-head. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only. All else is done
-in place, on blocks that stay in the processor's cache, and costs a few per cent of the products.
+head. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only. All else is done in
+place, on blocks of rows that stay in the processor's cache, which costs a few per cent of the products.
 
 Letters: N rows (positions of a batch, flattened), H hidden size, V vocabulary.
 """
@@ -40,9 +40,8 @@ def weighted_nll(
     weights: [N] float32, the weight of that token.
     scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
 
-    Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided, and differentiable, once, in hidden,
-    head and bias. nll: [N] float32 unweighted losses l_i, detached; 0 where the weight is 0, as those rows are not
-    computed.
+    Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided; its gradients in hidden, head and bias
+    can be had once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not computed.
     """
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
