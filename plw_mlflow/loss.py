@@ -2,23 +2,35 @@
 
 The logits of a step never exist at once. Since the weights are known beforehand, each chunk of rows yields its
 loss and its gradients in the forward pass, so nothing is computed twice: three matrix products, two with a frozen
-head. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only.
+head. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only. All else is done in
+place, on blocks of rows that stay in the processor's cache, which costs a few per cent of the products.
 
 Letters: N rows (positions of a batch, flattened), H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-LOGITS_BYTES = 256 * 2**20  # of float32 logits at a time; more is no faster, and 256 MiB fits any device
+# What the loss may allocate at a time beyond the gradients it returns (and, where the products are made in another
+# type than the head's, the head in that type): fits any device, and chunks of more rows are no faster.
+BUDGET_BYTES = 256 * 2**20
 
 
 def weighted_nll(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum the weighted losses of all rows.
 
@@ -26,19 +38,17 @@ def weighted_nll(
     head: [V, H] vocabulary projection; bias: [V] or None.
     targets: [N] the token that follows each row.
     weights: [N] float32, the weight of that token.
+    scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
 
-    Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided, and differentiable in hidden, head
-    and bias. nll: [N] float32 unweighted losses l_i, detached; 0 where the weight is 0, as those rows are not computed.
+    Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided; its gradients in hidden, head and bias
+    can be had once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not computed.
     """
-    rows = weights.nonzero().squeeze(1)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and the head's is the largest
         hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
-        loss, kept = _ChunkedNLL.apply(hidden[rows], head, bias, targets[rows], weights[rows])
-    return loss, torch.zeros_like(weights).index_copy(0, rows, kept)
+        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, scale, softcap, kind)
 
 
 def divisor(weights: Tensor, kind: Literal["weights", "tokens"]) -> Tensor:
@@ -47,55 +57,85 @@ def divisor(weights: Tensor, kind: Literal["weights", "tokens"]) -> Tensor:
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """weighted_nll on rows that all count; gradients are made in forward and only scaled in backward."""
+    """weighted_nll with products in type `kind`; gradients are made in forward and only scaled in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        hidden, head, bias, targets, weights, scale, softcap, kind = given
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        projection = head.to(hidden.dtype)
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        rows = weights.nonzero().squeeze(1)
+        (vocabulary, width), projection = head.shape, head.to(kind)
+        nll = torch.zeros_like(weights)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
-        chunk = max(1, LOGITS_BYTES // (4 * len(head)))
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ projection.T).float()
-            if bias is not None:
-                logits += bias.float()
-            target = targets[rows].unsqueeze(1)
-            log_total = logits.logsumexp(1, keepdim=True)
-            nll[rows] = (log_total - logits.gather(1, target)).squeeze(1)
-            if grad_hidden is None and grad_head is None and grad_bias is None:
-                continue
-            # d(w l)/d(logits) = w (softmax - one at the target), in place of the logits.
-            gradient = logits.sub_(log_total).exp_()
-            gradient.scatter_add_(1, target, torch.full_like(log_total, -1.0))
-            gradient *= weights[rows].unsqueeze(1)
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = gradient @ projection
+        # Three quarters of the budget are for chunks of rows: logits, hidden states and their gradient in its own type.
+        chunk_bytes = (vocabulary + width) * kind.itemsize + width * hidden.itemsize
+        chunks = math.ceil(len(rows) * chunk_bytes / (BUDGET_BYTES * 3 / 4))
+        chunk = math.ceil(len(rows) / max(1, chunks)) or 1  # all alike, as a short last one would be slow
+        # An eighth is for two float32 blocks. A core's cache holds 1 MiB or so; a GPU needs more work at a time.
+        spare = BUDGET_BYTES // 8
+        block = max(1, spare // (64 if hidden.device.type == "cpu" else 2) // (4 * vocabulary))
+        logits = torch.empty(min(chunk, len(rows)), vocabulary, dtype=kind, device=hidden.device)
+        for kept in rows.split(chunk):
+            states = hidden[kept].to(kind)
+            gradient = torch.mm(states, projection.T, out=logits[: len(kept)])
+            for part, some in zip(gradient.split(block), kept.split(block), strict=True):
+                nll[some] = _differentiate(part, bias, targets[some], weights[some], scale, softcap)
+                if grad_bias is not None:
+                    grad_bias += part.sum(0, dtype=torch.float32)
             if grad_head is not None:
-                grad_head += gradient.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
-        ctx.dtypes = head.dtype, None if bias is None else bias.dtype
+                _add_product(grad_head, gradient.T, states, spare)
+            if grad_hidden is not None:
+                grad_hidden[kept] = torch.mm(gradient, projection, out=states).to(hidden.dtype)
+        ctx.gradients = grad_hidden, grad_head, grad_bias
+        ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The incoming gradient holds 1 / divisor: applied last, so that low-precision products stay near 1, and in
-        # float32, as a rounded divisor would scale the whole step.
-        grad_hidden, grad_head, grad_bias = ctx.saved_tensors
-        head_type, bias_type = ctx.dtypes
-        return (
-            None if grad_hidden is None else (grad_hidden.float() * grads[0]).to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * grads[0]).to(head_type),
-            None if grad_bias is None else (grad_bias * grads[0]).to(bias_type),
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of weighted_nll are scaled in place, so they can be had once only")
+        gradients, ctx.gradients = ctx.gradients, None  # let go, or autograd would copy them
+        for gradient in gradients:
+            # The incoming gradient holds 1 / divisor: applied last, so that low-precision products stay near 1, and
+            # in float32, as a rounded divisor would scale the whole step.
+            for part in () if gradient is None else gradient.split(1024):
+                part.copy_(part.float().mul_(grads[0]))
+        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
+
+
+def _differentiate(
+    products: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """The losses of some rows; their products hidden head^T become the gradient of the weighted loss in them."""
+    target, weight = targets.unsqueeze(1), weights.unsqueeze(1)
+    logits = products.float()  # the products themselves where they are float32
+    if bias is not None:
+        logits += bias
+    if scale != 1:
+        logits *= scale
+    if softcap:
+        logits.div_(softcap).tanh_()
+        slope = logits.square().neg_().add_(1)
+        logits *= softcap
+    highest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
+    total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+    # d(w l)/d(logits) = w (softmax - one at the target), and so on inwards
+    logits.mul_(weight * scale / total).scatter_add_(1, target, -weight * scale)
+    if softcap:
+        logits *= slope
+    products.copy_(logits)
+    return (total.log() + (highest - own)).squeeze(1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, spare: int) -> None:
+    """total += left @ right, in place; a product of lower precision and its cast take `spare` bytes at most."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+        return
+    rows = max(1, spare // (right.shape[1] * (right.itemsize + total.itemsize)))
+    for part, factor in zip(total.split(rows), left.split(rows), strict=True):
+        part += factor @ right

@@ -7,6 +7,7 @@ small updates round to nothing); lower precision is the arithmetic's, chosen in 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def load(model: str) -> Any:
     """A causal language model with float32 weights, in evaluation mode.
 
     Raises ValueError where there is none, for encoder-decoder models (their prompt has no loss), and where the
-    model does more to its hidden states than project them, so that the loss would not be the model's own.
+    model makes its logits in a way that `project` does not know, so that the loss would not be the model's own.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -85,11 +86,15 @@ def load(model: str) -> Any:
     if found["missing_keys"]:  # transformers would draw them at random, and train on
         raise ValueError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
     loaded.eval()
-    probe = torch.arange(4).unsqueeze(0)  # any tokens do
+    tokens = torch.arange(4).unsqueeze(0)  # any do
     with torch.no_grad():
-        hidden, head, bias = project(loaded, probe, torch.ones_like(probe))
-        if not torch.allclose(nn.functional.linear(hidden, head, bias), loaded(probe).logits, atol=1e-4):
-            raise ValueError(f"{config.model_type} changes its logits after the head, which the loss does not follow")
+        logits = loaded(tokens).logits[0]
+        hidden, projection = project(loaded, tokens, torch.ones_like(tokens))
+        for targets in (logits.argmax(1), logits.argmin(1)):  # the ends of the range show a scale, a cap and a shift
+            own = nn.functional.cross_entropy(logits, targets, reduction="none")
+            _, nll = loss.weighted_nll(hidden[0], **projection, targets=targets, weights=torch.ones(4))
+            if not torch.allclose(nll, own, atol=1e-4):
+                raise ValueError(f"{config.model_type} changes its logits in a way that the loss does not follow")
     return loaded
 
 
@@ -138,12 +143,16 @@ def merge(model: Any, adapter_folder: Path) -> Any:
     return model.merge_and_unload()
 
 
-def project(model: Any, tokens: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Last hidden states [B, T, H] of a causal model, and the weight [V, H] and bias of the head they go to."""
+def project(model: Any, tokens: Tensor, attention: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Last hidden states [B, T, H] of a causal model, and what makes logits of them, as loss.weighted_nll takes it."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal.base_model(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
-    head = causal.get_output_embeddings()
-    return hidden, head.weight, getattr(head, "bias", None)
+    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma caps them; others took over their names.
+    powers = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+    scale = math.prod((getattr(config, name, None) or 1) ** power for name, power in powers.items())
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return hidden, {"head": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
 
 
 class Learner(nn.Module):
@@ -155,11 +164,11 @@ class Learner(nn.Module):
 
     def forward(self, tokens: Tensor, attention: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, attention, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
-        hidden, head, bias = project(self.model, tokens, attention)
-        total, nll = loss.weighted_nll(
-            hidden[:, :-1].flatten(0, 1), head, bias, tokens[:, 1:].flatten(), weights[:, 1:].flatten()
-        )
-        return total, nll.view(weights[:, 1:].shape)
+        hidden, projection = project(self.model, tokens, attention)
+        # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
+        targets, following = (nn.functional.pad(given[:, 1:], (0, 1)).flatten() for given in (tokens, weights))
+        total, nll = loss.weighted_nll(hidden.flatten(0, 1), **projection, targets=targets, weights=following)
+        return total, nll.view(weights.shape)[:, :-1]
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:

@@ -6,12 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -29,7 +27,6 @@ SIZES = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 8,
     "initializer_range": 0.5,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -43,8 +40,24 @@ def tiny_gpt2():
     return GPT2LMHeadModel(config).eval()
 
 
-def tiny_gemma2(softcapping):
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=softcapping))
+# Families by how they make logits of hidden states: caps and scales that show on models so small.
+MAKERS_OF_LOGITS = {
+    "cohere": {"logit_scale": 0.3},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": None},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32},
+    "gptj": {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4},  # its head has a bias
+    "granite": {"logits_scaling": 4.0},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+}
+
+
+def tiny(family, **changes):
+    """A random model of a family, the same every time."""
+    torch.manual_seed(0)
+    settings = SIZES | MAKERS_OF_LOGITS.get(family, {}) | changes
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
 
 
 FAMILIES = {"llama, untied": tiny_llama, "llama, tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
@@ -156,28 +169,55 @@ def test_an_encoder_decoder_model_is_refused_by_name(tmp_path):
         models.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("family", MAKERS_OF_LOGITS)
+def test_the_loss_follows_each_familys_own_logits(family, tmp_path):
+    """Losses and gradients beside those of the model's own full logits in float64."""
+    tiny(family).save_pretrained(tmp_path)
+    model = models.load(str(tmp_path))
+    reference = copy.deepcopy(model).double()
+    tokens = torch.randint(60, (3, 12), generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)).round(decimals=1)  # some are 0
+    weights[:, 0] = 0
+
+    logits = reference(tokens).logits[:, :-1].flatten(0, 1)
+    expected_nll = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(3, 11)
+    expected = (expected_nll * weights[:, 1:]).sum()
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+
+    total, nll = models.Learner(model)(tokens, torch.ones_like(tokens), weights)
+    total.backward()
+    torch.testing.assert_close(total, expected, check_dtype=False)
+    torch.testing.assert_close(nll, expected_nll.where(weights[:, 1:] != 0, 0), check_dtype=False)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+        # The softmax does not see a shift, so a key's bias has no gradient but what rounding makes.
+        assert error < 1e-5 or gradients[name].norm() < 1e-5, name
+
+
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("family", "changes"),
+    [("cohere", {"logit_scale": 1.0}), ("gemma2", {"head_dim": 8, "final_logit_softcapping": None})],
+)
+def test_without_a_scale_or_a_cap_the_loss_is_another(family, changes):
+    """The test above would pass by chance if neither changed the logits much."""
+    tokens = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        logits, plain = tiny(family)(tokens).logits, tiny(family, **changes)(tokens).logits
+    assert (logits - plain).norm() > 0.3 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
     [
-        (lambda: tiny_gemma2(softcapping=1.0), "gemma2 changes its logits after the head"),
-        (lambda: CohereForCausalLM(CohereConfig(**_without_head_dim(), logit_scale=0.0625)), "cohere changes"),
+        ("hyperclovax", {"logits_scaling": 4.0}),  # multiplies by what Granite divides by
+        ("mpt", {"d_model": 16, "n_heads": 2, "n_layers": 1, "logit_scale": 0.5}),  # does not scale at all
     ],
 )
-def test_a_model_that_changes_its_logits_after_the_head_is_refused_by_name(make, expected, tmp_path):
-    torch.manual_seed(0)
-    make().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=expected):
+def test_a_model_that_makes_its_logits_otherwise_is_refused_by_name(family, changes, tmp_path):
+    tiny(family, **changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{family} changes its logits in a way that the loss does not follow"):
         models.load(str(tmp_path))
-
-
-def test_one_that_could_but_does_not_is_accepted(tmp_path):
-    torch.manual_seed(0)
-    tiny_gemma2(softcapping=None).save_pretrained(tmp_path)
-    assert models.load(str(tmp_path)).config.model_type == "gemma2"
-
-
-def _without_head_dim():
-    return {name: value for name, value in SIZES.items() if name != "head_dim"}
 
 
 def _lacking_head(folder):
