@@ -14,11 +14,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow.records import Message, Record
+from plw_mlflow.records import Fault, Message, Record
 
 FIELDS = {  # of each format: what must be there, and, for those of three texts, what holds the input
     "alpaca": ("instruction", "input", "output"),
@@ -31,13 +30,6 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 CHUNK = 1 << 20  # bytes read at a time
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What makes a row unusable as a record, as the rest of a sentence that starts with "record N"."""
-
-    text: str
 
 
 # Rows: what a file holds, as dicts if all is well.

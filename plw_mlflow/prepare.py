@@ -24,12 +24,11 @@ from tqdm import tqdm
 from plw_mlflow import figures, formats, inversion, sources, templates
 from plw_mlflow import profile as lengths
 from plw_mlflow.config import DataOptions, digest
-from plw_mlflow.formats import Fault
-from plw_mlflow.records import Record
+from plw_mlflow.records import Fault, Record
 from plw_mlflow.sources import Source
 from plw_mlflow.store import BARE, COUNTS, Examples, Store, Writer, once
 from plw_mlflow.templates import Segment
-from plw_mlflow.tokens import Encoder
+from plw_mlflow.tokens import Encoder, Example
 
 BATCH_RECORDS = 1000
 BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
@@ -206,9 +205,11 @@ def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Wr
     rows = source.rows()
     first = list(itertools.islice(rows, DETECTION_RECORDS))
     format = formats.detect(first, source.name) if options.format == "auto" else options.format
-    skipped: list[tuple[int, str]] = []
-    records = _usable(itertools.chain(first, rows), source, format, options, skipped)
-    for batch in _batches(itertools.islice(records, options.max_records)):
+    left_out = _LeftOut(source, options)
+    records = _records(itertools.chain(first, rows), format, left_out)
+    usable = 0
+    # A template may refuse some of the records: only then is it known how many more are to be read.
+    while batch := _batch(itertools.islice(records, options.max_records and options.max_records - usable)):
         numbers, as_read = zip(*batch, strict=True)
         known: dict[str, int] = {}
         bare = _bare(as_read, encoder, known)
@@ -216,38 +217,59 @@ def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Wr
         if options.invert or source.inverted:
             chosen = tuple(inversion.invert(r, n[0] + n[1], n[2]) for r, n in zip(as_read, bare.tolist(), strict=True))
             bare = _bare(chosen, encoder, known)
-        inverted = [new is not old for new, old in zip(chosen, as_read, strict=True)]
-        writer.add(numbers, [record.key() for record in as_read], inverted, bare, encoder.encode(chosen))
+        examples = encoder.encode(chosen)
+        kept = []
+        for index, example in enumerate(examples):
+            if isinstance(example, Fault):
+                left_out.add(numbers[index], example)
+            else:
+                kept.append(index)
+        if kept:
+            usable += len(kept)
+            writer.add(
+                [numbers[index] for index in kept],
+                [as_read[index].key() for index in kept],
+                [chosen[index] is not as_read[index] for index in kept],
+                bare[kept],
+                [example for example in examples if isinstance(example, Example)],
+            )
+    skipped = sorted(left_out.faults.items())
+    if not usable:
+        why = f" ({len(skipped)} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
+        raise ValueError(f"{source.location} holds no usable record{why}")
     return {"format": format, "skipped": skipped}
 
 
-def _usable(
-    rows: Iterable[Any], source: Source, format: str, options: DataOptions, skipped: list[tuple[int, str]]
-) -> Iterator[tuple[int, Record]]:
-    """The usable records with their numbers; the others are added to `skipped`, or raise ValueError."""
-    number = usable = 0
-    keep_empty = options.empty_completion == "keep"
+class _LeftOut:
+    """The records of a source that cannot be used."""
+
+    def __init__(self, source: Source, options: DataOptions) -> None:
+        self.source, self.options = source, options
+        self.faults: dict[int, str] = {}  # by number
+
+    def add(self, number: int, fault: Fault) -> None:
+        """Note a record's fault. Raises ValueError where no record is to be left out."""
+        if self.options.on_bad_record == "error":
+            way_out = "mend it, or leave such records out with --on-bad-record skip"
+            if "empty completion" in fault.text:
+                way_out += ", or train on its end of text alone, as the study did, with --empty-completion keep"
+            raise ValueError(f"{self.source.location}: record {number} {fault.text}; {way_out}")
+        self.faults[number] = fault.text
+
+
+def _records(rows: Iterable[Any], format: str, left_out: _LeftOut) -> Iterator[tuple[int, Record]]:
+    """The records with their numbers."""
+    source, keep_empty = left_out.source, left_out.options.empty_completion == "keep"
     for number, row in enumerate(tqdm(rows, f"reading {source.name}", unit=" records", disable=None), start=1):
         record = formats.record(row, f"{source.prefix}:{number}", format, keep_empty=keep_empty)
-        if isinstance(record, Record):
-            usable += 1
-            yield number, record
-        elif options.on_bad_record == "skip":
-            skipped.append((number, record.text))
+        if isinstance(record, Fault):
+            left_out.add(number, record)
         else:
-            raise ValueError(f"{source.location}: record {number} {record.text}; {_way_out(record)}")
-    if not usable:
-        why = f" ({number} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
-        raise ValueError(f"{source.location} holds no usable record{why}")
+            yield number, record
 
 
-def _way_out(fault: Fault) -> str:
-    keep = ", or train on its end of text alone, as the study did, with --empty-completion keep"
-    leave_out = "mend it, or leave such records out with --on-bad-record skip"
-    return leave_out + (keep if "empty completion" in fault.text else "")
-
-
-def _batches(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+def _batch(records: Iterable[tuple[int, Record]]) -> list[tuple[int, Record]]:
+    """The first of the records, as many as are tokenised together; none at their end."""
     batch: list[tuple[int, Record]] = []
     characters = 0
     for number, record in records:
@@ -255,10 +277,8 @@ def _batches(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, 
         characters += len(record.instruction) + len(record.input) + len(record.output)
         characters += sum(len(message.content) for message in record.messages)
         if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            break
+    return batch
 
 
 def _bare(records: Sequence[Record], encoder: Encoder, known: dict[str, int]) -> np.ndarray:

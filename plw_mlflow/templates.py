@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from plw_mlflow.errors import first_line
-from plw_mlflow.records import Record
+from plw_mlflow.records import Fault, Record
 
 # The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
 ALPACA_WITH_INPUT = (
@@ -69,7 +69,15 @@ class Template(Protocol):
     completion_turns: Turns  # which turns of the assistant are completion
 
     def render(self, record: Record) -> list[Piece]:
-        """The record's text in pieces. Raises ValueError for a record that the template cannot hold."""
+        """The record's text in pieces. Raises Misfit for a record that the template cannot hold."""
+
+
+class Misfit(ValueError):
+    """A template cannot hold a record."""
+
+    def __init__(self, record: Record, fault: str) -> None:
+        super().__init__(f"record {record.id} {fault}")
+        self.fault = Fault(fault)
 
 
 def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Template:
@@ -142,11 +150,12 @@ class TextTemplate:
         self._without_input = _parsed(without_input, ["instruction"], specials)
 
     def render(self, record: Record) -> list[Piece]:
-        """The record's text in pieces. Raises ValueError for a conversation of several turns."""
+        """The record's text in pieces. Raises Misfit for a conversation of several turns."""
         if record.messages and [message.role for message in record.messages] != ["user", "assistant"]:
-            raise ValueError(
-                f"record {record.id} is a conversation ({', '.join(message.role for message in record.messages)}), but "
-                "the template holds one instruction and its completion; use --template chat, or --template FILE.jinja"
+            raise Misfit(
+                record,
+                f"is a conversation ({', '.join(message.role for message in record.messages)}), but the template holds "
+                "one instruction and its completion; use --template chat, or --template FILE.jinja",
             )
         fields = {
             "instruction": Piece(record.instruction, Segment.INSTRUCTION),
@@ -179,7 +188,8 @@ class ChatTemplate:
     def render(self, record: Record) -> list[Piece]:
         """The record's text in pieces.
 
-        Raises ValueError where the template refuses the record, or changes a content beyond stripping it.
+        Raises Misfit where the template refuses the record, or changes a content beyond stripping it; ValueError where
+        it is no template.
         """
         turns = _turns(record, self.completion_turns)
         shape = tuple((turn.role, turn.is_placed) for turn in turns)
@@ -190,13 +200,14 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ValueError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
         except (TemplateError, ValueError, TypeError) as error:
-            raise ValueError(f"record {record.id} does not fit the chat template: {first_line(error)}") from None
+            raise Misfit(record, f"does not fit the chat template: {first_line(error)}") from None
         outline = self._outlines[shape]
         pieces = outline.around(turns)
         if "".join(piece.text for piece in pieces) != rendered:
-            raise ValueError(
-                f"record {record.id} does not fit the chat template, which changes its contents, so that no token's "
-                "segment is certain; use another --template, or leave the record out"
+            raise Misfit(
+                record,
+                "does not fit the chat template, which changes its contents, so that no token's segment is certain; "
+                "use another --template",
             )
         return pieces + outline.end
 

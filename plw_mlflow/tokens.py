@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from plw_mlflow.records import Record
-from plw_mlflow.templates import Piece, Segment, Template, contents
+from plw_mlflow.records import Fault, Record
+from plw_mlflow.templates import Misfit, Piece, Segment, Template, contents
 
 # How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as
 # noncharacters, which no text should hold.
@@ -103,13 +103,27 @@ class Encoder:
         encodings = iter(self._backend.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
         return [len(next(encodings)) if text else 0 for text in texts]
 
-    def encode(self, records: Sequence[Record]) -> list[Example]:
+    def encode(self, records: Sequence[Record]) -> list[Example | Fault]:
         """Tokenise records in the template, a thousand or so at a time: all are in memory at once.
 
-        Raises ValueError for a record that the template cannot hold.
+        A Fault stands in place of a record that the template cannot hold. Raises ValueError where there is no template.
         """
-        rendered = [self.template.render(record) for record in records]
-        parts = [self._spelled(record, pieces) for record, pieces in zip(records, rendered, strict=True)]
+        found = [self._rendered(record) for record in records]
+        examples = iter(self._encoded([pieces for pieces in found if not isinstance(pieces, Fault)]))
+        return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in found]
+
+    def _rendered(self, record: Record) -> list[Piece] | Fault:
+        try:
+            pieces = self.template.render(record)
+        except Misfit as misfit:
+            return misfit.fault
+        for piece in pieces:
+            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
+                return Fault("holds the noncharacters U+FDD0 and U+FDD1 around a number")
+        return pieces
+
+    def _encoded(self, rendered: Sequence[Sequence[Piece]]) -> list[Example]:
+        parts = [[self._specials[piece.text] if piece.is_special else piece.text for piece in p] for p in rendered]
         encodings = self._backend.encode_batch(["".join(texts) for texts in parts], add_special_tokens=False)
         borders = [_completion_starts(pieces) for pieces in rendered]
         prompt_tokens: Iterator[int] | None = None
@@ -120,13 +134,6 @@ class Encoder:
             self._example(encoding, pieces, [len(text) for text in texts], starts, prompt_tokens)
             for encoding, pieces, texts, starts in zip(encodings, rendered, parts, borders, strict=True)
         ]
-
-    def _spelled(self, record: Record, pieces: Sequence[Piece]) -> list[str]:
-        """The pieces' texts, as the backend spells them."""
-        for piece in pieces:
-            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
-                raise ValueError(f"record {record.id} holds the noncharacters U+FDD0 and U+FDD1 around a number")
-        return [self._specials[piece.text] if piece.is_special else piece.text for piece in pieces]
 
     def _example(
         self,

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from plw_mlflow import formats
-from plw_mlflow.formats import Fault
-from plw_mlflow.records import Message, Record
+from plw_mlflow.records import Fault, Message, Record
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]

@@ -277,6 +277,50 @@ def test_a_file_without_a_good_record_is_refused_even_when_skipping(write, token
         prepare.run(path, tokenizer, DataOptions(on_bad_record="skip"))
 
 
+MULTI_TURN = {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]}
+PAIR = {"messages": MULTI_TURN["messages"][:2]}
+MARKED = {"messages": [PAIR["messages"][0], {"role": "assistant", "content": "\ufdd01\ufdd1"}]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "template", "invert", "fault"),
+    [
+        (MULTI_TURN, "alpaca", False, "is a conversation (user, assistant, user, assistant), but the template holds"),
+        (MULTI_TURN, "chat", False, "does not fit the chat template: one question at a time"),
+        (MARKED, "alpaca", False, "holds the noncharacters U+FDD0 and U+FDD1"),
+        (MARKED, "chat", True, "holds the noncharacters U+FDD0 and U+FDD1"),
+    ],
+)
+def test_a_record_that_the_template_refuses_is_bad_like_any(write, bad, template, invert, fault):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"
+    )
+    path = write([PAIR, bad, {"messages": 5}, PAIR, PAIR], "chats.jsonl")
+    options = DataOptions(template=template, invert=invert, validation_share=1e-9, max_records=2)
+    with pytest.raises(ValueError, match="record 2") as raised:
+        prepare.run(write([PAIR, bad, PAIR]), tokenizer, options)
+    assert str(raised.value).startswith(f"{write([PAIR, bad, PAIR])}: record 2 {fault}")
+    assert str(raised.value).endswith("--on-bad-record skip")
+
+    found = prepare.run(path, tokenizer, replace(options, on_bad_record="skip"))
+    (source,) = found.profile["sources"]
+    assert found.profile["records"] == 2
+    assert [found.training.id(n) for n in range(len(found.training))] == ["chats.jsonl:1", "chats.jsonl:4"]
+    assert source["skipped"][0].startswith(f"record 2 {fault}")
+    assert source["skipped"][1].startswith("record 3 has something other than a list of turns")
+    with pytest.raises(ValueError, match=r"holds no usable record \(2 were read; record 1"):
+        prepare.run(write([bad, bad]), tokenizer, replace(options, on_bad_record="skip"))
+
+
+def test_a_template_that_is_none_is_no_fault_of_the_records(write, tokenizer, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    options = DataOptions(template=str(tmp_path / "broken.jinja"), on_bad_record="skip")
+    with pytest.raises(ValueError, match="line 1 of the chat template is no Jinja"):
+        prepare.run(write([PAIR]), tokenizer, options)
+
+
 def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_are(write, tokenizer):
     found = prepare.run(write([*[("a", "")] * 9, ("b", "c")]), tokenizer, DataOptions(on_bad_record="skip"))
     text = prepare.text(found.profile)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plw_mlflow import templates, toy
-from plw_mlflow.records import Record
+from plw_mlflow.records import Fault, Record
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Encoder
 from tests.conftest import BOS, BYTES, EOS, byte_tokenizer
@@ -296,8 +296,10 @@ def test_whatever_the_kind_of_tokenizer(name):
 
 
 def test_a_record_that_spells_what_the_encoder_writes_for_them_is_refused():
-    with pytest.raises(ValueError, match=r"record file:7 holds the noncharacters"):
-        encode(Record("file:7", "Go", "", f"\ufdd0{EOS}\ufdd1"), byte_tokenizer())
+    good, bad = Record("1", "Go", "", "Gone"), Record("2", "Go", "", f"\ufdd0{EOS}\ufdd1")
+    first, refused, last = encoder(byte_tokenizer()).encode([good, bad, good])
+    assert refused == Fault("holds the noncharacters U+FDD0 and U+FDD1 around a number")
+    assert first.tokens.tolist() == last.tokens.tolist()
 
 
 @pytest.mark.parametrize("field", ["instruction", "input"])
