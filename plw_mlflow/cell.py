@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from plw_mlflow import evaluate, models, prepare, train
-from plw_mlflow.config import MainConfig, TrainConfig, digest
+from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
 from plw_mlflow.prepare import Prepared
-from plw_mlflow.tracking import Run, short_name
+from plw_mlflow.tracking import Run
 
 
 def name(config: TrainConfig) -> str:
     """What MLflow's list of runs calls the cell."""
-    data = f"{short_name(config.dataset)} {short_name(config.model)}"  # PLW first: lists cut long names off
-    return f"plw {config.plw:g} {data} {config.method} seed {config.seed}"
+    data, model = data_name(config.dataset, config, short_name), short_name(config.model)
+    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"  # lists cut long names off
 
 
 def run(config: MainConfig, run: Run) -> None:

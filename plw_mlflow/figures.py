@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,7 +171,7 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
     right.set_ylabel("prompts' share of the loss weight")
     right.set_title("What a PLW leaves to the prompts", loc="left", fontsize=11)
     ratio = found["generation_ratio"]
-    heading = plain(Path(found["dataset"]).name, 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
+    heading = plain(found["name"], 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
     figure.suptitle(heading, x=0.02, ha="left", fontsize=13, fontweight="bold")
     return _png(figure)
 

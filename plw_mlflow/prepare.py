@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from plw_mlflow import figures, formats, inversion, sources, templates
 from plw_mlflow import profile as lengths
-from plw_mlflow.config import DataOptions, digest
+from plw_mlflow.config import DataOptions, data_name, digest, short_name
 from plw_mlflow.records import Fault, Record
 from plw_mlflow.sources import Source
 from plw_mlflow.store import BARE, COUNTS, Examples, Store, Writer, once
@@ -59,7 +59,10 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     template = templates.load(options.template, tokenizer, completion_turns=options.completion_turns)
     encoder = Encoder(tokenizer, template, prompt_border=options.prompt_border)
     found = tuple(sources.find(name, cache, options.data_dir) for name in (dataset, options.mix) if name is not None)
-    stores = [once(*_stored(source, encoder, options, cache)) for source in found]
+    inverted = [
+        source.inverted or told for source, told in zip(found, (options.invert, options.mix_invert), strict=False)
+    ]
+    stores = [once(*_stored(*each, encoder, options, cache)) for each in zip(found, inverted, strict=True)]
 
     columns = {name: np.concatenate([store.columns[name] for store in stores]) for name in stores[0].columns}
     which = np.repeat(np.arange(len(stores)), [len(store.columns["number"]) for store in stores])
@@ -67,6 +70,11 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     is_repeated = _repeated(columns)
     chosen = ~is_repeated if options.drop_duplicates else np.ones(len(rows), bool)
     if options.mix is not None:
+        if not chosen[which == 1].any():
+            raise ValueError(
+                f"drop-duplicates leaves no record of {options.mix}, as {dataset} has them all; mix in another set, or "
+                "keep the duplicates"
+            )
         chosen &= blend(columns["key"], which == 1, chosen, options.mix_share)
         for number, source in enumerate(found):
             if not chosen[which == number].any():
@@ -103,6 +111,7 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     )
     head = {
         "dataset": dataset,
+        "name": data_name(dataset, options, short_name),
         "sources": [_account(*both, which == n) for n, both in enumerate(zip(found, stores, strict=True))],
         "template": options.template,
         "records": len(rows),
@@ -182,7 +191,7 @@ def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any
 # Storing.
 
 
-def _stored(source: Source, encoder: Encoder, options: DataOptions, cache: Path) -> tuple[Path, Any]:
+def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions, cache: Path) -> tuple[Path, Any]:
     """Where a source's examples are stored, and what stores them."""
     here = Path(__file__).parent
     decides = {
@@ -190,17 +199,17 @@ def _stored(source: Source, encoder: Encoder, options: DataOptions, cache: Path)
         "is_csv": formats.is_csv(Path(source.location)),
         "encoder": encoder.digest,
         "tokenizers": tokenizers.__version__,
-        "invert": options.invert or source.inverted,
+        "invert": invert,
         "format": options.format,
         "max_records": options.max_records,
         "on_bad_record": options.on_bad_record,
         "empty_completion": options.empty_completion,
         "code": [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in CODE],
     }
-    return cache / "examples" / digest(decides), partial(_tokenise, source, encoder, options)
+    return cache / "examples" / digest(decides), partial(_tokenise, source, invert, encoder, options)
 
 
-def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
+def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
     """Write a source's examples; returns its format and what was wrong with each record that was left out."""
     rows = source.rows()
     first = list(itertools.islice(rows, DETECTION_RECORDS))
@@ -214,7 +223,7 @@ def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Wr
         known: dict[str, int] = {}
         bare = _bare(as_read, encoder, known)
         chosen = as_read
-        if options.invert or source.inverted:
+        if invert:
             chosen = tuple(inversion.invert(r, n[0] + n[1], n[2]) for r, n in zip(as_read, bare.tolist(), strict=True))
             bare = _bare(chosen, encoder, known)
         examples = encoder.encode(chosen)

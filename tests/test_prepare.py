@@ -154,6 +154,18 @@ def test_inversion_is_counted(write, tokenizer):
     assert bare == {"instruction": len(expected.instruction) + 13, "input": 13, "completion": 6 + 6}
 
 
+def test_a_set_is_mixed_with_its_own_inversion(write, tokenizer):
+    """`invert` concerns the first set alone, `mix_invert` the second; records then occur in both forms."""
+    path = write([(f"Question {number}?", "A longer answer than that, to be sure.") for number in range(20)])
+    options = DataOptions(mix=path, mix_invert=True, validation_share=0.3)
+    for told in (options, replace(options, invert=True, mix_invert=False)):
+        found = prepare.run(path, tokenizer, told)
+        assert (found.profile["records"], found.profile["inverted"], found.profile["duplicates"]) == (40, 20, 0)
+        completions = texts([*found.training, *found.validation], tokenizer, Segment.COMPLETION)
+        assert sum(text.startswith("Question") for text in completions) == 20
+    assert found.profile["name"] == "data inverted + 0.5 data"
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.25, (60, 20)), (0.5, (40, 40)), (0.8, (10, 40)), (0.3, (60, 26))])
 def test_a_mixture_has_its_share_and_is_as_large_as_can_be(write, tokenizer, share, expected):
     first = write([(f"First {number}", "a") for number in range(60)], "first.jsonl")
@@ -204,6 +216,12 @@ def test_a_mixture_of_nothing_is_an_error(write, tokenizer):
     second = write([("Second", "b")], "second.jsonl")
     with pytest.raises(ValueError, match=r"mix-share=0.01 .* leaves no record of .*second.jsonl"):
         prepare.run(first, tokenizer, DataOptions(mix=second, mix_share=0.01))
+
+
+def test_a_set_mixed_with_itself_has_nothing_left_without_its_duplicates(write, tokenizer):
+    path = write([("First", "a"), ("Other", "a")])
+    with pytest.raises(ValueError, match=r"^drop-duplicates leaves no record of .* has them all"):
+        prepare.run(path, tokenizer, DataOptions(mix=path, drop_duplicates=True))
 
 
 def test_exact_duplicates_are_counted_and_dropped_if_told_so(write, tokenizer):

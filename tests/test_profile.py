@@ -118,7 +118,7 @@ def test_the_figure_is_drawn_whatever_the_data():
         profile(columns(), max_tokens=12, on_long="drop"),
         profile(columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
     ):
-        png = figures.draw_profile(found | {"dataset": "folder/$a_b$.json"})
+        png = figures.draw_profile(found | {"name": "$a_b$"})
         image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
         assert (image < 128).mean() > 0.01  # some ink
 
