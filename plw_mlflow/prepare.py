@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -184,6 +185,7 @@ def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any
         "noncommercial": source.is_noncommercial,
         "format": store.about["format"],
         "records": int(is_here.sum()),
+        "fields_not_read": store.about["fields_not_read"],
         "skipped": [f"record {number} {fault}" for number, fault in store.about["skipped"]],
     }
 
@@ -214,8 +216,8 @@ def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptio
     rows = source.rows()
     first = list(itertools.islice(rows, DETECTION_RECORDS))
     format = formats.detect(first, source.name) if options.format == "auto" else options.format
-    left_out = _LeftOut(source, options)
-    records = _records(itertools.chain(first, rows), format, left_out)
+    unread = _Unread(source, options)
+    records = _records(itertools.chain(first, rows), format, unread)
     usable = 0
     # A template may refuse some of the records: only then is it known how many more are to be read.
     while batch := _batch(itertools.islice(records, options.max_records and options.max_records - usable)):
@@ -230,7 +232,7 @@ def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptio
         kept = []
         for index, example in enumerate(examples):
             if isinstance(example, Fault):
-                left_out.add(numbers[index], example)
+                unread.add(numbers[index], example)
             else:
                 kept.append(index)
         if kept:
@@ -242,19 +244,20 @@ def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptio
                 bare[kept],
                 [example for example in examples if isinstance(example, Example)],
             )
-    skipped = sorted(left_out.faults.items())
+    skipped = sorted(unread.faults.items())
     if not usable:
         why = f" ({len(skipped)} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
         raise ValueError(f"{source.location} holds no usable record{why}")
-    return {"format": format, "skipped": skipped}
+    return {"format": format, "skipped": skipped, "fields_not_read": dict(unread.fields.most_common(100))}
 
 
-class _LeftOut:
-    """The records of a source that cannot be used."""
+class _Unread:
+    """What of a source is left out: records that cannot be used, and fields that mean nothing here."""
 
     def __init__(self, source: Source, options: DataOptions) -> None:
         self.source, self.options = source, options
-        self.faults: dict[int, str] = {}  # by number
+        self.faults: dict[int, str] = {}  # by number of the record
+        self.fields: Counter[str] = Counter()  # records that have them
 
     def add(self, number: int, fault: Fault) -> None:
         """Note a record's fault. Raises ValueError where no record is to be left out."""
@@ -266,14 +269,15 @@ class _LeftOut:
         self.faults[number] = fault.text
 
 
-def _records(rows: Iterable[Any], format: str, left_out: _LeftOut) -> Iterator[tuple[int, Record]]:
+def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tuple[int, Record]]:
     """The records with their numbers."""
-    source, keep_empty = left_out.source, left_out.options.empty_completion == "keep"
+    source, keep_empty = unread.source, unread.options.empty_completion == "keep"
     for number, row in enumerate(tqdm(rows, f"reading {source.name}", unit=" records", disable=None), start=1):
         record = formats.record(row, f"{source.prefix}:{number}", format, keep_empty=keep_empty)
         if isinstance(record, Fault):
-            left_out.add(number, record)
+            unread.add(number, record)
         else:
+            unread.fields.update(formats.unread(row, format))
             yield number, record
 
 
@@ -320,6 +324,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(
             "licence             " + licence + (": NON-COMMERCIAL USE ONLY" if source["noncommercial"] else "")
         )
+        if fields := [f"{name!r} ({count})" for name, count in source["fields_not_read"].items()]:
+            lines.append("fields not read     " + ", ".join(fields[:10]) + (", ..." if len(fields) > 10 else ""))
         lines += [f"left out            {fault}" for fault in source["skipped"][:5]]
         if len(source["skipped"]) > 5:
             lines.append(f"                    ... {len(source['skipped'])} in all, listed in profile.json")

@@ -102,7 +102,7 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
         sha256 = _sha256(path)
         licence = next((pinned.licence for pinned in NAMED.values() if pinned.sha256 == sha256), "")
         return _file(path, dataset, sha256, licence, inverted=False)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) and not dataset.endswith(formats.ENDINGS):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) and not dataset.lower().endswith(formats.ENDINGS):
         return _hub(dataset)
     raise ValueError(
         f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "

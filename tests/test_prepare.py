@@ -346,6 +346,14 @@ def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_
     assert "9 in all, listed in profile.json" in text
 
 
+def test_fields_that_are_not_read_are_counted_and_told(write, tokenizer):
+    path = write([GOOD | {"topic": "sums", "\x1b[1m": 1}, GOOD | {"topic": "sums", "source": None}])
+    found = prepare.run(path, tokenizer, DataOptions()).profile
+    assert found["sources"][0]["fields_not_read"] == {"topic": 2, "\x1b[1m": 1}
+    assert "fields not read     'topic' (2), '\\x1b[1m' (1)" in prepare.text(found)
+    assert "fields not read" not in prepare.text(prepare.run(write([GOOD]), tokenizer, DataOptions()).profile)
+
+
 # Formats.
 
 
