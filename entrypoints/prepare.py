@@ -13,7 +13,13 @@ def main(config: PrepareConfig) -> None:
 
     with tracking.open_run(config, f"prepare {data_name(config.dataset, config, short_name)}") as run:
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
-        prepared = prepare.run(config.dataset, tokenizer, config)
+        prepared = prepare.run(
+            config.dataset,
+            tokenizer,
+            config,
+            template_weight=config.template_weight,
+            completion_weight=config.completion_weight,
+        )
         run.log_data(prepared.sources, prepared.profile)
         prepare.write(prepared, config.output)
         template_weight = config.plw if config.template_weight is None else config.template_weight

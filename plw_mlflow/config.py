@@ -72,7 +72,7 @@ class DataOptions(LocalOptions):
     validation_share: float = 0.02
     """Share of records kept for validation, chosen by a hash of their text."""
     cache_dir: Path | None = None
-    """Folder for the study's data sets and all tokenised data (unset: plw_mlflow in $XDG_CACHE_HOME or ~/.cache)."""
+    """Folder for tokenised data and the study's sets; the hub's go to HF_HOME (unset: plw_mlflow in ~/.cache)."""
     output: Path | None = None
     """Folder for what was found, as files (unset: MLflow alone has it)."""
 

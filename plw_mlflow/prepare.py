@@ -27,13 +27,15 @@ from plw_mlflow import profile as lengths
 from plw_mlflow.config import DataOptions, data_name, digest, short_name
 from plw_mlflow.records import Fault, Record
 from plw_mlflow.sources import Source
-from plw_mlflow.store import BARE, COUNTS, Examples, Store, Writer, once
+from plw_mlflow.store import BARE, BY_SEGMENT, COUNTS, Examples, Store, Writer, once
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Encoder, Example
 
 BATCH_RECORDS = 1000
 BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
 DETECTION_RECORDS = 100
+LISTED = 100  # records that are named in a profile
+KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
 CODE = ("records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
 
@@ -50,8 +52,15 @@ class Prepared:
     largest_token: int
 
 
-def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
-    """Read, invert, tokenise, mix and split a data set, and measure it.
+def run(
+    dataset: str,
+    tokenizer: Any,
+    options: DataOptions,
+    *,
+    template_weight: float | None = None,
+    completion_weight: float = 1.0,
+) -> Prepared:
+    """Read, invert, tokenise, mix and split a data set, and measure it; the two weights are for the measuring alone.
 
     Raises ValueError where a record is unusable, or where no example is left to train on; ConnectionError where a
     data set has to be downloaded and cannot be.
@@ -88,10 +97,12 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     which, rows = which[chosen], rows[chosen]
 
     is_long = columns["length"] > options.max_tokens
-    columns["completion_kept"] = columns["completion_tokens"].copy()
+    for name, segment in KEPT.items():
+        columns[name] = columns[BY_SEGMENT[segment]].copy()
     for index in np.flatnonzero(is_long):
         kept = stores[which[index]][int(rows[index])].segment[: options.max_tokens]
-        columns["completion_kept"][index] = np.count_nonzero(kept == Segment.COMPLETION)
+        for name, segment in KEPT.items():
+            columns[name][index] = np.count_nonzero(kept == segment)
     is_dropped = is_long & (options.on_long == "drop")
     place = _fraction(columns["key"][:, :6])
     share = options.validation_share
@@ -119,14 +130,19 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
         "inverted": int(columns["inverted"].sum()),
         "duplicates": duplicates,
         "duplicates_dropped": options.drop_duplicates,
-        "dropped_as_too_long": [dropped.id(index) for index in range(len(dropped))],
+        "dropped_as_too_long": len(dropped),
+        "first_dropped_as_too_long": [dropped.id(index) for index in range(min(LISTED, len(dropped)))],
         "truncated": int((is_long & ~is_dropped).sum()),
         "lost_whole_completion": int(is_lost.sum()),
         "training_examples": int(is_training.sum()),
         "validation_examples": int(is_validation.sum()),
     }
     measured = lengths.profile(
-        {name: columns[name] for name in (*COUNTS, "completion_kept")}, options.max_tokens, options.on_long
+        {name: columns[name] for name in (*COUNTS, "first", *KEPT)},
+        options.max_tokens,
+        options.on_long,
+        template_weight=template_weight,
+        completion_weight=completion_weight,
     )
     contents = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
     largest = max(store.about["largest_token"] for store in stores)
@@ -244,6 +260,7 @@ def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptio
                 bare[kept],
                 [example for example in examples if isinstance(example, Example)],
             )
+    source.check_unchanged()  # or another content would be stored under this one's hash
     skipped = sorted(unread.faults.items())
     if not usable:
         why = f" ({len(skipped)} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
@@ -334,7 +351,7 @@ def text(found: dict[str, Any]) -> str:
         f"records             {found['records']}  ({found['training_examples']} training, "
         f"{found['validation_examples']} validation examples), {found['inverted']} inverted",
         f"exact duplicates    {found['duplicates']}" + (f", {repeated}" if found["duplicates"] else ""),
-        f"too long            {len(found['dropped_as_too_long'])} dropped; {found['truncated']} truncated, of which "
+        f"too long            {found['dropped_as_too_long']} dropped; {found['truncated']} truncated, of which "
         f"{found['lost_whole_completion']} lost their whole completion",
         lengths.profile_text(found),
     ]

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -98,8 +99,8 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
                 f"tokenizer {tokenizer.name_or_path} has no chat template; give one: --template FILE.jinja"
             )
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer, completion_turns)
-    path = Path(name)
-    if path.suffix not in (".json", ".jinja") or not path.is_file():
+    path = file(name)
+    if path is None:
         raise ValueError(
             f"there is no template {name!r}; it must be alpaca, chat, none, or the path of a .json file (with "
             "prompt_input and prompt_no_input) or of a .jinja file (a chat template)"
@@ -114,6 +115,12 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         raise ValueError(f"template {path} lacks the field {error}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"template {path} cannot be used: {first_line(error)}") from None
+
+
+def file(name: str) -> Path | None:
+    """The file that a template's name means, if it means one."""
+    path = Path(name)
+    return path if path.suffix in (".json", ".jinja") and path.is_file() else None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -248,6 +255,12 @@ class ChatTemplate:
                 if last is None and turn is turns[-1]:  # nothing would teach the model to stop
                     last = len(after[number])
                     end = [Piece(self._tokenizer.eos_token, Segment.COMPLETION, is_special=True)]
+                elif last is None:
+                    warnings.warn(
+                        "the chat template ends answers with no special token: where to stop is learnt from the last "
+                        "answer of a conversation alone",
+                        stacklevel=2,
+                    )
                 after[number] = [
                     piece._replace(segment=Segment.COMPLETION) if last is not None and n <= last else piece
                     for n, piece in enumerate(after[number])

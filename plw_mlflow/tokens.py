@@ -34,6 +34,7 @@ class Example:
     tokens: NDArray[np.int32]  # [T] beginning of text (if the tokenizer has the habit), prompt, completion, its end
     segment: NDArray[np.int8]  # [T] a Segment each
     straddling: int = 0  # tokens counted as completion that begin in the prompt
+    straddling_end: int = 0  # tokens counted as completion that end in what the template writes after an answer
 
 
 class Encoder:
@@ -46,7 +47,8 @@ class Encoder:
 
         prompt_border: where a prompt ends among the tokens of the whole text. By `offsets`, a token belongs to the
             segment its last character lies in, so one that straddles the border counts as completion: it is text that
-            only the completion explains. By `separate`, the prompt has as many tokens as it has when tokenised alone,
+            only the completion explains. So does one that straddles a completion's end, or the answer would lose its
+            last token. By `separate`, the prompt has as many tokens as it has when tokenised alone,
             as in the training code of Stanford Alpaca and of the study.
 
         Raises ValueError for a tokenizer that is not fast or has no end-of-text token.
@@ -150,17 +152,27 @@ class Encoder:
         """
         ends = list(itertools.accumulate(characters))
         stops: list[int] = []  # in tokens
-        for piece, end in zip(pieces, ends, strict=True):
+        straddling = straddling_end = 0
+        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+            before = stops[-1] if stops else 0
             if piece.is_special:  # one token, though it may take the white space after it along
-                stops.append(stops[-1] + 1 if stops else 1)
+                stop = before + 1
+            elif end == ends[-1]:
+                stop = len(encoding)
             else:
-                stops.append(len(encoding) if end == ends[-1] else _first_beyond(encoding, end))
-        straddling = 0
+                stop = max(before, _first_beyond(encoding, end))
+                after = pieces[number + 1]
+                if piece.segment == Segment.COMPLETION != after.segment and not after.is_special:
+                    last_token = encoding.token_to_chars(stop)
+                    if last_token and last_token[0] < end:
+                        stop += 1
+                        straddling_end += 1
+            stops.append(stop)
         for number in completion_starts:
             if prompt_tokens is not None:
                 border = min(next(prompt_tokens), len(encoding))
-                before, beyond = stops[: number - 1], stops[number:]
-                stops = [*(min(stop, border) for stop in before), border, *(max(stop, border) for stop in beyond)]
+                earlier, later = stops[: number - 1], stops[number:]
+                stops = [*(min(stop, border) for stop in earlier), border, *(max(stop, border) for stop in later)]
             elif first_token := encoding.token_to_chars(stops[number - 1]):
                 straddling += first_token[0] < ends[number - 1]
         segments = [Segment.TEMPLATE, *(piece.segment for piece in pieces), Segment.COMPLETION]
@@ -169,6 +181,7 @@ class Encoder:
             np.array([*self._opening, *encoding.ids, *self._closing], dtype=np.int32),
             np.repeat(np.array(segments, dtype=np.int8), lengths),
             straddling,
+            straddling_end,
         )
 
 

@@ -34,7 +34,7 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import __version__, figures, origin, seeding
+from plw_mlflow import __version__, figures, origin, seeding, templates
 from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
@@ -98,6 +98,8 @@ class Run:
             mlflow.log_input(self._dataset, context="training")
         self.tag(data_sha256=",".join(source.sha256 for source in sources))
         mlflow.log_dict(profile, "profile.json")
+        if template := templates.file(profile["template"]):
+            mlflow.log_artifact(str(template), "template")
         with tempfile.TemporaryDirectory() as folder:
             figure = Path(folder, "profile.png")
             figure.write_bytes(figures.draw_profile(profile))

@@ -225,7 +225,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     assert process.returncode == 130
     assert (
         err.strip().splitlines()[-1]
-        == "error: interrupted; given again, main and train go on from their last checkpoint, if they have written one"
+        == "error: interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
     )
     assert new_place.runs()[0].info.status == "KILLED"
 

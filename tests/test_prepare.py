@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from plw_mlflow import formats, prepare, templates
+from plw_mlflow.batches import Weights, collate
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.records import Record
 from plw_mlflow.templates import Segment
@@ -56,7 +57,8 @@ LONG = [("a" * 10, "b" * 5), ("a" * 20, "b" * 5), ("a" * 10, "b" * 40)]  # HEAD 
 def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
     found = prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=HEAD + 26, validation_share=1e-9))
     assert lengths(found) == [HEAD + 16, HEAD + 26]
-    assert found.profile["dropped_as_too_long"] == ["data.jsonl:3"]
+    assert found.profile["dropped_as_too_long"] == 1
+    assert found.profile["first_dropped_as_too_long"] == ["data.jsonl:3"]
     assert found.profile["truncated"] == found.profile["lost_whole_completion"] == 0
 
 
@@ -66,9 +68,29 @@ def test_or_cut_off_and_counted(write, tokenizer):
     assert lengths(found) == [HEAD + 16, HEAD + 20, HEAD + 20]
     kept = [np.count_nonzero(one.segment == Segment.COMPLETION) for one in [*found.training, *found.validation]]
     assert sorted(kept) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
-    assert found.profile["dropped_as_too_long"] == []
+    assert found.profile["dropped_as_too_long"] == 0
     assert found.profile["truncated"] == 2
     assert found.profile["lost_whole_completion"] == 1
+
+
+def test_only_the_first_of_many_that_are_too_long_are_named(write, tokenizer):
+    found = prepare.run(write([LONG[2]] * 150 + LONG[:2]), tokenizer, DataOptions(max_tokens=HEAD + 26)).profile
+    assert found["dropped_as_too_long"] == 150
+    assert found["first_dropped_as_too_long"] == [f"data.jsonl:{number}" for number in range(1, 101)]
+    assert "150 dropped" in prepare.text(found)
+
+
+@pytest.mark.parametrize(("template", "opening"), [("alpaca", 1), ("none", 0)])
+@pytest.mark.parametrize("on_long", ["drop", "truncate"])
+def test_the_prompts_share_is_that_of_the_weights_a_batch_has(write, tokenizer, template, opening, on_long):
+    """Of `none`, an example starts with the instruction; its first token is then not the template's."""
+    options = DataOptions(template=template, max_tokens=HEAD * opening + 24, on_long=on_long, validation_share=1e-9)
+    told = {"template_weight": 0.3, "completion_weight": 2.0}
+    found = prepare.run(write(LONG), tokenizer, options, **told)
+    for plw, share in found.profile["effective_prompt_share"].items():
+        batch = collate([*found.training, *found.validation], Weights(float(plw), *told.values()))
+        expected = batch.weights[~batch.is_completion].sum() / batch.weights.sum()
+        assert share == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(
@@ -447,6 +469,23 @@ def test_what_could_change_a_token_is_prepared_anew(write, tokenizer, tmp_path, 
     prepare.run(path, tokenizer, options)
     prepare.run(path, tokenizer, replace(options, **change))
     assert len(list((tmp_path / "cache" / "examples").glob("*.lock"))) == 2
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_not_stored(write, tokenizer, tmp_path, monkeypatch):
+    """Or what was read then would be taken for the first content ever after."""
+    path, options = write(LONG), DataOptions(cache_dir=tmp_path / "cache", max_records=1)
+    read = formats.rows
+
+    def rows_changed(path):
+        write([("Other", "content")])
+        return read(path)
+
+    monkeypatch.setattr(formats, "rows", rows_changed)
+    with pytest.raises(ValueError, match=f"{path} has changed while it was read"):
+        prepare.run(path, tokenizer, options)
+    monkeypatch.setattr(formats, "rows", read)
+    assert not [one for one in (tmp_path / "cache" / "examples").iterdir() if one.is_dir()]
+    assert texts(prepare.run(write(LONG), tokenizer, options).training, tokenizer) == ["a" * 10]
 
 
 def test_so_is_another_content_and_another_tokenizer(write, tokenizer, tmp_path):

@@ -58,6 +58,22 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("mine.jinja", "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"), ("alpaca", "not this file")],
+)
+def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(template=name, max_records=5))
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        run.log_data(prepared.sources, prepared.profile)
+    kept = [item.path for item in store.list_artifacts(run.id, "template")]
+    assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
+    for path in kept:
+        assert Path(store.download_artifacts(run.id, path, str(tmp_path))).read_text() == content
+
+
 def test_a_failure_is_told_on_the_run(store):
     with pytest.raises(ValueError, match="bad luck"), tracking.open_run(TrainConfig(), "cell") as run:
         raise ValueError("bad luck")
