@@ -3,7 +3,7 @@
 import sys
 
 from plw_mlflow.cli import command
-from plw_mlflow.config import PrepareConfig
+from plw_mlflow.config import PrepareConfig, data_name, short_name
 
 
 @command(PrepareConfig)
@@ -11,9 +11,15 @@ def main(config: PrepareConfig) -> None:
     from plw_mlflow import models, prepare, show, tracking
     from plw_mlflow.batches import Weights
 
-    with tracking.open_run(config, f"prepare {config.dataset}") as run:
+    with tracking.open_run(config, f"prepare {data_name(config.dataset, config, short_name)}") as run:
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
-        prepared = prepare.run(config.dataset, tokenizer, config)
+        prepared = prepare.run(
+            config.dataset,
+            tokenizer,
+            config,
+            template_weight=config.template_weight,
+            completion_weight=config.completion_weight,
+        )
         run.log_data(prepared.sources, prepared.profile)
         prepare.write(prepared, config.output)
         template_weight = config.plw if config.template_weight is None else config.template_weight

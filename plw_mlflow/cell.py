@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import evaluate, models, prepare, train
-from plw_mlflow.config import MainConfig, TrainConfig, digest
+from plw_mlflow import evaluate, models, prepare, templates, train
+from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
 from plw_mlflow.prepare import Prepared
-from plw_mlflow.tracking import Run, short_name
+from plw_mlflow.tracking import Run
 
 
 def name(config: TrainConfig) -> str:
     """What MLflow's list of runs calls the cell."""
-    data = f"{short_name(config.dataset)} {short_name(config.model)}"  # PLW first: lists cut long names off
-    return f"plw {config.plw:g} {data} {config.method} seed {config.seed}"
+    data, model = data_name(config.dataset, config, short_name), short_name(config.model)
+    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"  # lists cut long names off
 
 
 def run(config: MainConfig, run: Run) -> None:
@@ -43,7 +43,16 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a cell runs in one process for now; start it without torchrun or accelerate launch")
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
-    prepared = prepare.run(config.dataset, tokenizer, config)
+    prepared = prepare.run(
+        config.dataset,
+        tokenizer,
+        config,
+        template_weight=config.template_weight,
+        completion_weight=config.completion_weight,
+    )
+    template = templates.file(config.template)
+    if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
     print(prepare.text(prepared.profile))

@@ -116,9 +116,7 @@ def _run(parsed: click.Command) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
-        _stop(
-            "interrupted; given again, main and train go on from their last checkpoint, if they have written one", 130
-        )
+        _stop("interrupted; the same command goes on from the last checkpoint of a model it was training, if any", 130)
     except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
         # Only errors that this package raised on purpose are messages to the caller; others are bugs to be seen.
         if not _raised_here(error):

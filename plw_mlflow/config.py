@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import typing
 import warnings
 from collections.abc import Callable
@@ -49,15 +50,17 @@ class DataOptions(LocalOptions):
     completion_turns: Literal["last", "every"] = "last"
     """Which of a conversation's assistant turns are completion."""
     invert: bool = False
-    """Turn records with long completions into short-completion ones (prompt inversion, as AlpacaDataShort was made)."""
+    """Turn the data set's long completions into short ones (prompt inversion, as AlpacaDataShort was made)."""
     mix: str | None = None
     """Second data set, blended into the first; read and templated like it (unset: none)."""
+    mix_invert: bool = False
+    """Invert the second data set's prompts; where both are the same one, its records occur in both forms."""
     mix_share: float = 0.5
     """Share of the records that come from the second data set; as many records as can be had without repeating any."""
     drop_duplicates: bool = False
     """Leave out a record whose text has occurred before; exact duplicates are counted in any case."""
     max_records: int | None = None
-    """Use only the first so many records of the data set (unset: all)."""
+    """Use only the first so many records of each data set (unset: all)."""
     max_tokens: int = 512
     """Longest example in tokens, template and end of text included."""
     on_long: Literal["drop", "truncate"] = "drop"
@@ -69,7 +72,7 @@ class DataOptions(LocalOptions):
     validation_share: float = 0.02
     """Share of records kept for validation, chosen by a hash of their text."""
     cache_dir: Path | None = None
-    """Folder for downloads and tokenised data (unset: plw_mlflow in $XDG_CACHE_HOME or ~/.cache)."""
+    """Folder for tokenised data and the study's sets; the hub's go to HF_HOME (unset: plw_mlflow in ~/.cache)."""
     output: Path | None = None
     """Folder for what was found, as files (unset: MLflow alone has it)."""
 
@@ -80,6 +83,12 @@ class DataOptions(LocalOptions):
         for name in ("validation_share", "mix_share"):
             if not 0 < getattr(self, name) < 1:
                 found.append(f"{_flag(name)} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.mix is None:
+            for name in ("mix_invert", "mix_share"):
+                if getattr(self, name) != getattr(DataOptions, name):
+                    found.append(
+                        f"{_flag(name)} is {spell(getattr(self, name))}, but there is no second data set: --mix"
+                    )
         return found
 
 
@@ -247,7 +256,7 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         whatever makes tokens of text.
         """
         leave_out = {"model", "dataset", "tokenizer", "format", "template", "prompt_border", "completion_turns"}
-        leave_out |= {"invert", "mix", "max_records", "on_bad_record", "empty_completion", "precision"}
+        leave_out |= {"invert", "mix", "mix_invert", "max_records", "on_bad_record", "empty_completion", "precision"}
         if self.mix is None:
             leave_out |= {"mix_share"}
         leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
@@ -383,6 +392,23 @@ CONFIGS: dict[str, type[Checked]] = {
 def names(listed: str) -> list[str]:
     """The parts of a comma-separated list, without blanks."""
     return [part.strip() for part in listed.split(",") if part.strip()]
+
+
+def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = str) -> str:
+    """What tells the data of one cell from another's: "toy-long inverted", "toy-long + 0.7 toy-short".
+
+    shown: how each data set's own name is to be written.
+    """
+    name = shown(dataset) + " inverted" * options.invert
+    if options.mix is None:
+        return name
+    return f"{name} + {options.mix_share:g} {shown(options.mix)}{' inverted' * options.mix_invert}"
+
+
+def short_name(name: str) -> str:
+    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name."""
+    last = re.sub(r"(\.(jsonl?|csv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name, flags=re.I)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "unnamed"
 
 
 def spell(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from plw_mlflow.analyze import EXPONENT, LEVEL, SCORE, Array, Fit
+from plw_mlflow.profile import weights_text
 
 # Okabe and Ito's colours, distinct to colour-blind readers; black is kept for means, and yellow is too pale for lines.
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2"]
@@ -152,7 +152,9 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
     for (name, length), line, colour in zip(lengths.items(), ("--", ":", "-", "-"), colours, strict=True):
         shares = [float(quantile) for quantile in length["quantiles"]]
         label = f"{name}: mean {length['mean']:.1f}"
-        left.plot(list(length["quantiles"].values()), shares, line, color=colour, linewidth=2, label=label)
+        left.step(
+            list(length["quantiles"].values()), shares, line, where="post", color=colour, linewidth=2, label=label
+        )
     cut = f"max-tokens {found['max_tokens']}: {found['longer_than_max_tokens']:.1%} are longer"
     left.axvline(found["max_tokens"], color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
     left.set_xscale("symlog", linthresh=1, linscale=0.5, base=4)
@@ -170,9 +172,9 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
     right.set_xticks(list(ticks), list(ticks.values()))
     right.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
     right.set_ylabel("prompts' share of the loss weight")
-    right.set_title("What a PLW leaves to the prompts", loc="left", fontsize=11)
+    right.set_title(f"What a PLW leaves to the prompts{weights_text(found)}", loc="left", fontsize=11)
     ratio = found["generation_ratio"]
-    heading = plain(Path(found["dataset"]).name, 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
+    heading = plain(found["name"], 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
     figure.suptitle(heading, x=0.02, ha="left", fontsize=13, fontweight="bold")
     return _png(figure)
 

@@ -12,13 +12,12 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow.records import Message, Record
+from plw_mlflow.records import Fault, Message, Record
 
 FIELDS = {  # of each format: what must be there, and, for those of three texts, what holds the input
     "alpaca": ("instruction", "input", "output"),
@@ -26,18 +25,14 @@ FIELDS = {  # of each format: what must be there, and, for those of three texts,
     "prompt-completion": ("prompt", None, "completion"),
 }
 CONVERSATIONS = ("messages", "conversations")
+TOOLS = ("tools", "functions")
+READ = {format: {*fields, "system", "history", *TOOLS} for format, fields in FIELDS.items()}  # fields, by format
+READ["chat"] = {*CONVERSATIONS, "system", *TOOLS}
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 CHUNK = 1 << 20  # bytes read at a time
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What makes a row unusable as a record, as the rest of a sentence that starts with "record N"."""
-
-    text: str
 
 
 # Rows: what a file holds, as dicts if all is well.
@@ -57,12 +52,12 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
         except OSError as error:
             if kind is None:
                 raise
-            raise ValueError(f"{path} is a damaged {kind} file: {error}") from None
+            raise ValueError(f"{path} is a damaged {kind} file ({error}); get it again") from None
 
 
 def is_csv(path: Path) -> bool:
     """Whether a file is CSV, which its name alone can say."""
-    return ".csv" in path.suffixes
+    return ".csv" in map(str.lower, path.suffixes)
 
 
 def rows(path: Path) -> Iterator[Any]:
@@ -73,6 +68,9 @@ def rows(path: Path) -> Iterator[Any]:
     """
     with unpacked(path) as stream:
         if stream.peek(4)[:4] == b"PAR1":
+            with path.open("rb") as file:
+                if file.read(4) != b"PAR1":
+                    raise ValueError(f"{path}: Parquet is not read packed; unpack it")
             yield from _parquet(path)
         elif is_csv(path):
             yield from _csv(path, stream)
@@ -89,7 +87,7 @@ def _parquet(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is a damaged Parquet file: {error}") from None
+        raise ValueError(f"{path} is a damaged Parquet file ({error}); get it again") from None
 
 
 def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
@@ -98,13 +96,19 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
     try:
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
         header = next(reader, [])
+        if len(header) == 1 and (delimiter := next((one for one in ";\t" if one in header[0]), None)):
+            raise ValueError(
+                f"{path}: its first line is a single field, which holds {delimiter!r}; the delimiter must be a comma"
+            )
         for number, texts in enumerate(filter(None, reader), start=1):  # noqa: B007 (named by what is raised below)
             if len(texts) == len(header):
                 yield dict(zip(header, texts, strict=True))
             else:
                 yield Fault(f"has {len(texts)} columns, where the first line names {len(header)}")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text, soon after record {number}: {error.reason}") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text, soon after record {number} ({error.reason}); save it as UTF-8"
+        ) from None
     except csv.Error as error:
         raise ValueError(f"{path}: record {number + 1} is not CSV: {error}") from None
 
@@ -202,7 +206,7 @@ class _Text:
             text = self._decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
             byte = self._offset - waiting + error.start
-            raise ValueError(f"{self.path} is not UTF-8 text: byte {byte} cannot be read") from None
+            raise ValueError(f"{self.path} is not UTF-8 text: byte {byte} cannot be read; save it as UTF-8") from None
         self._offset += len(content)
         self._part = self._part[self._position :] + text
         self._position = 0
@@ -217,13 +221,23 @@ _DECODER = json.JSONDecoder()
 
 
 def detect(first: Iterable[Any], name: str) -> str:
-    """The format most of the first rows have. Raises ValueError where none has any, or two are equally likely."""
+    """The format most of the first rows have. Raises ValueError where none has any, or two are equally likely.
+
+    A field that holds nothing is none: Parquet has every field in every row.
+    """
     found: Counter[str] = Counter()
     seen: list[str] = []
+    faults = []
     for row in first:
         if isinstance(row, dict):
-            seen = seen or list(row)
-            found.update(format for format in [*FIELDS, "chat"] if _has(row, format))
+            fields = [field for field, value in row.items() if value is not None]
+            seen = seen or fields
+            found.update(format for format in [*FIELDS, "chat"] if _has(fields, format))
+        faults.append(_not_an_object(row))
+    if not faults:
+        raise ValueError(f"{name} holds no record")
+    if faults[0] and all(faults):
+        raise ValueError(f"{name}: record 1 {faults[0].text}")
     if not found:
         raise ValueError(
             f"{name} has records of no known format (the first has the fields {', '.join(map(repr, seen)) or 'none'}): "
@@ -241,15 +255,17 @@ def record(row: Any, id: str, format: str, *, keep_empty: bool = False) -> Recor
 
     keep_empty: an empty completion is no fault.
     """
-    if isinstance(row, Fault):
-        return row
-    if not isinstance(row, dict):
-        return Fault(f"is a JSON {type(row).__name__}, not an object")
+    if fault := _not_an_object(row):
+        return fault
     if not _has(row, format):
         lacking = next((field for field in _needed(format) if field not in row), None)
         lacking = "messages" if lacking is None else lacking
         return Fault(f"lacks the field {lacking!r} (it has {', '.join(map(repr, row)) or 'none'})")
-    found = _conversation(row, id) if format == "chat" else _three_texts(row, id, format)
+    if any((row.get(field) or "[]") != "[]" for field in TOOLS):
+        return Fault("has tools, which no template here is given")
+    if not isinstance(row.get("system") or "", str):
+        return Fault("has something other than text as its system")
+    found = _chat(row, id) if format == "chat" else _three_texts(row, id, format)
     if isinstance(found, Fault):
         return found
     completion = FIELDS[format][2] if format in FIELDS else "last assistant turn"
@@ -260,6 +276,17 @@ def record(row: Any, id: str, format: str, *, keep_empty: bool = False) -> Recor
     return found
 
 
+def unread(row: dict[str, Any], format: str) -> list[str]:
+    """The fields of a row that hold something and are not read."""
+    return [field for field, value in row.items() if value is not None and field not in READ[format]]
+
+
+def _not_an_object(row: Any) -> Fault | None:
+    if isinstance(row, dict | Fault):
+        return row if isinstance(row, Fault) else None
+    return Fault(f"is a JSON {type(row).__name__}, not an object")
+
+
 def _needed(format: str) -> list[str]:
     """The fields a row of a format must have; of a chat, one of two is enough."""
     if format == "chat":
@@ -268,10 +295,10 @@ def _needed(format: str) -> list[str]:
     return [str(instruction), str(output)]
 
 
-def _has(row: dict[str, Any], format: str) -> bool:
+def _has(fields: Container[str], format: str) -> bool:
     if format == "chat":
-        return any(field in row for field in CONVERSATIONS)
-    return all(field in row for field in _needed(format))
+        return any(field in fields for field in CONVERSATIONS)
+    return all(field in fields for field in _needed(format))
 
 
 def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
@@ -284,13 +311,29 @@ def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
             return Fault(f"has half a surrogate pair in its {field}, which is no character")
         texts.append(text or "")
     instruction, input, output = texts
-    return Record(id, instruction, input, output)
+    system, history = row.get("system"), row.get("history") or []
+    if not (system or history):
+        return Record(id, instruction, input, output)
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        return Fault("has something other than a list of pairs, question and answer, as its history")
+    asked = f"{instruction}\n{input}" if input else instruction
+    turns = [{"role": "system", "content": system}] if system else []
+    for pair in [*history, [asked, output]]:
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _conversation(turns, id)
 
 
-def _conversation(row: dict[str, Any], id: str) -> Record | Fault:
-    turns = next(row[field] for field in CONVERSATIONS if field in row)
+def _chat(row: dict[str, Any], id: str) -> Record | Fault:
+    turns = next((row[field] for field in CONVERSATIONS if row.get(field) is not None), None)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return Fault("has something other than a list of turns as its conversation")
+    found = _conversation(turns, id)
+    if isinstance(found, Record) and row.get("system") and found.messages[0].role != "system":
+        return _conversation([{"role": "system", "content": row["system"]}, *turns], id)
+    return found
+
+
+def _conversation(turns: list[dict[str, Any]], id: str) -> Record | Fault:
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))

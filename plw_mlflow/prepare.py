@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +24,18 @@ from tqdm import tqdm
 
 from plw_mlflow import figures, formats, inversion, sources, templates
 from plw_mlflow import profile as lengths
-from plw_mlflow.config import DataOptions, digest
-from plw_mlflow.formats import Fault
-from plw_mlflow.records import Record
+from plw_mlflow.config import DataOptions, data_name, digest, short_name
+from plw_mlflow.records import Fault, Record
 from plw_mlflow.sources import Source
-from plw_mlflow.store import BARE, COUNTS, Examples, Store, Writer, once
+from plw_mlflow.store import BARE, BY_SEGMENT, COUNTS, Examples, Store, Writer, once
 from plw_mlflow.templates import Segment
-from plw_mlflow.tokens import Encoder
+from plw_mlflow.tokens import Encoder, Example
 
 BATCH_RECORDS = 1000
 BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
 DETECTION_RECORDS = 100
+LISTED = 100  # records that are named in a profile
+KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
 CODE = ("records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
 
@@ -50,8 +52,15 @@ class Prepared:
     largest_token: int
 
 
-def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
-    """Read, invert, tokenise, mix and split a data set, and measure it.
+def run(
+    dataset: str,
+    tokenizer: Any,
+    options: DataOptions,
+    *,
+    template_weight: float | None = None,
+    completion_weight: float = 1.0,
+) -> Prepared:
+    """Read, invert, tokenise, mix and split a data set, and measure it; the two weights are for the measuring alone.
 
     Raises ValueError where a record is unusable, or where no example is left to train on; ConnectionError where a
     data set has to be downloaded and cannot be.
@@ -60,7 +69,10 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     template = templates.load(options.template, tokenizer, completion_turns=options.completion_turns)
     encoder = Encoder(tokenizer, template, prompt_border=options.prompt_border)
     found = tuple(sources.find(name, cache, options.data_dir) for name in (dataset, options.mix) if name is not None)
-    stores = [once(*_stored(source, encoder, options, cache)) for source in found]
+    inverted = [
+        source.inverted or told for source, told in zip(found, (options.invert, options.mix_invert), strict=False)
+    ]
+    stores = [once(*_stored(*each, encoder, options, cache)) for each in zip(found, inverted, strict=True)]
 
     columns = {name: np.concatenate([store.columns[name] for store in stores]) for name in stores[0].columns}
     which = np.repeat(np.arange(len(stores)), [len(store.columns["number"]) for store in stores])
@@ -68,6 +80,11 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     is_repeated = _repeated(columns)
     chosen = ~is_repeated if options.drop_duplicates else np.ones(len(rows), bool)
     if options.mix is not None:
+        if not chosen[which == 1].any():
+            raise ValueError(
+                f"drop-duplicates leaves no record of {options.mix}, as {dataset} has them all; mix in another set, or "
+                "keep the duplicates"
+            )
         chosen &= blend(columns["key"], which == 1, chosen, options.mix_share)
         for number, source in enumerate(found):
             if not chosen[which == number].any():
@@ -80,10 +97,12 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     which, rows = which[chosen], rows[chosen]
 
     is_long = columns["length"] > options.max_tokens
-    columns["completion_kept"] = columns["completion_tokens"].copy()
+    for name, segment in KEPT.items():
+        columns[name] = columns[BY_SEGMENT[segment]].copy()
     for index in np.flatnonzero(is_long):
         kept = stores[which[index]][int(rows[index])].segment[: options.max_tokens]
-        columns["completion_kept"][index] = np.count_nonzero(kept == Segment.COMPLETION)
+        for name, segment in KEPT.items():
+            columns[name][index] = np.count_nonzero(kept == segment)
     is_dropped = is_long & (options.on_long == "drop")
     place = _fraction(columns["key"][:, :6])
     share = options.validation_share
@@ -104,20 +123,26 @@ def run(dataset: str, tokenizer: Any, options: DataOptions) -> Prepared:
     )
     head = {
         "dataset": dataset,
+        "name": data_name(dataset, options, short_name),
         "sources": [_account(*both, which == n) for n, both in enumerate(zip(found, stores, strict=True))],
         "template": options.template,
         "records": len(rows),
         "inverted": int(columns["inverted"].sum()),
         "duplicates": duplicates,
         "duplicates_dropped": options.drop_duplicates,
-        "dropped_as_too_long": [dropped.id(index) for index in range(len(dropped))],
+        "dropped_as_too_long": len(dropped),
+        "first_dropped_as_too_long": [dropped.id(index) for index in range(min(LISTED, len(dropped)))],
         "truncated": int((is_long & ~is_dropped).sum()),
         "lost_whole_completion": int(is_lost.sum()),
         "training_examples": int(is_training.sum()),
         "validation_examples": int(is_validation.sum()),
     }
     measured = lengths.profile(
-        {name: columns[name] for name in (*COUNTS, "completion_kept")}, options.max_tokens, options.on_long
+        {name: columns[name] for name in (*COUNTS, "first", *KEPT)},
+        options.max_tokens,
+        options.on_long,
+        template_weight=template_weight,
+        completion_weight=completion_weight,
     )
     contents = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
     largest = max(store.about["largest_token"] for store in stores)
@@ -176,6 +201,7 @@ def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any
         "noncommercial": source.is_noncommercial,
         "format": store.about["format"],
         "records": int(is_here.sum()),
+        "fields_not_read": store.about["fields_not_read"],
         "skipped": [f"record {number} {fault}" for number, fault in store.about["skipped"]],
     }
 
@@ -183,7 +209,7 @@ def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any
 # Storing.
 
 
-def _stored(source: Source, encoder: Encoder, options: DataOptions, cache: Path) -> tuple[Path, Any]:
+def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions, cache: Path) -> tuple[Path, Any]:
     """Where a source's examples are stored, and what stores them."""
     here = Path(__file__).parent
     decides = {
@@ -191,63 +217,89 @@ def _stored(source: Source, encoder: Encoder, options: DataOptions, cache: Path)
         "is_csv": formats.is_csv(Path(source.location)),
         "encoder": encoder.digest,
         "tokenizers": tokenizers.__version__,
-        "invert": options.invert or source.inverted,
+        "invert": invert,
         "format": options.format,
         "max_records": options.max_records,
         "on_bad_record": options.on_bad_record,
         "empty_completion": options.empty_completion,
         "code": [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in CODE],
     }
-    return cache / "examples" / digest(decides), partial(_tokenise, source, encoder, options)
+    return cache / "examples" / digest(decides), partial(_tokenise, source, invert, encoder, options)
 
 
-def _tokenise(source: Source, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
+def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
     """Write a source's examples; returns its format and what was wrong with each record that was left out."""
     rows = source.rows()
     first = list(itertools.islice(rows, DETECTION_RECORDS))
     format = formats.detect(first, source.name) if options.format == "auto" else options.format
-    skipped: list[tuple[int, str]] = []
-    records = _usable(itertools.chain(first, rows), source, format, options, skipped)
-    for batch in _batches(itertools.islice(records, options.max_records)):
+    unread = _Unread(source, options)
+    records = _records(itertools.chain(first, rows), format, unread)
+    usable = 0
+    # A template may refuse some of the records: only then is it known how many more are to be read.
+    while batch := _batch(itertools.islice(records, options.max_records and options.max_records - usable)):
         numbers, as_read = zip(*batch, strict=True)
         known: dict[str, int] = {}
         bare = _bare(as_read, encoder, known)
         chosen = as_read
-        if options.invert or source.inverted:
+        if invert:
             chosen = tuple(inversion.invert(r, n[0] + n[1], n[2]) for r, n in zip(as_read, bare.tolist(), strict=True))
             bare = _bare(chosen, encoder, known)
-        inverted = [new is not old for new, old in zip(chosen, as_read, strict=True)]
-        writer.add(numbers, [record.key() for record in as_read], inverted, bare, encoder.encode(chosen))
-    return {"format": format, "skipped": skipped}
+        examples = encoder.encode(chosen)
+        kept = []
+        for index, example in enumerate(examples):
+            if isinstance(example, Fault):
+                unread.add(numbers[index], example)
+            else:
+                kept.append(index)
+        if kept:
+            usable += len(kept)
+            writer.add(
+                [numbers[index] for index in kept],
+                [as_read[index].key() for index in kept],
+                [chosen[index] is not as_read[index] for index in kept],
+                bare[kept],
+                [example for example in examples if isinstance(example, Example)],
+            )
+    source.check_unchanged()  # or another content would be stored under this one's hash
+    skipped = sorted(unread.faults.items())
+    if not usable:
+        why = f" ({len(skipped)} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
+        raise ValueError(f"{source.location} holds no usable record{why}")
+    return {"format": format, "skipped": skipped, "fields_not_read": dict(unread.fields.most_common(100))}
 
 
-def _usable(
-    rows: Iterable[Any], source: Source, format: str, options: DataOptions, skipped: list[tuple[int, str]]
-) -> Iterator[tuple[int, Record]]:
-    """The usable records with their numbers; the others are added to `skipped`, or raise ValueError."""
-    number = usable = 0
-    keep_empty = options.empty_completion == "keep"
+class _Unread:
+    """What of a source is left out: records that cannot be used, and fields that mean nothing here."""
+
+    def __init__(self, source: Source, options: DataOptions) -> None:
+        self.source, self.options = source, options
+        self.faults: dict[int, str] = {}  # by number of the record
+        self.fields: Counter[str] = Counter()  # records that have them
+
+    def add(self, number: int, fault: Fault) -> None:
+        """Note a record's fault. Raises ValueError where no record is to be left out."""
+        if self.options.on_bad_record == "error":
+            way_out = "mend it, or leave such records out with --on-bad-record skip"
+            if "empty completion" in fault.text:
+                way_out += ", or train on its end of text alone, as the study did, with --empty-completion keep"
+            raise ValueError(f"{self.source.location}: record {number} {fault.text}; {way_out}")
+        self.faults[number] = fault.text
+
+
+def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tuple[int, Record]]:
+    """The records with their numbers."""
+    source, keep_empty = unread.source, unread.options.empty_completion == "keep"
     for number, row in enumerate(tqdm(rows, f"reading {source.name}", unit=" records", disable=None), start=1):
         record = formats.record(row, f"{source.prefix}:{number}", format, keep_empty=keep_empty)
-        if isinstance(record, Record):
-            usable += 1
-            yield number, record
-        elif options.on_bad_record == "skip":
-            skipped.append((number, record.text))
+        if isinstance(record, Fault):
+            unread.add(number, record)
         else:
-            raise ValueError(f"{source.location}: record {number} {record.text}; {_way_out(record)}")
-    if not usable:
-        why = f" ({number} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
-        raise ValueError(f"{source.location} holds no usable record{why}")
+            unread.fields.update(formats.unread(row, format))
+            yield number, record
 
 
-def _way_out(fault: Fault) -> str:
-    keep = ", or train on its end of text alone, as the study did, with --empty-completion keep"
-    leave_out = "mend it, or leave such records out with --on-bad-record skip"
-    return leave_out + (keep if "empty completion" in fault.text else "")
-
-
-def _batches(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+def _batch(records: Iterable[tuple[int, Record]]) -> list[tuple[int, Record]]:
+    """The first of the records, as many as are tokenised together; none at their end."""
     batch: list[tuple[int, Record]] = []
     characters = 0
     for number, record in records:
@@ -255,10 +307,8 @@ def _batches(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, 
         characters += len(record.instruction) + len(record.input) + len(record.output)
         characters += sum(len(message.content) for message in record.messages)
         if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            break
+    return batch
 
 
 def _bare(records: Sequence[Record], encoder: Encoder, known: dict[str, int]) -> np.ndarray:
@@ -291,6 +341,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(
             "licence             " + licence + (": NON-COMMERCIAL USE ONLY" if source["noncommercial"] else "")
         )
+        if fields := [f"{name!r} ({count})" for name, count in source["fields_not_read"].items()]:
+            lines.append("fields not read     " + ", ".join(fields[:10]) + (", ..." if len(fields) > 10 else ""))
         lines += [f"left out            {fault}" for fault in source["skipped"][:5]]
         if len(source["skipped"]) > 5:
             lines.append(f"                    ... {len(source['skipped'])} in all, listed in profile.json")
@@ -299,7 +351,7 @@ def text(found: dict[str, Any]) -> str:
         f"records             {found['records']}  ({found['training_examples']} training, "
         f"{found['validation_examples']} validation examples), {found['inverted']} inverted",
         f"exact duplicates    {found['duplicates']}" + (f", {repeated}" if found["duplicates"] else ""),
-        f"too long            {len(found['dropped_as_too_long'])} dropped; {found['truncated']} truncated, of which "
+        f"too long            {found['dropped_as_too_long']} dropped; {found['truncated']} truncated, of which "
         f"{found['lost_whole_completion']} lost their whole completion",
         lengths.profile_text(found),
     ]

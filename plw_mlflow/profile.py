@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.templates import Segment
 
 Counts = NDArray[np.integer[Any]]  # [N], one a record
 
@@ -21,7 +22,14 @@ QUANTILES = (0, 0.01, *(round(0.05 * step, 2) for step in range(1, 20)), 0.99, 1
 SHOWN_QUANTILES = (0.05, 0.5, 0.95, 1)  # in the table
 
 
-def profile(columns: Mapping[str, Counts], max_tokens: int, on_long: Literal["drop", "truncate"]) -> dict[str, Any]:
+def profile(
+    columns: Mapping[str, Counts],
+    max_tokens: int,
+    on_long: Literal["drop", "truncate"],
+    *,
+    template_weight: float | None = None,
+    completion_weight: float = 1.0,
+) -> dict[str, Any]:
     """Lengths, generation ratios, what `max_tokens` costs, and what part of the loss weight lies on prompts.
 
     columns: of each record, before any is dropped or cut (N records, at least one of them within `max_tokens` if
@@ -30,11 +38,14 @@ def profile(columns: Mapping[str, Counts], max_tokens: int, on_long: Literal["dr
         template_tokens, instruction_tokens, input_tokens, completion_tokens: tokens of the example by segment;
         length: all tokens of the example;
         straddling: tokens among completion_tokens that begin in the prompt;
-        completion_kept: tokens among completion_tokens that stand within the first `max_tokens` of the example.
+        straddling_end: tokens among completion_tokens that end in the template's text after an answer;
+        completion_kept, template_kept: tokens of the segment within the first `max_tokens` of the example;
+        and first: the segment of its first token.
+    template_weight: loss weight of the template's tokens (None: as the prompt).
 
     A generation ratio is completion tokens over prompt tokens: the ratio of their means, as in the paper, and for
     comparison the mean of the records' own ratios. The effective prompt share at a PLW is the weight of all prompt
-    tokens, template included, over the weight of all tokens that are trained on.
+    tokens, template included, over the weight of all tokens that are trained on: what is not completion, over all.
     """
     straddling, length = columns["straddling"], columns["length"]
     bare = {name: columns[name] for name in ("instruction", "input", "completion")}
@@ -48,9 +59,17 @@ def profile(columns: Mapping[str, Counts], max_tokens: int, on_long: Literal["dr
     }
     is_cut = length > max_tokens
     trained = ~is_cut if on_long == "drop" else np.ones(len(length), bool)
-    completion = columns["completion_kept"][trained].sum()
     # Of every example the first token is never predicted, so it has no weight.
-    prompt = (np.minimum(length, max_tokens) - columns["completion_kept"] - 1)[trained].sum()
+    completion, template = (
+        int((columns[f"{segment.name.lower()}_kept"] - (columns["first"] == segment))[trained].sum())
+        for segment in (Segment.COMPLETION, Segment.TEMPLATE)
+    )
+    prompt = int((np.minimum(length, max_tokens) - 1)[trained].sum()) - completion - template
+
+    def prompt_share(plw: float) -> float | None:
+        weight = plw * prompt + (plw if template_weight is None else template_weight) * template
+        return _ratio(weight, weight + completion_weight * completion)
+
     return {
         "tokens_bare": int(bare["prompt"].sum() + bare["completion"].sum()),
         "tokens": int(length.sum()),
@@ -63,12 +82,13 @@ def profile(columns: Mapping[str, Counts], max_tokens: int, on_long: Literal["dr
         "completion_shorter_than_prompt": float((bare["completion"] < bare["prompt"]).mean()),
         "completion_shorter_than_prompt_with_template": float((templated["completion"] < templated["prompt"]).mean()),
         "border_straddled": float((straddling > 0).mean()),
+        "end_straddled": float((columns["straddling_end"] > 0).mean()),
         "max_tokens": max_tokens,
         "longer_than_max_tokens": float(is_cut.mean()),
         "no_completion_within_max_tokens": float((columns["completion_kept"] == 0).mean()),
-        "effective_prompt_share": {
-            f"{plw:g}": _ratio(plw * prompt, plw * prompt + completion) for plw in PUBLISHED_PLWS
-        },
+        "template_weight": template_weight,
+        "completion_weight": completion_weight,
+        "effective_prompt_share": {f"{plw:g}": prompt_share(plw) for plw in PUBLISHED_PLWS},
     }
 
 
@@ -97,11 +117,23 @@ def profile_text(found: Mapping[str, Any]) -> str:
             f"prompt's end          in {found['border_straddled']:.2%} of the records a token straddles it: "
             "prompt in this table, completion in training"
         )
+    if found["end_straddled"]:
+        lines.append(
+            f"answers' ends         in {found['end_straddled']:.2%} of the records a token straddles one: completion"
+        )
     lines += [
-        "prompts' share of the loss weight, by PLW",
+        f"prompts' share of the loss weight, by PLW{weights_text(found)}",
         "  " + "  ".join(f"{plw}: {_number(share)}" for plw, share in found["effective_prompt_share"].items()),
     ]
     return "\n".join(lines)
+
+
+def weights_text(found: Mapping[str, Any]) -> str:
+    """The weights, but for PLW, that a profile's prompt shares were computed with; empty for the usual ones."""
+    told = f" at template weight {found['template_weight']:g}" if found["template_weight"] is not None else ""
+    if found["completion_weight"] != 1:
+        told += f"{' and' if told else ' at'} completion weight {found['completion_weight']:g}"
+    return told
 
 
 def _lengths(counts: Counts) -> dict[str, Any]:

@@ -36,3 +36,10 @@ class Record:
         # NUL between the texts; one inside a text is told from it by the \x01 before it.
         escaped = (text.replace("\x01", "\x01\x01").replace("\x00", "\x01\x00") for text in texts)
         return hashlib.sha256("\x00".join(escaped).encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What makes a row or a record unusable, as the rest of a sentence that starts with "record N"."""
+
+    text: str

@@ -44,6 +44,12 @@ class Source:
         """Whether the licence is known to forbid commercial use."""
         return re.search(r"\bnc\b", self.licence, re.IGNORECASE) is not None
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError if a file is no longer what it was when it was found."""
+        path = Path(self.location)
+        if path.is_absolute() and _sha256(path) != self.sha256:
+            raise ValueError(f"{path} has changed while it was read; start again once nothing writes to it")
+
 
 @dataclass(frozen=True)
 class Pinned:
@@ -102,7 +108,7 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
         sha256 = _sha256(path)
         licence = next((pinned.licence for pinned in NAMED.values() if pinned.sha256 == sha256), "")
         return _file(path, dataset, sha256, licence, inverted=False)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) and not dataset.endswith(formats.ENDINGS):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) and not dataset.lower().endswith(formats.ENDINGS):
         return _hub(dataset)
     raise ValueError(
         f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "
@@ -188,16 +194,15 @@ def _digest(stream: BinaryIO, digest: Any) -> str:
 def _hub(dataset: str) -> Source:
     """The train split of a data set on the hub, at the commit its revision stands for."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = dataset.partition("@")
     licence, commit = "", revision
     try:
         info = HfApi().dataset_info(name, revision=revision or None, timeout=20)
         licence, commit = str(getattr(info.card_data, "license", None) or ""), str(info.sha)
-    except HfHubHTTPError as error:
-        raise ValueError(f"the hub has no data set {dataset} for you: {first_line(error)}") from None
     except Exception as error:  # of whichever HTTP library the hub's client uses
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            raise ValueError(f"the hub has no data set {dataset} for you: {first_line(error)}") from None
         if not re.fullmatch("[0-9a-f]{40}", revision):
             raise ConnectionError(
                 f"the hub cannot be asked for {dataset} ({first_line(error)}); with the whole commit as @REVISION, "

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from plw_mlflow.tokens import Example
 
 BARE = ("instruction", "input", "completion")  # tokens of a record's own texts, each tokenised alone
 BY_SEGMENT = {segment: f"{segment.name.lower()}_tokens" for segment in Segment}  # tokens of the example
-COUNTS = (*BARE, *BY_SEGMENT.values(), "length", "straddling")
+COUNTS = (*BARE, *BY_SEGMENT.values(), "length", "straddling", "straddling_end")
 SCHEMA = pa.schema(
     [("number", pa.int64()), ("key", pa.binary(16)), ("inverted", pa.bool_())]
     + [(name, pa.int32()) for name in COUNTS]
+    + [("first", pa.int8())]  # segment of the first token, which is never predicted
     + [("tokens", pa.list_(pa.int32())), ("segment", pa.list_(pa.int8()))]
 )
 
@@ -61,11 +63,12 @@ class Writer:
         segment = np.concatenate([example.segment for example in examples])
         cells = np.repeat(np.arange(len(examples)), lengths) * len(Segment) + segment
         by_segment = np.bincount(cells, minlength=len(examples) * len(Segment)).reshape(-1, len(Segment))
-        straddling = np.array([example.straddling for example in examples])
+        straddling = np.array([(example.straddling, example.straddling_end) for example in examples])
         counts = np.column_stack([bare, by_segment, lengths, straddling]).astype(np.int32)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        offsets = pa.array(starts)
         columns = [pa.array(numbers, pa.int64()), pa.array(keys, pa.binary(16)), pa.array(inverted, pa.bool_())]
-        columns += [pa.array(column) for column in counts.T]
+        columns += [pa.array(column) for column in counts.T] + [pa.array(segment[starts[:-1]])]
         columns += [pa.ListArray.from_arrays(offsets, part) for part in (tokens, segment)]
         self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
         for part in (lengths.astype(np.int32), tokens, segment):
@@ -84,10 +87,10 @@ class Store:
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
         file = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
-        # Number int64 [N], key uint8 [N, 16], inverted bool [N], and every count int32 [N].
+        # Number int64 [N], key uint8 [N, 16], inverted bool [N], every count int32 [N], and first int8 [N].
         self.columns = {
             name: np.concatenate([batch[name].to_numpy(zero_copy_only=False) for batch in batches])
-            for name in ("number", "inverted", *COUNTS)
+            for name in ("number", "inverted", *COUNTS, "first")
         }
         self.columns["key"] = np.concatenate(
             [np.frombuffer(batch["key"].buffers()[1], np.uint8, 16 * len(batch)).reshape(-1, 16) for batch in batches]
@@ -103,7 +106,8 @@ class Store:
         batch = bisect.bisect_right(self._starts, row) - 1
         offsets, tokens, segment = self._lists[batch]
         start, end = offsets[row - self._starts[batch] : row - self._starts[batch] + 2]
-        return Example(tokens[start:end], segment[start:end], int(self.columns["straddling"][row]))
+        straddling = (int(self.columns[name][row]) for name in ("straddling", "straddling_end"))
+        return Example(tokens[start:end], segment[start:end], *straddling)
 
 
 class Examples(Sequence[Example]):
@@ -123,7 +127,8 @@ class Examples(Sequence[Example]):
         example = self._stores[self._which[index]][int(self._rows[index])]
         if len(example.tokens) <= self._max_tokens:
             return example
-        return Example(example.tokens[: self._max_tokens], example.segment[: self._max_tokens], example.straddling)
+        tokens, segment = example.tokens[: self._max_tokens], example.segment[: self._max_tokens]
+        return replace(example, tokens=tokens, segment=segment)
 
     def id(self, index: int) -> str:
         """The id of the record behind an example."""

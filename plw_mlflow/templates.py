@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from plw_mlflow.errors import first_line
-from plw_mlflow.records import Record
+from plw_mlflow.records import Fault, Record
 
 # The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
 ALPACA_WITH_INPUT = (
@@ -69,7 +70,15 @@ class Template(Protocol):
     completion_turns: Turns  # which turns of the assistant are completion
 
     def render(self, record: Record) -> list[Piece]:
-        """The record's text in pieces. Raises ValueError for a record that the template cannot hold."""
+        """The record's text in pieces. Raises Misfit for a record that the template cannot hold."""
+
+
+class Misfit(ValueError):
+    """A template cannot hold a record."""
+
+    def __init__(self, record: Record, fault: str) -> None:
+        super().__init__(f"record {record.id} {fault}")
+        self.fault = Fault(fault)
 
 
 def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Template:
@@ -90,8 +99,8 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
                 f"tokenizer {tokenizer.name_or_path} has no chat template; give one: --template FILE.jinja"
             )
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer, completion_turns)
-    path = Path(name)
-    if path.suffix not in (".json", ".jinja") or not path.is_file():
+    path = file(name)
+    if path is None:
         raise ValueError(
             f"there is no template {name!r}; it must be alpaca, chat, none, or the path of a .json file (with "
             "prompt_input and prompt_no_input) or of a .jinja file (a chat template)"
@@ -106,6 +115,12 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         raise ValueError(f"template {path} lacks the field {error}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"template {path} cannot be used: {first_line(error)}") from None
+
+
+def file(name: str) -> Path | None:
+    """The file that a template's name means, if it means one."""
+    path = Path(name)
+    return path if path.suffix in (".json", ".jinja") and path.is_file() else None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -142,11 +157,12 @@ class TextTemplate:
         self._without_input = _parsed(without_input, ["instruction"], specials)
 
     def render(self, record: Record) -> list[Piece]:
-        """The record's text in pieces. Raises ValueError for a conversation of several turns."""
+        """The record's text in pieces. Raises Misfit for a conversation of several turns."""
         if record.messages and [message.role for message in record.messages] != ["user", "assistant"]:
-            raise ValueError(
-                f"record {record.id} is a conversation ({', '.join(message.role for message in record.messages)}), but "
-                "the template holds one instruction and its completion; use --template chat, or --template FILE.jinja"
+            raise Misfit(
+                record,
+                f"is a conversation ({', '.join(message.role for message in record.messages)}), but the template holds "
+                "one instruction and its completion; use --template chat, or --template FILE.jinja",
             )
         fields = {
             "instruction": Piece(record.instruction, Segment.INSTRUCTION),
@@ -179,7 +195,8 @@ class ChatTemplate:
     def render(self, record: Record) -> list[Piece]:
         """The record's text in pieces.
 
-        Raises ValueError where the template refuses the record, or changes a content beyond stripping it.
+        Raises Misfit where the template refuses the record, or changes a content beyond stripping it; ValueError where
+        it is no template.
         """
         turns = _turns(record, self.completion_turns)
         shape = tuple((turn.role, turn.is_placed) for turn in turns)
@@ -190,13 +207,14 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ValueError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
         except (TemplateError, ValueError, TypeError) as error:
-            raise ValueError(f"record {record.id} does not fit the chat template: {first_line(error)}") from None
+            raise Misfit(record, f"does not fit the chat template: {first_line(error)}") from None
         outline = self._outlines[shape]
         pieces = outline.around(turns)
         if "".join(piece.text for piece in pieces) != rendered:
-            raise ValueError(
-                f"record {record.id} does not fit the chat template, which changes its contents, so that no token's "
-                "segment is certain; use another --template, or leave the record out"
+            raise Misfit(
+                record,
+                "does not fit the chat template, which changes its contents, so that no token's segment is certain; "
+                "use another --template",
             )
         return pieces + outline.end
 
@@ -237,6 +255,12 @@ class ChatTemplate:
                 if last is None and turn is turns[-1]:  # nothing would teach the model to stop
                     last = len(after[number])
                     end = [Piece(self._tokenizer.eos_token, Segment.COMPLETION, is_special=True)]
+                elif last is None:
+                    warnings.warn(
+                        "the chat template ends answers with no special token: where to stop is learnt from the last "
+                        "answer of a conversation alone",
+                        stacklevel=2,
+                    )
                 after[number] = [
                     piece._replace(segment=Segment.COMPLETION) if last is not None and n <= last else piece
                     for n, piece in enumerate(after[number])

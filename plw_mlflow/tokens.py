@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from plw_mlflow.records import Record
-from plw_mlflow.templates import Piece, Segment, Template, contents
+from plw_mlflow.records import Fault, Record
+from plw_mlflow.templates import Misfit, Piece, Segment, Template, contents
 
 # How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as
 # noncharacters, which no text should hold.
@@ -34,6 +34,7 @@ class Example:
     tokens: NDArray[np.int32]  # [T] beginning of text (if the tokenizer has the habit), prompt, completion, its end
     segment: NDArray[np.int8]  # [T] a Segment each
     straddling: int = 0  # tokens counted as completion that begin in the prompt
+    straddling_end: int = 0  # tokens counted as completion that end in what the template writes after an answer
 
 
 class Encoder:
@@ -46,7 +47,8 @@ class Encoder:
 
         prompt_border: where a prompt ends among the tokens of the whole text. By `offsets`, a token belongs to the
             segment its last character lies in, so one that straddles the border counts as completion: it is text that
-            only the completion explains. By `separate`, the prompt has as many tokens as it has when tokenised alone,
+            only the completion explains. So does one that straddles a completion's end, or the answer would lose its
+            last token. By `separate`, the prompt has as many tokens as it has when tokenised alone,
             as in the training code of Stanford Alpaca and of the study.
 
         Raises ValueError for a tokenizer that is not fast or has no end-of-text token.
@@ -103,13 +105,27 @@ class Encoder:
         encodings = iter(self._backend.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
         return [len(next(encodings)) if text else 0 for text in texts]
 
-    def encode(self, records: Sequence[Record]) -> list[Example]:
+    def encode(self, records: Sequence[Record]) -> list[Example | Fault]:
         """Tokenise records in the template, a thousand or so at a time: all are in memory at once.
 
-        Raises ValueError for a record that the template cannot hold.
+        A Fault stands in place of a record that the template cannot hold. Raises ValueError where there is no template.
         """
-        rendered = [self.template.render(record) for record in records]
-        parts = [self._spelled(record, pieces) for record, pieces in zip(records, rendered, strict=True)]
+        found = [self._rendered(record) for record in records]
+        examples = iter(self._encoded([pieces for pieces in found if not isinstance(pieces, Fault)]))
+        return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in found]
+
+    def _rendered(self, record: Record) -> list[Piece] | Fault:
+        try:
+            pieces = self.template.render(record)
+        except Misfit as misfit:
+            return misfit.fault
+        for piece in pieces:
+            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
+                return Fault("holds the noncharacters U+FDD0 and U+FDD1 around a number")
+        return pieces
+
+    def _encoded(self, rendered: Sequence[Sequence[Piece]]) -> list[Example]:
+        parts = [[self._specials[piece.text] if piece.is_special else piece.text for piece in p] for p in rendered]
         encodings = self._backend.encode_batch(["".join(texts) for texts in parts], add_special_tokens=False)
         borders = [_completion_starts(pieces) for pieces in rendered]
         prompt_tokens: Iterator[int] | None = None
@@ -120,13 +136,6 @@ class Encoder:
             self._example(encoding, pieces, [len(text) for text in texts], starts, prompt_tokens)
             for encoding, pieces, texts, starts in zip(encodings, rendered, parts, borders, strict=True)
         ]
-
-    def _spelled(self, record: Record, pieces: Sequence[Piece]) -> list[str]:
-        """The pieces' texts, as the backend spells them."""
-        for piece in pieces:
-            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
-                raise ValueError(f"record {record.id} holds the noncharacters U+FDD0 and U+FDD1 around a number")
-        return [self._specials[piece.text] if piece.is_special else piece.text for piece in pieces]
 
     def _example(
         self,
@@ -143,17 +152,27 @@ class Encoder:
         """
         ends = list(itertools.accumulate(characters))
         stops: list[int] = []  # in tokens
-        for piece, end in zip(pieces, ends, strict=True):
+        straddling = straddling_end = 0
+        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+            before = stops[-1] if stops else 0
             if piece.is_special:  # one token, though it may take the white space after it along
-                stops.append(stops[-1] + 1 if stops else 1)
+                stop = before + 1
+            elif end == ends[-1]:
+                stop = len(encoding)
             else:
-                stops.append(len(encoding) if end == ends[-1] else _first_beyond(encoding, end))
-        straddling = 0
+                stop = max(before, _first_beyond(encoding, end))
+                after = pieces[number + 1]
+                if piece.segment == Segment.COMPLETION != after.segment and not after.is_special:
+                    last_token = encoding.token_to_chars(stop)
+                    if last_token and last_token[0] < end:
+                        stop += 1
+                        straddling_end += 1
+            stops.append(stop)
         for number in completion_starts:
             if prompt_tokens is not None:
                 border = min(next(prompt_tokens), len(encoding))
-                before, beyond = stops[: number - 1], stops[number:]
-                stops = [*(min(stop, border) for stop in before), border, *(max(stop, border) for stop in beyond)]
+                earlier, later = stops[: number - 1], stops[number:]
+                stops = [*(min(stop, border) for stop in earlier), border, *(max(stop, border) for stop in later)]
             elif first_token := encoding.token_to_chars(stops[number - 1]):
                 straddling += first_token[0] < ends[number - 1]
         segments = [Segment.TEMPLATE, *(piece.segment for piece in pieces), Segment.COMPLETION]
@@ -162,6 +181,7 @@ class Encoder:
             np.array([*self._opening, *encoding.ids, *self._closing], dtype=np.int32),
             np.repeat(np.array(segments, dtype=np.int8), lengths),
             straddling,
+            straddling_end,
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run reports to its own store alone
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import click
 import mlflow
 import pandas as pd
 from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -34,8 +34,8 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import __version__, figures, origin, seeding
-from plw_mlflow.config import CellOptions, spell
+from plw_mlflow import __version__, figures, origin, seeding, templates
+from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.sources import Source
@@ -84,19 +84,22 @@ class Run:
     def log_data(self, sources: Sequence[Source], profile: dict[str, Any]) -> None:
         """Log the data sets as the run's inputs, with their digests, and the length profile as table and figure.
 
-        The first is the one the run's scores are said to be of.
+        The first is the one the run's scores are said to be of, so it has the name of all of them together.
         """
-        for source in reversed(sources):
+        names = [profile["name"], *(short_name(source.name) for source in sources[1:])]
+        for name, source in reversed(list(zip(names, sources, strict=True))):
             where: DatasetSource
             if source.location == "generated":
                 where = CodeDatasetSource({"generator": "plw_mlflow.toy", "version": __version__})
             else:
                 where = _FileSource(source.location)
             # A digest holds 36 characters at most; the whole one is a tag.
-            self._dataset = MetaDataset(where, name=short_name(source.name), digest=source.sha256[:36])  # type: ignore[abstract]
+            self._dataset = MetaDataset(where, name=name, digest=source.sha256[:36])  # type: ignore[abstract]
             mlflow.log_input(self._dataset, context="training")
         self.tag(data_sha256=",".join(source.sha256 for source in sources))
         mlflow.log_dict(profile, "profile.json")
+        if template := templates.file(profile["template"]):
+            mlflow.log_artifact(str(template), "template")
         with tempfile.TemporaryDirectory() as folder:
             figure = Path(folder, "profile.png")
             figure.write_bytes(figures.draw_profile(profile))
@@ -195,7 +198,7 @@ class Run:
         self._model_id = logged.model_id
         version = mlflow.register_model(
             f"models:/{logged.model_id}",
-            f"plw-{short_name(config.model)}-{short_name(config.dataset)}",
+            f"plw-{short_name(config.model)}-{short_name(data_name(config.dataset, config, short_name))}",
             tags={f"plw.{name}": spell(getattr(config, name)) for name in CELL_FIELDS},
         )
         self.tag(status="trained", model_version=f"{version.name}/{version.version}")
@@ -456,7 +459,12 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
                 )
     if not newest:
         raise ValueError(f"{what} holds no scored cell")
-    tables = [Run(run.info.run_id).scores().assign(method=run.data.params["method"]) for run in newest.values()]
+    tables = [
+        Run(run.info.run_id)
+        .scores()
+        .assign(dataset=_cell(run.data.params)["dataset"], method=run.data.params["method"])
+        for run in newest.values()
+    ]
     table = pd.concat(tables, ignore_index=True)
     if table["method"].nunique() > 1:
         table["model"] += " (" + table["method"] + ")"
@@ -485,12 +493,6 @@ def best_cells(sweep: str) -> dict[tuple[str, str], str]:
     for run in runs:
         best.setdefault((run.data.params["model"], run.data.params["dataset"]), run.info.run_id)
     return best
-
-
-def short_name(name: str) -> str:
-    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name."""
-    last = re.sub(r"(\.(jsonl?|csv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "unnamed"
 
 
 class _FileSource(FileSystemDatasetSource):
@@ -527,8 +529,19 @@ class _FileSource(FileSystemDatasetSource):
 
 
 def _cell(params: dict[str, str]) -> dict[str, Any]:
-    kinds = {"model": str, "dataset": str, "plw": float, "seed": int}
-    return {name: kind(params[name]) for name, kind in kinds.items()}
+    """A cell's columns in the score table; its data set is named by what was done to it, too."""
+
+    def is_true(name: str) -> bool:
+        return bool(click.BOOL(params.get(name) or "false"))  # as the caller spelled it; older runs lack some
+
+    options = DataOptions(
+        invert=is_true("invert"),
+        mix=params.get("mix") or None,
+        mix_invert=is_true("mix_invert"),
+        mix_share=float(params.get("mix_share") or DataOptions.mix_share),
+    )
+    data = data_name(params["dataset"], options)
+    return {"model": params["model"], "dataset": data, "plw": float(params["plw"]), "seed": int(params["seed"])}
 
 
 def _get_run(run_id: str) -> mlflow.entities.Run:

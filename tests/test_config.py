@@ -16,11 +16,14 @@ from plw_mlflow import cli, config, sources
 from plw_mlflow.config import (
     CONFIGS,
     AnalyzeConfig,
+    DataOptions,
     EvaluateConfig,
     MainConfig,
     PrepareConfig,
     SweepConfig,
     TrainConfig,
+    data_name,
+    short_name,
 )
 from tests.stores import ROOT
 
@@ -301,3 +304,46 @@ def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
         text=True,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("-15\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("toy", "toy"),
+        ("meta-llama/Llama-2-7b-hf@01c7f73", "Llama-2-7b-hf"),
+        ("/some/folder/stories260K-hf/", "stories260K-hf"),
+        ("data/alpaca data.json.gz", "alpaca-data"),
+        ("chats.parquet", "chats"),
+        ("sums.csv.zst", "sums"),
+        ("SUMS.CSV", "SUMS"),
+        ("ünsinn", "nsinn"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("Qwen/Qwen2.5-7B-Instruct@main", "Qwen2.5-7B-Instruct"),
+        ("toy-long + 0.7 toy-short inverted", "toy-long-0.7-toy-short-inverted"),
+    ],
+)
+def test_short_name_suits_a_registered_model(name, expected):
+    assert short_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "a/long.json"),
+        ({"invert": True}, "a/long.json inverted"),
+        ({"mix": "b/short.csv", "mix_share": 0.7}, "a/long.json + 0.7 b/short.csv"),
+        ({"mix": "a/long.json", "mix_invert": True}, "a/long.json + 0.5 a/long.json inverted"),
+    ],
+)
+def test_a_data_set_is_named_by_what_is_done_to_it(options, expected):
+    assert data_name("a/long.json", DataOptions(**options)) == expected
+    short = expected.replace("a/long.json", "long").replace("b/short.csv", "short")
+    assert data_name("a/long.json", DataOptions(**options), short_name) == short
+
+
+@pytest.mark.parametrize("change", [{"mix_share": 0.3}, {"mix_invert": True}])
+def test_what_concerns_a_second_data_set_needs_one(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is .* there is no second data set"):
+        PrepareConfig(**change)
+    PrepareConfig(mix="toy-long", **change)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from plw_mlflow import formats
-from plw_mlflow.formats import Fault
-from plw_mlflow.records import Message, Record
+from plw_mlflow.records import Fault, Message, Record
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]
@@ -125,7 +124,10 @@ def test_rows_come_before_the_file_has_been_read(tmp_path):
         (gzip.compress(b"[]" * 99)[:12] + b"\xff" * 20, "is a damaged gzip file"),
         (b"\x1f\x8b", "is a damaged gzip file"),
         (zstd(b"[]" * 99)[:-3], "is a damaged zstd file"),
-        (b"PAR1 and no more", "is a damaged Parquet file"),
+        (gzip.compress(b"[]" * 99)[:-9], "; get it again$"),
+        (b'[{"a": "\xff"}]', "; save it as UTF-8$"),
+        (b"PAR1 and no more", "is a damaged Parquet file .*; get it again$"),
+        (gzip.compress(b"PAR1 and more"), "Parquet is not read packed; unpack it"),
     ],
 )
 def test_what_cannot_be_read_on_is_refused_by_name(tmp_path, content, expected):
@@ -138,7 +140,9 @@ def test_what_cannot_be_read_on_is_refused_by_name(tmp_path, content, expected):
     ("content", "expected"),
     [
         (b'a,b\n1,2\n"3,4\n', "record 2 is not CSV"),
-        (b"a,b\n\xff,2\n", "is not UTF-8 text, soon after record 0"),
+        (b"a,b\n\xff,2\n", "is not UTF-8 text, soon after record 0 .*; save it as UTF-8"),
+        (b"a;b\n1;2\n", "holds ';'; the delimiter must be a comma"),
+        (b"a\tb\n1\t2\n", r"holds '\\t'; the delimiter must be a comma"),
     ],
 )
 def test_so_is_a_broken_csv(tmp_path, content, expected):
@@ -180,6 +184,30 @@ def test_a_format_is_known_by_its_fields(format, rows):
         assert formats.detect([{}, row, row, None, {"prompt": "other"}], "data") == format
 
 
+def test_a_file_whose_name_shouts_is_csv_too(tmp_path):
+    assert read(tmp_path / "DATA.CSV", as_csv([GOOD])) == [GOOD]
+
+
+def test_a_field_without_a_value_says_nothing_of_the_format():
+    """Parquet files made of several kinds of rows have the fields of all in each."""
+    row = dict.fromkeys(["instruction", "output", "messages"]) | {"conversations": CHAT}
+    assert formats.detect([row], "data") == "chat"
+    assert formats.record(row, "f:1", "chat") == formats.record({"messages": CHAT}, "f:1", "chat")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], "data holds no record"),
+        ([Fault("is not JSON: a"), Fault("is not JSON: b")], "data: record 1 is not JSON: a"),
+        (["a", Fault("is not JSON: b")], "data: record 1 is a JSON str, not an object"),
+    ],
+)
+def test_a_file_without_a_single_object_is_not_blamed_on_its_fields(rows, expected):
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        formats.detect(rows, "data")
+
+
 def test_an_unknown_format_is_told_with_its_fields_and_the_known_ones():
     with pytest.raises(ValueError, match=r"(?s)data .*'question', 'answer'.*alpaca needs 'instruction' and 'output'"):
         formats.detect([{"question": "a", "answer": "b"}], "data")
@@ -213,6 +241,34 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
+def said(found):
+    return [(message.role[0], message.content) for message in found.messages]
+
+
+def test_system_and_history_make_a_conversation_of_a_record():
+    row = GOOD | {"system": "Be brief.", "history": [["Hi", "Hello"], ["Bye", "So long"]], "tools": [], "functions": ""}
+    found = formats.record(row, "f:1", "alpaca")
+    earlier = [("s", "Be brief."), ("u", "Hi"), ("a", "Hello"), ("u", "Bye"), ("a", "So long")]
+    assert said(found) == [*earlier, ("u", "Add.\n2 2"), ("a", "4")]
+    assert (found.instruction, found.input, found.output) == ("Add.\n2 2", "", "4")
+    only = formats.record({"prompt": "Hi", "completion": "Hello", "system": "Be brief."}, "f:1", "prompt-completion")
+    assert said(only) == [("s", "Be brief."), ("u", "Hi"), ("a", "Hello")]
+    assert formats.record(GOOD | {"system": "", "history": []}, "f:1", "alpaca").messages == ()
+
+
+def test_a_system_text_beside_a_conversation_opens_it_unless_it_has_its_own():
+    found = formats.record({"messages": CHAT, "system": "Be brief."}, "f:1", "chat")
+    assert said(found) == [("s", "Be brief."), ("u", "Add 2 2."), ("a", "4")]
+    own = formats.record({"messages": [turn("system", "Sing."), *CHAT], "system": "Be brief."}, "f:1", "chat")
+    assert said(own)[0] == ("s", "Sing.")
+
+
+def test_what_is_not_read_is_known():
+    row = ROWS["dolly"][0] | {"system": "", "tools": None, "source": None}
+    assert formats.unread(row, "dolly") == ["category"]
+    assert formats.unread({"messages": CHAT, "history": [], "prompt": ""}, "chat") == ["history", "prompt"]
+
+
 BAD = [
     (Fault("is broken"), "alpaca", "is broken"),
     ({"instruction": "Add.", "response": "4"}, "alpaca", "lacks the field 'output' (it has 'instruction', 'response')"),
@@ -227,6 +283,13 @@ BAD = [
     (GOOD | {"output": " \n\t"}, "alpaca", "has an empty completion (output)"),
     (GOOD | {"output": None}, "alpaca", "has an empty completion (output)"),
     (GOOD | {"instruction": " "}, "alpaca", "has an empty instruction"),
+    (GOOD | {"system": ["Be brief."]}, "alpaca", "has something other than text as its system"),
+    (GOOD | {"history": "Hi"}, "alpaca", "has something other than a list of pairs, question and answer"),
+    (GOOD | {"history": [["Hi"]]}, "alpaca", "has something other than a list of pairs, question and answer"),
+    (GOOD | {"history": [["Hi", 5]]}, "alpaca", "has something other than text as its turn 2"),
+    (GOOD | {"tools": [{"name": "add"}]}, "alpaca", "has tools, which no template here is given"),
+    ({"messages": CHAT, "functions": '[{"name": "add"}]'}, "chat", "has tools, which no template here is given"),
+    ({"messages": CHAT, "system": 5}, "chat", "has something other than text as its system"),
     (GOOD | {"output": "\ud83d"}, "alpaca", "has half a surrogate pair in its output, which is no character"),
     ({"messages": "Hi"}, "chat", "has something other than a list of turns as its conversation"),
     ({"messages": ["Hi"]}, "chat", "has something other than a list of turns as its conversation"),

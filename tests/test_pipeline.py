@@ -115,6 +115,20 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     assert (loaded - base).abs().max() > 0.01  # it is not the base that came back
 
 
+def test_a_model_has_the_chat_template_it_was_trained_with(new_place, monkeypatch):
+    monkeypatch.chdir(new_place.folder)
+    mlflow.set_tracking_uri(new_place.uri)
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    Path("mine.jinja").write_text(source)
+    config = TrainConfig(template="mine.jinja", dataset="toy-long", invert=True, max_records=20, epochs=1)
+    with tracking.open_run(config, "test") as run, cell.trained(config, run):
+        pass
+    _, tokenizer = run.load_checkpoint()
+    assert tokenizer.chat_template == source
+    (model,) = new_place.client.search_registered_models()
+    assert model.name == "plw-toy-toy-long-inverted"
+
+
 def test_evaluate_adds_scores_to_the_cells_run(place, cell_run):
     run, _, _ = cell_run
     before = len(place.runs())
@@ -225,7 +239,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     assert process.returncode == 130
     assert (
         err.strip().splitlines()[-1]
-        == "error: interrupted; given again, main and train go on from their last checkpoint, if they have written one"
+        == "error: interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
     )
     assert new_place.runs()[0].info.status == "KILLED"
 

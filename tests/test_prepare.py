@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from plw_mlflow import formats, prepare, templates
+from plw_mlflow.batches import Weights, collate
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.records import Record
 from plw_mlflow.templates import Segment
@@ -56,7 +57,8 @@ LONG = [("a" * 10, "b" * 5), ("a" * 20, "b" * 5), ("a" * 10, "b" * 40)]  # HEAD 
 def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
     found = prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=HEAD + 26, validation_share=1e-9))
     assert lengths(found) == [HEAD + 16, HEAD + 26]
-    assert found.profile["dropped_as_too_long"] == ["data.jsonl:3"]
+    assert found.profile["dropped_as_too_long"] == 1
+    assert found.profile["first_dropped_as_too_long"] == ["data.jsonl:3"]
     assert found.profile["truncated"] == found.profile["lost_whole_completion"] == 0
 
 
@@ -66,9 +68,29 @@ def test_or_cut_off_and_counted(write, tokenizer):
     assert lengths(found) == [HEAD + 16, HEAD + 20, HEAD + 20]
     kept = [np.count_nonzero(one.segment == Segment.COMPLETION) for one in [*found.training, *found.validation]]
     assert sorted(kept) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
-    assert found.profile["dropped_as_too_long"] == []
+    assert found.profile["dropped_as_too_long"] == 0
     assert found.profile["truncated"] == 2
     assert found.profile["lost_whole_completion"] == 1
+
+
+def test_only_the_first_of_many_that_are_too_long_are_named(write, tokenizer):
+    found = prepare.run(write([LONG[2]] * 150 + LONG[:2]), tokenizer, DataOptions(max_tokens=HEAD + 26)).profile
+    assert found["dropped_as_too_long"] == 150
+    assert found["first_dropped_as_too_long"] == [f"data.jsonl:{number}" for number in range(1, 101)]
+    assert "150 dropped" in prepare.text(found)
+
+
+@pytest.mark.parametrize(("template", "opening"), [("alpaca", 1), ("none", 0)])
+@pytest.mark.parametrize("on_long", ["drop", "truncate"])
+def test_the_prompts_share_is_that_of_the_weights_a_batch_has(write, tokenizer, template, opening, on_long):
+    """Of `none`, an example starts with the instruction; its first token is then not the template's."""
+    options = DataOptions(template=template, max_tokens=HEAD * opening + 24, on_long=on_long, validation_share=1e-9)
+    told = {"template_weight": 0.3, "completion_weight": 2.0}
+    found = prepare.run(write(LONG), tokenizer, options, **told)
+    for plw, share in found.profile["effective_prompt_share"].items():
+        batch = collate([*found.training, *found.validation], Weights(float(plw), *told.values()))
+        expected = batch.weights[~batch.is_completion].sum() / batch.weights.sum()
+        assert share == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(
@@ -154,6 +176,18 @@ def test_inversion_is_counted(write, tokenizer):
     assert bare == {"instruction": len(expected.instruction) + 13, "input": 13, "completion": 6 + 6}
 
 
+def test_a_set_is_mixed_with_its_own_inversion(write, tokenizer):
+    """`invert` concerns the first set alone, `mix_invert` the second; records then occur in both forms."""
+    path = write([(f"Question {number}?", "A longer answer than that, to be sure.") for number in range(20)])
+    options = DataOptions(mix=path, mix_invert=True, validation_share=0.3)
+    for told in (options, replace(options, invert=True, mix_invert=False)):
+        found = prepare.run(path, tokenizer, told)
+        assert (found.profile["records"], found.profile["inverted"], found.profile["duplicates"]) == (40, 20, 0)
+        completions = texts([*found.training, *found.validation], tokenizer, Segment.COMPLETION)
+        assert sum(text.startswith("Question") for text in completions) == 20
+    assert found.profile["name"] == "data inverted + 0.5 data"
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.25, (60, 20)), (0.5, (40, 40)), (0.8, (10, 40)), (0.3, (60, 26))])
 def test_a_mixture_has_its_share_and_is_as_large_as_can_be(write, tokenizer, share, expected):
     first = write([(f"First {number}", "a") for number in range(60)], "first.jsonl")
@@ -204,6 +238,12 @@ def test_a_mixture_of_nothing_is_an_error(write, tokenizer):
     second = write([("Second", "b")], "second.jsonl")
     with pytest.raises(ValueError, match=r"mix-share=0.01 .* leaves no record of .*second.jsonl"):
         prepare.run(first, tokenizer, DataOptions(mix=second, mix_share=0.01))
+
+
+def test_a_set_mixed_with_itself_has_nothing_left_without_its_duplicates(write, tokenizer):
+    path = write([("First", "a"), ("Other", "a")])
+    with pytest.raises(ValueError, match=r"^drop-duplicates leaves no record of .* has them all"):
+        prepare.run(path, tokenizer, DataOptions(mix=path, drop_duplicates=True))
 
 
 def test_exact_duplicates_are_counted_and_dropped_if_told_so(write, tokenizer):
@@ -277,11 +317,63 @@ def test_a_file_without_a_good_record_is_refused_even_when_skipping(write, token
         prepare.run(path, tokenizer, DataOptions(on_bad_record="skip"))
 
 
+MULTI_TURN = {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]}
+PAIR = {"messages": MULTI_TURN["messages"][:2]}
+MARKED = {"messages": [PAIR["messages"][0], {"role": "assistant", "content": "\ufdd01\ufdd1"}]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "template", "invert", "fault"),
+    [
+        (MULTI_TURN, "alpaca", False, "is a conversation (user, assistant, user, assistant), but the template holds"),
+        (MULTI_TURN, "chat", False, "does not fit the chat template: one question at a time"),
+        (MARKED, "alpaca", False, "holds the noncharacters U+FDD0 and U+FDD1"),
+        (MARKED, "chat", True, "holds the noncharacters U+FDD0 and U+FDD1"),
+    ],
+)
+def test_a_record_that_the_template_refuses_is_bad_like_any(write, bad, template, invert, fault):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"
+    )
+    path = write([PAIR, bad, {"messages": 5}, PAIR, PAIR], "chats.jsonl")
+    options = DataOptions(template=template, invert=invert, validation_share=1e-9, max_records=2)
+    with pytest.raises(ValueError, match="record 2") as raised:
+        prepare.run(write([PAIR, bad, PAIR]), tokenizer, options)
+    assert str(raised.value).startswith(f"{write([PAIR, bad, PAIR])}: record 2 {fault}")
+    assert str(raised.value).endswith("--on-bad-record skip")
+
+    found = prepare.run(path, tokenizer, replace(options, on_bad_record="skip"))
+    (source,) = found.profile["sources"]
+    assert found.profile["records"] == 2
+    assert [found.training.id(n) for n in range(len(found.training))] == ["chats.jsonl:1", "chats.jsonl:4"]
+    assert source["skipped"][0].startswith(f"record 2 {fault}")
+    assert source["skipped"][1].startswith("record 3 has something other than a list of turns")
+    with pytest.raises(ValueError, match=r"holds no usable record \(2 were read; record 1"):
+        prepare.run(write([bad, bad]), tokenizer, replace(options, on_bad_record="skip"))
+
+
+def test_a_template_that_is_none_is_no_fault_of_the_records(write, tokenizer, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    options = DataOptions(template=str(tmp_path / "broken.jinja"), on_bad_record="skip")
+    with pytest.raises(ValueError, match="line 1 of the chat template is no Jinja"):
+        prepare.run(write([PAIR]), tokenizer, options)
+
+
 def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_are(write, tokenizer):
     found = prepare.run(write([*[("a", "")] * 9, ("b", "c")]), tokenizer, DataOptions(on_bad_record="skip"))
     text = prepare.text(found.profile)
     assert text.count("has an empty completion") == 5
     assert "9 in all, listed in profile.json" in text
+
+
+def test_fields_that_are_not_read_are_counted_and_told(write, tokenizer):
+    path = write([GOOD | {"topic": "sums", "\x1b[1m": 1}, GOOD | {"topic": "sums", "source": None}])
+    found = prepare.run(path, tokenizer, DataOptions()).profile
+    assert found["sources"][0]["fields_not_read"] == {"topic": 2, "\x1b[1m": 1}
+    assert "fields not read     'topic' (2), '\\x1b[1m' (1)" in prepare.text(found)
+    assert "fields not read" not in prepare.text(prepare.run(write([GOOD]), tokenizer, DataOptions()).profile)
 
 
 # Formats.
@@ -377,6 +469,23 @@ def test_what_could_change_a_token_is_prepared_anew(write, tokenizer, tmp_path, 
     prepare.run(path, tokenizer, options)
     prepare.run(path, tokenizer, replace(options, **change))
     assert len(list((tmp_path / "cache" / "examples").glob("*.lock"))) == 2
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_not_stored(write, tokenizer, tmp_path, monkeypatch):
+    """Or what was read then would be taken for the first content ever after."""
+    path, options = write(LONG), DataOptions(cache_dir=tmp_path / "cache", max_records=1)
+    read = formats.rows
+
+    def rows_changed(path):
+        write([("Other", "content")])
+        return read(path)
+
+    monkeypatch.setattr(formats, "rows", rows_changed)
+    with pytest.raises(ValueError, match=f"{path} has changed while it was read"):
+        prepare.run(path, tokenizer, options)
+    monkeypatch.setattr(formats, "rows", read)
+    assert not [one for one in (tmp_path / "cache" / "examples").iterdir() if one.is_dir()]
+    assert texts(prepare.run(write(LONG), tokenizer, options).training, tokenizer) == ["a" * 10]
 
 
 def test_so_is_another_content_and_another_tokenizer(write, tokenizer, tmp_path):

@@ -26,7 +26,10 @@ COLUMNS = {
     "completion_tokens": [3, 7, 4],
     "length": [10, 12, 14],
     "straddling": [0, 1, 0],
+    "straddling_end": [0, 0, 0],
     "completion_kept": [3, 7, 2],
+    "template_kept": [4, 4, 4],
+    "first": [0, 0, 0],
 }
 
 
@@ -73,6 +76,15 @@ def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, comple
         assert share == pytest.approx(plw * prompt / (plw * prompt + completion))
 
 
+def test_weights_other_than_the_plw_are_in_the_share_and_in_the_title():
+    found = profile(columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
+    # Of the template, four tokens each, the first is never predicted; instructions and inputs have 3 + 1 tokens.
+    assert found["effective_prompt_share"]["0.5"] == pytest.approx(0.5 * 4 / (0.5 * 4 + 2 * 10))
+    assert "by PLW at template weight 0 and completion weight 2" in profile_text(found)
+    assert "by PLW at completion weight 2" in profile_text(found | {"template_weight": None})
+    assert "by PLW\n" in profile_text(profile(columns(), max_tokens=12, on_long="drop"))
+
+
 def test_completions_lost_at_the_limit_are_counted():
     found = profile(columns(completion_kept=[3, 0, 0]), max_tokens=10, on_long="truncate")
     assert found["longer_than_max_tokens"] == found["no_completion_within_max_tokens"] == pytest.approx(2 / 3)
@@ -111,6 +123,8 @@ def test_the_table_has_what_a_person_asks():
 
 def test_a_border_that_nothing_straddles_is_not_spoken_of():
     assert "straddles" not in profile_text(profile(columns(straddling=[0, 0, 0]), max_tokens=12, on_long="drop"))
+    ends = profile(columns(straddling=[0, 0, 0], straddling_end=[2, 0, 0]), max_tokens=12, on_long="drop")
+    assert "in 33.33% of the records a token straddles one" in profile_text(ends)
 
 
 def test_the_figure_is_drawn_whatever_the_data():
@@ -118,7 +132,7 @@ def test_the_figure_is_drawn_whatever_the_data():
         profile(columns(), max_tokens=12, on_long="drop"),
         profile(columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
     ):
-        png = figures.draw_profile(found | {"dataset": "folder/$a_b$.json"})
+        png = figures.draw_profile(found | {"name": "$a_b$"})
         image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
         assert (image < 128).mean() > 0.01  # some ink
 

@@ -33,11 +33,13 @@ def server(answers):
         def do_GET(self):
             asked.append(self.path)
             content = answers.get(self.path.partition("?")[0])
-            self.send_response(404 if content is None else 200)
+            status = content if isinstance(content, int) else 404 if content is None else 200
+            content = None if isinstance(content, int) else content
+            self.send_response(status)
             self.send_header("Content-Length", str(len(content or b"")))
             self.send_header("ETag", '"0"')
             self.send_header("X-Repo-Commit", COMMIT)
-            if content is None:
+            if status == 404:
                 self.send_header("X-Error-Code", "EntryNotFound")
             self.end_headers()
             if self.command == "GET":
@@ -188,6 +190,7 @@ def hub(tmp_path_factory):
     answers[f"/datasets/me/sums/resolve/{COMMIT}/data.jsonl"] = LINES
     for path in ("", "/revision/main", f"/revision/{COMMIT}"):
         answers[f"/api/datasets/me/sums{path}"] = json.dumps(info).encode()
+    answers |= {f"/api/datasets/me/busy/revision/{revision}": 500 for revision in ("main", COMMIT)}
     home = tmp_path_factory.mktemp("hub")
 
     with server(answers) as (address, _):
@@ -215,6 +218,8 @@ def test_a_revision_on_the_hub_is_resolved_to_its_commit(hub):
     [
         ("me/none", {}, ["ValueError", "the hub has no data set me/none"]),
         ("me/sums@other", {}, ["ValueError", "the hub has no data set me/sums@other"]),
+        ("me/busy@main", {}, ["ConnectionError", "the hub cannot be asked for me/busy@main"]),
+        (f"me/busy@{COMMIT}", {}, ["ValueError", f"data set me/busy at {COMMIT} cannot be read"]),  # as it went on
         ("me/sums@main", {"HF_HUB_OFFLINE": "1"}, ["ConnectionError", "the hub cannot be asked for me/sums@main"]),
         ("me/sums@main", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["ConnectionError", "the hub cannot be asked for"]),
     ],

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plw_mlflow import templates, toy
-from plw_mlflow.records import Record
-from plw_mlflow.templates import Segment
+from plw_mlflow.records import Fault, Message, Record
+from plw_mlflow.templates import ChatTemplate, Segment
 from plw_mlflow.tokens import Encoder
 from tests.conftest import BOS, BYTES, EOS, byte_tokenizer
 
@@ -295,9 +296,32 @@ def test_whatever_the_kind_of_tokenizer(name):
     assert [token for token in tokens[1:] if token in special] == [tokenizer.eos_token_id]
 
 
+def test_a_token_that_straddles_an_answers_end_is_the_answers():
+    """Otherwise all answers but the last would lose it to the template, where that ends them with no special token."""
+    tokenizer = byte_tokenizer(("A", "Ċ"))
+    source = "{% for m in messages %}{{ m.role[0] + m.content + '\n' }}{% endfor %}"
+    turns = [("user", "U"), ("assistant", "aA"), ("user", "V"), ("assistant", "B")]
+    record = Record("1", "V", "", "B", tuple(Message(*turn) for turn in turns))
+    for turns, count in (("every", 1), ("last", 0)):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            (found,) = Encoder(tokenizer, ChatTemplate(source, tokenizer, turns)).encode([record])
+        assert [str(one.message)[:41] for one in warned] == ["the chat template ends answers with no sp"] * count
+        answer = Segment.COMPLETION if count else Segment.INPUT
+        assert found.segment.tolist() == [
+            *(Segment.TEMPLATE, Segment.INSTRUCTION, Segment.TEMPLATE, Segment.TEMPLATE),  # u U newline a
+            *(answer, answer if count else Segment.TEMPLATE),  # a, and A with the newline
+            *(Segment.TEMPLATE, Segment.INSTRUCTION, Segment.TEMPLATE, Segment.TEMPLATE),
+            *[Segment.COMPLETION] * 3,  # B, newline, end of text
+        ]
+        assert (found.straddling, found.straddling_end) == (0, count)
+
+
 def test_a_record_that_spells_what_the_encoder_writes_for_them_is_refused():
-    with pytest.raises(ValueError, match=r"record file:7 holds the noncharacters"):
-        encode(Record("file:7", "Go", "", f"\ufdd0{EOS}\ufdd1"), byte_tokenizer())
+    good, bad = Record("1", "Go", "", "Gone"), Record("2", "Go", "", f"\ufdd0{EOS}\ufdd1")
+    first, refused, last = encoder(byte_tokenizer()).encode([good, bad, good])
+    assert refused == Fault("holds the noncharacters U+FDD0 and U+FDD1 around a number")
+    assert first.tokens.tolist() == last.tokens.tolist()
 
 
 @pytest.mark.parametrize("field", ["instruction", "input"])

@@ -28,24 +28,6 @@ def history(store, run_id, name):
     return [(point.step, point.value) for point in store.get_metric_history(run_id, name)]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("toy", "toy"),
-        ("meta-llama/Llama-2-7b-hf@01c7f73", "Llama-2-7b-hf"),
-        ("/some/folder/stories260K-hf/", "stories260K-hf"),
-        ("data/alpaca data.json.gz", "alpaca-data"),
-        ("chats.parquet", "chats"),
-        ("sums.csv.zst", "sums"),
-        ("ünsinn", "nsinn"),
-        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
-        ("Qwen/Qwen2.5-7B-Instruct@main", "Qwen2.5-7B-Instruct"),
-    ],
-)
-def test_short_name_suits_a_registered_model(name, expected):
-    assert tracking.short_name(name) == expected
-
-
 def test_parameters_already_logged_keep_their_spelling(store, monkeypatch):
     begun = store.create_run("0")  # as `mlflow run` begins one
     store.log_param(begun.info.run_id, "plw", "1e-2")
@@ -67,12 +49,29 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     found = store.get_run(run.id)
     inputs = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
     assert inputs == {
-        name: source.sha256[:36] for name, source in zip(("toy-short", "sums"), prepared.sources, strict=True)
+        name: source.sha256[:36]
+        for name, source in zip(("toy-short + 0.5 sums", "sums"), prepared.sources, strict=True)
     }
     assert found.data.tags["plw.data_sha256"] == ",".join(source.sha256 for source in prepared.sources)
     profile = store.download_artifacts(run.id, "profile.json", str(tmp_path))
     assert json.loads(Path(profile).read_text()) == prepared.profile
     assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("mine.jinja", "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"), ("alpaca", "not this file")],
+)
+def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(template=name, max_records=5))
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        run.log_data(prepared.sources, prepared.profile)
+    kept = [item.path for item in store.list_artifacts(run.id, "template")]
+    assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
+    for path in kept:
+        assert Path(store.download_artifacts(run.id, path, str(tmp_path))).read_text() == content
 
 
 def test_a_failure_is_told_on_the_run(store):
@@ -354,6 +353,24 @@ def test_cells_of_two_recipes_are_not_mixed(store):
         tracking.score_table(experiment="Default")
     assert first.id in str(error.value)
     assert second.id in str(error.value)
+
+
+def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkeypatch):
+    """Also where the caller has spelled it his own way, or an older run lacks a parameter."""
+    begun = store.create_run("0").info.run_id
+    store.log_param(begun, "invert", "True")
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    changes = [{"invert": True}, {}, *({"mix": "b/toy-short.json", "mix_share": share} for share in (0.3, 0.7))]
+    names = ["toy-long inverted", "toy-long", *(f"toy-long + {share} b/toy-short.json" for share in (0.3, 0.7))]
+    for number, change in enumerate(changes):
+        run = scored(MainConfig(dataset="toy-long", **change), ("a", number / 10))
+        store.set_tag(run.id, "plw.cell", f"cell {number}")
+        assert store.get_run(run.id).data.params["dataset"] == "toy-long"
+    table = tracking.score_table(experiment="Default")
+    assert dict(zip(table["dataset"], table["score"], strict=True)) == {
+        name: number / 10 for number, name in enumerate(names)
+    }
+    assert tracking._cell({"model": "m", "dataset": "d", "plw": "1", "seed": "1"})["dataset"] == "d"
 
 
 def test_methods_in_one_table_count_as_models(store):
