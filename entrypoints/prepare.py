@@ -22,8 +22,7 @@ def main(config: PrepareConfig) -> None:
         )
         run.log_data(prepared.sources, prepared.profile)
         prepare.write(prepared, config.output)
-        template_weight = config.plw if config.template_weight is None else config.template_weight
-        weights = Weights(prompt=config.plw, template=template_weight, completion=config.completion_weight)
+        weights = Weights.told_by(config)
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
             print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))

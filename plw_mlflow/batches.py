@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plw_mlflow import seeding
+from plw_mlflow.config import PrepareConfig, TrainConfig
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
 
@@ -34,6 +35,12 @@ class Weights:
         by_segment[Segment.INSTRUCTION] = by_segment[Segment.INPUT] = self.prompt
         by_segment[Segment.COMPLETION] = self.completion
         return by_segment[segment]
+
+    @classmethod
+    def told_by(cls, config: TrainConfig | PrepareConfig) -> Weights:
+        """What a config says: the template weighs as the prompt, unless it is told otherwise."""
+        template = config.plw if config.template_weight is None else config.template_weight
+        return cls(prompt=config.plw, template=template, completion=config.completion_weight)
 
 
 @dataclass(frozen=True)

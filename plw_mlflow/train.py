@@ -82,8 +82,7 @@ def run(
     state = _start(config, model, total)
     resumed_from = _load(folder, state)
     learner, optimizer = accelerator.prepare(state.learner, state.optimizer)
-    template_weight = config.plw if config.template_weight is None else config.template_weight
-    weights = Weights(prompt=config.plw, template=template_weight, completion=config.completion_weight)
+    weights = Weights.told_by(config)
     by_length = config.divisor_scope == "step"  # within a step the cut does not matter; for micro-batches it does
 
     started, tokens_seen = time.monotonic(), 0
