@@ -7,7 +7,7 @@ IMAGE := plw_mlflow:$(VERSION)
 BUILD :=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test study image image-cpu test-image bench setup
+.PHONY: run test study image image-cpu test-image bench mlproject setup
 
 run: setup
 	$(BIN)/python -m entrypoints.main --plw 0.242
@@ -26,6 +26,10 @@ bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
+
+# After a change of options in plw_mlflow/config.py.
+mlproject: setup
+	$(BIN)/python -m tests.write_mlproject
 
 # Both make the image that MLproject names.
 image:
