@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import evaluate, models, prepare, templates, train
+from plw_mlflow import checkpoints, evaluate, models, prepare, templates, train
 from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.tracking import Run
@@ -67,10 +67,10 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     }
     key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key
-    with train.reserve(folder):
+    with checkpoints.reserve(folder):
         run.tag(base_model=contents["base"], precision=contents["precision"])
-        run.fetch_checkpoint(key, folder, newer_than=train.newest_step(folder))
-        run.begin_cell(key, folder, train.newest_step(folder))
+        run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
+        run.begin_cell(key, folder, checkpoints.newest_step(folder))
         store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
         done = train.run(config, prepared, model, folder, run.log_step, run.flush, store)
         run.flush()
