@@ -116,6 +116,8 @@ class RecipeOptions:
     """Put examples behind one another in rows without padding, each seeing itself alone; false: padded rows."""
     micro_batch_tokens: int | None = None
     """Longest packed row (unset: micro-batch-examples x max-tokens); lower it when memory is short, likewise."""
+    processes: int = 1
+    """Processes that train together on this machine, one a GPU; for several machines see docs/cloud.md."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """Of several processes, each holds the whole model (ddp), or its share of every weight (fsdp2)."""
     warmup_ratio: float = 0.03
@@ -145,9 +147,9 @@ class RecipeOptions:
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _below(
-            self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "eval_every", "save_every", "keep"
-        ) + _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
+        found = _below(self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "processes")
+        found += _below(self, 1, "eval_every", "save_every", "keep")
+        found += _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
         for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
@@ -271,7 +273,8 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         if self.mix is None:
             leave_out |= {"mix_share"}
         leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
-        leave_out |= {"eval_every", "allow_stale_image", "keep", "packing", "micro_batch_tokens", "parallel"}
+        leave_out |= {"eval_every", "allow_stale_image", "keep", "packing", "micro_batch_tokens"}
+        leave_out |= {"processes", "parallel"}
         if self.divisor_scope == "step":  # how a step is cut then changes nothing
             leave_out |= {"micro_batch_examples"}
         if self.method == "full":
