@@ -78,7 +78,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
         run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
         run.begin_cell(key, folder, checkpoints.newest_step(folder))
         store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
-        done = train.run(config, prepared, model, folder, run.log_step, run.flush, store)
+        done = train.run(config, prepared, model, folder, run.log_step, run.save_unsent, store)
         run.flush()
         if done.resumed_from:
             print(f"went on from the checkpoint of step {done.resumed_from} of {done.steps}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from plw_mlflow import analyze, cell, report, tracking
-from plw_mlflow.config import MainConfig, SweepConfig
+from plw_mlflow.config import MainConfig, SweepConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 10  # for a cell that was interrupted at the terminal to end by itself
@@ -56,7 +56,7 @@ def arguments(config: MainConfig) -> list[str]:
     return [
         part
         for field in fields(config)
-        for part in ("--" + field.name.replace("_", "-"), tracking.spell(getattr(config, field.name)))
+        for part in ("--" + field.name.replace("_", "-"), spell(getattr(config, field.name)))
     ]
 
 

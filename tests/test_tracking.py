@@ -12,6 +12,8 @@ import pytest
 from plw_mlflow import prepare, tracking
 from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
 from plw_mlflow.evaluate import Evaluation, Score
+from plw_mlflow.tracking import stored
+from plw_mlflow.tracking.run import cell_columns
 from tests.conftest import byte_tokenizer
 from tests.stores import Place
 
@@ -208,8 +210,8 @@ def test_another_cells_or_an_older_checkpoint_is_left_where_it_is(cut_short, tmp
 def alive(store, cut_short, monkeypatch):
     """The run, as if it had not ended, and little patience with it."""
     store.update_run(cut_short, "RUNNING")
-    monkeypatch.setattr(tracking, "SILENT_SECONDS", 2.0)
-    monkeypatch.setattr(tracking, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(stored, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(stored, "BEAT_SECONDS", 0.1)
     return cut_short
 
 
@@ -217,7 +219,7 @@ def test_a_cell_that_another_machine_is_at_work_on_is_not_taken(store, alive, tm
     folder = tmp_path / "other machine"
     folder.mkdir()
     with (
-        tracking._giving_signs_of_life(alive),  # it trains or scores, slowly: no metric arrives
+        stored.giving_signs_of_life(alive),  # it trains or scores, slowly: no metric arrives
         pytest.raises(ValueError, match=f"another process is training this very cell, as run {alive}"),
         tracking.open_run(TrainConfig(), "cell") as run,
     ):
@@ -238,7 +240,7 @@ def test_a_run_that_ends_while_one_waits_is_dead(store, alive, tmp_path, monkeyp
         store.set_tag(alive, "plw.alive", "its last sign")
         store.update_run(alive, "KILLED")
 
-    monkeypatch.setattr(tracking.time, "sleep", end)
+    monkeypatch.setattr(stored.time, "sleep", end)
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
@@ -271,14 +273,14 @@ def test_what_cannot_be_removed_stops_nothing(store, cut_short, tmp_path):
 
 def test_a_pod_started_again_goes_on_in_the_run_it_began(store, cut_short, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", cut_short)  # as Kubernetes gives it to the pod's successor
-    monkeypatch.setattr(tracking, "SILENT_SECONDS", 1e6)  # there is nobody to wait for
+    monkeypatch.setattr(stored, "SILENT_SECONDS", 1e6)  # there is nobody to wait for
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
         assert run.id == cut_short
         run.fetch_checkpoint("abc", folder, newer_than=0)
         run.begin_cell("abc", folder, 40)
-        for step in (39, 40, 41):
+        for step in (40, 41):
             run.log_step({"train/loss": 0.4}, step)
     assert (folder / "step-000040").is_dir()
     assert history(store, cut_short, "train/loss") == [(40, 0.5), (41, 0.4)]  # no step is there twice
@@ -370,7 +372,7 @@ def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkey
     assert dict(zip(table["dataset"], table["score"], strict=True)) == {
         name: number / 10 for number, name in enumerate(names)
     }
-    assert tracking._cell({"model": "m", "dataset": "d", "plw": "1", "seed": "1"})["dataset"] == "d"
+    assert cell_columns({"model": "m", "dataset": "d", "plw": "1", "seed": "1"})["dataset"] == "d"
 
 
 def test_methods_in_one_table_count_as_models(store):

@@ -1,0 +1,140 @@
+"""Outbox: points of a run's curves, on their way to a store that may be away for a while.
+
+Whoever puts points in never waits for the store: a thread sends them in order, and while the store is away tries again
+for as long as the process lives. A request that broke may have been carried out or not, and is sent again as it was, so
+`send` has to take a point that the store has already for that very one. What is not sent yet can be saved to a file,
+for the process that goes on should this one be killed.
+
+Nothing is ever thrown away to save memory: a point takes about 200 bytes, so that of 10,000 steps with seven metrics
+each, all of them unsent, there are 14 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from plw_mlflow.errors import first_line
+
+PAUSE_SECONDS = 5.0  # points that come within it are sent together
+RETRY_SECONDS = (1.0, 10.0)  # between two attempts: at first, and at most; each is twice the one before
+BATCH_POINTS = 1000  # in one request; MLflow's limit
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int  # since 1970; part of what tells a point sent twice from two points
+
+
+class Outbox:
+    """Sends points to a store, whenever that is there."""
+
+    def __init__(self, send: Callable[[list[Point]], None]) -> None:
+        """send: takes a batch of points to the store, or raises whatever it likes; called by one thread alone."""
+        self._send = send
+        self._points: list[Point] = []  # not known to have arrived, in order
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._waiting = 0  # calls of `wait` at this moment
+        self._is_closed = False
+        self._trouble: Exception | None = None  # why the last attempt failed, None if it did not
+
+    def put(self, points: Iterable[Point]) -> None:
+        """Have points sent, in the next few seconds if the store is there."""
+        with self._changed:
+            self._points += points
+            if self._thread is None and self._points:
+                # A daemon: a store that never comes back must not keep the process from ending.
+                self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Have everything sent now, and wait for it, at most so many seconds; whether it was."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: not self._points, seconds)
+            finally:
+                self._waiting -= 1
+
+    @property
+    def unsent(self) -> list[Point]:
+        """The points not known to have arrived."""
+        with self._changed:
+            return list(self._points)
+
+    @property
+    def trouble(self) -> str:
+        """Why the last attempt to send failed, empty if it did not."""
+        return first_line(self._trouble) if self._trouble else ""
+
+    def close(self) -> None:
+        """Make no further attempt."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _is_urgent(self) -> bool:
+        is_full = len(self._points) >= BATCH_POINTS
+        return self._is_closed or (self._trouble is None and (is_full or self._waiting > 0))
+
+    def _work(self) -> None:
+        pause, since = PAUSE_SECONDS, 0.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._points or self._is_closed)
+                self._changed.wait_for(self._is_urgent, pause)
+                if self._is_closed:
+                    return
+                batch = self._points[:BATCH_POINTS]
+            try:
+                self._send(batch)
+            except Exception as error:  # whatever it is, it may pass, and is no reason to end a training
+                if self._trouble is None:
+                    pause, since = RETRY_SECONDS[0], time.monotonic()
+                    clock = time.strftime("%H:%M:%S UTC", time.gmtime())
+                    warnings.warn(
+                        f"the tracking store takes no metrics since {clock} ({first_line(error)}); training goes on, "
+                        "and they are sent when it does",
+                        stacklevel=1,
+                    )
+                else:
+                    pause = min(2 * pause, RETRY_SECONDS[1])
+                self._trouble = error
+                continue
+            if self._trouble is not None:
+                print(f"the tracking store takes metrics again, after {time.monotonic() - since:.0f} s", flush=True)
+            pause = PAUSE_SECONDS
+            with self._changed:
+                self._trouble = None
+                del self._points[: len(batch)]
+                self._changed.notify_all()
+
+
+def save(points: Iterable[Point], path: Path) -> None:
+    """Write points to a file, a line each; whoever reads it finds what was there before, or all of them."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w") as file:
+        file.writelines(json.dumps(point) + "\n" for point in points)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> list[Point]:
+    """The points of a file that `save` has written; none where there is no file."""
+    if not path.exists():
+        return []
+    return [Point(*json.loads(line)) for line in path.read_text().splitlines()]

@@ -1,0 +1,105 @@
+"""Curves: a run's metrics over steps. Every step is in them once, whatever became of store and process meanwhile.
+
+Three places know of a point: the store, the outbox of the process that trains, and, from each checkpoint on, a file
+beside it with what was in the outbox then. A run that goes on for one that was cut short takes over what the store and
+the file have, up to its checkpoint's step; whatever the earlier process had found after that step is found again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Metric
+
+from plw_mlflow import outbox
+from plw_mlflow.errors import first_line
+from plw_mlflow.outbox import Outbox, Point
+from plw_mlflow.tracking import connection
+
+TELL_SECONDS = 2.0  # of waiting before it is said
+
+
+class Curves:
+    """The curves of one run."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._client = mlflow.MlflowClient()
+        self._outbox = Outbox(self._send)
+        self._known: set[tuple[str, int]] = set()  # (metric, step) found by earlier processes
+        self._file: Path | None = None
+
+    def begin(self, folder: Path, earlier: str | None, step: int) -> None:
+        """Go on from a checkpoint in `folder`; what an earlier run found up to its step is taken over.
+
+        earlier: the run that was cut short there, None where it was this very one (a pod, say, that was started again).
+        """
+        self._file = folder / "unsent.jsonl"
+        self._known = {(point.name, point.step) for point in self._history(self._run_id)}
+        found = outbox.read(self._file) + (self._history(earlier) if earlier and step > 0 else [])
+        taken = {
+            (p.name, p.step): p for p in found if p.step <= step and step > 0 and (p.name, p.step) not in self._known
+        }
+        self._known |= taken.keys()
+        self._outbox.put(sorted(taken.values(), key=lambda point: point.step))
+        self.save_unsent()  # the folder is this run's from now on, and nobody looks at the earlier one again
+
+    def log_step(self, metrics: dict[str, float], step: int) -> None:
+        """Add a step's metrics, unless they are known from before. Never waits for the store."""
+        now = int(time.time() * 1000)
+        points = [Point(name, value, step, now) for name, value in metrics.items()]
+        self._outbox.put(point for point in points if (point.name, point.step) not in self._known)
+
+    def save_unsent(self) -> None:
+        """Put in safety, beside the checkpoint that is about to be written, what has not reached the store."""
+        if self._file is None:
+            return
+        try:
+            outbox.save(self._outbox.unsent, self._file)
+        except OSError as error:
+            warnings.warn(
+                f"{self._file} cannot be written ({first_line(error)}); should this process be killed before the store "
+                f"has everything, a part of the curves is lost",
+                stacklevel=2,
+            )
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the store has everything, at most so many seconds; whether it has."""
+        return self._outbox.wait(seconds)
+
+    def flush(self) -> None:
+        """Wait until the store has everything. Raises ConnectionError where it stays away."""
+        if self._outbox.wait(TELL_SECONDS):
+            return
+        limit = connection.WAIT_SECONDS
+        print(f"waiting for the tracking store to take the metrics, at most {limit:.0f} s", flush=True)
+        if not self._outbox.wait(limit):
+            raise ConnectionError(
+                f"the tracking store has not taken {len(self._outbox.unsent)} metrics of run {self._run_id} within "
+                f"{limit:.0f} s ({self._outbox.trouble}); give the same command again when it is back"
+            )
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._outbox.close()
+
+    def _history(self, run_id: str) -> list[Point]:
+        names = [name for name in self._client.get_run(run_id).data.metrics if name.startswith(("train/", "eval/"))]
+        return [
+            Point(name, metric.value, metric.step, metric.timestamp)
+            for name in names
+            for metric in self._client.get_metric_history(run_id, name)
+        ]
+
+    def _send(self, points: Sequence[Point]) -> None:
+        """An SQL store takes a point that it has already (same name, value, step and time) for the same one.
+
+        MLflow's file store, which has to be allowed by MLFLOW_ALLOW_FILE_STORE, does not: behind a server, it has a
+        request twice whose answer was lost.
+        """
+        metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
+        self._client.log_batch(self._run_id, metrics=metrics)

@@ -1,0 +1,356 @@
+"""Run: what one MLflow run is told, and can be asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import mlflow
+import pandas as pd
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
+
+from plw_mlflow import __version__, figures, seeding, templates
+from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
+from plw_mlflow.evaluate import Evaluation
+from plw_mlflow.sources import Source
+from plw_mlflow.tracking.connection import get_run, patiently
+from plw_mlflow.tracking.curves import Curves
+from plw_mlflow.tracking.stored import StoredCheckpoints, tell_not_stored
+
+CURVE_SECONDS = 15.0  # in which the curve up to a checkpoint has to arrive, for that to be copied into the store
+CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
+
+
+class Run:
+    """An open MLflow run: of a cell, or of one entry point alone.
+
+    What is called while a model trains (log_step, save_unsent, store_checkpoint) neither waits for a store that is away
+    nor fails because of it; what is called after that (flush and all that comes then) waits for it. Before the
+    training, everything fails at once.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
+        self._client = mlflow.MlflowClient()
+        self._curves = Curves(run_id)
+        self._stored = StoredCheckpoints(run_id)
+        self._dataset: MetaDataset | None = None
+        self._model_id: str | None = None
+        self._cell = ""
+
+    def log_config(self, config: Any) -> None:
+        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file."""
+        known = self._client.get_run(self.id).data.params
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        missing = [Param(name, spell(value)) for name, value in values.items() if name not in known]
+        self._client.log_batch(self.id, params=missing)
+        mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
+        mlflow.log_dict(seeding.fingerprint(), "environment.json")
+
+    def tag(self, **tags: str) -> None:
+        """Set tags, each under `plw.`."""
+        self._client.log_batch(self.id, tags=[RunTag(f"plw.{name}", value) for name, value in tags.items()])
+
+    def untag(self, name: str) -> None:
+        """Remove the tag `plw.NAME`, if the run has it."""
+        if f"plw.{name}" in self._client.get_run(self.id).data.tags:
+            self._client.delete_tag(self.id, f"plw.{name}")
+
+    def log_data(self, sources: Sequence[Source], profile: dict[str, Any]) -> None:
+        """Log the data sets as the run's inputs, with their digests, and the length profile as table and figure.
+
+        The first is the one the run's scores are said to be of, so it has the name of all of them together.
+        """
+        names = [profile["name"], *(short_name(source.name) for source in sources[1:])]
+        for name, source in reversed(list(zip(names, sources, strict=True))):
+            where: DatasetSource
+            if source.location == "generated":
+                where = CodeDatasetSource({"generator": "plw_mlflow.toy", "version": __version__})
+            else:
+                where = _FileSource(source.location)
+            # A digest holds 36 characters at most; the whole one is a tag.
+            self._dataset = MetaDataset(where, name=name, digest=source.sha256[:36])  # type: ignore[abstract]
+            mlflow.log_input(self._dataset, context="training")
+        self.tag(data_sha256=",".join(source.sha256 for source in sources))
+        mlflow.log_dict(profile, "profile.json")
+        if template := templates.file(profile["template"]):
+            mlflow.log_artifact(str(template), "template")
+        with tempfile.TemporaryDirectory() as folder:
+            figure = Path(folder, "profile.png")
+            figure.write_bytes(figures.draw_profile(profile))
+            mlflow.log_artifact(str(figure))
+
+    def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
+        """Bring the store's newest checkpoint of a cell, where it is of a step after `newer_than`, into `folder`.
+
+        Raises ValueError where another machine is still at work on the cell.
+        """
+        self._stored.fetch(cell, folder, newer_than)
+
+    def store_checkpoint(self, saved: Path) -> None:
+        """Copy a checkpoint's folder into the run, once the curve up to it is there; older ones are then removed.
+
+        Where the store does not take it, a warning says so.
+        """
+        if self._curves.wait(CURVE_SECONDS):
+            self._stored.store(self._cell, saved)
+        else:  # on another machine, nobody would find what is missing of the curve
+            tell_not_stored(saved, "it takes no metrics either")
+
+    def drop_checkpoints(self) -> None:
+        """Remove the cell's checkpoints from the store, as its model is there now."""
+        self._stored.drop()
+
+    def begin_cell(self, cell: str, folder: Path, step: int) -> None:
+        """Make this the run of a cell. If an earlier run was cut short in `folder`, take its curves up to `step` over.
+
+        The earlier run then no longer stands for the cell, and says which run does.
+        """
+        marker = folder / "run_id"
+        earlier = marker.read_text() if marker.exists() else None
+        found = None if earlier in (None, self.id) else _find_active(str(earlier))
+        self._cell = cell
+        self._curves.begin(folder, None if found is None else earlier, step)
+        self.tag(cell=cell, status="training")
+        if found is not None:
+            self._supersede(found)
+        marker.write_text(self.id)
+
+    def log_step(self, metrics: dict[str, float], step: int) -> None:
+        """Log a step's metrics, unless they are known from before; they are sent together every few seconds."""
+        self._curves.log_step(metrics, step)
+
+    def save_unsent(self) -> None:
+        """Before a checkpoint is saved, put in safety beside it what the store has not got of the curves."""
+        self._curves.save_unsent()
+
+    def flush(self) -> None:
+        """Wait until the store has the curves. Raises ConnectionError where it stays away."""
+        self._curves.flush()
+
+    def close(self, seconds: float) -> None:
+        """Send no more of the curves after so many seconds."""
+        self._curves.wait(seconds)
+        self._curves.close()
+
+    def log_checkpoint(self, model: Any, tokenizer: Any, config: Any) -> None:
+        """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET."""
+        name = f"plw-{short_name(config.model)}-{short_name(data_name(config.dataset, config, short_name))}"
+        tags = {f"plw.{field}": spell(getattr(config, field)) for field in CELL_FIELDS}
+        versions = seeding.fingerprint()
+        logged = patiently(
+            "logging the model",
+            lambda: mlflow.transformers.log_model(
+                {"model": model, "tokenizer": tokenizer},
+                name="model",
+                task="text-generation",
+                # Named here because MLflow would otherwise load the model in a process of its own to find out.
+                pip_requirements=[f"{package}=={versions[package]}" for package in ("torch", "transformers")],
+            ),
+        )
+        self._model_id = logged.model_id
+        version = patiently("registering the model", lambda: self._register(f"models:/{logged.model_id}", name, tags))
+        model_version = f"{name}/{version}"
+        patiently("tagging the run", lambda: self.tag(status="trained", model_version=model_version))
+
+    def _register(self, model: str, name: str, tags: dict[str, str]) -> str:
+        """Register a logged model, unless it is; gives the number of its version."""
+        for known in self._client.search_model_versions(f"name = '{name}'"):
+            if known.source == model:  # the answer was lost when it was registered
+                return str(known.version)
+        return str(mlflow.register_model(model, name, tags=tags).version)
+
+    def load_checkpoint(self) -> tuple[Any, Any]:
+        """The model and tokenizer that this run has logged. Raises ValueError where there is none."""
+        outputs = self._client.get_run(self.id).outputs
+        logged = [self._client.get_logged_model(one.model_id) for one in outputs.model_outputs] if outputs else []
+        whole = [one.model_id for one in logged if one.status == LoggedModelStatus.READY]  # not cut off by a lost store
+        if not whole:
+            raise ValueError(f"run {self.id} has logged no model; train it first")
+        self._model_id = whole[-1]
+        parts = mlflow.transformers.load_model(f"models:/{self._model_id}", return_type="components")
+        return parts["model"], parts["tokenizer"]
+
+    def log_scores(self, evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:
+        """Log every score as TASK/METRIC, and the run's score table; its mean is the run's `score`.
+
+        Rows of tasks scored before stay in the table, unless they are scored again here.
+        """
+        now = time.time()
+        metrics = {}
+        for score in evaluation.scores:
+            metrics[f"{score.task}/{score.metric}"] = score.score
+            if score.stderr is not None:
+                metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
+        results = f"harness/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.json"
+
+        def log() -> None:
+            table, earlier = pd.DataFrame(rows), self.scores()
+            if not earlier.empty:
+                table = pd.concat([earlier[~earlier["task"].isin(table["task"])], table], ignore_index=True)
+            mlflow.log_metrics(
+                metrics | {"score": float(table["score"].mean())},
+                timestamp=int(now * 1000),  # one time, so that metrics sent twice are there once
+                model_id=self._model_id,
+                dataset=self._dataset,
+            )
+            mlflow.log_text(table.to_csv(index=False), "scores.csv")
+            mlflow.log_dict(evaluation.results, results)
+            self.tag(status="scored")
+
+        patiently("logging the scores", log)
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Log a folder's files, if it has any, as artifacts under `name`."""
+        if any(folder.iterdir()):
+            patiently(f"logging {name}", lambda: mlflow.log_artifacts(str(folder), name))
+
+    def log_files(self, files: Sequence[Path]) -> None:
+        """Log files as artifacts, under their names."""
+        for file in files:
+            mlflow.log_artifact(str(file))
+
+    def log_regression(self, fit: Path) -> None:
+        """Register a fit as the pyfunc model plw-regression: data frame (dataset, plw) in, scores and optimum out.
+
+        It is coefficients in JSON and the code that reads them; nothing is pickled.
+        """
+        package = Path(__file__).resolve().parents[1]
+        fits = json.loads(fit.read_text())["fits"]
+        with tempfile.TemporaryDirectory() as folder:
+            code = Path(folder) / package.name
+            code.mkdir()
+            for module in ("__init__.py", "analyze.py"):
+                shutil.copy(package / module, code)
+            versions = seeding.fingerprint()
+            mlflow.pyfunc.log_model(
+                name="regression",
+                loader_module="plw_mlflow.analyze",
+                data_path=str(fit),
+                code_paths=[str(code)],
+                pip_requirements=[f"{name}=={versions[name]}" for name in ("numpy", "scipy", "pandas")],
+                input_example=pd.DataFrame({"dataset": [one["dataset"] for one in fits], "plw": 0.1}),
+                registered_model_name="plw-regression",
+            )
+
+    def cell(self) -> dict[str, Any]:
+        """What tells this run's cell from others, for the score table. Raises ValueError where it has none."""
+        run = patiently("reading the run", lambda: self._client.get_run(self.id))
+        if "plw.cell" not in run.data.tags:
+            raise ValueError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
+        return cell_columns(run.data.params)
+
+    def address(self) -> str:
+        """How a person opens this run in MLflow's UI."""
+        run = self._client.get_run(self.id)
+        page = f"#/experiments/{run.info.experiment_id}/runs/{self.id}"
+        store = mlflow.get_tracking_uri()
+        if store.startswith("http"):
+            return f"{store.rstrip('/')}/{page}"
+        return f"mlflow ui --backend-store-uri {store}    then open http://127.0.0.1:5000/{page}"
+
+    def scores(self) -> pd.DataFrame:
+        """The run's score table so far, empty if nothing was scored."""
+        if "scores.csv" not in {item.path for item in self._client.list_artifacts(self.id)}:
+            return pd.DataFrame()
+        with tempfile.TemporaryDirectory() as folder:
+            return pd.read_csv(self._client.download_artifacts(self.id, "scores.csv", folder))
+
+    def _supersede(self, earlier: mlflow.entities.Run) -> None:
+        run_id = earlier.info.run_id
+        self.tag(resumed_from=run_id)
+        self._client.set_tag(run_id, "plw.superseded_by", self.id)
+        if "plw.cell" in earlier.data.tags:
+            self._client.delete_tag(run_id, "plw.cell")
+        if earlier.info.status == RunStatus.to_string(RunStatus.RUNNING):
+            self._client.set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
+
+
+class NoRun(Run):
+    """Stands for the run in processes other than the first of a training: it is told everything and does nothing.
+
+    What only the first process may ask for (its cell, scores, a model) is not to be had.
+    """
+
+    def __init__(self) -> None:
+        self.id = ""
+
+    def address(self) -> str:
+        """Nowhere."""
+        return ""
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    tag = untag = log_config = log_data = log_step = save_unsent = flush = close = _nothing
+    begin_cell = fetch_checkpoint = store_checkpoint = drop_checkpoints = log_checkpoint = _nothing
+    log_scores = log_folder = log_files = log_regression = _nothing
+
+
+def _find_active(run_id: str) -> mlflow.entities.Run | None:
+    """A run whose curves are to be had; None where it is in another store, or deleted, so that nobody may change it."""
+    try:
+        run = get_run(run_id)
+    except ValueError:
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+class _FileSource(FileSystemDatasetSource):
+    """A file on this machine as a data set's source."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @property
+    def uri(self) -> str:
+        return self._path
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "local"
+
+    def load(self, dst_path: str | None = None) -> str:
+        return self._path
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return isinstance(raw_source, str) and Path(raw_source).is_file()
+
+    @classmethod
+    def _resolve(cls, raw_source: str) -> _FileSource:
+        return cls(raw_source)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"uri": self._path}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[str, Any]) -> _FileSource:
+        return cls(source_dict["uri"])
+
+
+def cell_columns(params: dict[str, str]) -> dict[str, Any]:
+    """A cell's columns in the score table; its data set is named by what was done to it, too."""
+
+    def is_true(name: str) -> bool:
+        return bool(click.BOOL(params.get(name) or "false"))  # as the caller spelled it; older runs lack some
+
+    options = DataOptions(
+        invert=is_true("invert"),
+        mix=params.get("mix") or None,
+        mix_invert=is_true("mix_invert"),
+        mix_share=float(params.get("mix_share") or DataOptions.mix_share),
+    )
+    data = data_name(params["dataset"], options)
+    return {"model": params["model"], "dataset": data, "plw": float(params["plw"]), "seed": int(params["seed"])}
