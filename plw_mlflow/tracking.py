@@ -35,7 +35,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from plw_mlflow import __version__, figures, origin, seeding, templates
-from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
+from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.sources import Source
@@ -64,11 +64,16 @@ class Run:
         self._stored_before: list[str] = []  # earlier runs of the cell that have one there
 
     def log_config(self, config: Any) -> None:
-        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file."""
+        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file.
+
+        `mlflow run` has logged an unset one as empty, which nobody can change: what a preset made of it is a tag.
+        """
         known = self._client.get_run(self.id).data.params
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         missing = [Param(name, spell(value)) for name, value in values.items() if name not in known]
         self._client.log_batch(self.id, params=missing)
+        unset = {name for name, value in known.items() if name in values and value in UNSET}
+        self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
         mlflow.log_dict(seeding.fingerprint(), "environment.json")
 
@@ -269,7 +274,7 @@ class Run:
         run = self._client.get_run(self.id)
         if "plw.cell" not in run.data.tags:
             raise ValueError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
-        return _cell(run.data.params)
+        return _cell(_params(run))
 
     def address(self) -> str:
         """How a person opens this run in MLflow's UI."""
@@ -450,7 +455,8 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     for run in runs:
         if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
             # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
-            key = (*_cell(run.data.params).values(), run.data.params["method"])
+            params = _params(run)
+            key = (*_cell(params).values(), params["method"])
             other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
@@ -460,9 +466,7 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     if not newest:
         raise ValueError(f"{what} holds no scored cell")
     tables = [
-        Run(run.info.run_id)
-        .scores()
-        .assign(dataset=_cell(run.data.params)["dataset"], method=run.data.params["method"])
+        Run(run.info.run_id).scores().assign(dataset=_cell(_params(run))["dataset"], method=_params(run)["method"])
         for run in newest.values()
     ]
     table = pd.concat(tables, ignore_index=True)
@@ -526,6 +530,15 @@ class _FileSource(FileSystemDatasetSource):
     @classmethod
     def from_dict(cls, source_dict: dict[str, Any]) -> _FileSource:
         return cls(source_dict["uri"])
+
+
+def _params(run: mlflow.entities.Run) -> dict[str, str]:
+    """A run's parameters; in place of those that were left unset, what its preset made of them."""
+    tags = run.data.tags
+    return {
+        name: tags.get(f"plw.preset.{name}", value) if value in UNSET else value
+        for name, value in run.data.params.items()
+    }
 
 
 def _cell(params: dict[str, str]) -> dict[str, Any]:
