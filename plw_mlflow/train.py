@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from plw_mlflow import batches, loss, models, seeding
+from plw_mlflow import adapters, batches, loss, models, seeding
 from plw_mlflow.batches import Batch, Weights
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.prepare import Prepared
@@ -76,8 +76,7 @@ def run(
     checkpoint stays as it was. On SIGTERM, the step at hand is finished and saved, and KeyboardInterrupt raised.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
-    if config.method == "lora":
-        model = models.adapt(model, config, config.seed)
+    model = adapters.adapt(model, config.method, config, config.seed)
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     state = _start(config, model, total)
     resumed_from = _load(folder, state)
