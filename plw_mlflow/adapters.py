@@ -7,6 +7,7 @@ LoRA on a base whose linear layers are held in 4 bits (`models.load`).
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
     seeding.seed_global(seed, "lora")
     chosen = targets(model, recipe.lora_targets)
     settings = LoraConfig(
+        revision=getattr(model.config, "_commit_hash", None),  # the hub's commit, where the base is from there
         task_type="CAUSAL_LM",
         target_modules=list(chosen),
         r=recipe.lora_rank,
@@ -54,7 +56,9 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
         use_dora=method == "dora",
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in chosen.values()),  # GPT-2's weights are [in, out]
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls something of transformers by an old name
+        return get_peft_model(model, settings)
 
 
 def targets(model: Any, told: str) -> dict[str, nn.Module]:
