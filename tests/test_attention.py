@@ -10,7 +10,7 @@ from plw_mlflow import attention, batches
 from plw_mlflow.batches import Weights
 from plw_mlflow.models import Learner
 from tests.conftest import make_example
-from tests.test_models import tiny
+from tests.families import tiny
 
 WEIGHTS = Weights(prompt=0.25, template=0.5, completion=1.0)
 # Windows and caps that show in examples of so few tokens, and grouped heads (SIZES has two heads for one key).

@@ -27,7 +27,7 @@ from plw_mlflow.prepare import Prepared
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
 from tests.conftest import VOCABULARY, make_example, tiny_llama
-from tests.test_models import tiny
+from tests.families import tiny
 
 METHODS = ("full", "lora")
 
