@@ -226,9 +226,44 @@ def test_fine_tuning_brings_out_what_the_base_has_read(new_place):
     assert tuned["toy_long/bleu"] > base["toy_long/bleu"] + 0.1
 
 
-def test_several_processes_are_refused(new_place):
-    _, err = new_place.run("train", status=2, WORLD_SIZE="2")
-    assert err.splitlines()[-1].startswith("error: a cell runs in one process for now")
+SPREADS = {
+    "--processes": ["entrypoints.train", "--processes", "2"],  # by torchrun
+    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+}
+SPREADS["accelerate launch"] += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "entrypoints.train"]
+SPREADS["accelerate launch"] += ["--parallel", "fsdp2"]
+
+
+def curve(place):
+    (run, *_) = place.runs()
+    assert run.info.status == "FINISHED"
+    return {
+        name: [(point.step, point.value) for point in place.client.get_metric_history(run.info.run_id, name)]
+        for name in ("train/loss", "eval/prompt_loss", "eval/completion_loss")
+    }
+
+
+def test_two_processes_give_the_curve_of_one(new_place):
+    """A run each, all from the first process."""
+    small = ["--max-records", "80", "--epochs", "2"]
+    new_place.run("train", *small)
+    expected = curve(new_place)
+    assert len(expected["train/loss"]) == 10
+    for number, command in enumerate(SPREADS.values(), start=2):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *small],
+            cwd=new_place.folder,
+            env=new_place.environment(OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("trained to step 10") == 1
+        assert len(new_place.runs()) == number
+        found = curve(new_place)
+        for name, points in expected.items():
+            assert [step for step, _ in found[name]] == [step for step, _ in points]
+            assert [value for _, value in found[name]] == pytest.approx([value for _, value in points], rel=1e-5)
 
 
 def test_an_interrupt_ends_the_run_as_killed(new_place):
