@@ -149,15 +149,17 @@ def project(model: Any, tokens: Tensor, attention: Tensor) -> tuple[Tensor, dict
 class Learner(nn.Module):
     """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.label_smoothing = label_smoothing
 
     def forward(self, tokens: Tensor, attention: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, attention, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
         hidden, projection = project(self.model, tokens, attention)
         # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
         targets, following = (nn.functional.pad(given[:, 1:], (0, 1)).flatten() for given in (tokens, weights))
+        projection["label_smoothing"] = self.label_smoothing
         total, nll = loss.weighted_nll(hidden.flatten(0, 1), **projection, targets=targets, weights=following)
         return total, nll.view(weights.shape)[:, :-1]
 

@@ -31,6 +31,7 @@ from plw_mlflow import adapters, batches, loss, models, seeding
 from plw_mlflow.batches import Batch, Weights
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.prepare import Prepared
+from plw_mlflow.regularisers import BasePenalty
 from plw_mlflow.tokens import Example
 
 Log = Callable[[dict[str, float], int], None]
@@ -79,7 +80,8 @@ def run(
     model = adapters.adapt(model, config.method, config, config.seed)
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     state = _start(config, model, total)
-    resumed_from = _load(folder, state)
+    penalty = BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
+    resumed_from = _load(folder, state)  # after the penalty has its copy of the base
     learner, optimizer = accelerator.prepare(state.learner, state.optimizer)
     weights = Weights.told_by(config)
     by_length = config.divisor_scope == "step"  # within a step the cut does not matter; for micro-batches it does
@@ -110,6 +112,8 @@ def run(
                 for cut in batches.split(examples, config.micro_batch_examples, by_length=by_length)
             ]
             metrics: dict[str, float] = _accumulate(learner, micro_batches, config, accelerator)
+            if penalty is not None:
+                metrics["train/base_penalty"] = penalty.add_gradients()
             norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
             metrics["train/grad_norm"] = float(norm) if norm is not None else math.nan
             metrics["train/learning_rate"] = float(state.schedule.get_last_lr()[0])
@@ -258,7 +262,7 @@ def _start(config: TrainConfig, model: Any, total: int) -> _State:
     # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn nothing.
     warmup = min(math.ceil(config.warmup_ratio * total), total - 1)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    return _State(models.Learner(model), optimizer, schedule)
+    return _State(models.Learner(model, config.label_smoothing), optimizer, schedule)
 
 
 # Checkpoints: FOLDER/step-NNNNNN, complete from the moment it has that name.
