@@ -97,10 +97,10 @@ def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
     A base in 4 bits is first brought back to float32, as what was trained is what the adapters do to the rounded
     weights; peft's own merging would round the sum anew.
     """
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
+    if not hasattr(model, "get_base_model"):
         return model
+    from peft import PeftModel  # here, as it imports bitsandbytes, which takes 2 seconds
+
     # peft's own choice would ask the hub.
     model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)
     if getattr(model.get_base_model(), "is_quantized", False):

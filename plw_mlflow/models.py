@@ -152,7 +152,7 @@ def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[st
 class Learner(nn.Module):
     """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
 
-    def __init__(self, model: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model, self._label_smoothing = model, label_smoothing
 

@@ -71,6 +71,7 @@ class BasePenalty:
         processes) and not yet clipped.
         """
         values = []
+        self._bases = [(parameter, base.to(parameter.device)) for parameter, base in self._bases]  # it may have moved
         for parameter, base in self._bases:
             value, gradient = self._of(parameter.detach() - base)
             values.append(value)

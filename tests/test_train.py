@@ -595,3 +595,38 @@ def test_a_model_that_cannot_be_packed_is_trained_on_padded_rows(tmp_path):
         found = run(tmp_path / "asked", model=copy.deepcopy(mamba), epochs=2)
     expected = run(tmp_path / "padded", model=mamba, epochs=2, packing=False)
     assert all(map(torch.equal, found.model.parameters(), expected.model.parameters()))
+
+
+def test_label_smoothing_is_that_of_cross_entropy(tmp_path):
+    model = copy.deepcopy(tiny_llama()).double()
+    logits = [model(torch.tensor([row.tokens.tolist()])).logits[0, :-1] for row in EXAMPLES]
+    targets = torch.cat([torch.tensor(row.tokens[1:]).long() for row in EXAMPLES])
+    loss = cross_entropy(torch.cat(logits), targets, label_smoothing=0.2)
+    loss.backward()
+    expected = loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_same_step(first_step(tmp_path, plw=1, micro_batch_examples=2, label_smoothing=0.2), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_penalty_holds_the_model_to_its_base_after_a_resumption_too(method, tmp_path):
+    def distances(name, strength, stop_after=None):
+        """Of each step, the sum of squares that its penalty is of."""
+        found = {}
+
+        def note(metrics, step):
+            if step:
+                found[step] = metrics["train/base_penalty"] / strength
+            if step == stop_after:
+                raise KeyboardInterrupt
+
+        options = {"method": method, "epochs": 6, "save_every": 2, "batch_examples": 6, "base_penalty": strength}
+        run(tmp_path / name, log=note, **options)
+        return found
+
+    whole = distances("whole", 0.5)
+    assert whole[1] == 0
+    assert all(whole[step] > 0 for step in range(3, 7))  # the first step of the warm-up has rate 0
+    with pytest.raises(KeyboardInterrupt):
+        distances("cut", 0.5, stop_after=3)
+    assert distances("cut", 0.5) == {step: whole[step] for step in range(3, 7)}
+    assert distances("held", 50.0)[6] < whole[6]
