@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import checkpoints, evaluate, models, prepare, templates, train
+import torch
+
+from plw_mlflow import adapters, checkpoints, evaluate, export, models, padding, prepare, templates, train
 from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
 from plw_mlflow.origin import is_first_process
 from plw_mlflow.prepare import Prepared
@@ -44,6 +46,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
     When the block ends well, the cell's checkpoints are removed, on disk and in the store. Of several processes, the
     first alone has them, and the model; the others yield None when they have done their part of the training.
     """
+    adapters.check(config.method)
+    base = models.locate(config.model)
+    export.check(config.output, Path(base.path) if base.is_folder else None)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(
         config.dataset,
@@ -58,14 +63,17 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
     print(prepare.text(prepared.profile))
-    model = models.load(config.model)
+    is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
+    arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
+    model = models.load(config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None)
     _check_fit(model, prepared, config)
+    has_new_token = config.add_pad_token and padding.add(model, tokenizer)
     contents = {
         "data": ",".join(source.sha256 for source in prepared.sources),
         "examples": prepared.digest,
         "base": models.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": "bfloat16" if train.mixed_precision(config.precision) == "bf16" else "float32",
+        "precision": "bfloat16" if is_bfloat16 else "float32",
     }
     key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key
@@ -85,8 +93,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
         if done.resumed_from < done.steps:
             print(f"trained to step {done.steps}, {done.tokens_per_second:.0f} tokens per second")
         with tempfile.TemporaryDirectory() as adapter:
-            merged = models.merge(done.model, Path(adapter))
-            run.log_folder(Path(adapter), "adapter")
+            merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
+            run.log_folder(Path(adapter), export.ADAPTER)
+            export.write(merged, tokenizer, Path(adapter), config.output)
         run.log_checkpoint(merged, tokenizer, config)
         yield merged, tokenizer
         run.drop_checkpoints()

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 
 import click
 
-from plw_mlflow.config import spell
+from plw_mlflow.config import UNSET, spell
 from plw_mlflow.origin import is_first_process
 
 PACKAGE = Path(__file__).resolve().parent
@@ -65,7 +65,7 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
         click.option(
             "--" + field.name.replace("_", "-"),
             field.name,
-            type=_OptionalType(hints[field.name]),
+            type=_FieldType(hints[field.name], is_optional=field.default is None),
             default=None if field.default is None else spell(field.default),
             help=help_lines[field.name],
         )
@@ -73,13 +73,13 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
     ]
 
 
-class _OptionalType(click.ParamType):
-    """A field's type as click wants it; an empty value is unset."""
+class _FieldType(click.ParamType):
+    """A field's type as click wants it; where the field has no default, or a preset's, an empty value is unset."""
 
-    def __init__(self, hint: Any) -> None:
+    def __init__(self, hint: Any, *, is_optional: bool) -> None:
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         (kind,) = [part for part in parts if part is not type(None)]
-        self.is_optional = len(parts) > 1
+        self.is_optional = is_optional
         if typing.get_origin(kind) is Literal:
             self.inner: click.ParamType = click.Choice(list(typing.get_args(kind)))
         else:
@@ -95,7 +95,7 @@ class _OptionalType(click.ParamType):
         return self.inner.get_metavar(param, ctx)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in ("", "''"):  # MLflow on Kubernetes quotes an empty value for a shell that it then does not use
+        if value in UNSET:
             if self.is_optional:
                 return None
             self.fail("a value is needed", param, ctx)

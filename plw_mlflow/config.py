@@ -1,7 +1,8 @@
 """What each entry point can be told: one frozen dataclass each, a line of help under every field.
 
 The command-line options (`cli.py`) are made from these fields, and MLproject repeats their names and defaults.
-Defaults belong to the toy laboratory, which runs anywhere; the README gives the values for a real model.
+Defaults belong to the toy laboratory, which runs anywhere. Those that differ between recipes are unset, and become a
+preset's (`presets.py`) when a config is made: whoever reads a config finds values only.
 """
 
 from __future__ import annotations
@@ -18,11 +19,43 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from plw_mlflow.presets import PRESETS
+
+# The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
+# not become an explicit choice by being passed on, as `mlflow run` passes on every default.
+BY_PRESET: Any = None
+UNSET = ("", "''")  # how an unset value is spelt; the second is MLflow's way on Kubernetes, for a shell it does not use
+Preset = Literal["toy", "huerta2024", "huerta2024-lora"]
+Method = Literal["full", "lora", "dora", "qlora"]
+
 PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalOptions:
+class Options:
+    """What all sets of options share: the fields left unset get the preset's values."""
+
+    def __post_init__(self) -> None:
+        preset = getattr(self, "preset", "toy")
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}")
+        hints = typing.get_type_hints(type(self))
+        for name, value in PRESETS[preset].items():
+            if name in hints and getattr(self, name) is None:
+                # A sweep has lists of values in place of some, as text.
+                object.__setattr__(self, name, spell(value) if hints[name] is str else value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetOptions(Options):
+    """Which recipe the unset fields follow."""
+
+    preset: Preset = "toy"
+    """Recipe whose values the options left unset have: the laboratory's, or the study's (README)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions(Options):
     """What is on this machine already."""
 
     data_dir: Path | None = None
@@ -36,7 +69,7 @@ class LocalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(LocalOptions):
+class DataOptions(PresetOptions, LocalOptions):
     """How records become examples."""
 
     tokenizer: str | None = None
@@ -45,8 +78,8 @@ class DataOptions(LocalOptions):
     """Fields of the records; auto finds them out from the first records, and says so."""
     template: str = "alpaca"
     """Text around a record: alpaca, chat (the tokenizer's own), none, or a FILE.json or FILE.jinja (README)."""
-    prompt_border: Literal["offsets", "separate"] = "offsets"
-    """Where the prompt ends: at the token its last character lies in, or after as many tokens as it has alone."""
+    prompt_border: Literal["offsets", "separate"] = BY_PRESET
+    """The prompt's end: its last character's token, or as many as it has alone (toy offsets, huerta2024 separate)."""
     completion_turns: Literal["last", "every"] = "last"
     """Which of a conversation's assistant turns are completion."""
     invert: bool = False
@@ -63,18 +96,18 @@ class DataOptions(LocalOptions):
     """Use only the first so many records of each data set (unset: all)."""
     max_tokens: int = 512
     """Longest example in tokens, template and end of text included."""
-    on_long: Literal["drop", "truncate"] = "drop"
-    """What happens to an example longer than max-tokens."""
+    on_long: Literal["drop", "truncate"] = BY_PRESET
+    """What happens to an example longer than max-tokens (toy drop, huerta2024 truncate)."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What happens to a record that cannot be used; skipped ones are counted and listed."""
-    empty_completion: Literal["bad", "keep"] = "bad"
-    """A record with an empty completion is bad, or kept to train on its end of text alone, as the study did."""
-    validation_share: float = 0.02
-    """Share of records kept for validation, chosen by a hash of their text."""
+    empty_completion: Literal["bad", "keep"] = BY_PRESET
+    """A record with an empty completion is bad, or kept to train on its end alone (toy bad, huerta2024 keep)."""
+    validation_share: float = BY_PRESET
+    """Share of records kept for validation, chosen by a hash of their text (toy 0.02, huerta2024 0.001)."""
     cache_dir: Path | None = None
     """Folder for tokenised data and the study's sets; the hub's go to HF_HOME (unset: plw_mlflow in ~/.cache)."""
     output: Path | None = None
-    """Folder for what was found, as files (unset: MLflow alone has it)."""
+    """Folder for what was found or made, as files: profile, model, adapter, scores (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
@@ -93,47 +126,59 @@ class DataOptions(LocalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions:
+class RecipeOptions(PresetOptions):
     """How a cell is trained; the same for every cell of a sweep."""
 
     loss_divisor: Literal["weights", "tokens"] = "weights"
     """Divide a step's loss by the sum of its token weights, or by the number of tokens of non-zero weight."""
-    divisor_scope: Literal["step", "micro-batch"] = "step"
-    """Divide once over the whole optimiser step, or each micro-batch by its own divisor and then average."""
+    divisor_scope: Literal["step", "micro-batch"] = BY_PRESET
+    """Divide once a step, or each micro-batch by its own and then average (toy step, huerta2024 micro-batch)."""
     template_weight: float | None = None
     """Loss weight of the template's own tokens (unset: as the prompt)."""
     completion_weight: float = 1.0
     """Loss weight of completion tokens and their end of text."""
-    learning_rate: float = 0.001
-    """Peak learning rate of AdamW; suits the toy model. The study: 0.00002 for a full 7B model."""
+    learning_rate: float = BY_PRESET
+    """Peak learning rate of AdamW (toy 0.001, huerta2024 0.00002, huerta2024-lora 0.0002)."""
     epochs: float = 3.0
     """Passes over the training examples."""
-    batch_examples: int = 16
-    """Examples per optimiser step, over all devices."""
-    micro_batch_examples: int = 16
-    """Examples per device and forward pass; lower it when memory is short, the step stays the same."""
-    packing: bool = True
-    """Put examples behind one another in rows without padding, each seeing itself alone; false: padded rows."""
+    batch_examples: int = BY_PRESET
+    """Examples per optimiser step, over all devices (toy 16, huerta2024 128)."""
+    micro_batch_examples: int = BY_PRESET
+    """Examples per device and forward pass; lower it when memory is short (toy 16, huerta2024 4)."""
+    packing: bool = BY_PRESET
+    """Put examples behind one another in a row, each seeing itself alone; or pad them (toy true, huerta2024 false)."""
     micro_batch_tokens: int | None = None
-    """Longest packed row (unset: micro-batch-examples x max-tokens); lower it when memory is short, likewise."""
+    """Longest packed row; lower it when memory is short (unset: micro-batch-examples x max-tokens)."""
     processes: int = 1
     """Processes that train together on this machine, one a GPU; for several machines see docs/cloud.md."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """Of several processes, each holds the whole model (ddp), or its share of every weight (fsdp2)."""
+    add_pad_token: bool = BY_PRESET
+    """Add [PAD] if the tokenizer has no padding token (toy false, huerta2024 true, huerta2024-lora false; README)."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises; it then falls along a cosine to 0."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, on matrices alone."""
+    dropout: float | None = None
+    """Probability for every dropout the model has, in attention and elsewhere (unset: as the model's config says)."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary."""
+    base_penalty: float = 0.0
+    """Adds so much times the sum of |weight - base weight| ^ base-penalty-order to the loss of a step."""
+    base_penalty_order: float = 2.0
+    """Order of the distance to the base weights; 1 or more."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     lora_rank: int = 16
-    """Rank of the LoRA adapters, on every linear layer but the head."""
+    """Rank of the adapters of lora, dora and qlora."""
     lora_alpha: float = 32.0
-    """Scale of the LoRA adapters: their product is multiplied by alpha / rank."""
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
     lora_dropout: float = 0.0
-    """Dropout before the LoRA adapters."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; auto is bfloat16 where the device has it. Weights stay float32."""
+    """Dropout before the adapters."""
+    lora_targets: str = "all-linear"
+    """Linear layers that have adapters: all-linear (every one but the head), or names, comma-separated."""
+    precision: Literal["auto", "float32", "bfloat16"] = BY_PRESET
+    """Arithmetic of the forward pass; auto is bfloat16 where the device has it (toy auto, huerta2024 bfloat16)."""
     eval_every: int = 50
     """Steps between passes over the validation examples."""
     save_every: int = 50
@@ -148,14 +193,17 @@ class RecipeOptions:
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         found = _below(self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "processes")
-        found += _below(self, 1, "eval_every", "save_every", "keep")
-        found += _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
+        found += _below(self, 1, "eval_every", "save_every", "keep", "base_penalty_order")
+        found += _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay", "base_penalty")
         for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
         found += _not_a_folder(self, "checkpoint_dir")
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        for name in ("dropout", "label_smoothing", "lora_dropout"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                found.append(f"{_flag(name)} must be at least 0 and below 1, got {value}")
+        if not names(self.lora_targets):
+            found.append("lora-targets must name at least one layer, or be all-linear")
         if self.warmup_ratio > 1:
             found.append(f"warmup-ratio must be at most 1, got {self.warmup_ratio}")
         if self.batch_examples % self.micro_batch_examples and self.batch_examples > self.micro_batch_examples:
@@ -167,19 +215,19 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellOptions:
+class CellOptions(Options):
     """What tells one cell from another."""
 
     plw: float = 0.242
     """Prompt loss weight: the loss weight of prompt tokens, a completion token weighing 1."""
     model: str = "toy"
-    """Base model: toy, a Hugging Face folder, or a hub id, with @REVISION to pin it."""
+    """Base model: toy, llama-7b or llama-2-7b (the study's), a Hugging Face folder, or a hub id[@REVISION]."""
     dataset: str = "toy-short"
     """Data set: toy-short, toy-long, AlpacaData, AlpacaDataCleaned, AlpacaDataShort, Dolly, a file, or a hub id."""
-    seed: int = 1234
-    """Number from which every random choice is derived."""
-    method: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters."""
+    seed: int = BY_PRESET
+    """Number from which every random choice is derived (toy 1234, huerta2024 42)."""
+    method: Method = BY_PRESET
+    """Train all weights, or adapters; qlora: on a 4-bit base (toy full, huerta2024 full, huerta2024-lora lora)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
@@ -210,13 +258,14 @@ class ScoreOptions(LocalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class Checked(Options):
     """Every entry point's: runs each `faults` a config has inherited, and reports what they find at once."""
 
     allow_stale_image: bool = False
     """In Docker, run the image's code even where it is not the code of the project's folder or commit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         found = []
         for name, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
@@ -274,11 +323,13 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
             leave_out |= {"mix_share"}
         leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
         leave_out |= {"eval_every", "allow_stale_image", "keep", "packing", "micro_batch_tokens"}
-        leave_out |= {"processes", "parallel"}
+        leave_out |= {"processes", "parallel", "preset"}
         if self.divisor_scope == "step":  # how a step is cut then changes nothing
             leave_out |= {"micro_batch_examples"}
         if self.method == "full":
-            leave_out |= {"lora_rank", "lora_alpha", "lora_dropout"}
+            leave_out |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+        if not self.base_penalty:
+            leave_out |= {"base_penalty_order"}
         return {field.name: getattr(self, field.name) for field in fields(TrainConfig) if field.name not in leave_out}
 
 
@@ -316,10 +367,10 @@ class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
     """Base models, comma-separated."""
     dataset: str = "toy-short,toy-long"
     """Data sets, comma-separated."""
-    seed: str = "1234"
-    """Seeds, comma-separated."""
-    method: str = "full"
-    """Methods, comma-separated: full, lora."""
+    seed: str = BY_PRESET
+    """Seeds, comma-separated (toy 1234, huerta2024 42)."""
+    method: str = BY_PRESET
+    """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
 
     def cells(self) -> list[MainConfig]:
         """One `main` per combination, in an order that fills whole curves first."""
@@ -363,8 +414,9 @@ class SweepConfig(Checked, RecipeOptions, ScoreOptions, DataOptions):
                 found.append(f"{name} names nothing")
             if len(set(values)) < len(values):
                 found.append(f"{name} names a value twice: {', '.join(listed)}")
+        methods = typing.get_args(Method)
         found += [
-            f"method must be full or lora, got {name}" for name in names(self.method) if name not in ("full", "lora")
+            f"method must be {' or '.join(methods)}, got {name}" for name in names(self.method) if name not in methods
         ]
         if not found:
             found = [fault for cell in self._cells() for fault in cell.faults()]

@@ -31,6 +31,7 @@ def weighted_nll(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Sum the weighted losses of all rows.
 
@@ -39,16 +40,19 @@ def weighted_nll(
     targets: [N] the token that follows each row.
     weights: [N] float32, the weight of that token.
     scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
+    label_smoothing: share E of the target distribution that is spread evenly over all V pieces, as in torch's
+        cross_entropy: l_i becomes (1 - E) l_i + E mean_v(-log p_v).
 
     Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided; its gradients in hidden, head and bias
     can be had once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not computed.
+    They are never smoothed, so that they compare between runs.
     """
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and the head's is the largest
         hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
-        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, scale, softcap, kind)
+        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, scale, softcap, label_smoothing, kind)
 
 
 def divisor(weights: Tensor, kind: Literal["weights", "tokens"]) -> Tensor:
@@ -61,11 +65,12 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        hidden, head, bias, targets, weights, scale, softcap, kind = given
+        hidden, head, bias, targets, weights, scale, softcap, smoothing, kind = given
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         rows = weights.nonzero().squeeze(1)
         (vocabulary, width), projection = head.shape, head.to(kind)
         nll = torch.zeros_like(weights)
+        smoothed = torch.zeros_like(weights) if smoothing else nll
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
@@ -81,7 +86,10 @@ class _ChunkedNLL(torch.autograd.Function):
             states = hidden[kept].to(kind)
             gradient = torch.mm(states, projection.T, out=logits[: len(kept)])
             for part, some in zip(gradient.split(block), kept.split(block), strict=True):
-                nll[some] = _differentiate(part, bias, targets[some], weights[some], scale, softcap)
+                plain, smooth = _differentiate(part, bias, targets[some], weights[some], scale, softcap, smoothing)
+                nll[some] = plain
+                if smoothing:
+                    smoothed[some] = smooth
                 if grad_bias is not None:
                     grad_bias += part.sum(0, dtype=torch.float32)
             if grad_head is not None:
@@ -91,7 +99,7 @@ class _ChunkedNLL(torch.autograd.Function):
         ctx.gradients = grad_hidden, grad_head, grad_bias
         ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
-        return (nll * weights).sum(), nll
+        return (smoothed * weights).sum(), nll
 
     @staticmethod
     @once_differentiable
@@ -104,13 +112,21 @@ class _ChunkedNLL(torch.autograd.Function):
             # in float32, as a rounded divisor would scale the whole step.
             for part in () if gradient is None else gradient.split(1024):
                 part.copy_(part.float().mul_(grads[0]))
-        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
+        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
 
 
 def _differentiate(
-    products: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """The losses of some rows; their products hidden head^T become the gradient of the weighted loss in them."""
+    products: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float,
+    softcap: float | None,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses of some rows, plain and smoothed; the rows' products hidden head^T become the gradient of the weighted
+    smoothed loss in them.
+    """
     target, weight = targets.unsqueeze(1), weights.unsqueeze(1)
     logits = products.float()  # the products themselves where they are float32
     if bias is not None:
@@ -122,13 +138,20 @@ def _differentiate(
         slope = logits.square().neg_().add_(1)
         logits *= softcap
     highest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
-    total = logits.sub_(highest).exp_().sum(1, keepdim=True)
-    # d(w l)/d(logits) = w (softmax - one at the target), and so on inwards
-    logits.mul_(weight * scale / total).scatter_add_(1, target, -weight * scale)
+    logits.sub_(highest)
+    mean = logits.mean(1, keepdim=True) if smoothing else own  # as yet less `highest`
+    total = logits.exp_().sum(1, keepdim=True)
+    # d(w l)/d(logits) = w (softmax - target distribution), and so on inwards
+    logits.mul_(weight * scale / total)
+    if smoothing:
+        logits -= weight * (scale * smoothing / logits.shape[1])
+    logits.scatter_add_(1, target, -weight * (scale * (1 - smoothing)))
     if softcap:
         logits *= slope
     products.copy_(logits)
-    return (total.log() + (highest - own)).squeeze(1)
+    nll = (total.log() + (highest - own)).squeeze(1)
+    # (1 - E) (lse - x_target) + E (lse - mean x) = nll + E (x_target - mean x)
+    return nll, nll + smoothing * (own - highest - mean).squeeze(1) if smoothing else nll
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, spare: int) -> None:

@@ -1,24 +1,27 @@
-"""Models: a pinned base, trained whole or through LoRA adapters, exported as a plain Hugging Face folder.
+"""Models: a pinned base, and the loss it is trained on.
 
 Weights are float32 throughout (transformers would otherwise keep a half-precision checkpoint's own type, in which
-small updates round to nothing); lower precision is the arithmetic's, chosen in train.py.
+small updates round to nothing); lower precision is the arithmetic's, chosen in train.py. Only the frozen base of QLoRA
+is held in less.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from plw_mlflow import loss, seeding
-from plw_mlflow.config import RecipeOptions
+from plw_mlflow import loss, regularisers
 from plw_mlflow.errors import first_line
+from plw_mlflow.presets import MODELS
 
 TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 
@@ -37,9 +40,10 @@ class Location:
 
 
 def locate(name: str) -> Location:
-    """`toy`, a folder, or ID@REVISION, as a Location. Raises ValueError for what can be none of them."""
+    """`toy`, a model of the study, a folder, or ID@REVISION, as a Location. Raises ValueError for what can be none."""
     if name == "toy":
         return Location(str(TOY_FOLDER), None)
+    name = MODELS.get(name, name)
     if Path(name).is_dir():
         return Location(str(Path(name).resolve()), None)
     path, _, revision = name.partition("@")
@@ -60,11 +64,16 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
         raise ValueError(_not_loaded(what, tokenizer or model, error)) from None
 
 
-def load(model: str) -> Any:
+def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | None = None) -> Any:
     """A causal language model with float32 weights, in evaluation mode.
 
-    Raises ValueError where there is none, for encoder-decoder models (their prompt has no loss), and where the
-    model makes its logits in a way that `project` does not know, so that the loss would not be the model's own.
+    dropout: probability for all of its dropouts, in place of its config's.
+    four_bit: hold the linear layers but the head in 4 bits (NF4, with their scales in 8), and calculate with them in
+        this type; on this process's GPU, if there is one. The rest stays float32.
+
+    Raises ValueError where there is none, for encoder-decoder models (their prompt has no loss), where the
+    model makes its logits in a way that `project` does not know, so that the loss would not be the model's own, and
+    where there is no dropout to set.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -77,22 +86,29 @@ def load(model: str) -> Any:
         config = AutoConfig.from_pretrained(where.path, revision=where.revision or "main")
         if config.is_encoder_decoder:
             raise ValueError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
+        if dropout is not None:
+            regularisers.set_dropout(config, dropout)
         loaded_and_found: Any = AutoModelForCausalLM.from_pretrained(
-            where.path, revision=where.revision or "main", dtype=torch.float32, output_loading_info=True
+            where.path,
+            config=config,
+            revision=where.revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            **({} if four_bit is None else _four_bit(four_bit)),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged weights
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:  # damaged files, too
         raise ValueError(_not_loaded("model", model, error)) from None
     loaded, found = loaded_and_found
     if found["missing_keys"]:  # transformers would draw them at random, and train on
         raise ValueError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
     loaded.eval()
-    tokens = torch.arange(4).unsqueeze(0)  # any do
+    tokens = torch.arange(4, device=loaded.device).unsqueeze(0)  # any do
     with torch.no_grad():
         logits = loaded(tokens).logits[0]
         hidden, projection = project(loaded, tokens, attention_mask=torch.ones_like(tokens))
         for targets in (logits.argmax(1), logits.argmin(1)):  # the ends of the range show a scale, a cap and a shift
             own = nn.functional.cross_entropy(logits, targets, reduction="none")
-            _, nll = loss.weighted_nll(hidden[0], **projection, targets=targets, weights=torch.ones(4))
+            _, nll = loss.weighted_nll(hidden[0], **projection, targets=targets, weights=torch.ones_like(own))
             if not torch.allclose(nll, own, atol=1e-4):
                 raise ValueError(f"{config.model_type} changes its logits in a way that the loss does not follow")
     return loaded
@@ -118,31 +134,6 @@ def digest(model: str) -> str:
     return found.hexdigest()
 
 
-def adapt(model: Any, recipe: RecipeOptions, seed: int) -> Any:
-    """Freeze a model and put LoRA adapters on every linear layer but the head."""
-    from peft import LoraConfig, get_peft_model
-
-    seeding.seed_global(seed, "lora")
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-        r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=recipe.lora_dropout,
-    )
-    return get_peft_model(model, settings)
-
-
-def merge(model: Any, adapter_folder: Path) -> Any:
-    """A trained model as plain transformers gives it; its adapters, if any, are saved to a folder, then merged."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return model
-    model.save_pretrained(str(adapter_folder))
-    return model.merge_and_unload()
-
-
 def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[str, Any]]:
     """Last hidden states [B, T, H] of a causal model, and what makes logits of them, as loss.weighted_nll takes it.
 
@@ -161,17 +152,37 @@ def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[st
 class Learner(nn.Module):
     """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._label_smoothing = model, label_smoothing
 
     def forward(self, tokens: Tensor, weights: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """tokens, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
         hidden, projection = project(self.model, tokens, **context)
         # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
         targets, following = (nn.functional.pad(given[:, 1:], (0, 1)).flatten() for given in (tokens, weights))
-        total, nll = loss.weighted_nll(hidden.flatten(0, 1), **projection, targets=targets, weights=following)
+        total, nll = loss.weighted_nll(
+            hidden.flatten(0, 1),
+            **projection,
+            targets=targets,
+            weights=following,
+            label_smoothing=self._label_smoothing,
+        )
         return total, nll.view(weights.shape)[:, :-1]
+
+
+def _four_bit(arithmetic: torch.dtype) -> dict[str, Any]:
+    """The settings of QLoRA's paper (arXiv:2305.14314), as from_pretrained takes them."""
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=arithmetic,
+    )
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:

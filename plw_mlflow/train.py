@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from plw_mlflow import attention, batches, checkpoints, loss, models, parallel, seeding
+from plw_mlflow import adapters, attention, batches, checkpoints, loss, models, parallel, regularisers, seeding
 from plw_mlflow.batches import Batch, Weights
 from plw_mlflow.checkpoints import Checkpoint
 from plw_mlflow.config import TrainConfig
@@ -146,14 +146,18 @@ class _Loop:
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights.told_by(config)
         self._validation = self._cut(prepared.validation, is_step=False)
-        if config.method == "lora":
-            model = models.adapt(model, config, config.seed)
-        self._model = model
+        self._model = model = adapters.adapt(model, config.method, config, config.seed)
         precision = mixed_precision(config.precision)
         self._is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
         self._outline = parallel.outline(model) if self._is_sharded and accelerator.is_main_process else None
-        self._learner = parallel.wrap(models.Learner(model), precision, config.parallel, accelerator)
+        learner = models.Learner(model, label_smoothing=config.label_smoothing)
+        self._learner = parallel.wrap(learner, precision, config.parallel, accelerator)
         self._learner.train()
+        self._penalty = (
+            regularisers.BasePenalty(model, config.base_penalty, config.base_penalty_order)
+            if config.base_penalty
+            else None
+        )
         trained = self._trained.values()
         # As in transformers, vectors (norms, biases) do not decay.
         groups = [
@@ -182,6 +186,8 @@ class _Loop:
         micro_batches = self._cut(examples, is_step=True)
         with _naming_memory(config, number, self._is_packed):
             metrics, stopping = self._accumulate(micro_batches, is_to_stop)
+        if self._penalty is not None:
+            metrics["train/base_penalty"] = self._penalty.add_gradients()
         norm = self._accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
         metrics["train/grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         rate = config.learning_rate * self._schedule(self.step)

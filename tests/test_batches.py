@@ -56,6 +56,48 @@ def test_a_batch_by_hand():
     assert batch.attention.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]  # a token 0 is no padding
     assert batch.weights.tolist() == [[0, 0.25, 0.25, 2, 2], [0, 2, 0, 0, 0]]
     assert batch.is_completion.tolist() == [[False, False, False, True, True], [False, True, False, False, False]]
+    assert batch.context == {"attention_mask": batch.attention}
+
+
+def test_a_packed_row_by_hand():
+    examples = [make_example([5, 6, 7, 8, 9], [0, 1, 2, 3, 3]), make_example([0, 4], [3, 3])]
+    batch = batches.pack(examples, Weights(prompt=0.25, template=0.5, completion=2.0))
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 4]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.borders.tolist() == [0, 5, 7]
+    assert batch.longest == 5
+    assert batch.weights.tolist() == [
+        [0, 0.25, 0.25, 2, 2, 0, 2]
+    ]  # no example's first token follows from another's last
+    assert batch.is_completion.tolist() == [[False, False, False, True, True, True, True]]
+
+
+lengths = st.lists(st.integers(1, 32), min_size=1, max_size=40)
+
+
+@given(lengths=lengths, room=st.integers(32, 200), multiple=st.integers(1, 4))
+def test_rows_are_few_not_too_long_and_hold_every_example_once(lengths, room, multiple):
+    examples = [make_example([number] * length, [3] * length) for number, length in enumerate(lengths)]
+    rows = batches.fill(examples, room, multiple=multiple)
+    taken = [int(example.tokens[0]) for row in rows for example in row]
+    assert sorted(taken) == list(range(len(lengths)))
+    assert all(sorted(numbers) == numbers for numbers in ([int(e.tokens[0]) for e in row] for row in rows))
+    filled = [sum(len(example.tokens) for example in row) for row in rows]
+    assert max(filled) <= room
+    if len(rows) >= multiple:
+        assert len(rows) % multiple == 0 or len(rows) == len(lengths)
+    assert max(filled) - min(filled) <= 32  # about equally long, so that no process waits for another
+    assert len(rows) <= math.ceil(sum(lengths) / (room - 31) / multiple) * multiple
+
+
+def test_examples_that_fill_their_rows_exactly_leave_no_room():
+    examples = [make_example([0] * length, [3] * length) for length in (8, 2, 4, 6, 4, 8)]
+    assert [[len(e.tokens) for e in row] for row in batches.fill(examples, 8)] == [[8], [8], [2, 6], [4, 4]]
+
+
+def test_an_example_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="an example has 9 tokens, but a packed row only 8"):
+        batches.fill([make_example([0] * 9, [3] * 9)], 8)
 
 
 def test_an_example_that_was_cut_to_its_prompt_weighs_as_a_prompt():

@@ -31,7 +31,7 @@ def case(plw: float) -> dict[str, torch.Tensor]:
 
 
 def oracle(
-    inputs: dict[str, torch.Tensor], scale: float = 1, softcap: float | None = None
+    inputs: dict[str, torch.Tensor], scale: float = 1, softcap: float | None = None, label_smoothing: float = 0
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Undivided loss, losses per row and gradients: all logits at once, in float64, by autograd."""
     leaves = {name: inputs[name].double().requires_grad_() for name in INPUTS}
@@ -39,7 +39,8 @@ def oracle(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     nll = F.cross_entropy(logits, inputs["targets"], reduction="none")
-    total = (nll * inputs["weights"].double()).sum()
+    smoothed = F.cross_entropy(logits, inputs["targets"], reduction="none", label_smoothing=label_smoothing)
+    total = (smoothed * inputs["weights"].double()).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()))
     return total.detach(), nll.detach(), dict(zip(INPUTS, gradients, strict=True))
 
@@ -86,6 +87,28 @@ def test_scaled_and_soft_capped_logits(scale, softcap, rows_at_once, monkeypatch
     torch.testing.assert_close(nll, nll_expected.where(inputs["weights"] != 0, 0.0), check_dtype=False)
     for name, gradient in gradients.items():
         # Of a sum, not of each number: where the cap is all but reached, float32 keeps few digits of tanh's slope.
+        assert (inputs[name].grad - gradient).norm() < 1e-6 * gradient.norm()
+
+
+@pytest.mark.parametrize("rows_at_once", [4, 1000])
+@pytest.mark.parametrize(("scale", "softcap"), [(1, None), (0.5, 2.0)])
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.9])
+def test_smoothed_labels_change_the_loss_and_not_the_losses_told(
+    label_smoothing, scale, softcap, rows_at_once, monkeypatch
+):
+    monkeypatch.setattr(loss, "BUDGET_BYTES", math.ceil(4 / 3 * ROW_BYTES * rows_at_once))
+    inputs = case(0.242)
+    for name in INPUTS:
+        inputs[name].requires_grad_()
+    total, nll = loss.weighted_nll(**inputs, scale=scale, softcap=softcap, label_smoothing=label_smoothing)
+    total.backward()
+
+    total_expected, nll_expected, gradients = oracle(case(0.242), scale, softcap, label_smoothing)
+    torch.testing.assert_close(total.detach(), total_expected, check_dtype=False, **CLOSE)
+    torch.testing.assert_close(nll, nll_expected.where(inputs["weights"] != 0, 0.0), check_dtype=False)
+    plain = oracle(case(0.242), scale, softcap)[2]
+    for name, gradient in gradients.items():
+        assert (plain[name] - gradient).norm() > 0.05 * gradient.norm()
         assert (inputs[name].grad - gradient).norm() < 1e-6 * gradient.norm()
 
 
@@ -204,11 +227,11 @@ def test_memory_is_counted_inside_kernels_too():
     assert peak_bytes(lambda: logits.exp_()) < 1000
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(("softcap", "label_smoothing"), [(None, 0.0), (30.0, 0.1)])
 @pytest.mark.parametrize("trains", [{"hidden"}, {"hidden", "head", "bias"}, set()])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plw", [0, 0.242])
-def test_memory_stays_within_the_budget(plw, kind, trains, softcap, monkeypatch):
+def test_memory_stays_within_the_budget(plw, kind, trains, softcap, label_smoothing, monkeypatch):
     """Of all that is allocated beyond the gradients and losses returned: here a ninth of what the logits take."""
     rows, width, vocabulary = 1500, 64, 4000
     monkeypatch.setattr(loss, "BUDGET_BYTES", 4 * rows * vocabulary // 9)
@@ -227,7 +250,7 @@ def test_memory_stays_within_the_budget(plw, kind, trains, softcap, monkeypatch)
             torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16),
             torch.set_grad_enabled(bool(trains)),
         ):
-            total, nll = loss.weighted_nll(**inputs, softcap=softcap)
+            total, nll = loss.weighted_nll(**inputs, softcap=softcap, label_smoothing=label_smoothing)
         if trains:
             (total / 777).backward()
         return nll

@@ -1,4 +1,4 @@
-"""Is the loss the model's own, does LoRA train adapters alone, and does an export load as what was trained?"""
+"""Is the loss the model's own, and is a model refused of which it is not?"""
 
 import copy
 import json
@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -17,21 +15,8 @@ from transformers import (
 )
 
 from plw_mlflow import models
-from plw_mlflow.config import RecipeOptions
 from tests.conftest import byte_tokenizer, tiny_llama
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+from tests.families import tiny
 
 
 def tiny_gpt2():
@@ -40,26 +25,8 @@ def tiny_gpt2():
     return GPT2LMHeadModel(config).eval()
 
 
-# Families by how they make logits of hidden states: caps and scales that show on models so small.
-MAKERS_OF_LOGITS = {
-    "cohere": {"logit_scale": 0.3},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": None},
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32},
-    "gptj": {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4},  # its head has a bias
-    "granite": {"logits_scaling": 4.0},
-    "mistral": {},
-    "qwen2": {"tie_word_embeddings": True},
-}
-
-
-def tiny(family, **changes):
-    """A random model of a family, the same every time."""
-    torch.manual_seed(0)
-    settings = SIZES | MAKERS_OF_LOGITS.get(family, {}) | changes
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
-
-
+# Families by how they make logits of hidden states.
+MAKERS_OF_LOGITS = ("cohere", "gemma2", "gemma3_text", "gpt2", "gptj", "granite", "mistral", "qwen2")
 FAMILIES = {"llama, untied": tiny_llama, "llama, tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
 
 
@@ -75,15 +42,6 @@ def rows():
     attention = torch.ones_like(tokens)
     attention[1, 7:] = attention[2, 3:] = 0
     return tokens * attention, attention
-
-
-def adapted(model, **recipe):
-    """A model with adapters that do something: LoRA begins with a product of 0."""
-    model = models.adapt(model, RecipeOptions(lora_rank=4, **recipe), seed=1).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
-    return model
 
 
 def test_the_learners_loss_and_gradients_are_the_models_own(model, rows):
@@ -103,58 +61,6 @@ def test_the_learners_loss_and_gradients_are_the_models_own(model, rows):
     assert nll.shape == (3, 11)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_lora_trains_its_adapters_and_nothing_else(model, rows):
-    tokens, attention = rows
-    before = model(tokens).logits
-    head = model.get_output_embeddings()
-    model = models.adapt(model, RecipeOptions(lora_rank=4), seed=1)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name} != set()
-    assert head is model.get_base_model().get_output_embeddings()  # it has no adapter
-    torch.testing.assert_close(model.eval()(tokens).logits, before, rtol=0, atol=0)  # they begin by doing nothing
-
-    total, _ = models.Learner(model)(tokens, attention.float(), attention_mask=attention)
-    total.backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
-
-
-def test_adapters_begin_as_their_seed_says():
-    first, again, other = (
-        [p for n, p in models.adapt(tiny_llama(), RecipeOptions(), seed).named_parameters() if "lora_A" in n]
-        for seed in (1, 1, 2)
-    )
-    assert all(map(torch.equal, first, again))
-    assert not any(map(torch.equal, first, other))
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_trained_model_saves_as_a_plain_folder_with_its_own_logits(model, rows, method, tmp_path):
-    tokens, attention = rows
-    plain = type(model)
-    if method == "lora":
-        model = adapted(model)
-    expected = model(tokens, attention_mask=attention).logits.detach()
-
-    merged = models.merge(model, tmp_path / "adapter")
-    assert type(merged) is plain
-    merged.save_pretrained(tmp_path)
-    for loaded in (merged, AutoModelForCausalLM.from_pretrained(tmp_path), models.load(str(tmp_path))):
-        torch.testing.assert_close(loaded(tokens, attention_mask=attention).logits, expected, rtol=1e-5, atol=1e-5)
-        is_tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-        assert is_tied == loaded.config.tie_word_embeddings
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() == (method == "lora")
-
-
-def test_the_adapter_folder_gives_the_same_model_on_its_base(model, rows, tmp_path):
-    from peft import PeftModel
-
-    base = copy.deepcopy(model)
-    trained = adapted(model)
-    expected = trained(rows[0]).logits.detach()
-    models.merge(trained, tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(rows[0]).logits, expected)
 
 
 def test_weights_are_float32_whatever_the_checkpoint(tmp_path):
@@ -299,6 +205,7 @@ def test_a_digest_follows_the_weights_and_nothing_else(tmp_path):
         ("org/name", ("org/name", None)),
         ("gpt2", ("gpt2", None)),
         ("toy", (str(models.TOY_FOLDER), None)),
+        ("llama-2-7b", ("meta-llama/Llama-2-7b-hf", "01c7f73d771dfac7d292323805ebc428287df4f9")),
     ],
 )
 def test_a_name_may_pin_a_revision(name, expected):

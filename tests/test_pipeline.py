@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from plw_mlflow import cell, models, tracking, train
+from plw_mlflow import adapters, cell, models, tracking, train
 from plw_mlflow.config import MainConfig, TrainConfig
 from tests.stores import ROOT, Place
 
@@ -87,16 +87,16 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     mlflow.set_tracking_uri(new_place.uri)
     tokens = torch.arange(5, 45).view(2, 20)
     trained = []
-    merge = models.merge
+    merge = adapters.merge
 
     @torch.no_grad()
-    def watched(model, folder):
+    def watched(model, folder, **options):
         trained.append(model(tokens).logits)  # before adapters are merged
-        merged = merge(model, folder)
+        merged = merge(model, folder, **options)
         trained.append(merged(tokens).logits)
         return merged
 
-    monkeypatch.setattr(models, "merge", watched)
+    monkeypatch.setattr(adapters, "merge", watched)
     config = TrainConfig(method=method, max_records=120, epochs=1)
     with tracking.open_run(config, "test") as run, cell.trained(config, run):
         pass

@@ -411,3 +411,23 @@ def test_a_run_of_the_other_processes_leaves_nothing_of_a_run_as_it_is():
     asked = {"cell", "scores", "load_checkpoint"}  # of the first alone
     public = {name for name in vars(tracking.Run) if not name.startswith("_")}
     assert public - asked <= vars(tracking.NoRun).keys()
+
+
+def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, monkeypatch):
+    """`mlflow run` has logged the empty value, which stays; nobody is misled by it."""
+    begun = store.create_run("0").info.run_id
+    for name, value in {"seed": "", "method": "''", "learning_rate": "", "max_records": "", "epochs": "3.0"}.items():
+        store.log_param(begun, name, value)
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    config = MainConfig(preset="huerta2024-lora")
+    scored(config, ("a", 0.2))
+    run = store.get_run(begun)
+    assert run.data.params.keys() == set(MainConfig.__dataclass_fields__)
+    assert (run.data.params["seed"], run.data.params["batch_examples"]) == ("", "128")
+    told = {name: value for name, value in run.data.tags.items() if name.startswith("plw.preset.")}
+    assert told == {"plw.preset.seed": "42", "plw.preset.method": "lora", "plw.preset.learning_rate": "0.0002"}
+
+    scored(MainConfig(preset="huerta2024-lora", method="full"), ("a", 0.3))
+    table = tracking.score_table(experiment="Default").set_index("model")
+    assert dict(table["score"]) == {"toy (lora)": 0.2, "toy (full)": 0.3}
+    assert set(table["seed"]) == {42}

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,15 +17,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from plw_mlflow import batches, checkpoints, train
+from plw_mlflow import batches, checkpoints, models, train
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
 from tests.conftest import VOCABULARY, make_example, tiny_llama
+from tests.families import tiny
 
 METHODS = ("full", "lora")
 
@@ -55,7 +58,8 @@ def first_step(folder, **options):
 
     def look(*_):
         for name, parameter in model.named_parameters():
-            gradients.setdefault(name, parameter.grad.clone())
+            whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            gradients.setdefault(name, whole.clone())
 
     hook = register_optimizer_step_pre_hook(look)
     try:
@@ -104,11 +108,16 @@ def assert_same_step(found, expected):
         torch.testing.assert_close(found[1][name], gradient, check_dtype=False, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("divisor", ["weights", "tokens"])
 @pytest.mark.parametrize("plw", [0, 0.0005, 0.242, 1])
-def test_a_step_is_the_same_however_it_is_cut(plw, divisor, micro_batch, tmp_path):
-    found = first_step(tmp_path, plw=plw, loss_divisor=divisor, micro_batch_examples=micro_batch)
+def test_a_step_is_the_same_however_it_is_cut(plw, divisor, packing, rows, tmp_path):
+    longest = max(len(row.tokens) for row in EXAMPLES)
+    cut = {"micro_batch_examples": rows}
+    if packing:  # into rows of 18, 36, 54 and 108 tokens
+        cut = {"micro_batch_examples": 1, "max_tokens": longest, "micro_batch_tokens": rows * longest}
+    found = first_step(tmp_path, plw=plw, loss_divisor=divisor, packing=packing, **cut)
     assert_same_step(found, whole_step(plw, divisor))
 
 
@@ -141,12 +150,18 @@ def micro_batches(rows, size):
     return [taken[start : start + size] for start in range(0, len(taken), size)]
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("divisor", ["weights", "tokens"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_batch, tmp_path):
+def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_batch, packing, tmp_path):
     expected = oracle(micro_batches(EXAMPLES, micro_batch), [0.242, 0.242, 0.242, 1], divisor)
     found = first_step(
-        tmp_path, plw=0.242, loss_divisor=divisor, divisor_scope="micro-batch", micro_batch_examples=micro_batch
+        tmp_path,
+        plw=0.242,
+        packing=packing,
+        loss_divisor=divisor,
+        divisor_scope="micro-batch",
+        micro_batch_examples=micro_batch,
     )
     assert_same_step(found, expected)
     assert found[0] != pytest.approx(whole_step(0.242, divisor)[0], rel=1e-3)
@@ -189,44 +204,113 @@ def test_a_step_that_weighs_nothing_changes_nothing(scope, tmp_path):
 
 
 SCOPES = ("step", "micro-batch")
+SPREADS = ("ddp", "fsdp2")
 
 
 def share(folder: Path, port: str) -> None:
-    """Take the first step in two processes, which have three micro-batches between them, and save what each found.
+    """Train in two processes, each way of spreading a model over them; see the tests below for what is left behind.
 
     Runs in a process of its own, where torch has done nothing yet that would not survive a fork.
     """
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     for rank in ("0", "1"):
         if os.fork() == 0:
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            status = 1
             try:
-                options = {"plw": 0.242, "micro_batch_examples": 2}
-                found = {scope: first_step(folder / scope, divisor_scope=scope, **options) for scope in SCOPES}
-                torch.save(found, folder / rank)
+                for spread in SPREADS:
+                    share_steps(folder / spread, spread, rank)
+                status = 0
             except BaseException:
                 traceback.print_exc()
-            os._exit(0)
-    for _ in range(2):
-        os.wait()
+            os._exit(status)
+    assert [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)] == [0, 0]
 
 
-def test_two_processes_take_the_step_of_one(tmp_path):
+def share_steps(folder: Path, spread: str, rank: str) -> None:
+    # Three micro-batches between two processes, with few tokens a row: one is left without.
+    options = {"plw": 0.242, "micro_batch_examples": 2, "parallel": spread}
+    found = {scope: first_step(folder / scope, divisor_scope=scope, **options) for scope in SCOPES}
+    found["packed"] = first_step(folder / "packed", micro_batch_tokens=40, max_tokens=20, **options)
+    torch.save(found, folder / rank)
+    for method in METHODS:
+        model = resumable(folder / method, method, dropout=0.0, model=tiny_llama(tied=True), parallel=spread).model
+        if rank == "0":
+            model.save_pretrained(folder / f"{method} as trained", safe_serialization=True)
+        assert (model is None) == (rank == "1")
+    # SIGTERM comes to one of them; both stop after the same step, which can be gone on from alone.
+    kill = functools.partial(terminate_self, at=4)
+    with pytest.raises(KeyboardInterrupt):
+        resumable(
+            folder / "terminated", "full", parallel=spread, log=kill if rank == "0" else lambda metrics, step: None
+        )
+    # And what one process has begun, two go on with.
+    shutil.copytree(folder.parent / "begun", folder / f"begun {rank}")
+    done = resumable(folder / "begun 0", "full", parallel=spread)
+    assert done.resumed_from == 4
+    if rank == "0":
+        torch.save(done.model.state_dict(), folder / "gone on")
+
+
+def terminate_self(metrics, step, at):
+    if step == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def shared_training(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.raises(KeyboardInterrupt):
+        resumable(folder / "begun", "full", log=functools.partial(terminate_self, at=3))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = "import pathlib, sys; from tests.test_train import share; share(pathlib.Path(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-c", script, str(tmp_path), port]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=60)
+    command = [sys.executable, "-c", script, str(folder), port]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=240)
+    return folder
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_two_processes_take_the_step_of_one(spread, shared_training):
     expected = {
         "step": whole_step(0.242, "weights"),
         "micro-batch": oracle(micro_batches(EXAMPLES, 2), [0.242, 0.242, 0.242, 1], "weights"),
     }
     for rank in ("0", "1"):
-        found = torch.load(tmp_path / rank)
-        for scope in SCOPES:
-            assert_same_step(found[scope], expected[scope])
+        found = torch.load(shared_training / spread / rank)
+        for kind, step in found.items():
+            assert_same_step(step, expected["step" if kind == "packed" else kind])
+
+
+def assert_same_weights(found, expected):
+    """Within what adding up in another order does to float32 in nine steps."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            found[name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_two_processes_train_the_model_of_one(spread, method, shared_training, tmp_path):
+    alone = resumable(tmp_path, method, dropout=0.0, model=tiny_llama(tied=True)).model
+    alone.save_pretrained(tmp_path / "alone")
+    found, expected = (
+        load_file(next(folder.glob("*.safetensors")))
+        for folder in (shared_training / spread / f"{method} as trained", tmp_path / "alone")
+    )
+    assert_same_weights(found, expected)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_another_number_of_processes_can_go_on(spread, shared_training, tmp_path):
+    expected = resumable(tmp_path, "full").model.state_dict()
+    assert_same_weights(torch.load(shared_training / spread / "gone on"), expected)
+    again = resumable(shared_training / spread / "terminated", "full")
+    assert again.resumed_from == 5  # told in the fourth step's log, they stop after the next
+    assert_same_weights(again.model.state_dict(), expected)
 
 
 def test_losses_are_logged_by_side_whatever_the_plw(tmp_path):
@@ -315,10 +399,10 @@ def test_equal_seeds_give_equal_bits(change, is_same, tmp_path):
 # Checkpoints and resume
 
 
-def resumable(folder, method, **options):
+def resumable(folder, method, *, dropout=0.3, **options):
     """Nine steps with a checkpoint after every second; dropout shows whether random choices are taken up again."""
     options = {"batch_examples": 2, "micro_batch_examples": 1, "epochs": 3, "save_every": 2, "eval_every": 99} | options
-    return run(folder, method=method, lora_dropout=0.3 if method == "lora" else 0.0, plw=0.242, **options)
+    return run(folder, method=method, lora_dropout=dropout if method == "lora" else 0.0, plw=0.242, **options)
 
 
 def hang(folder: Path) -> None:
@@ -436,12 +520,6 @@ def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
     assert seen == [[], ["step-000002"]]
 
 
-def test_checkpoints_are_ordered_by_number(tmp_path):
-    for step in (2, 999_999, 1_000_000):
-        (tmp_path / f"step-{step:06d}").mkdir()
-    assert [path.name for path in checkpoints._found(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
-
-
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
     model = tiny_llama()
     model.model.norm.weight.data[3] = math.nan
@@ -477,3 +555,43 @@ def test_a_learning_rate_beyond_reason_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"Lower --learning-rate"):
         resumable(tmp_path, "full", learning_rate=1e30, warmup_ratio=0.0)
     assert list(tmp_path.glob("step-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), {}, r"lower --micro-batch-tokens \(now 3072\)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            {"packing": False},
+            r"--micro-batch-examples \(now 6",
+        ),
+    ],
+)
+def test_out_of_memory_names_the_step_and_the_option(error, options, told, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        if torch.is_grad_enabled():
+            raise error
+        return whole(*_, **__)
+
+    whole = models.Learner.forward
+    monkeypatch.setattr(models.Learner, "forward", fail)
+    with pytest.raises(RuntimeError, match=rf"out of memory at step 1; .*{told}"):
+        run(tmp_path, **options)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(models.Learner, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        run(tmp_path)
+
+
+def test_a_model_that_cannot_be_packed_is_trained_on_padded_rows(tmp_path):
+    mamba = tiny("mamba", vocab_size=VOCABULARY)
+    with pytest.warns(UserWarning, match=r"mamba: .* training on padded rows instead"):
+        found = run(tmp_path / "asked", model=copy.deepcopy(mamba), epochs=2)
+    expected = run(tmp_path / "padded", model=mamba, epochs=2, packing=False)
+    assert all(map(torch.equal, found.model.parameters(), expected.model.parameters()))

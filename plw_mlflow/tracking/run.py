@@ -21,7 +21,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
 
 from plw_mlflow import __version__, figures, seeding, templates
-from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
+from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.sources import Source
 from plw_mlflow.tracking.connection import get_run, patiently
@@ -50,11 +50,16 @@ class Run:
         self._cell = ""
 
     def log_config(self, config: Any) -> None:
-        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file."""
+        """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file.
+
+        `mlflow run` has logged an unset one as empty, which nobody can change: what a preset made of it is a tag.
+        """
         known = self._client.get_run(self.id).data.params
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         missing = [Param(name, spell(value)) for name, value in values.items() if name not in known]
         self._client.log_batch(self.id, params=missing)
+        unset = {name for name, value in known.items() if name in values and value in UNSET}
+        self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
         mlflow.log_dict(seeding.fingerprint(), "environment.json")
 
@@ -249,7 +254,7 @@ class Run:
         run = patiently("reading the run", lambda: self._client.get_run(self.id))
         if "plw.cell" not in run.data.tags:
             raise ValueError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
-        return cell_columns(run.data.params)
+        return cell_columns(parameters(run))
 
     def address(self) -> str:
         """How a person opens this run in MLflow's UI."""
@@ -338,6 +343,15 @@ class _FileSource(FileSystemDatasetSource):
     @classmethod
     def from_dict(cls, source_dict: dict[str, Any]) -> _FileSource:
         return cls(source_dict["uri"])
+
+
+def parameters(run: mlflow.entities.Run) -> dict[str, str]:
+    """A run's parameters; in place of those that were left unset, what its preset made of them."""
+    tags = run.data.tags
+    return {
+        name: tags.get(f"plw.preset.{name}", value) if value in UNSET else value
+        for name, value in run.data.params.items()
+    }
 
 
 def cell_columns(params: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import mlflow
 import pandas as pd
 
 from plw_mlflow.tracking.connection import check_reachable, get_run
-from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns
+from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns, parameters
 
 
 def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
@@ -33,7 +33,8 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     for run in runs:
         if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
             # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
-            key = (*cell_columns(run.data.params).values(), run.data.params["method"])
+            params = parameters(run)
+            key = (*cell_columns(params).values(), params["method"])
             other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
@@ -45,7 +46,7 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
     tables = [
         Run(run.info.run_id)
         .scores()
-        .assign(dataset=cell_columns(run.data.params)["dataset"], method=run.data.params["method"])
+        .assign(dataset=cell_columns(parameters(run))["dataset"], method=parameters(run)["method"])
         for run in newest.values()
     ]
     table = pd.concat(tables, ignore_index=True)

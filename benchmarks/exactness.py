@@ -1,0 +1,197 @@
+"""How far a step's gradient is from the true one, however the step is cut:  python -m benchmarks.exactness --json FILE
+
+One optimiser step of 16 examples is taken by the training loop itself, as 1, 2 or 8 micro-batches a process, packed or
+padded, in one process or in two (DDP, FSDP2), at each divisor and scope. Its gradient of all weights is set against one
+computed an example at a time, with all logits, in float64. The figure is the norm of the difference over the norm of
+the gradient, the largest over the PLWs. Beside it stands what float32 costs at the least that anybody pays: the same
+oracle computed in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from plw_mlflow import batches, models, prepare, train
+from plw_mlflow.batches import Weights
+from plw_mlflow.config import TrainConfig
+from plw_mlflow.prepare import Prepared
+from plw_mlflow.tokens import Example
+
+EXAMPLES = 16
+PLWS = (0.0, 0.0005, 0.242, 1.0)
+ACCUMULATIONS = (1, 2, 8)
+SPREADS = ("1 process", "2, ddp", "2, fsdp2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to take the step."""
+
+    spread: str
+    accumulation: int  # micro-batches a process
+    packing: bool
+    divisor: str
+    scope: str
+
+    def __str__(self) -> str:
+        rows = "packed" if self.packing else "padded"
+        return f"{self.spread}, {self.accumulation} x {rows}, {self.divisor} by {self.scope}"
+
+    @property
+    def micro_batch_examples(self) -> int:
+        return EXAMPLES // self.accumulation // (1 if self.spread == SPREADS[0] else 2)
+
+
+def cases() -> list[Case]:
+    every = itertools.product(SPREADS, ACCUMULATIONS, (True, False), ("weights", "tokens"), ("step", "micro-batch"))
+    return [Case(*values) for values in every]
+
+
+def inputs(model: str, dataset: str, data_options: dict[str, Any]) -> Prepared:
+    """Examples of which the step's 16 are the first, so that they can be known beforehand."""
+    options: dict[str, Any] = {"model": model, "dataset": dataset, "max_records": 60} | data_options
+    prepared = prepare.run(dataset, models.load_tokenizer(model), TrainConfig(**options))
+    training = [prepared.training[index] for index in range(EXAMPLES)]
+    return Prepared((), training, training[:1], {}, "", 0)  # type: ignore[arg-type]
+
+
+def flat(gradients: Sequence[Tensor]) -> Tensor:
+    whole = (g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)
+    return torch.cat([g.detach().double().flatten() for g in whole])
+
+
+def ours(case: Case, plw: float, load: Callable[[], Any], prepared: Prepared) -> Tensor:
+    """The gradient with which the optimiser takes the step."""
+    config = TrainConfig(
+        plw=plw,
+        packing=case.packing,
+        loss_divisor=case.divisor,  # type: ignore[arg-type]
+        divisor_scope=case.scope,  # type: ignore[arg-type]
+        parallel="fsdp2" if case.spread == SPREADS[2] else "ddp",
+        batch_examples=EXAMPLES,
+        micro_batch_examples=case.micro_batch_examples,
+        micro_batch_tokens=row_tokens(case, prepared.training),
+        max_tokens=max(len(example.tokens) for example in prepared.training),
+        max_grad_norm=1e9,
+        epochs=1,
+    )
+    found: list[Tensor] = []
+
+    def look(optimizer: Any, *_: Any) -> None:
+        # In the model's order, not the optimiser's, which keeps vectors apart.
+        found.append(flat([parameter.grad for parameter in learner.parameters()]))
+
+    learner = load()
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train.run(config, prepared, learner, Path(folder))
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
+    """A row's length that makes packing yield the case's number of rows; with a divisor a micro-batch, examples do."""
+    if not case.packing or case.scope == "micro-batch":
+        return None
+    rows = EXAMPLES // case.micro_batch_examples
+    longest, total = max(len(e.tokens) for e in examples), sum(len(e.tokens) for e in examples)
+    fits = (n for n in itertools.count(max(longest, total // rows)) if len(batches.fill(examples, n)) <= rows)
+    return next(fits)
+
+
+def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> Tensor:
+    """The same gradient, an example at a time, in the model's own precision."""
+    size = case.micro_batch_examples if case.scope == "micro-batch" else EXAMPLES
+    (order,) = batches.steps(EXAMPLES, EXAMPLES, seed=TrainConfig.seed, first=0, total=1)
+    groups = [order[start : start + size] for start in range(0, EXAMPLES, size)]
+    weights = Weights(prompt=plw, template=plw, completion=1.0)
+    model.zero_grad()
+    for group in groups:
+        told = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
+        whole = torch.cat(told)
+        divisor = whole.sum() if case.divisor == "weights" else whole.count_nonzero()
+        for index, weight in zip(group, told, strict=True):
+            tokens = torch.from_numpy(examples[index].tokens).long()
+            logits = model(tokens.unsqueeze(0)).logits[0, :-1]
+            nll = nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            (nll @ (weight / divisor / len(groups)).to(nll.dtype)).backward()
+    return flat([parameter.grad for parameter in model.parameters()])
+
+
+def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared) -> list[tuple[Case, float, float]]:
+    """Each case of a spread with the largest error over PLWs, ours and float32's own; of use in the first process."""
+    exact, single = load().double(), load()
+    found = []
+    known: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
+    for case in cases():
+        if case.spread != spread:
+            continue
+        errors = []
+        for plw in PLWS:
+            key = (plw, case.divisor, case.scope, case.micro_batch_examples if case.scope == "micro-batch" else 0)
+            gradient = ours(case, plw, load, prepared)
+            if rank != 0:
+                continue
+            if key not in known:
+                true = oracle(case, plw, exact, prepared.training)
+                plain = oracle(case, plw, single, prepared.training)
+                known[key] = true, float((plain - true).norm() / true.norm())
+            true, floor = known[key]
+            errors.append((float((gradient - true).norm() / true.norm()), floor))
+        if errors:
+            found.append((case, max(error for error, _ in errors), max(floor for _, floor in errors)))
+    return found
+
+
+def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepared, file: str) -> None:
+    torch.set_num_threads(1)
+    if spread != SPREADS[0]:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TQDM_DISABLE"] = "1"
+    found = measure(rank, spread, partial(models.load, model), prepared)
+    if rank == 0:
+        torch.save(found, file)
+
+
+@click.command(help=__doc__)
+@click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
+@click.option("--model", default="toy", show_default=True)
+@click.option("--dataset", default="toy-short", show_default=True)
+def main(file: Path, model: str, dataset: str) -> None:
+    prepared = inputs(model, dataset, {"on_bad_record": "skip"})
+    rows = []
+    print(f"{'step taken by':<52}{'relative error of the gradient':>31}{'float32, plain':>16}")
+    for spread in SPREADS:
+        with socket.socket() as free, tempfile.NamedTemporaryFile() as answer:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            arguments = (spread, port, model, prepared, answer.name)
+            multiprocessing.spawn(in_a_process, arguments, nprocs=1 if spread == SPREADS[0] else 2)
+            for case, error, floor in torch.load(answer.name, weights_only=False):
+                print(f"{case!s:<52}{error:>31.1e}{floor:>16.1e}", flush=True)
+                row = {"case": str(case), "metric": "relative error of the gradient", "ours": error}
+                rows.append(row | {"peer": "the oracle in float32", "peer_value": floor, "ratio": floor / error})
+    file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Adapters: LoRA, DoRA and QLoRA on a frozen base, and merging them into a plain model again.
+
+DoRA (arXiv:2402.09353) trains beside LoRA's product the norm of each of a layer's rows. QLoRA (arXiv:2305.14314) is
+LoRA on a base whose linear layers are held in 4 bits (`models.load`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from plw_mlflow import seeding
+from plw_mlflow.config import Method, RecipeOptions, names
+
+# Of a state-space mixer, the layers whose weights its kernels read themselves, so that adapters on them would train
+# nothing, or nothing where the fast kernels are installed.
+READ_BY_KERNELS = {"x_proj", "dt_proj", "out_proj"}
+
+
+def check(method: Method) -> None:
+    """Raise ValueError where this machine cannot train by a method: before anything is loaded."""
+    if method != "qlora":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "method qlora holds the base model in 4 bits on an NVIDIA GPU, and there is none here; use --method lora"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
+
+
+def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
+    """The model as `method` trains it: as it is, or frozen and with adapters that begin by changing nothing.
+
+    Raises ValueError where `recipe.lora_targets` names a layer that the model lacks, or that cannot have an adapter.
+    """
+    if method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    seeding.seed_global(seed, "lora")
+    chosen = targets(model, recipe.lora_targets)
+    settings = LoraConfig(
+        revision=getattr(model.config, "_commit_hash", None),  # the hub's commit, where the base is from there
+        task_type="CAUSAL_LM",
+        target_modules=list(chosen),
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.lora_dropout,
+        use_dora=method == "dora",
+        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in chosen.values()),  # GPT-2's weights are [in, out]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls something of transformers by an old name
+        return get_peft_model(model, settings)
+
+
+def targets(model: Any, told: str) -> dict[str, nn.Module]:
+    """The linear layers that get adapters, by their whole names.
+
+    told: all-linear, which is every one but the head; or names, comma-separated, whole ones or their last parts.
+    """
+    head = model.get_output_embeddings()
+    linear: dict[str, nn.Module] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+    }
+    usable = {name: layer for name, layer in linear.items() if not _is_read_by_kernels(model, name)}
+    if told == "all-linear":
+        return usable
+    chosen: dict[str, nn.Module] = {}
+    for wanted in names(told):
+        found = {name: layer for name, layer in usable.items() if f".{name}".endswith(f".{wanted}")}
+        if not found:
+            have = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))
+            why = " (kernels read that one's weights past any adapter)" if wanted in READ_BY_KERNELS else ""
+            raise ValueError(
+                f"lora-targets names {wanted!r}, but the linear layers of {model.config.model_type} that can have "
+                f"adapters are {have}{why}"
+            )
+        chosen |= found
+    return chosen
+
+
+def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
+    """A trained model as plain transformers gives it; its adapters, if any, are saved to a folder, then merged.
+
+    with_embeddings: save embeddings and head with the adapters, as they are not the base's (`padding.py`).
+
+    A base in 4 bits is first brought back to float32, as what was trained is what the adapters do to the rounded
+    weights; peft's own merging would round the sum anew.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return model
+    # peft's own choice would ask the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)
+    if getattr(model.get_base_model(), "is_quantized", False):
+        base: Any = model.unload()
+        model = PeftModel.from_pretrained(base.dequantize(dtype=torch.float32), str(folder))
+    return model.merge_and_unload()
+
+
+def _is_read_by_kernels(model: Any, name: str) -> bool:
+    mixer, _, last = name.rpartition(".")
+    return last in READ_BY_KERNELS and hasattr(model.get_submodule(mixer), "ssm_state_size")

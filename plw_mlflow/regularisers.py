@@ -1,0 +1,129 @@
+"""Regularisers that the study's fourth version compared with PLW: dropout, and the distance to the base weights.
+
+The other two are weight decay (AdamW's own, `train.py`) and label smoothing (`loss.py`). All apply at any PLW. Their
+strengths in that comparison are not known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def set_dropout(config: Any, probability: float) -> None:
+    """Set every dropout probability that a model's config has, before the model is made of it.
+
+    Raises ValueError where it has none, or takes no such value.
+    """
+    found = _dropouts(config)
+    if not found:
+        raise ValueError(f"{config.model_type} has no dropout to set; leave --dropout out")
+    for part, name in found:
+        try:
+            setattr(part, name, probability)
+        except StrictDataclassError:  # transformers holds MPT's attn_pdrop for a whole number
+            raise ValueError(f"{config.model_type} takes no {name} of {probability}; leave --dropout out") from None
+
+
+def _dropouts(config: Any) -> list[tuple[Any, str]]:
+    """Each part of a config with the name of a dropout probability it has."""
+    found = []
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type"):  # a config within the config
+            found += _dropouts(value)
+        # Other names: "resid_pdrop". Heads of other tasks have their own.
+        elif ("dropout" in name or "pdrop" in name) and not name.startswith(("summary_", "classifier_")):
+            found.append((config, name))
+    return found
+
+
+class BasePenalty:
+    """`strength` times the sum over all weights of |weight - base weight| ^ order, added to the loss of a step.
+
+    What counts is how far the model's weights have moved: with adapters, the product that they add to each layer's
+    weights (with DoRA, what the product and the rows' norms change together). It is added once to a step's gradients,
+    not to the loss, so that it needs no graph, and costs the same however the step is cut.
+
+    Parameters may be shards (FSDP2's DTensors): then the copy of the base is sharded likewise. Its memory is 4 bytes
+    for each trained weight, on their device, a quarter more than the 16 that weight, gradient and AdamW's moments take.
+    Adapters need no copy, but some four times the largest layer's weights for a moment.
+    """
+
+    def __init__(self, model: Any, strength: float, order: float) -> None:
+        """model: as it will be trained, with adapters and sharded, but before a checkpoint is loaded into it."""
+        self._strength, self._order = strength, order
+        self._adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
+        self._bases = [
+            (parameter, parameter.detach().clone())
+            for parameter in model.parameters()
+            if parameter.requires_grad and not self._adapters
+        ]
+
+    @torch.no_grad()
+    def add_gradients(self) -> float:
+        """Add the penalty's gradient to that of every parameter; returns its value.
+
+        To be called once a step, by every process, when the gradients are whole (summed over micro-batches and
+        processes) and not yet clipped.
+        """
+        values = []
+        for parameter, base in self._bases:
+            value, gradient = self._of(parameter.detach() - base)
+            values.append(value)
+            _add(parameter, gradient)
+        for layer in self._adapters:
+            parameters = _parameters(layer)
+            leaves = [_whole(parameter.detach()).requires_grad_() for parameter in parameters]
+            with torch.enable_grad():
+                deviation = _deviation(layer, *leaves)
+            value, gradient = self._of(deviation.detach())
+            values.append(value)
+            for parameter, part in zip(parameters, torch.autograd.grad(deviation, leaves, gradient), strict=True):
+                _add(parameter, part)
+        return float(_whole(sum(values[1:], values[0])))
+
+    def _of(self, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """The penalty of some weights' deviation, and its gradient in them."""
+        distance = deviation.abs()
+        gradient = deviation.sign() * distance.pow(self._order - 1) * (self._strength * self._order)
+        return self._strength * distance.pow(self._order).sum(), gradient
+
+
+def _parameters(layer: Any) -> list[Tensor]:
+    """What is trained of a layer's adapter: A [r, in], B [out, r], and DoRA's norms [out]."""
+    (name,) = layer.active_adapters
+    norms = [layer.lora_magnitude_vector[name].weight] if name in layer.lora_magnitude_vector else []
+    return [layer.lora_A[name].weight, layer.lora_B[name].weight, *norms]
+
+
+def _deviation(layer: Any, a: Tensor, b: Tensor, norms: Tensor | None = None) -> Tensor:
+    """What an adapter adds to its layer's weights, [out, in]."""
+    (name,) = layer.active_adapters
+    product = layer.scaling[name] * (b @ a)
+    if norms is None:
+        return product
+    base = _whole(layer.get_base_layer().weight.detach())
+    if layer.fan_in_fan_out:
+        base = base.T
+    moved = base + product
+    return norms.unsqueeze(1) * moved / moved.norm(dim=1, keepdim=True) - base
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, or a partial sum summed, over the processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if isinstance(parameter, DTensor) and not isinstance(gradient, DTensor):
+        # Each process has computed all of it, and keeps its own part.
+        mesh, placements = parameter.device_mesh, parameter.placements
+        gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient

@@ -1,0 +1,39 @@
+"""Tiny random models of many families, the same every time."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+# What a family names otherwise; and caps and scales of logits that show on models so small.
+SETTINGS = {
+    "cohere": {"logit_scale": 0.3},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": None},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32},
+    "gptj": {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4},  # its head has a bias
+    "granite": {"logits_scaling": 4.0},
+    "mamba": {"state_size": 4, "intermediate_size": 32},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+}
+
+
+def tiny(family, **changes):
+    """A random model of a family."""
+    torch.manual_seed(0)
+    settings = SIZES | SETTINGS.get(family, {}) | changes
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
