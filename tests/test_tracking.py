@@ -394,6 +394,25 @@ def test_what_is_not_there_is_said(call, message):
         call()
 
 
+def test_processes_other_than_the_first_ask_nothing_of_the_store(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")  # where nobody answers
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.begin_cell("c", tmp_path, 0)
+        run.log_step({"train/loss": 0.5}, 1)
+        run.store_checkpoint(saved(tmp_path, 1))
+        run.flush()
+        run.tag(anything="")
+    assert (run.id, run.address()) == ("", "")
+    assert [path.name for path in tmp_path.glob("run_id")] == []
+
+
+def test_a_run_of_the_other_processes_leaves_nothing_of_a_run_as_it_is():
+    asked = {"cell", "scores", "load_checkpoint"}  # of the first alone
+    public = {name for name in vars(tracking.Run) if not name.startswith("_")}
+    assert public - asked <= vars(tracking.NoRun).keys()
+
+
 def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, monkeypatch):
     """`mlflow run` has logged the empty value, which stays; nobody is misled by it."""
     begun = store.create_run("0").info.run_id

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlflow
-from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
 
 from plw_mlflow import __version__, origin
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
@@ -39,7 +39,6 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     check_reachable()
     before = None if run_id is None else get_run(run_id).info.status
     wrapper = None if run_id is None else _leave_wrapper(run_id)
-    status = "FINISHED"
     active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
     run = Run(active.info.run_id)
     try:
@@ -50,23 +49,21 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
         with giving_signs_of_life(run.id):
             yield run
         run.flush()
-        patiently("ending the run", lambda: _finish(run))
+        patiently("ending the run", lambda: run.untag("error"))
     except BaseException as error:
         status = before or ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         run.close(LAST_SECONDS)
-        if before is None:
-            with suppress(Exception):  # a store that is gone must not hide why the run failed
+        with suppress(Exception):  # a store that is gone must not hide why the run failed
+            if before is None:
                 run.tag(status="failed", error=f"{type(error).__name__}: {error}"[:500])
-        raise
-    finally:
-        run.close(0)
-        with suppress(Exception):  # likewise; where all went well, it has been told
+        with suppress(Exception):
             mlflow.end_run(status)
-
-
-def _finish(run: Run) -> None:
-    run.untag("error")
-    mlflow.MlflowClient().set_terminated(run.id, RunStatus.to_string(RunStatus.FINISHED))
+        raise
+    run.close(0)
+    try:
+        mlflow.end_run("FINISHED")  # forgets the run, and then tells the store, once
+    except (MlflowException, OSError):
+        patiently("ending the run", lambda: mlflow.MlflowClient().set_terminated(run.id, "FINISHED"))
 
 
 @contextmanager
@@ -91,8 +88,7 @@ def child_environment(run_id: str) -> dict[str, str]:
 
 def fail(run_id: str) -> None:
     """Mark a run FAILED whose process ended badly, perhaps before it could say so itself."""
-    failed = RunStatus.to_string(RunStatus.FAILED)
-    patiently("marking a failed run", lambda: mlflow.MlflowClient().set_terminated(run_id, failed))
+    patiently("marking a failed run", lambda: mlflow.MlflowClient().set_terminated(run_id, "FAILED"))
 
 
 def _leave_wrapper(run_id: str) -> str | None:
