@@ -536,8 +536,7 @@ def _params(run: mlflow.entities.Run) -> dict[str, str]:
     """A run's parameters; in place of those that were left unset, what its preset made of them."""
     tags = run.data.tags
     return {
-        name: tags.get(f"plw.preset.{name}", value) if value in UNSET else value
-        for name, value in run.data.params.items()
+        name: tags.get(f"plw.preset.{name}", "") if value in UNSET else value for name, value in run.data.params.items()
     }
 
 

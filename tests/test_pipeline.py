@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from plw_mlflow import cell, models, tracking, train
+from plw_mlflow import adapters, cell, models, tracking, train
 from plw_mlflow.config import MainConfig, TrainConfig
 from tests.stores import ROOT, Place
 
@@ -81,22 +81,22 @@ def test_the_model_is_registered_and_the_scores_are_the_models(place, cell_run):
     assert {metric.key: metric.value for metric in model.metrics}["score"] == run.data.metrics["score"]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, method, monkeypatch):
     monkeypatch.chdir(new_place.folder)
     mlflow.set_tracking_uri(new_place.uri)
     tokens = torch.arange(5, 45).view(2, 20)
     trained = []
-    merge = models.merge
+    merge = adapters.merge
 
     @torch.no_grad()
-    def watched(model, folder):
+    def watched(model, folder, **options):
         trained.append(model(tokens).logits)  # before adapters are merged
-        merged = merge(model, folder)
+        merged = merge(model, folder, **options)
         trained.append(merged(tokens).logits)
         return merged
 
-    monkeypatch.setattr(models, "merge", watched)
+    monkeypatch.setattr(adapters, "merge", watched)
     config = TrainConfig(method=method, max_records=120, epochs=1)
     with tracking.open_run(config, "test") as run, cell.trained(config, run):
         pass
@@ -168,6 +168,7 @@ def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
     (run,) = new_place.runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["plw"] == "1e-2"
+    assert (run.data.params["seed"], run.data.tags["plw.preset.seed"]) == ("''", "1234")  # MLflow quotes nothing so
     assert "score" in run.data.metrics
     assert (
         json.loads(
