@@ -24,7 +24,7 @@ from plw_mlflow.presets import PRESETS
 # The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
 # not become an explicit choice by being passed on, as `mlflow run` passes on every default.
 BY_PRESET: Any = None
-UNSET = ("", "''")  # how an unset value is spelt; the second is MLflow's way on Kubernetes, for a shell it does not use
+UNSET = ("", "''")  # how an unset value is spelt; the second by `mlflow run`, which quotes values for a shell
 Preset = Literal["toy", "huerta2024", "huerta2024-lora"]
 Method = Literal["full", "lora", "dora", "qlora"]
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from plw_mlflow import analyze, cell, report, tracking
+from plw_mlflow import adapters, analyze, cell, report, tracking
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +33,8 @@ class Outcome:
 def run(config: SweepConfig) -> None:
     """Run every cell, analyse what finished, and raise RuntimeError if any did not, naming it."""
     cells = config.cells()
+    for method in {one.method for one in cells}:
+        adapters.check(method)
     with tracking.open_sweep(config) as (parent, open_child):
         outcomes = []
         for number, one in enumerate(cells, start=1):

@@ -81,7 +81,7 @@ def test_the_model_is_registered_and_the_scores_are_the_models(place, cell_run):
     assert {metric.key: metric.value for metric in model.metrics}["score"] == run.data.metrics["score"]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, method, monkeypatch):
     monkeypatch.chdir(new_place.folder)
     mlflow.set_tracking_uri(new_place.uri)
@@ -168,6 +168,7 @@ def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
     (run,) = new_place.runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["plw"] == "1e-2"
+    assert (run.data.params["seed"], run.data.tags["plw.preset.seed"]) == ("''", "1234")  # MLflow quotes nothing so
     assert "score" in run.data.metrics
     assert (
         json.loads(

@@ -416,7 +416,7 @@ def test_a_run_of_the_other_processes_leaves_nothing_of_a_run_as_it_is():
 def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, monkeypatch):
     """`mlflow run` has logged the empty value, which stays; nobody is misled by it."""
     begun = store.create_run("0").info.run_id
-    for name, value in {"seed": "", "method": "''", "learning_rate": "", "max_records": "", "epochs": "3.0"}.items():
+    for name, value in {"seed": "", "method": "''", "learning_rate": "", "mix": "''", "epochs": "3.0"}.items():
         store.log_param(begun, name, value)
     monkeypatch.setenv("MLFLOW_RUN_ID", begun)
     config = MainConfig(preset="huerta2024-lora")
@@ -431,3 +431,4 @@ def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, m
     table = tracking.score_table(experiment="Default").set_index("model")
     assert dict(table["score"]) == {"toy (lora)": 0.2, "toy (full)": 0.3}
     assert set(table["seed"]) == {42}
+    assert set(table["dataset"]) == {"toy-short"}

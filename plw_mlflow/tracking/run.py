@@ -349,8 +349,7 @@ def parameters(run: mlflow.entities.Run) -> dict[str, str]:
     """A run's parameters; in place of those that were left unset, what its preset made of them."""
     tags = run.data.tags
     return {
-        name: tags.get(f"plw.preset.{name}", value) if value in UNSET else value
-        for name, value in run.data.params.items()
+        name: tags.get(f"plw.preset.{name}", "") if value in UNSET else value for name, value in run.data.params.items()
     }
 
 
