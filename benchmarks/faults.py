@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -171,11 +171,16 @@ class Trainer:
         return (folder / "digest").read_text()
 
 
-def disturb(folder: Path, kills: int, terms: int, seed: int) -> list[Outcome]:
+def fresh_process() -> ProcessPoolExecutor:
+    """Runs functions in a process of its own, in which torch has done nothing yet."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def disturb(folder: Path, kills: int, terms: int, seed: int, methods: Sequence[str] = METHODS) -> list[Outcome]:
     """SIGKILLs, SIGTERMs and full disks, in this process, a fresh one."""
     trainer, rng = Trainer(folder), random.Random(seed)
     undisturbed, seconds = {}, {}
-    for method in METHODS:
+    for method in methods:
         started = time.monotonic()
         undisturbed[method] = trainer.finish(method, trainer.new_folder())
         seconds[method] = time.monotonic() - started
@@ -189,10 +194,10 @@ def disturb(folder: Path, kills: int, terms: int, seed: int) -> list[Outcome]:
         found.append(Outcome(fault, "sent while a checkpoint was written", count["saving"], name + "s", number))
         if message == signal.SIGTERM:
             found.append(Outcome(fault, "end with status 130", count["130"], name + "s", number))
-    same = [_fill_the_disk(trainer, method) == undisturbed[method] for method in METHODS]
+    same = [_fill_the_disk(trainer, method) == undisturbed[method] for method in methods]
     fault = f"disk full, steps {STEPS_TO_FILL[0]} to {STEPS_TO_FILL[1]}"
     found.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
-    same = [_kill_on_a_full_disk(trainer, method) == undisturbed[method] for method in METHODS]
+    same = [_kill_on_a_full_disk(trainer, method) == undisturbed[method] for method in methods]
     fault = "disk full to the end, then SIGKILL"
     found.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
     return found
@@ -209,7 +214,8 @@ def _interrupt(
     """Send a signal so many times, over as many trainings as that takes, each started again until it is done."""
     count: Counter[str] = Counter()
     while count["sent"] < number:
-        method = METHODS[count["all"] % len(METHODS)]
+        methods = list(undisturbed)
+        method = methods[count["all"] % len(methods)]
         folder = trainer.new_folder()
         while not (folder / "digest").exists():
             pid = trainer.start(method, folder)
@@ -343,10 +349,17 @@ def lose_server(server: Server, folder: Path) -> list[Outcome]:
         _await_step(folder, 30, training)
         server.kill()
         _await_step(folder, 40, training)
+        while "takes no metrics" not in (folder / "output").read_text() and training.poll() is None:
+            time.sleep(0.1)  # MLflow itself tries for 12 s, or however long it was told to
         server.start()
         if training.wait() != 0:
             raise RuntimeError(f"the training has failed:\n{(folder / 'output').read_text()}")
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+    return count_points(folder / "mlflow.db")
+
+
+def count_points(store: Path) -> list[Outcome]:
+    """How many points the curves of a store's newest run have once, and how many rows there are of them, of all."""
+    with closing(sqlite3.connect(store)) as database:
         (run_id,) = database.execute("SELECT run_uuid FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
         rows = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
     points = Counter((name, step) for name, step in rows if name.startswith("train/"))
@@ -392,8 +405,8 @@ def main(file: Path, kills: int, terms: int, seed: int, server: bool) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "trainings").mkdir()
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-            found = processes.submit(disturb, Path(scratch) / "trainings", kills, terms, seed).result()
+        with fresh_process() as process:
+            found = process.submit(disturb, Path(scratch) / "trainings", kills, terms, seed).result()
         if server:
             mlflow_server = MlflowServer(Path(scratch))
             try:
