@@ -311,7 +311,8 @@ class Scorer(HFLM):
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, prompt in enumerate(prompts):
             kinds.setdefault((prompt.until, prompt.most, prompt.other), []).append(number)
-        own = self.model.generation_config.to_diff_dict().keys() if self.model.generation_config else set()
+        config = self.model.generation_config
+        own = {name for name, value in (config.to_diff_dict() if config else {}).items() if value not in (None, False)}
         for (_, most, other), kind in kinds.items():
             is_greedy = self.shares and own <= GREEDY and json.loads(other).keys() <= {"do_sample", "temperature"}
             lengths = [len(prompts[number].tokens) + most for number in kind]
@@ -329,7 +330,7 @@ class Scorer(HFLM):
         longest = max(len(prompt.tokens) for prompt in prompts)
         padded = np.zeros((2, len(prompts), longest), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            padded[:, row, longest - len(prompt.tokens) :] = prompt.tokens, 1
+            padded[:, row, longest - len(prompt.tokens) :] = prompt.tokens, np.ones_like(prompt.tokens)
         tokens, mask = self._tensor(padded)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         stops = self.model.generation_config.eos_token_id if self.model.generation_config else None
