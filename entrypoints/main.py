@@ -1,11 +1,12 @@
 """Prepare, train and evaluate one cell in one MLflow run:  python -m entrypoints.main --plw 0.242"""
 
-from plw_mlflow.cli import command
+from plw_mlflow.cli import command, spread
 from plw_mlflow.config import MainConfig
 
 
 @command(MainConfig)
 def main(config: MainConfig) -> None:
+    spread(config.processes)
     from plw_mlflow import cell, tracking
 
     with tracking.open_run(config, cell.name(config)) as run:

@@ -1,11 +1,12 @@
 """Fine-tune one model at one prompt loss weight:  python -m entrypoints.train --plw 0.1"""
 
-from plw_mlflow.cli import command
+from plw_mlflow.cli import command, spread
 from plw_mlflow.config import TrainConfig
 
 
 @command(TrainConfig)
 def main(config: TrainConfig) -> None:
+    spread(config.processes)
     from plw_mlflow import cell, tracking
 
     with tracking.open_run(config, cell.name(config)) as run, cell.trained(config, run):

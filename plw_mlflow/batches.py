@@ -6,15 +6,18 @@ or spread over devices: that is what makes a loss comparable between machines.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plw_mlflow import seeding
+from plw_mlflow import attention, seeding
 from plw_mlflow.config import PrepareConfig, TrainConfig
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
@@ -45,31 +48,59 @@ class Weights:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples as rows, padded on the right; B rows, T positions."""
+    """Examples as B padded rows, or as one packed row of all of them; T positions."""
 
     tokens: Tensor  # [B, T] int64, padding 0
-    attention: Tensor  # [B, T] int64, 1 where there is a token, 0 on padding
     weights: Tensor  # [B, T] float32, weight with which each token is predicted; 0 on first tokens and padding
     is_completion: Tensor  # [B, T] bool, false on padding
+    attention: Tensor | None = None  # padded: [B, T] int64, 1 where there is a token, 0 on padding
+    positions: Tensor | None = None  # packed: [1, T] int64, from 0 in each example
+    borders: Tensor | None = None  # packed: [D + 1] int32, from 0, where the D examples begin and end
+    longest: int = 0  # packed: tokens of the longest example
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What a model's forward pass is told beside the tokens."""
+        if self.positions is None or self.borders is None:
+            return {"attention_mask": self.attention}
+        return attention.context(self.borders, self.longest, self.positions)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items() if isinstance(part, Tensor)}
+        return Batch(**parts | moved)
 
 
 def collate(examples: Sequence[Example], weights: Weights) -> Batch:
     """Pad examples to the longest of them."""
     shape = (len(examples), max(len(example.tokens) for example in examples))
-    tokens, attention, segment = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    tokens, is_token, segment = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     for row, example in enumerate(examples):
         length = len(example.tokens)
         tokens[row, :length] = torch.from_numpy(example.tokens.astype(np.int64))
         segment[row, :length] = torch.from_numpy(example.segment.astype(np.int64))
-        attention[row, :length] = 1
+        is_token[row, :length] = 1
     # The first token of an example is never predicted: nothing stands before it.
-    predicted = attention.clone()
+    predicted = is_token.clone()
     predicted[:, 0] = 0
-    return Batch(tokens, attention, weights.of(segment) * predicted, (segment == Segment.COMPLETION) & (attention == 1))
+    is_completion = (segment == Segment.COMPLETION) & (is_token == 1)
+    return Batch(tokens, weights.of(segment) * predicted, is_completion, is_token)
+
+
+def pack(examples: Sequence[Example], weights: Weights) -> Batch:
+    """Put examples behind one another in one row without padding."""
+    tokens, segment = (
+        torch.from_numpy(np.concatenate([getattr(example, part) for example in examples]).astype(np.int64)).unsqueeze(0)
+        for part in ("tokens", "segment")
+    )
+    lengths = [len(example.tokens) for example in examples]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    weight = weights.of(segment)
+    weight[:, borders[:-1].long()] = 0
+    is_completion = segment == Segment.COMPLETION
+    return Batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
 
 
 def count_steps(examples: int, batch_examples: int, epochs: float) -> int:
@@ -96,3 +127,28 @@ def split(step: Sequence[Example], micro_batch_examples: int, *, by_length: bool
     """Cut a step into micro-batches; by length, so that rows of one micro-batch need little padding."""
     ordered = sorted(step, key=lambda example: len(example.tokens)) if by_length else list(step)
     return [ordered[start : start + micro_batch_examples] for start in range(0, len(ordered), micro_batch_examples)]
+
+
+def fill(step: Sequence[Example], row_tokens: int, *, multiple: int = 1) -> list[list[Example]]:
+    """Share a step out among as few packed rows of at most `row_tokens` tokens as it takes, all about equally long.
+
+    multiple: the number of rows is a multiple of it (processes that work at the same time) where there are so many
+        examples. Within a row, examples keep their order.
+
+    Raises ValueError where one example alone is longer than a row.
+    """
+    lengths = [len(example.tokens) for example in step]
+    if max(lengths) > row_tokens:
+        raise ValueError(f"an example has {max(lengths)} tokens, but a packed row only {row_tokens}")
+    longest_first = sorted(range(len(step)), key=lambda index: -lengths[index])
+    count = math.ceil(sum(lengths) / row_tokens / multiple) * multiple
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [(0, row) for row in range(count)]  # a heap of tokens and row
+        for index in longest_first:
+            tokens, row = filled[0]  # the emptiest
+            rows[row].append(index)
+            heapq.heapreplace(filled, (tokens + lengths[index], row))
+        if max(filled)[0] <= row_tokens:
+            return [[step[index] for index in sorted(row)] for row in rows if row]
+        count += multiple

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import evaluate, models, prepare, templates, train
+from plw_mlflow import checkpoints, evaluate, models, prepare, templates, train
 from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
+from plw_mlflow.origin import is_first_process
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.tracking import Run
 
@@ -26,7 +26,10 @@ def name(config: TrainConfig) -> str:
 def run(config: MainConfig, run: Run) -> None:
     """Prepare, train and evaluate; the unfinished cell's checkpoints are kept until its scores are in the run."""
     tasks = evaluate.load_tasks(config)  # an unknown task is to be found before the training, not after it
-    with trained(config, run) as (model, tokenizer):
+    with trained(config, run) as done:
+        if done is None:
+            return
+        model, tokenizer = done
         evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
@@ -35,13 +38,12 @@ def run(config: MainConfig, run: Run) -> None:
 
 
 @contextmanager
-def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
+def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
     """Train, or go on training, and log the model; yields it, adapters merged, and its tokenizer.
 
-    When the block ends well, the cell's checkpoints are removed, on disk and in the store.
+    When the block ends well, the cell's checkpoints are removed, on disk and in the store. Of several processes, the
+    first alone has them, and the model; the others yield None when they have done their part of the training.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a cell runs in one process for now; start it without torchrun or accelerate launch")
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(
         config.dataset,
@@ -67,10 +69,14 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any]]:
     }
     key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key
-    with train.reserve(folder):
+    if not is_first_process():
+        train.run(config, prepared, model, folder)
+        yield None
+        return
+    with checkpoints.reserve(folder):
         run.tag(base_model=contents["base"], precision=contents["precision"])
-        run.fetch_checkpoint(key, folder, newer_than=train.newest_step(folder))
-        run.begin_cell(key, folder, train.newest_step(folder))
+        run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
+        run.begin_cell(key, folder, checkpoints.newest_step(folder))
         store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
         done = train.run(config, prepared, model, folder, run.log_step, run.flush, store)
         run.flush()

@@ -17,12 +17,14 @@ import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import click
 
 from plw_mlflow.config import spell
+from plw_mlflow.origin import is_first_process
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -43,6 +45,16 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         return lambda: _run(parsed)
 
     return decorate
+
+
+def spread(processes: int) -> None:
+    """Run this very command in so many processes by torchrun instead, unless it runs in several already."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        module = sys.modules["__main__"].__spec__
+        assert module is not None  # commands are run as python -m entrypoints.NAME
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        sys.stdout.flush()
+        os.execv(sys.executable, [*torchrun, "-m", module.name, *sys.argv[1:]])
 
 
 def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
@@ -108,6 +120,9 @@ def _run(parsed: click.Command) -> NoReturn:
     # Not in processes that a library forks: a pool ends its workers by SIGTERM, and one that is just about to wait for
     # a lock would take note of it too late.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if not is_first_process():  # what the first says, it says for all of them; errors are each one's own
+        sys.stdout = StringIO()
+        warnings.simplefilter("ignore")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         parsed.main(standalone_mode=False)

@@ -112,6 +112,14 @@ class RecipeOptions:
     """Examples per optimiser step, over all devices."""
     micro_batch_examples: int = 16
     """Examples per device and forward pass; lower it when memory is short, the step stays the same."""
+    packing: bool = True
+    """Put examples behind one another in rows without padding, each seeing itself alone; false: padded rows."""
+    micro_batch_tokens: int | None = None
+    """Longest packed row (unset: micro-batch-examples x max-tokens); lower it when memory is short, likewise."""
+    processes: int = 1
+    """Processes that train together on this machine, one a GPU; for several machines see docs/cloud.md."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """Of several processes, each holds the whole model (ddp), or its share of every weight (fsdp2)."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises; it then falls along a cosine to 0."""
     weight_decay: float = 0.0
@@ -130,6 +138,8 @@ class RecipeOptions:
     """Steps between passes over the validation examples."""
     save_every: int = 50
     """Steps between checkpoints."""
+    keep: int = 1
+    """Checkpoints kept of an unfinished cell, the newest ones."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for checkpoints of unfinished cells; the same command goes on from them after a crash."""
     store_checkpoints: bool = True
@@ -137,9 +147,9 @@ class RecipeOptions:
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _below(
-            self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "eval_every", "save_every"
-        ) + _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
+        found = _below(self, 1, "batch_examples", "micro_batch_examples", "lora_rank", "processes")
+        found += _below(self, 1, "eval_every", "save_every", "keep")
+        found += _below(self, 0, "template_weight", "completion_weight", "warmup_ratio", "weight_decay")
         for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
@@ -246,8 +256,11 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
+        found = _below(self, self.max_tokens, "micro_batch_tokens")
+        if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
+            found.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
-        return ["with these weights no token counts"] if heaviest == 0 else []
+        return [*found, "with these weights no token counts"] if heaviest == 0 else found
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, but for model, data and tokenizer.
@@ -260,7 +273,8 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         if self.mix is None:
             leave_out |= {"mix_share"}
         leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
-        leave_out |= {"eval_every", "allow_stale_image"}
+        leave_out |= {"eval_every", "allow_stale_image", "keep", "packing", "micro_batch_tokens"}
+        leave_out |= {"processes", "parallel"}
         if self.divisor_scope == "step":  # how a step is cut then changes nothing
             leave_out |= {"micro_batch_examples"}
         if self.method == "full":

@@ -89,7 +89,7 @@ def load(model: str) -> Any:
     tokens = torch.arange(4).unsqueeze(0)  # any do
     with torch.no_grad():
         logits = loaded(tokens).logits[0]
-        hidden, projection = project(loaded, tokens, torch.ones_like(tokens))
+        hidden, projection = project(loaded, tokens, attention_mask=torch.ones_like(tokens))
         for targets in (logits.argmax(1), logits.argmin(1)):  # the ends of the range show a scale, a cap and a shift
             own = nn.functional.cross_entropy(logits, targets, reduction="none")
             _, nll = loss.weighted_nll(hidden[0], **projection, targets=targets, weights=torch.ones(4))
@@ -143,10 +143,13 @@ def merge(model: Any, adapter_folder: Path) -> Any:
     return model.merge_and_unload()
 
 
-def project(model: Any, tokens: Tensor, attention: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Last hidden states [B, T, H] of a causal model, and what makes logits of them, as loss.weighted_nll takes it."""
+def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Last hidden states [B, T, H] of a causal model, and what makes logits of them, as loss.weighted_nll takes it.
+
+    context: what the model is told beside tokens [B, T], as `Batch.context` has it.
+    """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.base_model(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
+    hidden = causal.base_model(input_ids=tokens, use_cache=False, **context).last_hidden_state
     head, config = causal.get_output_embeddings(), causal.config.get_text_config()
     # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma caps them; others took over their names.
     powers = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -162,9 +165,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, attention: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, attention, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
-        hidden, projection = project(self.model, tokens, attention)
+    def forward(self, tokens: Tensor, weights: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
+        """tokens, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it."""
+        hidden, projection = project(self.model, tokens, **context)
         # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
         targets, following = (nn.functional.pad(given[:, 1:], (0, 1)).flatten() for given in (tokens, weights))
         total, nll = loss.weighted_nll(hidden.flatten(0, 1), **projection, targets=targets, weights=following)

@@ -1,4 +1,4 @@
-"""Origin: which code runs here, and whether that is what MLflow's record of the run will say.
+"""Origin: which code and which process runs here, and whether that is what MLflow's record of the run will say.
 
 `mlflow run` records the commit of the project's folder, but in Docker the image's code runs. Nobody could trace a
 number made by an image that was built before the last change.
@@ -16,6 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_ROOT = Path("/plw_mlflow")  # Dockerfile's WORKDIR
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "plw_mlflow")
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate launch has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def image() -> str | None:

@@ -7,29 +7,29 @@ resumed ends in the same weights as one left alone; on a CPU, to the bit.
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from plw_mlflow import batches, loss, models, seeding
+from plw_mlflow import attention, batches, checkpoints, loss, models, parallel, seeding
 from plw_mlflow.batches import Batch, Weights
+from plw_mlflow.checkpoints import Checkpoint
 from plw_mlflow.config import TrainConfig
+from plw_mlflow.errors import first_line
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.tokens import Example
 
@@ -40,21 +40,11 @@ Log = Callable[[dict[str, float], int], None]
 class Trained:
     """What training gives."""
 
-    model: Any  # the trained model, with its adapters if it has any
+    model: Any  # the trained model, with its adapters if it has any; None in processes other than the first
     steps: int
     resumed_from: int  # step of the checkpoint it went on from, 0 for none
     tokens_per_second: float  # of all processes, validation and checkpoints included, since it started or resumed
     seconds: float
-
-
-@dataclass
-class _State:
-    """Everything that changes from step to step."""
-
-    learner: models.Learner
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    step: int = 0
 
 
 def run(
@@ -70,79 +60,224 @@ def run(
 
     log: called after every step with its metrics (losses in nats per token).
     before_save: called before each checkpoint, to put in safety whatever the caller holds back.
-    after_save: called with each checkpoint's folder, once it is complete.
+    after_save: called with each checkpoint's folder, once it is complete, by another thread.
 
-    Raises FloatingPointError at the first loss or gradient that is not finite, naming the step; the last
-    checkpoint stays as it was. On SIGTERM, the step at hand is finished and saved, and KeyboardInterrupt raised.
+    Every process that torchrun has started is to call this; `folder` and the three functions are used in the first
+    alone.
+
+    Raises FloatingPointError at the first loss or gradient that is not finite, naming the step, and RuntimeError where
+    memory runs out; the last checkpoint stays as it was. On SIGTERM to any process, the step at hand is finished and
+    saved, and KeyboardInterrupt raised.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
-    if config.method == "lora":
-        model = models.adapt(model, config, config.seed)
+    accelerator = parallel.accelerator(mixed_precision(config.precision), config.parallel)
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
-    state = _start(config, model, total)
-    resumed_from = _load(folder, state)
-    learner, optimizer = accelerator.prepare(state.learner, state.optimizer)
-    weights = Weights.told_by(config)
-    by_length = config.divisor_scope == "step"  # within a step the cut does not matter; for micro-batches it does
-
-    started, tokens_seen = time.monotonic(), 0
-    if resumed_from == 0:
-        log(evaluate(learner, prepared.validation, config, accelerator), 0)
-    with (
-        _hearing_sigterm() as is_to_stop,
-        tqdm(
-            total=total,
-            initial=resumed_from,
-            desc=f"plw {config.plw:g}",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
-        ) as progress,
-    ):
-        learner.train()
+    with ExitStack() as stack:
+        is_packed = config.packing
+        if is_packed and (reason := attention.why_not(model)):
+            warnings.warn(f"{model.config.model_type}: {reason}; training on padded rows instead", stacklevel=2)
+            is_packed = False
+        if is_packed:
+            stack.enter_context(attention.over_examples(model))
+        loop = _Loop(config, prepared, model, is_packed, total, accelerator)
+        resumed_from = loop.load(checkpoints.load(folder) if accelerator.is_main_process else None)
+        writer = checkpoints.Writer(folder, config.keep, after_save)
+        stack.callback(writer.wait)
+        is_to_stop = stack.enter_context(_hearing_sigterm())
+        started, tokens_seen = time.monotonic(), 0
+        if resumed_from == 0:
+            log(loop.evaluate(), 0)
+        progress = stack.enter_context(
+            tqdm(
+                total=total,
+                initial=resumed_from,
+                desc=f"plw {config.plw:g}",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not accelerator.is_main_process,
+            )
+        )
+        stopping = False
         for indices in batches.steps(
             len(prepared.training), config.batch_examples, seed=config.seed, first=resumed_from, total=total
         ):
-            seeding.seed_global(config.seed, "dropout", state.step, accelerator.process_index)
-            step_started = time.monotonic()
             examples = [prepared.training[index] for index in indices]
-            micro_batches = [
-                batches.collate(cut, weights)
-                for cut in batches.split(examples, config.micro_batch_examples, by_length=by_length)
-            ]
-            metrics: dict[str, float] = _accumulate(learner, micro_batches, config, accelerator)
-            norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
-            metrics["train/grad_norm"] = float(norm) if norm is not None else math.nan
-            metrics["train/learning_rate"] = float(state.schedule.get_last_lr()[0])
-            _finite(metrics, state.step + 1)
-            optimizer.step()
-            state.schedule.step()
-            optimizer.zero_grad()
-            state.step += 1
+            step_started = time.monotonic()
+            metrics, stopping = loop.take_step(examples, is_to_stop)
             step_tokens = sum(len(example.tokens) for example in examples)
             tokens_seen += step_tokens
             metrics["train/tokens_per_second"] = step_tokens / (time.monotonic() - step_started)
-            saving = state.step % config.save_every == 0 or state.step == total
-            stopping = is_to_stop()
-            if saving or state.step % config.eval_every == 0:
+            saving = loop.step % config.save_every == 0 or loop.step == total
+            if saving or loop.step % config.eval_every == 0:
                 # Before each checkpoint too: the step's own loss says nothing of the weights the step has made. Only
                 # before that of SIGTERM there may be no time.
-                metrics |= _finite(evaluate(learner, prepared.validation, config, accelerator), state.step)
-            log(metrics, state.step)
+                metrics |= _finite(loop.evaluate(), loop.step)
+            log(metrics, loop.step)
             progress.set_postfix(
                 loss=f"{metrics['train/loss']:.3f}", tokens_per_s=f"{metrics['train/tokens_per_second']:.0f}"
             )
             progress.update()
             if saving or stopping:
-                before_save()
+                checkpoint = loop.checkpoint()
                 if accelerator.is_main_process:
-                    after_save(_save(folder, state))
+                    before_save()
+                    writer.save(checkpoint)
             if stopping:
                 break
-    if is_to_stop():
-        raise KeyboardInterrupt
-    seconds = time.monotonic() - started
-    return Trained(state.learner.model.eval(), total, resumed_from, tokens_seen / seconds, seconds)
+        writer.wait()
+        if stopping or is_to_stop():
+            raise KeyboardInterrupt
+        seconds = time.monotonic() - started
+        return Trained(loop.trained_model(), total, resumed_from, tokens_seen / seconds, seconds)
+
+
+class _Loop:
+    """What changes from step to step, and how a step changes it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        model: Any,
+        is_packed: bool,
+        total: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.step = 0  # optimiser steps taken
+        self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
+        self._weights = Weights.told_by(config)
+        self._validation = self._cut(prepared.validation, is_step=False)
+        if config.method == "lora":
+            model = models.adapt(model, config, config.seed)
+        self._model = model
+        precision = mixed_precision(config.precision)
+        self._is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
+        self._outline = parallel.outline(model) if self._is_sharded and accelerator.is_main_process else None
+        self._learner = parallel.wrap(models.Learner(model), precision, config.parallel, accelerator)
+        self._learner.train()
+        trained = self._trained.values()
+        # As in transformers, vectors (norms, biases) do not decay.
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+        # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
+        # nothing.
+        warmup = min(math.ceil(config.warmup_ratio * total), total - 1)
+        # A function of the step, so a run that goes on has nothing to restore.
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total).lr_lambdas[0]
+
+    @property
+    def _trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name; a tied one once."""
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def take_step(self, examples: Sequence[Example], is_to_stop: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+        """Train on a step's examples, shared out among the processes.
+
+        Returns the metrics, and whether any process has been told to stop.
+        """
+        config, number = self._config, self.step + 1
+        seeding.seed_global(config.seed, "dropout", self.step, self._accelerator.process_index)
+        micro_batches = self._cut(examples, is_step=True)
+        with _naming_memory(config, number, self._is_packed):
+            metrics, stopping = self._accumulate(micro_batches, is_to_stop)
+        norm = self._accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
+        metrics["train/grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        rate = config.learning_rate * self._schedule(self.step)
+        metrics["train/learning_rate"] = rate
+        _finite(metrics, number)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step = number
+        return metrics, stopping
+
+    def _cut(self, examples: Sequence[Example], *, is_step: bool) -> list[list[Example]]:
+        """Cut examples into the micro-batches of all processes."""
+        config = self._config
+        if is_step and config.divisor_scope == "micro-batch":  # what is in one then matters
+            return batches.split(examples, config.micro_batch_examples, by_length=False)
+        if self._is_packed:
+            row_tokens = config.micro_batch_tokens or config.micro_batch_examples * config.max_tokens
+            return batches.fill(examples, row_tokens, multiple=self._accelerator.num_processes)
+        return batches.split(examples, config.micro_batch_examples, by_length=True)
+
+    def _collate(self, micro_batches: Sequence[Sequence[Example]], weights: Weights) -> list[Batch]:
+        """This process's micro-batches; all get equally many, or a collective call would wait forever."""
+        collate = batches.pack if self._is_packed else batches.collate
+        processes, own = self._accelerator.num_processes, self._accelerator.process_index
+        mine = [collate(examples, weights) for examples in micro_batches[own::processes]]
+        if own >= len(micro_batches) % processes > 0:
+            mine.append(collate(micro_batches[0][:1], Weights(0, 0, 0)))
+        return mine
+
+    def _accumulate(
+        self, micro_batches: Sequence[Sequence[Example]], is_to_stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool]:
+        """Add up the gradients of one step, and return its losses, and whether any process is to stop.
+
+        The step's divisor is summed over all micro-batches and all processes before the first backward pass.
+        """
+        config, accelerator, device = self._config, self._accelerator, self._accelerator.device
+        mine = self._collate(micro_batches, self._weights)
+        divisors = [loss.divisor(batch.weights, config.loss_divisor) for batch in mine]
+        whole = accelerator.reduce(torch.stack(divisors).sum().to(device), "sum")
+        # Sums over this process: divided loss; prompt losses and tokens; completion losses and tokens.
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        for number, (cpu_batch, own) in enumerate(zip(mine, divisors, strict=True), start=1):
+            batch = cpu_batch.to(device)
+            with accelerator.no_sync(self._learner) if number < len(mine) else nullcontext():
+                total, nll = self._learner(batch.tokens, batch.weights, **batch.context)
+                divided = total * _reciprocal(whole if config.divisor_scope == "step" else own * len(micro_batches))
+                # Gradients are averaged over processes where a sum is wanted: hence the factor of their number.
+                (divided * accelerator.num_processes).backward()
+            sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
+        stop = torch.tensor([float(is_to_stop())], dtype=torch.float64, device=device)
+        found = accelerator.reduce(torch.cat([sums, stop]), "sum").tolist()
+        return {"train/loss": found[0]} | _means("train", found[1:5]), found[5] > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Unweighted mean loss of validation's prompt and completion tokens, in nats: comparable across PLWs."""
+        self._learner.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
+        for cpu_batch in self._collate(self._validation, Weights(prompt=1.0, template=1.0, completion=1.0)):
+            batch = cpu_batch.to(self._accelerator.device)
+            sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
+        self._learner.train()
+        return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
+
+    def checkpoint(self) -> Checkpoint:
+        """A copy of everything that changes; every process has to ask for it, since each may hold a part."""
+        weights = {name: parallel.whole(parameter) for name, parameter in self._trained.items()}
+        optimizer = {
+            f"{kind}/{name}": parallel.whole(value)
+            for name, parameter in self._trained.items()
+            for kind, value in self._optimizer.state[parameter].items()
+        }
+        return Checkpoint(self.step, weights, optimizer)
+
+    def load(self, found: Checkpoint | None) -> int:
+        """Go on from a checkpoint that the first process has, if it has one; returns its step, or 0."""
+        step = torch.tensor(0 if found is None else found.step, device=self._accelerator.device)
+        parallel.spread(step if self._accelerator.is_main_process else None, step)
+        self.step = int(step)
+        for name, parameter in self._trained.items() if self.step else ():
+            parallel.spread(found.weights[name] if found else None, parameter)
+            averages = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            for kind, average in averages.items():
+                parallel.spread(found.optimizer[f"{kind}/{name}"] if found else None, average)
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **averages}
+        return self.step
+
+    def trained_model(self) -> Any:
+        """The trained model in evaluation mode, whole; None in processes other than the first."""
+        if self._is_sharded:
+            weights = {name: parallel.whole(parameter) for name, parameter in self._model.named_parameters()}
+            return self._outline and parallel.fill_in(self._outline, weights).eval()
+        return self._model.eval() if self._accelerator.is_main_process else None
 
 
 @contextmanager
@@ -157,48 +292,6 @@ def _hearing_sigterm() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(heard)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _accumulate(
-    learner: Any, micro_batches: list[Batch], config: TrainConfig, accelerator: Accelerator
-) -> dict[str, float]:
-    """Add up the gradients of one step, and return its losses.
-
-    micro_batches: those of all processes; each computes its share.
-
-    The step's divisor is summed over all micro-batches and all processes before the first backward pass.
-    """
-    device = accelerator.device
-    mine = _share(micro_batches, accelerator)
-    divisors = [loss.divisor(batch.weights, config.loss_divisor) for batch in mine]
-    whole = accelerator.reduce(torch.stack(divisors).sum().to(device), "sum")
-    # Sums over this process: divided loss; prompt losses and tokens; completion losses and tokens.
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for number, (cpu_batch, own) in enumerate(zip(mine, divisors, strict=True), start=1):
-        batch = cpu_batch.to(device)
-        with accelerator.no_sync(learner) if number < len(mine) else nullcontext():
-            total, nll = learner(batch.tokens, batch.attention, batch.weights)
-            # DDP averages gradients over processes where a sum is wanted: hence the factor of their number.
-            divided = total * _reciprocal(whole if config.divisor_scope == "step" else own * len(micro_batches))
-            accelerator.backward(divided * accelerator.num_processes)
-        sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
-    found = accelerator.reduce(sums, "sum").tolist()
-    return {"train/loss": found[0]} | _means("train", found[1:])
-
-
-@torch.no_grad()
-def evaluate(
-    learner: Any, examples: Sequence[Example], config: TrainConfig, accelerator: Accelerator
-) -> dict[str, float]:
-    """Unweighted mean loss of prompt and of completion tokens, in nats: comparable across PLWs."""
-    learner.eval()
-    everything = Weights(prompt=1.0, template=1.0, completion=1.0)
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for cut in batches.split(examples, config.micro_batch_examples, by_length=True):
-        batch = batches.collate(cut, everything).to(accelerator.device)
-        sums += _by_side(learner(batch.tokens, batch.attention, batch.weights)[1], batch)
-    learner.train()
-    return _means("eval", sums.tolist())
 
 
 def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
@@ -232,98 +325,25 @@ def _reciprocal(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, 1 / divisor, 0.0).float()
 
 
-def _share(micro_batches: list[Batch], accelerator: Accelerator) -> list[Batch]:
-    """This process's micro-batches; all get equally many, or a collective call would wait forever."""
-    processes = accelerator.num_processes
-    first = micro_batches[0]
-    empty = Batch(first.tokens, first.attention, torch.zeros_like(first.weights), first.is_completion)
-    padded = micro_batches + [empty] * (-len(micro_batches) % processes)
-    return padded[accelerator.process_index :: processes]
-
-
-def mixed_precision(precision: str) -> str:
+def mixed_precision(precision: str) -> Literal["no", "bf16"]:
     """What `--precision` comes to on this machine, as Accelerate calls it: "bf16" or "no"."""
     if precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if precision == "bfloat16" else "no"
 
 
-def _start(config: TrainConfig, model: Any, total: int) -> _State:
-    """Optimiser and schedule. As in transformers, vectors (norms, biases) do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
-    # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn nothing.
-    warmup = min(math.ceil(config.warmup_ratio * total), total - 1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    return _State(models.Learner(model), optimizer, schedule)
-
-
-# Checkpoints: FOLDER/step-NNNNNN, complete from the moment it has that name.
-
-
 @contextmanager
-def reserve(folder: Path) -> Iterator[None]:
-    """Keep every other process from training in `folder` meanwhile; the lock dies with its process.
-
-    Raises ValueError if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training this very cell in {folder}; wait for it, or end it"
-            ) from None
+def _naming_memory(config: TrainConfig, step: int, is_packed: bool) -> Iterator[None]:
+    """Within the block, running out of memory says which option to lower."""
+    try:
         yield
-
-
-def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint in `folder`, 0 if there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in _checkpoints(folder)), default=0)
-
-
-def _save(folder: Path, state: _State) -> Path:
-    """Write a checkpoint, then remove the ones before it; returns its own folder."""
-    unfinished = folder / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(_trained(state), unfinished / "weights.safetensors")
-    torch.save(
-        {"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()},
-        unfinished / "optimizer.pt",
-    )
-    finished = folder / f"step-{state.step:06d}"
-    os.replace(unfinished, finished)
-    for older in _checkpoints(folder)[:-1]:
-        shutil.rmtree(older)
-    return finished
-
-
-def _load(folder: Path, state: _State) -> int:
-    """Put the newest checkpoint into `state`; returns its step, or 0 where there is none."""
-    found = _checkpoints(folder)
-    if not found:
-        return 0
-    saved = load_file(found[-1] / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in _trained(state).items():
-            parameter.copy_(saved[name])
-    rest = torch.load(found[-1] / "optimizer.pt", weights_only=True)
-    state.optimizer.load_state_dict(rest["optimizer"])
-    state.schedule.load_state_dict(rest["schedule"])
-    state.step = newest_step(folder)
-    return state.step
-
-
-def _trained(state: _State) -> dict[str, Tensor]:
-    """The parameters that training changes, by name; a tied one once."""
-    return {name: parameter for name, parameter in state.learner.model.named_parameters() if parameter.requires_grad}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no name of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        option, value = "--micro-batch-examples", config.micro_batch_examples
+        if is_packed and config.divisor_scope == "step":
+            option, value = "--micro-batch-tokens", config.micro_batch_tokens or value * config.max_tokens
+        raise RuntimeError(
+            f"out of memory at step {step}; lower {option} (now {value}), which leaves the step's result as it is, "
+            f"or --max-tokens (now {config.max_tokens}). What the device says: {first_line(error)}"
+        ) from error

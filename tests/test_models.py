@@ -96,7 +96,7 @@ def test_the_learners_loss_and_gradients_are_the_models_own(model, rows):
 
     weights = attention.float()
     weights[:, 0] = 0
-    total, nll = models.Learner(model)(tokens, attention, weights)
+    total, nll = models.Learner(model)(tokens, weights, attention_mask=attention)
     (total / weights.sum()).backward()
     torch.testing.assert_close(total / weights.sum(), own)
     torch.testing.assert_close(nll.sum(), total)
@@ -115,7 +115,7 @@ def test_lora_trains_its_adapters_and_nothing_else(model, rows):
     assert head is model.get_base_model().get_output_embeddings()  # it has no adapter
     torch.testing.assert_close(model.eval()(tokens).logits, before, rtol=0, atol=0)  # they begin by doing nothing
 
-    total, _ = models.Learner(model)(tokens, attention, attention.float())
+    total, _ = models.Learner(model)(tokens, attention.float(), attention_mask=attention)
     total.backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
 
@@ -185,7 +185,7 @@ def test_the_loss_follows_each_familys_own_logits(family, tmp_path):
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
 
-    total, nll = models.Learner(model)(tokens, torch.ones_like(tokens), weights)
+    total, nll = models.Learner(model)(tokens, weights, attention_mask=torch.ones_like(tokens))
     total.backward()
     torch.testing.assert_close(total, expected, check_dtype=False)
     torch.testing.assert_close(nll, expected_nll.where(weights[:, 1:] != 0, 0), check_dtype=False)

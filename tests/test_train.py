@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from plw_mlflow import batches, train
+from plw_mlflow import batches, checkpoints, train
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.templates import Segment
@@ -299,7 +300,7 @@ def test_lora_leaves_the_base_as_it_was(tmp_path):
     assert len(base) == len(expected)
     assert all(map(torch.equal, base.values(), expected.values()))
     assert all(p.any() for name, p in parameters.items() if "lora_B" in name)  # these begin at 0
-    saved = train.load_file(tmp_path / "step-000004" / "weights.safetensors")
+    saved = load_file(tmp_path / "step-000004" / "weights.safetensors")
     assert set(saved) == {name for name in parameters if "lora_" in name}
 
 
@@ -334,7 +335,7 @@ def hang(folder: Path) -> None:
                     signal.pause()
 
             try:
-                with train.reserve(folder / method):
+                with checkpoints.reserve(folder / method):
                     resumable(folder / method, method, log=stop)
             except BaseException:
                 traceback.print_exc()
@@ -360,7 +361,7 @@ def killed(tmp_path_factory):
         assert sorted(process.stdout.readline().strip() for _ in METHODS) == sorted(METHODS)
         told = {}
         for method in METHODS:
-            with pytest.raises(ValueError, match="another process") as refused, train.reserve(folder / method):
+            with pytest.raises(ValueError, match="another process") as refused, checkpoints.reserve(folder / method):
                 pass
             told[method] = str(refused.value)
     finally:
@@ -383,7 +384,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(killed, method, tmp_pa
     (folder / "unfinished" / "weights.safetensors").write_bytes(b"half")
 
     steps = []
-    with train.reserve(folder):  # the lock died with its process
+    with checkpoints.reserve(folder):  # the lock died with its process
         again = resumable(folder, method, log=lambda metrics, step: steps.append(step))
     undisturbed = resumable(tmp_path, method)
     assert (again.resumed_from, again.steps, steps) == (6, 9, [7, 8, 9])
@@ -438,7 +439,7 @@ def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (2, 999_999, 1_000_000):
         (tmp_path / f"step-{step:06d}").mkdir()
-    assert [path.name for path in train._checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
+    assert [path.name for path in checkpoints._found(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
@@ -467,7 +468,7 @@ def test_weights_that_give_no_finite_loss_never_replace_a_good_checkpoint(save_e
         hook.remove()
     (kept,) = tmp_path.glob("step-*")
     assert kept.name == {1: "step-000003", 2: "step-000002"}[save_every]
-    weights = train.load_file(kept / "weights.safetensors")
+    weights = load_file(kept / "weights.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
     assert resumable(tmp_path, "full", save_every=save_every).resumed_from == int(kept.name[-1])
 

@@ -1,0 +1,93 @@
+"""Several processes, one a device: how the learner is spread over them, and how its state is had whole again.
+
+`ddp` keeps the whole model on every device. `fsdp2` cuts every parameter, its gradient and its optimiser state up
+among the devices (torch's `fully_shard`), for models that one device cannot hold. Both average gradients over
+processes where the loop wants their sum, which it undoes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(hours=1)  # of processes that wait for another, which may be fetching a checkpoint
+
+
+def accelerator(precision: Literal["no", "bf16"], kind: Literal["ddp", "fsdp2"]) -> Accelerator:
+    """What joins the processes that torchrun or accelerate launch has started, if any; the first call decides."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(
+        mixed_precision="no" if several and kind == "fsdp2" else precision,  # there, it is a policy of the sharding
+        cpu=several and not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def wrap(
+    learner: nn.Module, precision: Literal["no", "bf16"], kind: Literal["ddp", "fsdp2"], joined: Accelerator
+) -> Any:
+    """Spread a learner over the processes. With fsdp2 its parameters are replaced by their shards, in place."""
+    if kind == "ddp" or joined.num_processes == 1:
+        wrapped = joined.prepare_model(learner)
+        assert isinstance(wrapped, DistributedDataParallel) == (joined.num_processes > 1)
+        return wrapped
+    mesh = init_device_mesh(joined.device.type, (joined.num_processes,))
+    # Inputs keep their type: they are token numbers, and weights that bfloat16 would round.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    for part in list(learner.modules()):
+        if type(part).__name__ in layers:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(learner, mesh=mesh, mp_policy=policy)
+    assert isinstance(learner, FSDPModule)
+    assert all(isinstance(parameter, DTensor) for parameter in learner.parameters())
+    return learner
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters hold nothing yet; it is `fill_in`'s to fill."""
+    hollow = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, hollow)  # taken for copies made already
+
+
+def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
+    """The outline of a model with its parameters, by name; tied ones stay tied."""
+    filled = {id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in hollow.named_parameters()}
+    for part in hollow.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(part, name, filled[id(parameter)])
+    return hollow
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU, put together from its shards; every process has to ask for it."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def spread(source: Tensor | None, target: Tensor) -> None:
+    """Copy the first process's `source` (elsewhere None) into `target`, or its shards, in every process."""
+    if isinstance(target, DTensor):
+        full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if source is None else source
+        shards = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
+        target.copy_(shards)
+        return
+    if source is not None:
+        target.copy_(source)
+    if dist.is_initialized():
+        dist.broadcast(target, 0)
