@@ -29,8 +29,8 @@ def run(config: MainConfig, run: Run) -> None:
     with trained(config, run) as done:
         if done is None:
             return
-        model, tokenizer = done
-        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed)
+        model, tokenizer, folder = done
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, folder)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
         evaluate.write(rows, config.output)
@@ -38,11 +38,12 @@ def run(config: MainConfig, run: Run) -> None:
 
 
 @contextmanager
-def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
-    """Train, or go on training, and log the model; yields it, adapters merged, and its tokenizer.
+def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | None]:
+    """Train, or go on training, and log the model; yields it, adapters merged, its tokenizer, and the cell's folder.
 
-    When the block ends well, the cell's checkpoints are removed, on disk and in the store. Of several processes, the
-    first alone has them, and the model; the others yield None when they have done their part of the training.
+    When the block ends well, the cell's checkpoints are removed, on disk with all that the folder holds, and in the
+    store. Of several processes, the first alone has them, and the model; the others yield None when they have done
+    their part of the training.
     """
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(
@@ -88,7 +89,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
             merged = models.merge(done.model, Path(adapter))
             run.log_folder(Path(adapter), "adapter")
         run.log_checkpoint(merged, tokenizer, config)
-        yield merged, tokenizer
+        yield merged, tokenizer, folder
         run.drop_checkpoints()
         shutil.rmtree(folder)
 

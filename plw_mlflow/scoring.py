@@ -275,9 +275,8 @@ class Scorer(HFLM):
     def _score_trees(self, batch: Sequence[trees.Row], pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
         """pieces: those of the batch's rows, in order."""
         tokens, positions, mask = trees.inputs(batch, self._causal.dtype, self.device)
-        hidden = self._causal.base_model(
-            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state.flatten(0, 1)  # [B * T, H]
+        hidden, self._projection = models.project(self._causal, tokens, position_ids=positions, attention_mask=mask)
+        hidden = hidden.flatten(0, 1)  # [B * T, H]
         paths = [path + start * tokens.shape[1] for start, row in enumerate(batch) for path in row.paths.values()]
         asked = [path[-len(piece.targets) :] for path, piece in zip(paths, pieces, strict=True)]
         # Options part at one place, whose logits serve the first tokens of them all.
@@ -383,8 +382,6 @@ class Scorer(HFLM):
         pieces = [Piece(tokens[:-1], tokens[3:]) for tokens in whole]
         try:
             with torch.inference_mode():
-                tokens = self._tensor(whole[0]).unsqueeze(0)
-                _, self._projection = models.project(self._causal, tokens, torch.ones_like(tokens))
                 (row,) = trees.rows([piece.inputs for piece in pieces], 64, 64)
                 shared = self._score_trees([row], [pieces[number] for number in row.paths])
                 alone = self._score_alone([pieces[number] for number in row.paths])
