@@ -58,6 +58,12 @@ class Piece:
         """The request's key."""
         return answers.key("log-likelihood", self.inputs.tobytes(), self.targets.tobytes())
 
+    @property
+    def pair(self) -> tuple[None, list[int], list[int]]:
+        """As the harness's models take it: no text, context and continuation."""
+        context = self.inputs[: len(self.inputs) - len(self.targets) + 1]
+        return None, context.tolist(), self.targets.tolist()
+
 
 class Asking(TemplateLM):
     """A mixin before one of the harness's own language models, whose part is to compute."""
@@ -99,14 +105,16 @@ class Asking(TemplateLM):
             elif len(context) + len(continuation) > self.window + 1:
                 self.truncated[request.task_name] += 1
             pieces.append(self._pieces(context, continuation))
-        found = self._score([piece for several in pieces for piece in several], "log-likelihoods", disable_tqdm)
+        asked = [piece for several in pieces for piece in several]
+        found = self._log_likelihoods(asked, "log-likelihoods", disable_tqdm)
         return [_sum(several) for several in _split(found, map(len, pieces))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood in nats of each whole text, in windows where it is longer than one."""
         prefix = np.array([self.prefix_token_id])
         pieces = [self._windows(prefix, text) for text in self._encode([request.args[0] for request in requests])]
-        found = self._score([piece for several in pieces for piece in several], "rolling log-likelihoods", disable_tqdm)
+        asked = [piece for several in pieces for piece in several]
+        found = self._log_likelihoods(asked, "rolling log-likelihoods", disable_tqdm)
         return [_sum(several)[0] for several in _split(found, map(len, pieces))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -172,8 +180,8 @@ class Asking(TemplateLM):
         return [Piece(np.array(inputs, np.int32), np.array(targets, np.int32)) for inputs, targets in windows]
 
     def _prompt(self, request: Any, tokens: Array) -> Prompt:
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], self.max_gen_toks))
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1]))
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(settings.pop("until"), eos=eos)
         most = settings.pop("max_gen_toks")
         room = self.window - most
@@ -188,7 +196,7 @@ class Asking(TemplateLM):
 
     # From requests to answers.
 
-    def _score(self, pieces: Sequence[Piece], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _log_likelihoods(self, pieces: Sequence[Piece], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         keys = [piece.key for piece in pieces]
         distinct = {key: piece for key, piece in zip(keys, pieces, strict=True)}
         found = self._answer(distinct, self.plan_scores, what, disable_tqdm)

@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from plw_mlflow import models
 from plw_mlflow.config import ScoreOptions, names
 from plw_mlflow.errors import first_line
 
@@ -124,6 +125,18 @@ def run(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     return score(Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep), tasks, options, seed)
+
+
+def run_adapters(
+    base: Any, tokenizer: Any, adapters: Sequence[Path], tasks: Tasks, options: ScoreOptions, seed: int
+) -> Iterator[tuple[Path, Evaluation]]:
+    """Score folders of LoRA adapters one after another, each on the one loaded base, which ends as it was."""
+    for folder in adapters:
+        adapted = models.load_adapter(base, folder)
+        try:
+            yield folder, run(adapted, tokenizer, tasks, options, seed)
+        finally:
+            adapted.unload()
 
 
 def score(language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:

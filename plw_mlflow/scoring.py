@@ -112,11 +112,7 @@ class Scorer(Asking, HFLM):
 
     def _score_alone(self, pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
         self.batch_size_per_gpu = len(pieces)
-        pairs = []
-        for piece in pieces:
-            inputs, targets = piece.inputs.tolist(), piece.targets.tolist()
-            pairs.append((None, inputs[: len(inputs) - len(targets) + 1], targets))
-        return HFLM._loglikelihood_tokens(self, pairs, disable_tqdm=True)
+        return HFLM._loglikelihood_tokens(self, [piece.pair for piece in pieces], disable_tqdm=True)
 
     def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
         kinds: dict[tuple[Any, ...], list[int]] = {}
