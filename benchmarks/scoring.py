@@ -34,7 +34,7 @@ from plw_mlflow import models
 from plw_mlflow.scoring import Scorer
 
 EXAMPLES = 5
-TRIED = (8, 16, 32, 128)  # requests at a time, beside 64
+TRIED = (8, 16, 32)  # requests at a time, beside 64
 POSITIONS = 2048  # of the random models
 RANDOM = {"10M": (256, 8), "100M": (768, 12)}  # hidden size and layers
 

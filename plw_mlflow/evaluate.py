@@ -141,11 +141,12 @@ def run_adapters(
 
 def score(language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:
     """Score one of the harness's language models on tasks."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
+    evaluator.add_env_info = lambda results: None  # it starts pip and others, for seconds; environment.json says it
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
     with redirect_stdout(StringIO()):  # it says when it bootstraps, and to whom is not clear
-        found = simple_evaluate(
+        found = evaluator.simple_evaluate(
             language_model,
             tasks=tasks.loaded,
             task_manager=tasks.manager,
