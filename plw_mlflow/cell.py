@@ -31,8 +31,8 @@ def run(config: MainConfig, run: Run) -> None:
     with trained(config, run) as done:
         if done is None:
             return
-        model, tokenizer = done
-        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed)
+        model, tokenizer, folder = done
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, folder)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
         evaluate.write(rows, config.output)
@@ -40,11 +40,12 @@ def run(config: MainConfig, run: Run) -> None:
 
 
 @contextmanager
-def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
-    """Train, or go on training, and log the model; yields it, adapters merged, and its tokenizer.
+def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | None]:
+    """Train, or go on training, and log the model; yields it, adapters merged, its tokenizer, and the cell's folder.
 
-    When the block ends well, the cell's checkpoints are removed, on disk and in the store. Of several processes, the
-    first alone has them, and the model; the others yield None when they have done their part of the training.
+    When the block ends well, the cell's checkpoints are removed, on disk with all that the folder holds, and in the
+    store. Of several processes, the first alone has them, and the model; the others yield None when they have done
+    their part of the training.
     """
     adapters.check(config.method)
     base = models.locate(config.model)
@@ -97,7 +98,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any] | None]:
             run.log_folder(Path(adapter), export.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)
         run.log_checkpoint(merged, tokenizer, config)
-        yield merged, tokenizer
+        yield merged, tokenizer, folder
         run.drop_checkpoints()
         shutil.rmtree(folder)
 

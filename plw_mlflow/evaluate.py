@@ -13,14 +13,16 @@ import logging
 import os
 import re
 import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from plw_mlflow import models
 from plw_mlflow.config import ScoreOptions, names
 from plw_mlflow.errors import first_line
 
@@ -42,6 +44,8 @@ class Score:
     num_fewshot: int
     task_version: str
     is_primary: bool  # the first metric of which more is better; it stands for its task in the score table
+    truncated: int = 0  # requests whose context was cut from the left to fit the model's window
+    windowed: int = 0  # requests whose continuation alone is longer than the window, scored window by window
 
 
 @dataclass(frozen=True)
@@ -108,23 +112,42 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     return Tasks(loaded, manager)
 
 
-def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:
-    """Score a causal language model on tasks, on the GPU if there is one."""
-    import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+def run(
+    model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: int, keep: Path | None = None
+) -> Evaluation:
+    """Score a causal language model on tasks, on the GPU if there is one.
 
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
+    keep: a folder for finished requests, from which a scoring that was killed goes on (unset: they are not kept).
+    """
+    import torch
+
+    from plw_mlflow.scoring import Scorer
+
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
-    harness_model = HFLM(
-        pretrained=model.to(device).eval(),
-        tokenizer=tokenizer,
-        batch_size=options.eval_batch_examples,
-        max_batch_size=None,
-    )
+    return score(Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep), tasks, options, seed)
+
+
+def run_adapters(
+    base: Any, tokenizer: Any, adapters: Sequence[Path], tasks: Tasks, options: ScoreOptions, seed: int
+) -> Iterator[tuple[Path, Evaluation]]:
+    """Score folders of LoRA adapters one after another, each on the one loaded base, which ends as it was."""
+    for folder in adapters:
+        adapted = models.load_adapter(base, folder)
+        try:
+            yield folder, run(adapted, tokenizer, tasks, options, seed)
+        finally:
+            adapted.unload()
+
+
+def score(language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:
+    """Score one of the harness's language models on tasks."""
+    from lm_eval import evaluator
+
+    evaluator.add_env_info = lambda results: None  # it starts pip and others, for seconds; environment.json says it
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
     with redirect_stdout(StringIO()):  # it says when it bootstraps, and to whom is not clear
-        found = simple_evaluate(
-            harness_model,
+        found = evaluator.simple_evaluate(
+            language_model,
             tasks=tasks.loaded,
             task_manager=tasks.manager,
             limit=options.limit,
@@ -137,7 +160,25 @@ def run(model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: i
         )
     assert found is not None  # None is the answer to processes other than the first, of which there are none
     results = json.loads(json.dumps(found, default=str))
-    return Evaluation(_scores(results), results)
+    cut = {name: getattr(language_model, name, {}) for name in ("truncated", "windowed")}
+    results["cut"] = {name: dict(counts) for name, counts in cut.items()}
+    scores = [
+        replace(score, **{name: counts.get(score.task, 0) for name, counts in cut.items()})
+        for score in _scores(results)
+    ]
+    _warn_of_cuts(cut)
+    return Evaluation(scores, results)
+
+
+def _warn_of_cuts(cut: dict[str, dict[str, int]]) -> None:
+    what = {
+        "truncated": "with a context cut from the left to fit the model's window",
+        "windowed": "with an answer longer than the model's window, scored window by window",
+    }
+    for name, counts in cut.items():
+        if counts:
+            tasks = ", ".join(f"{count} of {task}" for task, count in sorted(counts.items()))
+            warnings.warn(f"requests {what[name]}: {tasks}", stacklevel=3)
 
 
 def _scores(results: dict[str, Any]) -> list[Score]:

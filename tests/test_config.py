@@ -261,6 +261,14 @@ def test_what_to_look_at_is_said_once(config_type, options, is_enough):
             config_type(**options)
 
 
+def test_an_endpoint_has_a_models_name_and_a_tokenizer():
+    EvaluateConfig(model="m", endpoint="http://here/v1", tokenizer="toy")
+    with pytest.raises(ValueError, match="endpoint needs the model's name there"):
+        EvaluateConfig(run_id="r", endpoint="http://here/v1")
+    with pytest.raises(ValueError, match="tokenizer is of an endpoint's model"):
+        EvaluateConfig(model="m", tokenizer="toy")
+
+
 def test_the_identity_of_a_cell_leaves_out_what_changes_no_number():
     same = TrainConfig(output=Path("a"), checkpoint_dir=Path("b"), save_every=7, micro_batch_examples=4, lora_rank=3)
     assert config.digest(same.identity()) == config.digest(TrainConfig().identity())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from plw_mlflow import evaluate, models, toy
 from plw_mlflow.config import ScoreOptions
@@ -120,3 +121,68 @@ def test_missing_or_damaged_documents_are_named(tmp_path, content, message):
 def test_an_unknown_task_is_answered_with_the_nearest_names():
     with pytest.raises(ValueError, match="there is no task 'toy_shrt'; the nearest are toy_short"):
         evaluate.load_tasks(ScoreOptions(tasks="toy,toy_shrt"))
+
+
+def test_what_does_not_fit_the_models_window_is_counted_and_told(tmp_path):
+    """toy has 512 positions."""
+    rows = [
+        {"question": "What is it?", "choices": ["zq" * 400, "no"], "answer": 1},
+        {"question": "What? " * 200, "choices": ["yes", "no"], "answer": 1},
+    ]
+    (tmp_path / "arc_easy_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ScoreOptions(tasks="arc_easy", data_dir=tmp_path)
+    tasks = evaluate.load_tasks(options)
+    with pytest.warns(UserWarning, match="requests with") as told:
+        evaluation = evaluate.run(models.load("toy"), models.load_tokenizer("toy"), tasks, options, seed=1)
+    messages = [str(warning.message) for warning in told]
+    assert "requests with a context cut from the left to fit the model's window: 2 of arc_easy" in messages
+    assert "requests with an answer longer than the model's window, scored window by window: 1 of arc_easy" in messages
+    assert {(score.metric, score.truncated, score.windowed) for score in evaluation.scores} == {
+        ("acc", 2, 1),
+        ("acc_norm", 2, 1),
+    }
+    assert [(row["truncated"], row["windowed"]) for row in evaluate.table(evaluation, {})] == [(2, 1)]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders of two different adapters of toy."""
+    folders = [tmp_path_factory.mktemp("adapters") / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+        get_peft_model(models.load("toy"), settings).save_pretrained(str(folder))
+    return folders
+
+
+def test_adapters_are_scored_over_one_base(adapters):
+    options = ScoreOptions(tasks="toy_choice", limit=8)
+    tasks = evaluate.load_tasks(options)
+    base, tokenizer = models.load("toy"), models.load_tokenizer("toy")
+    before = {name: weights.clone() for name, weights in base.state_dict().items()}
+    expected = [
+        evaluate.run(*models.load_for_scoring(str(folder)), tasks, options, seed=1).scores for folder in adapters
+    ]
+    scored = list(evaluate.run_adapters(base, tokenizer, adapters, tasks, options, seed=1))
+    assert [folder for folder, _ in scored] == adapters
+    assert [evaluation.scores for _, evaluation in scored] == expected
+    after = base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapters_folder_stands_for_its_base_with_it_merged(adapters):
+    tokens = torch.arange(8).unsqueeze(0)
+    attached = models.load_adapter(models.load("toy"), adapters[0])
+    merged, tokenizer = models.load_for_scoring(str(adapters[0]))
+    torch.testing.assert_close(merged(tokens).logits, attached(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged(tokens).logits, models.load("toy")(tokens).logits, atol=0.1)
+    assert tokenizer("Who?").input_ids == models.load_tokenizer("toy")("Who?").input_ids
+
+
+def test_adapters_that_cannot_be_used_are_told(tmp_path, adapters):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json names no base model: KeyError"):
+        models.load_for_scoring(str(tmp_path))
+    with pytest.raises(ValueError, match=r"the adapter of .* cannot be loaded"):
+        models.load_adapter(models.load("toy"), tmp_path)

@@ -8,13 +8,14 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import torch
 
 from plw_mlflow import prepare, tracking
 from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
 from plw_mlflow.evaluate import Evaluation, Score
 from plw_mlflow.tracking import stored
 from plw_mlflow.tracking.run import cell_columns
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.stores import Place
 
 
@@ -432,3 +433,17 @@ def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, m
     assert dict(table["score"]) == {"toy (lora)": 0.2, "toy (full)": 0.3}
     assert set(table["seed"]) == {42}
     assert set(table["dataset"]) == {"toy-short"}
+
+
+def test_a_registered_model_comes_back_by_version_and_alias(store):
+    model, tokens = tiny_llama(), torch.arange(6).unsqueeze(0)
+    config = TrainConfig(model="tiny")
+    with tracking.open_run(config, "cell") as run:
+        run.log_checkpoint(model, byte_tokenizer(), config)
+    store.set_registered_model_alias("plw-tiny-toy-short", "best", "1")
+    for uri in ("models:/plw-tiny-toy-short/1", "models:/plw-tiny-toy-short@best"):
+        loaded, tokenizer = tracking.load_registered(uri)
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids
+    with pytest.raises(ValueError, match=r"model models:/plw-tiny-toy-short/7 cannot be loaded: .*not found"):
+        tracking.load_registered("models:/plw-tiny-toy-short/7")

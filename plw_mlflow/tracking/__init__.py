@@ -13,7 +13,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.opening import child_environment, fail, open_run, open_sweep
-from plw_mlflow.tracking.run import NoRun, Run
+from plw_mlflow.tracking.run import NoRun, Run, load_registered
 from plw_mlflow.tracking.table import best_cells, mark_best, score_table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "best_cells",
     "child_environment",
     "fail",
+    "load_registered",
     "mark_best",
     "open_run",
     "open_sweep",

@@ -19,12 +19,14 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
 
 from plw_mlflow import __version__, figures, seeding, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
+from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.sources import Source
-from plw_mlflow.tracking.connection import get_run, patiently
+from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.curves import Curves
 from plw_mlflow.tracking.stored import StoredCheckpoints, tell_not_stored
 
@@ -343,6 +345,16 @@ class _FileSource(FileSystemDatasetSource):
     @classmethod
     def from_dict(cls, source_dict: dict[str, Any]) -> _FileSource:
         return cls(source_dict["uri"])
+
+
+def load_registered(uri: str) -> tuple[Any, Any]:
+    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS. Raises ValueError where there is none."""
+    check_reachable()
+    try:
+        parts = mlflow.transformers.load_model(uri, return_type="components")
+    except MlflowException as error:
+        raise ValueError(f"model {uri} cannot be loaded: {first_line(error)}") from None
+    return parts["model"], parts["tokenizer"]
 
 
 def parameters(run: mlflow.entities.Run) -> dict[str, str]:

@@ -1,0 +1,203 @@
+"""Our scoring beside the harness's own HFLM:  python -m benchmarks.scoring --json FILE --data-dir DIR
+
+Both answer the same requests of the same model in the same process, and take turns, as shared machines change speed;
+the seconds are medians of the processor's time, one thread, from texts to answers. The peers are HFLM with 64 requests
+at a time, and with the best of several numbers of requests, found beforehand. Every log-likelihood is compared, and
+every generation.
+
+Cases: ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with 5 of
+each question's own (as the harness draws them by default; models with too small a window leave these two out); PIQA
+(2 options); greedy generation, until a line ends. `--data-dir` holds arc_challenge_test.jsonl and piqa_valid.jsonl.
+The models `10M` and `100M` are random LLaMAs of about so many parameters, with the tokenizer of `toy`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.loss_head import Row
+from plw_mlflow import models
+from plw_mlflow.scoring import Scorer
+
+EXAMPLES = 5
+TRIED = (8, 16, 32)  # requests at a time, beside 64
+POSITIONS = 2048  # of the random models
+RANDOM = {"10M": (256, 8), "100M": (768, 12)}  # hidden size and layers
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests of one kind."""
+
+    name: str
+    kind: str  # the method of the language model that answers them
+    requests: list[Instance]
+
+
+def cases(folder: Path, questions: int) -> list[Case]:
+    """The cases, of so many questions each."""
+    arc = [json.loads(line) for line in (folder / "arc_challenge_test.jsonl").read_text().splitlines()]
+    piqa = [json.loads(line) for line in (folder / "piqa_valid.jsonl").read_text().splitlines()][:questions]
+    asked, spare = arc[:questions], arc[questions:]
+    draw = random.Random(0)
+
+    def text(row: dict[str, Any]) -> str:
+        return f"Question: {row['question']}\nAnswer:"
+
+    def examples(rows: list[dict[str, Any]]) -> str:
+        return "".join(f"{text(row)} {row['choices'][row['answer']]}\n\n" for row in rows)
+
+    same = examples(spare[:EXAMPLES])
+    own = [examples(draw.sample(spare, EXAMPLES)) for _ in asked]
+    options = [(row, f" {choice}") for row in asked for choice in row["choices"]]
+    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
+    few_shot = f"{EXAMPLES}-shot, 4 options"
+    return [
+        _case("0-shot, 4 options", "loglikelihood", [(text(row), option) for row, option in options]),
+        _case(
+            f"{few_shot}, the same examples", "loglikelihood", [(same + text(row), option) for row, option in options]
+        ),
+        _case(
+            f"{few_shot}, examples of its own",
+            "loglikelihood",
+            [
+                (shots + text(row), f" {choice}")
+                for shots, row in zip(own, asked, strict=True)
+                for choice in row["choices"]
+            ],
+        ),
+        _case(
+            "0-shot, 2 options",
+            "loglikelihood",
+            [(f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for row in piqa for name in ("sol1", "sol2")],
+        ),
+        _case("generation", "generate_until", [(text(row), settings) for row in asked]),
+    ]
+
+
+def _case(name: str, kind: str, arguments: list[Any]) -> Case:
+    requests = [
+        Instance(request_type=kind, doc={}, arguments=given, idx=0, metadata=("benchmark", number, 1))
+        for number, given in enumerate(arguments)
+    ]
+    return Case(name, kind, requests)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    if name not in RANDOM:
+        return models.load(name), models.load_tokenizer(name)
+    torch.manual_seed(0)
+    tokenizer, (width, layers) = models.load_tokenizer("toy"), RANDOM[name]
+    config = LlamaConfig(
+        vocab_size=32 * width,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def fits(case: Case, model: Any, tokenizer: Any) -> bool:
+    """Whether few requests are cut to the model's window: cut on the left, they have no beginning in common."""
+    window = model.config.max_position_embeddings
+    lengths = [len(tokenizer(request.args[0], verbose=False).input_ids) for request in case.requests]
+    return sum(length > 0.9 * window for length in lengths) < 0.05 * len(lengths)
+
+
+def measure(model: Any, tokenizer: Any, case: Case, repeats: int) -> tuple[dict[str, float], list[Any], list[Any]]:
+    """Median seconds of ours and of both peers, and the answers of ours and of the peer with 64 requests."""
+
+    def ours() -> list[Any]:
+        return list(getattr(Scorer(model, tokenizer), case.kind)(case.requests, disable_tqdm=True))
+
+    def peer(size: int) -> Callable[[], list[Any]]:
+        def run() -> list[Any]:
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=None)
+            return list(getattr(harness, case.kind)(case.requests, disable_tqdm=True))
+
+        return run
+
+    best = min(TRIED, key=lambda size: _seconds(peer(size))[0])
+    everyone = {"ours": ours, "HFLM, 64 at a time": peer(64), f"HFLM, {best} at a time": peer(best)}
+    taken: dict[str, list[float]] = {who: [] for who in everyone}
+    answers: dict[str, list[Any]] = {}
+    for _ in range(repeats):
+        for who, run in everyone.items():
+            seconds, answers[who] = _seconds(run)
+            taken[who].append(seconds)
+    return (
+        {who: statistics.median(times) for who, times in taken.items()},
+        answers["ours"],
+        answers["HFLM, 64 at a time"],
+    )
+
+
+def _seconds(run: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
+    started = time.process_time()
+    answers = run()
+    return time.process_time() - started, answers
+
+
+def differences(case: Case, ours: list[Any], theirs: list[Any]) -> str:
+    """How far the answers are apart."""
+    if case.kind == "generate_until":
+        return f"{sum(a != b for a, b in zip(ours, theirs, strict=True))} of {len(ours)} texts differ"
+    largest = max(abs(a - b) / abs(b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+    flags = sum(a != b for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    return f"{len(ours)} log-likelihoods differ by {largest:.1e} at most (relative), {flags} greedy flags differ"
+
+
+@click.command(help=__doc__)
+@click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
+@click.option(
+    "--data-dir",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder with the benchmarks' files.",
+)
+@click.option(
+    "--model", "names", default="toy", show_default=True, help="toy, folders, hub ids, 10M, 100M; comma-separated."
+)
+@click.option("--questions", default=100, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+def main(file: Path, folder: Path, names: str, questions: int, repeats: int) -> None:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    found: list[Row] = []
+    for name in names.split(","):
+        model, tokenizer = load(name)
+        for case in cases(folder, questions):
+            if not fits(case, model, tokenizer):
+                continue
+            taken, ours, theirs = measure(model, tokenizer, case, repeats)
+            for peer, seconds in list(taken.items())[1:]:
+                found.append(Row(f"{Path(name).name}: {case.name}", "seconds", taken["ours"], peer, seconds))
+                row = found[-1]
+                print(f"{row.case:<52}{row.ours:>8.2f}  {row.peer:<22}{row.peer_value:>8.2f}", end="")
+                print(f"  ratio {row.ratio:.2f}", flush=True)
+            print(f"    {differences(case, ours, theirs)}", flush=True)
+    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in found], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
