@@ -212,24 +212,75 @@ class Run:
         parts = mlflow.transformers.load_model(f"models:/{self._model_id}", return_type="components")
         return parts["model"], parts["tokenizer"]
 
-    def log_scores(self, evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:
-        """Log every score as TASK/METRIC, and the run's score table; its mean is the run's `score`.
+    def log_scores(
+        self, evaluation: Evaluation, rows: list[dict[str, Any]], whole: Sequence[str] | None = None
+    ) -> None:
+        """Log every score as TASK/METRIC, the run's score table, and the per-sample log.
 
-        Rows of tasks scored before stay in the table, unless they are scored again here.
+        whole: the TASK/METRIC that the run's `score` is the mean of, unless the run says so itself, by its tag
+        plw.score_tasks (unset: what was scored now). It is logged once the table has them all, and the run is then
+        scored. Rows of tasks scored before stay in the table, unless they are scored again here.
         """
+        tags = self._client.get_run(self.id).data.tags
+        scored_now = [f"{row['task']}/{row['metric']}" for row in rows]
+        wanted = tags.get("plw.score_tasks", "").split(",") if "plw.score_tasks" in tags else list(whole or scored_now)
+        if set(wanted) < set(scored_now):  # a larger set, all of it
+            wanted = scored_now
         rows_now = pd.DataFrame(rows)
         earlier = self.scores()
         if not earlier.empty:
             rows_now = pd.concat([earlier[~earlier["task"].isin(rows_now["task"])], rows_now], ignore_index=True)
-        metrics = {"score": float(rows_now["score"].mean())}
+        counted = rows_now[(rows_now["task"] + "/" + rows_now["metric"]).isin(wanted)]
+        is_whole = len(counted) == len(wanted)
+        metrics = {"score": float(counted["score"].mean())} if is_whole else {}
         for score in evaluation.scores:
             metrics[f"{score.task}/{score.metric}"] = score.score
             if score.stderr is not None:
                 metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
         mlflow.log_metrics(metrics, model_id=self._model_id, dataset=self._dataset)
         mlflow.log_text(rows_now.to_csv(index=False), "scores.csv")
-        mlflow.log_dict(evaluation.results, f"harness/{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json")
-        self.tag(status="scored")
+        now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        mlflow.log_dict(evaluation.results, f"harness/{now}.json")
+        if evaluation.samples:
+            mlflow.log_table(pd.DataFrame(evaluation.samples).assign(evaluation=now), "samples.json")
+        self.tag(score_tasks=",".join(wanted))
+        if is_whole:
+            caveats = counted["caveat"].fillna("") if "caveat" in counted else pd.Series("", counted.index)
+            told = "; ".join(f"{task}: {caveat}" for task, caveat in zip(counted["task"], caveats) if caveat)
+            self.tag(status="scored", score_comparable=spell(not told))
+            if told:
+                self.tag(score_caveat=told)
+            else:
+                self.untag("score_caveat")
+        else:
+            absent = [name for name in wanted if name not in set(counted["task"] + "/" + counted["metric"])]
+            print(f"the run has no score yet, which is the mean of {len(wanted)} tasks: {', '.join(absent)} to come")
+
+    def told(self, folder: Path) -> dict[str, Any]:
+        """The options that the run was given, as its config.json has them; a template's file is brought into `folder`.
+
+        Raises ValueError where the run holds none.
+        """
+        try:
+            path = self._client.download_artifacts(self.id, "config.json", str(folder))
+        except (MlflowException, OSError):
+            raise ValueError(f"run {self.id} holds no config.json, which says how its model was trained") from None
+        options: dict[str, Any] = json.loads(Path(path).read_text())
+        kept = [item.path for item in self._client.list_artifacts(self.id, "template")]
+        if kept:
+            options["template"] = self._client.download_artifacts(self.id, kept[0], str(folder))
+        return options
+
+    def curve(self, name: str) -> list[float]:
+        """A metric's values, in the order of their steps; of a step logged twice, the later one."""
+        points = self._client.get_metric_history(self.id, name)
+        by_step = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def log_measures(self, measures: dict[str, float]) -> None:
+        """Log the study's mechanism measures, each as measure/NAME."""
+        named = {f"measure/{name}": value for name, value in measures.items()}
+        mlflow.log_metrics(named, model_id=self._model_id)
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Log a folder's files, if it has any, as artifacts under `name`."""
