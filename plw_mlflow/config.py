@@ -289,7 +289,13 @@ class EvaluateConfig(Checked, ScoreOptions):
     run_id: str | None = None
     """MLflow run of the cell to score; its scores are added to that run."""
     model: str | None = None
-    """Model to score where there is no run: toy, a Hugging Face folder, or a hub id (opens a run of its own)."""
+    """Model to score where there is no run: toy, a folder (of LoRA adapters, too), a hub id, models:/NAME/VERSION."""
+    endpoint: str | None = None
+    """OpenAI-compatible completions server that has the model, by its name there, such as http://127.0.0.1:8000/v1."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id of an endpoint's model (unset: the model's name)."""
+    checkpoint_dir: Path = Path("checkpoints")
+    """Folder for finished requests of an unfinished scoring; the same command goes on from them after a crash."""
     seed: int = 1234
     """Number from which the choice of few-shot examples is derived."""
     output: Path | None = None
@@ -297,8 +303,14 @@ class EvaluateConfig(Checked, ScoreOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _not_a_folder(self, "output")
-        return found if (self.run_id is None) != (self.model is None) else [*found, "give either run-id or model"]
+        found = _not_a_folder(self, "output", "checkpoint_dir")
+        if (self.run_id is None) == (self.model is None):
+            found.append("give either run-id or model")
+        if self.endpoint is not None and self.model is None:
+            found.append("endpoint needs the model's name there")
+        if self.tokenizer is not None and self.endpoint is None:
+            found.append("tokenizer is of an endpoint's model; other models have their own")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

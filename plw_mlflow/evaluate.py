@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import benchmark_data, tasksets
+from plw_mlflow import benchmark_data, models, tasksets
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.errors import first_line
 from plw_mlflow.prompting import HARNESS, Wrapping
@@ -203,6 +203,18 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep)
     return score(scorer, tasks, options, seed, wrapping)
+
+
+def run_adapters(
+    base: Any, tokenizer: Any, adapters: Sequence[Path], tasks: Tasks, options: ScoreOptions, seed: int
+) -> Iterator[tuple[Path, Evaluation]]:
+    """Score folders of LoRA adapters one after another, each on the one loaded base, which ends as it was."""
+    for folder in adapters:
+        adapted = models.load_adapter(base, folder)
+        try:
+            yield folder, run(adapted, tokenizer, tasks, options, seed)
+        finally:
+            adapted.unload()
 
 
 def score(

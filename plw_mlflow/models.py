@@ -7,6 +7,7 @@ small updates round to nothing); lower precision is the arithmetic's, chosen in 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,37 @@ def load(model: str) -> Any:
             if not torch.allclose(nll, own, atol=1e-4):
                 raise ValueError(f"{config.model_type} changes its logits in a way that the loss does not follow")
     return loaded
+
+
+def load_adapter(base: Any, folder: Path) -> Any:
+    """A loaded base with the LoRA adapters of a folder on it; `unload()` of what this gives takes them off again.
+
+    Raises ValueError where the folder holds none, or such as do not fit the base.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(_not_loaded("the adapter of", str(folder), error)) from None
+
+
+def load_for_scoring(model: str) -> tuple[Any, Any]:
+    """A model and its tokenizer; a folder of LoRA adapters stands for the base it names, with them merged in.
+
+    Raises ValueError as `load` does, and where an adapter's base is not to be had.
+    """
+    settings = Path(model) / "adapter_config.json"
+    if not settings.is_file():
+        return load(model), load_tokenizer(model)
+    try:
+        named = json.loads(settings.read_text())
+        base = "@".join(filter(None, (named["base_model_name_or_path"], named.get("revision"))))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{settings} names no base model: {type(error).__name__} {error}") from None
+    adapted = load_adapter(load(base), Path(model))
+    has_own = (Path(model) / "tokenizer_config.json").is_file()
+    return adapted.merge_and_unload(), load_tokenizer(base, model if has_own else None)
 
 
 def digest(model: str) -> str:

@@ -1,11 +1,10 @@
 """Scoring: a language model for lm-evaluation-harness that answers as its own HFLM does, and computes less.
 
-Requests become pieces, pairs of input tokens and the targets that follow the last of them. Pieces that begin alike
-share that beginning's computation (trees.py): the options of a question their context, questions their few-shot
-examples. Logits are made where a target is looked up and nowhere else. Generation drops the texts that have ended, so
-that a batch costs what its texts need. That a model computes the same on trees is tried on the model itself; where it
-does not (state-space models, positions that are counted rather than given), HFLM's own code answers, on batches made
-here.
+Pieces that begin alike share that beginning's computation (trees.py): the options of a question their context,
+questions their few-shot examples. Logits are made where a target is looked up and nowhere else. Generation drops the
+texts that have ended, so that a batch costs what its texts need. That a model computes the same on trees is tried on
+the model itself; where it does not (state-space models, positions that are counted rather than given), HFLM's own code
+answers, on batches made here.
 
 Letters: B rows, T positions, H hidden size, V vocabulary.
 """
@@ -15,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,57 +22,23 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows
+from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import DynamicCache
 
-from plw_mlflow import answers, models, trees
-from plw_mlflow.answers import Answers
+from plw_mlflow import models, trees
+from plw_mlflow.asking import Asking, Batch, Piece, Prompt
 from plw_mlflow.loss import BUDGET_BYTES
 
-Array = np.ndarray[Any, Any]
-Batch = tuple[list[int], Callable[[], list[Any]]]  # the numbers of its requests, and what answers them in that order
-
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # a processor's caches like small batches
+SAMPLED = 16  # texts at a time where they are drawn at random, by HFLM's own code
 GENERATION = 4  # times as many tokens are in the cache of a batch that generates: a step computes one of each text
-STRINGS = 1024  # tokenised at a time
 # What a model's own generation settings may hold without greedy generation being another for it.
 GREEDY = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "min_p"}
 GREEDY |= {"max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config"}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is to be gone on with, greedily."""
-
-    tokens: Array  # [T] leaves room for the answer in the model's window
-    until: tuple[str, ...]  # the answer ends before any of these
-    most: int  # tokens of the answer
-    other: str  # further settings, as JSON
-    request: Any  # the harness's
-
-    @property
-    def key(self) -> str:
-        """The request's key."""
-        return answers.key("generation", self.tokens.tobytes(), self.most, self.other, *self.until)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is asked of the model at once: the log-probability of the targets, each given all that comes before it."""
-
-    inputs: Array  # [T] no longer than the model's window
-    targets: Array  # what follows the last inputs, one for each; the last target is not among the inputs
-
-    @property
-    def key(self) -> str:
-        """The request's key."""
-        return answers.key("log-likelihood", self.inputs.tobytes(), self.targets.tobytes())
-
-
-class Scorer(HFLM):
+class Scorer(Asking, HFLM):
     """HFLM with its encoding of requests, and scoring and greedy generation of our own.
 
     batch_tokens: how many tokens go through the model at once; halved whenever they do not fit the device's memory.
@@ -83,14 +46,16 @@ class Scorer(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None = None, folder: Path | None = None) -> None:
-        super().__init__(pretrained=model.eval(), tokenizer=tokenizer, batch_size=1, max_batch_size=None)
+        super().__init__(pretrained=model.eval(), tokenizer=tokenizer, batch_size=SAMPLED, max_batch_size=None)
+        self.window = self.max_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = self._causal.config.get_text_config()
         # Scores of other places are computed and thrown away: few beside the products of a wide model.
         self._room = min(max(128, 2 * config.hidden_size), 1024)
-        # Trees know no window: what is longer than the narrowest is scored without them.
-        self._tree_tokens = getattr(config, "sliding_window", None) or self.max_length
+        # Trees know no sliding windows or chunks of attention: what is longer than one is scored without them.
+        local = ("sliding_window", "attention_chunk_size", "window_size")
+        self._tree_tokens = min(getattr(config, name, None) or self.max_length for name in local)
         self.shares = self._can_share()
         if not self.shares:
             warnings.warn(
@@ -98,168 +63,15 @@ class Scorer(HFLM):
                 "each is scored alone, which takes longer",
                 stacklevel=2,
             )
-        file = None if folder is None else folder / f"answers-{identity(model, tokenizer)[:16]}.jsonl"
-        self.answers = Answers(file)
-        self.done = 0  # requests to which the model itself has found the answer
-        self.truncated: Counter[str] = Counter()  # requests of a task whose context was cut to fit the window
-        self.windowed: Counter[str] = Counter()  # requests whose continuation alone is longer than the window
+        self.keep(None if folder is None else folder / f"answers-{identity(model, tokenizer)[:16]}.jsonl")
 
-    # What the harness calls.
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood in nats of each continuation, and whether greedy generation would give it.
-
-        A context is cut from the left where both together are longer than the window, as HFLM does. A continuation
-        that is itself longer is scored window by window, as the harness scores whole texts; HFLM stops there. Both
-        are counted.
-        """
-        pieces: list[list[Piece]] = []
-        for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
-            if len(continuation) > self.max_length:
-                self.windowed[request.task_name] += 1
-            elif len(context) + len(continuation) > self.max_length + 1:
-                self.truncated[request.task_name] += 1
-            pieces.append(self._pieces(context, continuation))
-        found = self._score([piece for several in pieces for piece in several], "log-likelihoods", disable_tqdm)
-        return [_sum(several) for several in _split(found, map(len, pieces))]
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood in nats of each whole text, in windows where it is longer than one."""
-        prefix = np.array([self.prefix_token_id])
-        pieces = [self._windows(prefix, text) for text in self._encode([request.args[0] for request in requests])]
-        found = self._score([piece for several in pieces for piece in several], "rolling log-likelihoods", disable_tqdm)
-        return [_sum(several)[0] for several in _split(found, map(len, pieces))]
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that goes on from each context until a stop sequence, cut off before it.
-
-        A context is cut from the left so that the answer fits the window, as HFLM does; this is counted. Raises
-        ValueError where the window has no room for a context at all.
-        """
-        prompts = [
-            self._prompt(request, tokens)
-            for request, tokens in zip(requests, self._encode([r.args[0] for r in requests]), strict=True)
-        ]
-        if any(json.loads(prompt.other)["do_sample"] for prompt in prompts):  # no two answers need be the same
-            self.batch_size_per_gpu = max(1, GENERATION * self.batch_tokens // self.max_length)
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        keys = [prompt.key for prompt in prompts]
-        distinct = dict(zip(keys, prompts, strict=True))
-        found = self._answer(distinct, self._plan_generation, "generations", disable_tqdm)
-        return [found[key] for key in keys]
-
-    # From texts to pieces and prompts.
-
-    def _encode(self, strings: Sequence[str], **special: bool) -> list[Array]:
-        """Tokens of each string, as HFLM's `tok_encode` gives them; the same string is tokenised once."""
-        begin = self.tokenizer.decode(self.prefix_token_id)
-        found: dict[str, Array] = {}
-        for has_begin in (False, True):
-            settings = special or ({"add_special_tokens": False} if has_begin else {})
-            distinct = [text for text in dict.fromkeys(strings) if has_bos_prefix(text, begin) == has_begin]
-            for start in range(0, len(distinct), STRINGS):
-                some = distinct[start : start + STRINGS]
-                for text, tokens in zip(some, self.tokenizer(some, **settings).input_ids, strict=True):
-                    found[text] = np.array(tokens, dtype=np.int32)
-        return [found[text] for text in strings]
-
-    def _pairs(self, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:
-        """Context and continuation of each pair of texts, cut as the harness's `_encode_pair` cuts them."""
-        moved = [(context.rstrip(), context[len(context.rstrip()) :] + rest, context == "") for context, rest in texts]
-        contexts = iter(self._encode([context for context, _, is_empty in moved if not is_empty]))
-        wholes = iter(self._encode([context + rest for context, rest, is_empty in moved if not is_empty]))
-        alone = iter(self._encode([rest for _, rest, is_empty in moved if is_empty], add_special_tokens=False))
-        prefix = np.array([self.prefix_token_id], dtype=np.int32)
-        for _, _, is_empty in moved:
-            before = prefix if is_empty else next(contexts)
-            after = next(alone) if is_empty else next(wholes)[len(before) :]
-            if is_empty and len(after) and after[0] == prefix[0]:
-                yield after[:1], after[1:]
-            else:
-                yield before if len(before) else prefix, after
-
-    def _pieces(self, context: Array, continuation: Array) -> list[Piece]:
-        both = np.concatenate((context, continuation))
-        if len(continuation) <= self.max_length:
-            return [Piece(both[-(self.max_length + 1) :][:-1], continuation)] if len(continuation) else []
-        found, behind = [], len(context) - 1
-        for piece in self._windows(both[:1], both[1:]):
-            if behind < len(piece.targets):  # what is still the context's is not scored
-                found.append(Piece(piece.inputs, piece.targets[max(0, behind) :]))
-            behind -= len(piece.targets)
-        return found
-
-    def _windows(self, prefix: Array, text: Array) -> list[Piece]:
-        windows = get_rolling_token_windows(text.tolist(), int(prefix[0]), self.max_length, context_len=1)
-        return [Piece(np.array(inputs, np.int32), np.array(targets, np.int32)) for inputs, targets in windows]
-
-    def _prompt(self, request: Any, tokens: Array) -> Prompt:
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], self.max_gen_toks))
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        until = handle_stop_sequences(settings.pop("until"), eos=eos)
-        most = settings.pop("max_gen_toks")
-        room = self.max_length - most
-        if room < 1:
-            raise ValueError(
-                f"task {request.task_name} asks for answers of {most} tokens, but the model's window has "
-                f"{self.max_length}; leave the task out, or take a model with a longer window"
-            )
-        if len(tokens) > room:
-            self.truncated[request.task_name] += 1
-        return Prompt(tokens[-room:], tuple(until), most, json.dumps(settings, sort_keys=True, default=str), request)
-
-    # From pieces to log-likelihoods, and from prompts to texts.
-
-    def _score(self, pieces: Sequence[Piece], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        keys = [piece.key for piece in pieces]
-        distinct = {key: piece for key, piece in zip(keys, pieces, strict=True)}
-        found = self._answer(distinct, self._plan_scores, what, disable_tqdm)
-        return [(found[key][0], found[key][1]) for key in keys]
-
-    def _answer(
-        self,
-        asked: dict[str, Any],
-        plan: Callable[[list[Any]], Iterator[Batch]],
-        what: str,
-        disable_tqdm: bool,
-    ) -> Answers:
-        """Have all that is asked answered, each once, in the batches that `plan` makes of it.
-
-        The plan is made of all, answered or not, so that a process that goes on from another makes the same batches,
-        and so the same numbers to the bit. What only part of a batch has the answers of is planned anew.
-        """
-        keys, requests = list(asked), list(asked.values())
-        todo = list(range(len(keys)))
-        bar = tqdm(total=len(keys), desc=what, disable=disable_tqdm or None)  # None: unless a person looks at it
-        bar.update(sum(key in self.answers for key in keys))
-        while todo:
-            for numbers, run in plan([requests[number] for number in todo]):
-                batch = [keys[todo[number]] for number in numbers]
-                if any(key in self.answers for key in batch):
-                    continue
-                try:
-                    with torch.inference_mode():
-                        results = run()
-                except torch.OutOfMemoryError as error:
-                    if len(batch) == 1:
-                        raise
-                    reason = str(error).partition("\n")[0]
-                    error.__traceback__ = None  # it holds on to the tensors of the batch
-                    self._halve(reason)
-                    break
-                self.answers.add(dict(zip(batch, results, strict=True)))
-                self.done += len(batch)
-                bar.update(len(batch))
-            todo = [number for number in todo if keys[number] not in self.answers]
-        bar.close()
-        return self.answers
-
-    def _halve(self, reason: str) -> None:
+    def halve(self, reason: str) -> None:
+        """Let half as many tokens through at once."""
         self.batch_tokens = max(1, self.batch_tokens // 2)
         warnings.warn(f"{reason}; going on with {self.batch_tokens} tokens at once", stacklevel=2)
         torch.cuda.empty_cache()
 
-    def _plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
+    def plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
         """Batches of trees, then of what has to stand alone."""
         fits = [self.shares and len(piece.inputs) <= self._tree_tokens for piece in pieces]
         within = [number for number, fit in enumerate(fits) if fit]
@@ -300,13 +112,9 @@ class Scorer(HFLM):
 
     def _score_alone(self, pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
         self.batch_size_per_gpu = len(pieces)
-        pairs = []
-        for piece in pieces:
-            inputs, targets = piece.inputs.tolist(), piece.targets.tolist()
-            pairs.append((None, inputs[: len(inputs) - len(targets) + 1], targets))
-        return super()._loglikelihood_tokens(pairs, disable_tqdm=True)
+        return HFLM._loglikelihood_tokens(self, [piece.pair for piece in pieces], disable_tqdm=True)
 
-    def _plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
+    def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, prompt in enumerate(prompts):
             kinds.setdefault((prompt.until, prompt.most, prompt.other), []).append(number)
@@ -321,7 +129,7 @@ class Scorer(HFLM):
 
     def _generate_otherwise(self, prompts: Sequence[Prompt]) -> list[str]:
         self.batch_size_per_gpu = len(prompts)
-        return super().generate_until([prompt.request for prompt in prompts], disable_tqdm=True)
+        return HFLM.generate_until(self, [prompt.request for prompt in prompts], disable_tqdm=True)
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy texts of prompts with the same settings; padded on the left, as `generate` has them."""
@@ -390,17 +198,6 @@ class Scorer(HFLM):
         # Half precision rounds log-probabilities to 2 or 3 digits; a place that sees what it should not is further off.
         tolerance = 1e-4 if self._causal.dtype == torch.float32 else 0.05
         return np.allclose([ll for ll, _ in shared], [ll for ll, _ in alone], rtol=tolerance)
-
-
-def _sum(pieces: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
-    return sum(log_likelihood for log_likelihood, _ in pieces), all(is_greedy for _, is_greedy in pieces)
-
-
-def _split(values: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]:
-    start = 0
-    for size in sizes:
-        yield values[start : start + size]
-        start += size
 
 
 def _padded(numbers: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

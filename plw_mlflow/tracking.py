@@ -391,6 +391,16 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
         mlflow.end_run(status)
 
 
+def load_registered(uri: str) -> tuple[Any, Any]:
+    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS. Raises ValueError where there is none."""
+    _check_reachable()
+    try:
+        parts = mlflow.transformers.load_model(uri, return_type="components")
+    except MlflowException as error:
+        raise ValueError(f"model {uri} cannot be loaded: {first_line(error)}") from None
+    return parts["model"], parts["tokenizer"]
+
+
 @contextmanager
 def open_sweep(config: Any) -> Iterator[tuple[Run, Callable[[str], str]]]:
     """Open a sweep's parent run; yields it with a function that opens a child for a cell and returns the child's id."""

@@ -157,7 +157,7 @@ def test_sampled_generations_are_not_taken_for_one_another():
     assert len(set(found)) > 1
 
 
-def test_adapters_are_scored_as_they_are():
+def test_attached_adapters_are_scored_as_they_are():
     model, tokenizer = make_model("llama"), byte_tokenizer()
     requests = instances("loglikelihood", *PAIRS)
     base = ours(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
