@@ -102,9 +102,11 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     Raises ValueError for an unknown task (with the nearest names), or one whose documents cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import datasets
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    datasets.disable_progress_bars()  # some tasks pass over their documents several times, a bar each
     benchmarks = {one.task: one for one in tasksets.select(options.tasks)}
     manager = _manager(list(benchmarks))
     index = manager.task_index
@@ -362,7 +364,10 @@ def _sample_rows(task: Any, primary: str, prompt: str, samples: list[dict[str, A
 
 def _preferred(choices: list[str], log_likelihoods: list[float], metric: str) -> int:
     """The option that a model prefers, as the metric sees it: by log-likelihood, or that by character or byte."""
-    lengths = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}
+    lengths = {
+        "acc_norm": [len(choice) for choice in choices],
+        "acc_bytes": [len(choice.encode()) for choice in choices],
+    }
     weighed = [
         log_likelihood / length
         for log_likelihood, length in zip(log_likelihoods, lengths.get(metric, [1] * len(choices)), strict=False)

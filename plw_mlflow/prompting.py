@@ -8,6 +8,8 @@ completion did in training, with no blank before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from plw_mlflow import templates
 from plw_mlflow.records import Record
@@ -33,3 +35,21 @@ class Wrapping:
         # The completion is cut off again; a template may write nothing at all for an empty one.
         record = Record("prompt", instruction="".join(texts), input="", output="?")
         return templates.prompt(record, self._template) + begun
+
+
+def wrapping(name: str, tokenizer: Any) -> Wrapping:
+    """The wrapping in the template that `name` means (templates.load). Raises ValueError where there is none."""
+    return Wrapping(templates.load(name, tokenizer), Path(name).name)
+
+
+def own_wrapping(model: str, tokenizer: Any) -> Wrapping:
+    """The wrapping in a tokenizer's chat template, for a model that no cell has trained.
+
+    Raises ValueError where it has none.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"apply-template: {model} has no template, as no cell of this project trained it and its tokenizer has no "
+            "chat template; leave apply-template out"
+        )
+    return wrapping("chat", tokenizer)

@@ -246,7 +246,9 @@ class Run:
         self.tag(score_tasks=",".join(wanted))
         if is_whole:
             caveats = counted["caveat"].fillna("") if "caveat" in counted else pd.Series("", counted.index)
-            told = "; ".join(f"{task}: {caveat}" for task, caveat in zip(counted["task"], caveats) if caveat)
+            told = "; ".join(
+                f"{task}: {caveat}" for task, caveat in zip(counted["task"], caveats, strict=True) if caveat
+            )
             self.tag(status="scored", score_comparable=spell(not told))
             if told:
                 self.tag(score_caveat=told)
@@ -270,6 +272,17 @@ class Run:
         if kept:
             options["template"] = self._client.download_artifacts(self.id, kept[0], str(folder))
         return options
+
+    def check_data(self, sources: Sequence[Source]) -> None:
+        """Raise ValueError where these are not the data the run's model was trained on."""
+        trained_on = self._client.get_run(self.id).data.tags.get("plw.data_sha256")
+        found = ",".join(source.sha256 for source in sources)
+        if found != trained_on:
+            named = " and ".join(source.name for source in sources)
+            raise ValueError(
+                f"{named} has the SHA-256 {found}, but run {self.id} was trained on {trained_on}; give the data "
+                "as they were, by --data-dir or in their old place"
+            )
 
     def curve(self, name: str) -> list[float]:
         """A metric's values, in the order of their steps; of a step logged twice, the later one."""
