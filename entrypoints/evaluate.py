@@ -32,7 +32,7 @@ def main(config: EvaluateConfig) -> None:
             wrapping = cell.wrapping(config, run, tokenizer)
             evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, unfinished, wrapping)
         rows = evaluate.table(evaluation, row)
-        scored = [f"{score.task}/{score.metric}" for score in evaluation.primary]
+        scored = [score.key for score in evaluation.primary]
         run.log_scores(evaluation, rows, tasksets.whole(scored) if config.run_id else scored)
         shutil.rmtree(unfinished)
         evaluate.write(rows, config.output)

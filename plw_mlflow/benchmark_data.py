@@ -120,7 +120,7 @@ def _read(task: str, paths: Sequence[Path], read: Reader) -> list[Document]:
 
 def _lines(text: str) -> list[str]:
     """Lines between newlines alone: other characters that end lines for `splitlines` occur within sentences."""
-    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _json_lines(text: str, read: Callable[[Any], Document]) -> list[Document]:

@@ -31,7 +31,7 @@ from plw_mlflow.tasksets import Benchmark
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 # The harness gives these on 0..100; the second line is TruthfulQA's.
 PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
-BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors; the harness takes no more for BLEU either
+BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors, as many as the harness takes for BLEU
 # What a task asks of a model, where no set says it.
 TASK_TYPES = {
     "multiple_choice": "multiple-choice",
@@ -61,7 +61,13 @@ class Score:
     task_type: str = ""
     truncated: int = 0  # requests whose context was cut from the left to fit the model's window
     windowed: int = 0  # requests whose continuation alone is longer than the window, scored window by window
+    asked_fewshot: int = 0  # the examples that the task or its set has before each question
     caveat: str = ""  # what was not done as the task or its set has it
+
+    @property
+    def key(self) -> str:
+        """What the number is, as tasksets.key has it."""
+        return tasksets.key(self.task, self.metric, self.asked_fewshot)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Tasks:
     loaded: list[Any]  # the harness's task objects, their documents read
     manager: Any  # the harness's TaskManager they come from
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)  # how the named sets run their tasks
-    caveats: dict[str, str] = field(default_factory=dict)  # by task, what cannot be done as it should be
+    lacking: dict[str, tuple[int, str]] = field(default_factory=dict)  # 0-shot tasks: shots asked for, file not there
     sha256: dict[str, dict[str, str]] = field(default_factory=dict)  # of the local files that a task has read
     not_run: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +116,7 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     benchmarks = {one.task: one for one in tasksets.select(options.tasks)}
     manager = _manager(list(benchmarks))
     index = manager.task_index
-    caveats, sha256 = {}, {}
+    lacking, sha256 = {}, {}
     for name in {leaf: None for task in benchmarks for leaf in _leaves(task, index)}:
         changes: dict[str, Any] = {}
         shots = benchmarks[name].num_fewshot if name in benchmarks else None
@@ -122,7 +128,7 @@ def load_tasks(options: ScoreOptions) -> Tasks:
             changes |= benchmark_data.overrides(config, documents)
             sha256[name] = documents.sha256
             if config.get("num_fewshot") and documents.examples is None:
-                caveats[name] = f"0-shot, not {config['num_fewshot']}: no {benchmark_data.examples_files(name)}"
+                lacking[name] = config["num_fewshot"], benchmark_data.examples_files(name)
         if changes:
             config = load_yaml(index[name].yaml_path) | changes
             index[name] = Entry(name, Kind.TASK, yaml_path=None, cfg=config, tags=index[name].tags)
@@ -136,9 +142,9 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     for task in loaded:
         if True not in task.higher_is_better().values():
             raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
-    for name, caveat in caveats.items():
-        warnings.warn(f"{name} runs {caveat} in {options.data_dir}", stacklevel=2)
-    return Tasks(loaded, manager, benchmarks, caveats, sha256, tasksets.not_run(options.tasks))
+    for name, (shots, files) in lacking.items():
+        warnings.warn(f"{name} runs 0-shot, not {shots}: no {files} in {options.data_dir}", stacklevel=2)
+    return Tasks(loaded, manager, benchmarks, lacking, sha256, tasksets.not_run(options.tasks))
 
 
 def _manager(wanted: list[str]) -> Any:
@@ -226,6 +232,7 @@ def score(
     from lm_eval import simple_evaluate
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
+    _leave_bootstrapping_to_us(tasks.loaded)
     if wrapping is not None:
         language_model.apply_chat_template = wrapping  # where the harness looks for it
     with redirect_stdout(StringIO()):  # it says when it bootstraps, and to whom is not clear
@@ -245,17 +252,26 @@ def score(
     assert found is not None  # None is the answer to processes other than the first, of which there are none
     samples = found.pop("samples")
     results = json.loads(json.dumps(found, default=str))
+    for task in tasks.loaded:
+        for key, pairs in _bleu_pairs(samples[task.task_name]).items():
+            results["results"][task.task_name][f"bleu_stderr,{key}"] = 100 * bleu_stderr(pairs, seed)
     cut = {name: getattr(language_model, name, {}) for name in ("truncated", "windowed")}
     results["cut"] = {name: dict(counts) for name, counts in cut.items()}
     results["documents_sha256"] = tasks.sha256
-    kinds = {task.task_name: TASK_TYPES.get(task.OUTPUT_TYPE, "") for task in tasks.loaded}
+    kinds = {
+        task.task_name: tasksets.task_type(task.task_name) or TASK_TYPES.get(task.OUTPUT_TYPE, "")
+        for task in tasks.loaded
+    }
     prompt = HARNESS if wrapping is None else wrapping.kind
     scores = [
         replace(
             one,
             prompt=prompt,
             harness_version=version("lm_eval"),
-            task_type=_benchmark(one.task, tasks.benchmarks).task_type or kinds[one.task],
+            task_type=_benchmark(one.task, tasks.benchmarks).task_type
+            or tasksets.task_type(one.task)
+            or kinds[one.task],
+            asked_fewshot=tasks.lacking[one.task][0] if one.task in tasks.lacking else one.num_fewshot,
             caveat="; ".join(_caveats(one.task, results["n-samples"][one.task], tasks)),
             **{name: counts.get(one.task, 0) for name, counts in cut.items()},
         )
@@ -272,13 +288,58 @@ def score(
     return Evaluation(scores, results, rows, tasks.not_run)
 
 
+def _leave_bootstrapping_to_us(loaded: list[Any]) -> None:
+    """Have the harness compute corpus BLEU, but not its standard error.
+
+    It tokenises the whole corpus anew a hundred times: two minutes for a WMT test set. It does so for the functions
+    it knows, and so not for this one.
+    """
+    from lm_eval.api.metrics import bleu
+
+    def corpus_bleu(pairs: Any) -> Any:
+        return bleu(pairs)
+
+    for task in loaded:
+        if task.aggregation().get("bleu") is bleu:
+            task.aggregation()["bleu"] = corpus_bleu
+
+
+def _bleu_pairs(samples: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """Targets and predictions whose corpus BLEU is a metric, by filter."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for sample in samples:
+        if isinstance(sample.get("bleu"), list | tuple):
+            found.setdefault(sample["filter"], []).append((str(sample["bleu"][0]), str(sample["bleu"][1])))
+    return {key: pairs for key, pairs in found.items() if len(pairs) > 1}
+
+
+def bleu_stderr(pairs: list[tuple[str, str]], seed: int, rounds: int = BOOTSTRAP_ROUNDS) -> float:
+    """The bootstrapped standard error of corpus BLEU, as a fraction; pairs: target and prediction of each sentence.
+
+    Corpus BLEU is a function of sums over sentences, so that drawing anew sums rows and tokenises nothing.
+    """
+    import numpy as np
+    from sacrebleu.metrics.bleu import BLEU
+
+    sentence = BLEU(effective_order=True)  # it changes the sentences' scores, which are not used, not their counts
+    rows = [sentence.sentence_score(prediction, [target]) for target, prediction in pairs]
+    counts = np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
+    draw = np.random.default_rng(seed)
+    scores = []
+    for _ in range(rounds):
+        sums = counts[draw.integers(len(counts), size=len(counts))].sum(0).tolist()
+        scores.append(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100)
+    return statistics.stdev(scores)
+
+
 def _benchmark(task: str, benchmarks: dict[str, Benchmark]) -> Benchmark:
     return benchmarks.get(task) or Benchmark(task)
 
 
 def _caveats(task: str, documents: dict[str, int], tasks: Tasks) -> Iterator[str]:
-    if task in tasks.caveats:
-        yield tasks.caveats[task]
+    if task in tasks.lacking:
+        shots, files = tasks.lacking[task]
+        yield f"0-shot, not {shots}: no {files}"
     if documents["effective"] < documents["original"]:
         yield f"only the first {documents['effective']} of {documents['original']} documents"
 
@@ -311,20 +372,23 @@ def _scores(results: dict[str, Any], benchmarks: dict[str, Benchmark] | None = N
             metric, kind = key.split(",")
             name = metric if kind == "none" else f"{metric}-{kind}"
             scale = 100 if PERCENT_METRICS.fullmatch(metric) else 1
+            score = values[key] / scale
+            if 1 < score < 1 + 1e-9:  # sacreBLEU gives 100.00000000000004 for a perfect translation
+                score = 1.0
             stderr = values.get(f"{metric}_stderr,{kind}")
             is_primary = (
                 not has_primary
                 and benchmark.is_scored
                 and benchmark.metric in (None, name)
                 and rises.get(metric) is True
-                and 0 <= values[key] / scale <= 1
+                and 0 <= score <= 1
             )
             has_primary |= is_primary
             scores.append(
                 Score(
                     task=task,
                     metric=name,
-                    score=values[key] / scale,
+                    score=score,
                     stderr=stderr / scale if isinstance(stderr, float) else None,
                     n=results["n-samples"][task]["effective"],
                     num_fewshot=results["n-shot"].get(task) or 0,

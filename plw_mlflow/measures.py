@@ -132,7 +132,9 @@ def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -
     """
     total, count = 0.0, 0
     for tokens in prompts:
-        given = torch.tensor(tokens.astype(np.int64), device=model.device)[None]  # a copy: stored examples are read-only
+        given = torch.tensor(tokens.astype(np.int64), device=model.device)[
+            None
+        ]  # a copy: stored examples are read-only
         both: list[Tensor] = [one(given).logits[0].float() for one in (model, base)]
         common = min(logits.shape[1] for logits in both)
         ours, theirs = (logits[:, :common].log_softmax(1) for logits in both)

@@ -22,6 +22,16 @@ class Benchmark:
     task_type: str | None = None  # as the study sorts its tasks (unset: by what the task asks of a model)
     is_scored: bool = True  # whether it has a row in the score table, and counts in `score`
 
+    @property
+    def key(self) -> str:
+        """The measurement that makes the score, as `key` has it."""
+        return key(self.task, str(self.metric), self.num_fewshot or 0)
+
+
+def key(task: str, metric: str, num_fewshot: int) -> str:
+    """What one number in `score` is, as TASK/METRIC@SHOTS. The same task with other shots is another measurement."""
+    return f"{task}/{metric}@{num_fewshot}"
+
 
 def _translation(task_type: str, *directions: str) -> tuple[Benchmark, ...]:
     return tuple(Benchmark(f"huerta2024_{direction}", "bleu", 0, task_type) for direction in directions)
@@ -71,20 +81,33 @@ NOT_RUN: dict[str, dict[str, str]] = {
 }
 
 
-def select(listed: str) -> list[Benchmark]:
-    """The benchmarks that a comma-separated list of sets, tasks and groups names, each once.
+def _named(name: str) -> tuple[Benchmark, ...]:
+    """What one name of a list means: a set, a part of it, or whatever the harness knows by that name."""
+    of, _, part = name.partition(":")
+    if not part or of not in SETS:
+        return SETS.get(name, (Benchmark(name),))
+    found = tuple(one for one in SETS[of] if one.task == part)
+    if not found:
+        raise ValueError(f"set {of} has no task {part!r}; it has {', '.join(one.task for one in SETS[of])}")
+    return found
 
-    Raises ValueError where it names one task in two ways.
+
+def select(listed: str) -> list[Benchmark]:
+    """The benchmarks that a comma-separated list of sets, SET:TASK, tasks and groups names, each once.
+
+    A task that is also named by itself is run as the set has it. Raises ValueError where two sets differ in one, and
+    for a part that a set has not.
     """
     found: dict[str, Benchmark] = {}
     for name in names(listed):
-        for benchmark in SETS.get(name, (Benchmark(name),)):
-            other = found.setdefault(benchmark.task, benchmark)
-            if other != benchmark:
+        for benchmark in _named(name):
+            alone = Benchmark(benchmark.task)
+            other = found.get(benchmark.task, alone)
+            if alone not in (other, benchmark) and other != benchmark:
                 raise ValueError(
-                    f"tasks {listed} name {benchmark.task} twice, with different metrics, few-shot numbers or roles; "
-                    "score them one after the other"
+                    f"the sets in tasks {listed} differ in how they run or score {benchmark.task}; score them apart"
                 )
+            found[benchmark.task] = other if benchmark == alone else benchmark
     return list(found.values())
 
 
@@ -93,11 +116,16 @@ def not_run(listed: str) -> dict[str, str]:
     return {task: reason for name in names(listed) for task, reason in NOT_RUN.get(name, {}).items()}
 
 
-def whole(scores: Iterable[str]) -> list[str]:
-    """The set that some scores, as TASK/METRIC, are part of: the first of SETS that has them all, or they alone."""
-    given = list(scores)
+def whole(keys: Iterable[str]) -> list[str]:
+    """The set that some scores (by `key`) are part of, by key: the first of SETS that has them all, or they alone."""
+    given = list(keys)
     for benchmarks in SETS.values():
-        listed = [f"{one.task}/{one.metric}" for one in benchmarks if one.is_scored]
+        listed = [one.key for one in benchmarks if one.is_scored]
         if set(given) <= set(listed):
             return listed
     return given
+
+
+def task_type(task: str) -> str | None:
+    """The type that the first set with a task gives it."""
+    return next((one.task_type for some in SETS.values() for one in some if one.task == task), None)

@@ -34,7 +34,7 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import __version__, figures, origin, seeding, templates
+from plw_mlflow import __version__, figures, origin, seeding, tasksets, templates
 from plw_mlflow.config import CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
@@ -217,20 +217,24 @@ class Run:
     ) -> None:
         """Log every score as TASK/METRIC, the run's score table, and the per-sample log.
 
-        whole: the TASK/METRIC that the run's `score` is the mean of, unless the run says so itself, by its tag
+        whole: what the run's `score` is the mean of, by `Score.key`, unless the run says so itself, by its tag
         plw.score_tasks (unset: what was scored now). It is logged once the table has them all, and the run is then
         scored. Rows of tasks scored before stay in the table, unless they are scored again here.
         """
         tags = self._client.get_run(self.id).data.tags
-        scored_now = [f"{row['task']}/{row['metric']}" for row in rows]
-        wanted = tags.get("plw.score_tasks", "").split(",") if "plw.score_tasks" in tags else list(whole or scored_now)
+        scored_now = [score.key for score in evaluation.primary]
+        wanted = tags["plw.score_tasks"].split(",") if "plw.score_tasks" in tags else list(whole or scored_now)
         if set(wanted) < set(scored_now):  # a larger set, all of it
             wanted = scored_now
         rows_now = pd.DataFrame(rows)
         earlier = self.scores()
         if not earlier.empty:
             rows_now = pd.concat([earlier[~earlier["task"].isin(rows_now["task"])], rows_now], ignore_index=True)
-        counted = rows_now[(rows_now["task"] + "/" + rows_now["metric"]).isin(wanted)]
+        keys = [
+            tasksets.key(row["task"], row["metric"], int(row["asked_fewshot"]))
+            for row in rows_now.fillna({"asked_fewshot": 0}).to_dict("records")
+        ]
+        counted = rows_now[[key in wanted for key in keys]]
         is_whole = len(counted) == len(wanted)
         metrics = {"score": float(counted["score"].mean())} if is_whole else {}
         for score in evaluation.scores:
@@ -245,17 +249,15 @@ class Run:
             mlflow.log_table(pd.DataFrame(evaluation.samples).assign(evaluation=now), "samples.json")
         self.tag(score_tasks=",".join(wanted))
         if is_whole:
-            caveats = counted["caveat"].fillna("") if "caveat" in counted else pd.Series("", counted.index)
-            told = "; ".join(
-                f"{task}: {caveat}" for task, caveat in zip(counted["task"], caveats, strict=True) if caveat
-            )
+            caveats = zip(counted["task"], counted["caveat"].fillna(""), strict=True)
+            told = "; ".join(f"{task}: {caveat}" for task, caveat in caveats if caveat)
             self.tag(status="scored", score_comparable=spell(not told))
             if told:
                 self.tag(score_caveat=told)
             else:
                 self.untag("score_caveat")
         else:
-            absent = [name for name in wanted if name not in set(counted["task"] + "/" + counted["metric"])]
+            absent = [key for key in wanted if key not in keys]
             print(f"the run has no score yet, which is the mean of {len(wanted)} tasks: {', '.join(absent)} to come")
 
     def told(self, folder: Path) -> dict[str, Any]:
