@@ -7,15 +7,40 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from plw_mlflow import adapters, checkpoints, evaluate, export, models, padding, prepare, templates, train
-from plw_mlflow.config import MainConfig, TrainConfig, data_name, digest, short_name
+from plw_mlflow import (
+    adapters,
+    checkpoints,
+    evaluate,
+    export,
+    measures,
+    models,
+    padding,
+    prepare,
+    prompting,
+    sources,
+    templates,
+    train,
+)
+from plw_mlflow.config import (
+    DataOptions,
+    EvaluateConfig,
+    MainConfig,
+    ScoreOptions,
+    TrainConfig,
+    data_name,
+    digest,
+    names,
+    short_name,
+)
 from plw_mlflow.origin import is_first_process
 from plw_mlflow.prepare import Prepared
+from plw_mlflow.prompting import Wrapping
 from plw_mlflow.tracking import Run
 
 
@@ -32,11 +57,58 @@ def run(config: MainConfig, run: Run) -> None:
         if done is None:
             return
         model, tokenizer, folder = done
-        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, folder)
+        wrapping = prompting.wrapping(config.template, tokenizer) if config.apply_template else None
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, folder, wrapping)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
         evaluate.write(rows, config.output)
         print(evaluate.table_text(evaluation))
+        measure(config, run, model, tokenizer, config.model, config.dataset, config)
+
+
+def wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
+    """What puts prompts into the template of the run's cell, or of a model without a cell; None if not asked for.
+
+    Raises ValueError where there is none.
+    """
+    if not config.apply_template:
+        return None
+    if config.run_id is None:
+        return prompting.own_wrapping(str(config.model), tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        return prompting.wrapping(run.told(Path(folder))["template"], tokenizer)
+
+
+def measure(
+    scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
+) -> None:
+    """Log and print the measures that `scoring` names, of the model that the run has trained."""
+    if wanted := names(scoring.measures or ""):
+        curve = run.curve("train/loss")
+        found = measures.run(wanted, model, tokenizer, base, dataset, data, scoring.measure_prompts, curve)
+        run.log_measures(found)
+        print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in found.items()))
+
+
+def measure_trained(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
+    """The same for a run of earlier, by the options that it was given.
+
+    Raises ValueError where its data are no longer what it was trained on.
+    """
+    if not config.measures:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        told = run.told(Path(folder))
+        known: dict[str, Any] = {
+            field.name: told[field.name] for field in fields(DataOptions) if told.get(field.name) is not None
+        }
+        known |= {name: Path(known[name]) for name in ("cache_dir", "data_dir") if name in known}
+        if config.data_dir is not None:
+            known["data_dir"] = config.data_dir
+        data = DataOptions(**known | {"output": None})
+        cache = prepare.cache_dir(data)
+        run.check_data([sources.find(name, cache, data.data_dir) for name in (told["dataset"], data.mix) if name])
+        measure(config, run, model, tokenizer, told["model"], told["dataset"], data)
 
 
 @contextmanager

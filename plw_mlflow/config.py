@@ -27,7 +27,7 @@ BY_PRESET: Any = None
 UNSET = ("", "''")  # how an unset value is spelt; the second by `mlflow run`, which quotes values for a shell
 Preset = Literal["toy", "huerta2024", "huerta2024-lora"]
 Method = Literal["full", "lora", "dora", "qlora"]
-
+MEASURES = ("weight_distance", "memorisation", "stability", "length", "kl")  # of measures.py
 PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
 
 
@@ -243,17 +243,25 @@ class ScoreOptions(LocalOptions):
     """How a model is scored."""
 
     tasks: str = "toy"
-    """Benchmark tasks or groups of lm-evaluation-harness, comma-separated; toy is the laboratory's own group."""
+    """Task sets (toy, huerta2024-v1, huerta2024-v4) and tasks or groups of lm-evaluation-harness, comma-separated."""
+    apply_template: bool = False
+    """Put the harness's prompts into the cell's own template (of a model without a cell, its tokenizer's)."""
     limit: int | None = None
     """Score only the first so many documents of each task (unset: all)."""
     eval_batch_tokens: int | None = None
     """Tokens per forward pass in scoring (unset: 2048 on a CPU, 16384 on a GPU); halved where memory is short."""
+    measures: str | None = None
+    """Measures beside scores: weight_distance, memorisation, stability, length, kl, comma-separated (unset: none)."""
+    measure_prompts: int = 200
+    """Prompts that memorisation, length and kl are measured on; the study took 10,000."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _below(self, 1, "limit", "eval_batch_tokens")
+        found = _below(self, 1, "limit", "eval_batch_tokens", "measure_prompts")
         if not names(self.tasks):
             found.append("tasks must name at least one task")
+        if unknown := [name for name in names(self.measures or "") if name not in MEASURES]:
+            found.append(f"measures must be among {', '.join(MEASURES)}, got {', '.join(unknown)}")
         return found
 
 
@@ -361,6 +369,8 @@ class EvaluateConfig(Checked, ScoreOptions):
             found.append("endpoint needs the model's name there")
         if self.tokenizer is not None and self.endpoint is None:
             found.append("tokenizer is of an endpoint's model; other models have their own")
+        if self.measures is not None and self.run_id is None:
+            found.append("measures are of a cell, its training and its base: give run-id")
         return found
 
 

@@ -1,7 +1,7 @@
 """Evaluate: benchmark scores of a model, by lm-evaluation-harness, as rows of the score table.
 
-Tasks are the harness's own, or the toy laboratory's. With a data folder, a task named in LOCAL reads its
-documents from a file there, in the hub's format, so that prompts and metrics stay the harness's.
+Tasks come from a named set (tasksets.py), or are the harness's own. With a data folder, those that benchmark_data.py
+knows read their documents there. Prompts are the harness's, or stand in the fine-tuning template (prompting.py).
 """
 
 from __future__ import annotations
@@ -14,22 +14,34 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import models
-from plw_mlflow.config import ScoreOptions, names
+from plw_mlflow import benchmark_data, models, tasksets
+from plw_mlflow.config import ScoreOptions
 from plw_mlflow.errors import first_line
+from plw_mlflow.prompting import HARNESS, Wrapping
+from plw_mlflow.tasksets import Benchmark
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 # The harness gives these on 0..100; the second line is TruthfulQA's.
 PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
-BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors; the harness takes no more for BLEU either
+BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors, as many as the harness takes for BLEU
+# What a task asks of a model, where no set says it.
+TASK_TYPES = {
+    "multiple_choice": "multiple-choice",
+    "generate_until": "generation",
+    "loglikelihood": "likelihood",
+    "loglikelihood_rolling": "likelihood",
+}
+# The per-sample log is for looking at, in MLflow's page: some documents of each task, of long texts the end.
+LOGGED_SAMPLES = 200
+LOGGED_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,19 @@ class Score:
     n: int  # documents scored
     num_fewshot: int
     task_version: str
-    is_primary: bool  # the first metric of which more is better; it stands for its task in the score table
+    is_primary: bool  # it stands for its task in the score table, and counts in `score`
+    prompt: str = HARNESS  # or "template NAME"
+    harness_version: str = ""
+    task_type: str = ""
     truncated: int = 0  # requests whose context was cut from the left to fit the model's window
     windowed: int = 0  # requests whose continuation alone is longer than the window, scored window by window
+    asked_fewshot: int = 0  # the examples that the task or its set has before each question
+    caveat: str = ""  # what was not done as the task or its set has it
+
+    @property
+    def key(self) -> str:
+        """What the number is, as tasksets.key has it."""
+        return tasksets.key(self.task, self.metric, self.asked_fewshot)
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,8 @@ class Evaluation:
 
     scores: list[Score]
     results: dict[str, Any]  # the harness's own results, without its samples
+    samples: list[dict[str, Any]] = field(default_factory=list)  # rows of the per-sample log
+    not_run: dict[str, str] = field(default_factory=dict)  # tasks of the named sets that are not run, and why
 
     @property
     def primary(self) -> list[Score]:
@@ -72,6 +96,10 @@ class Tasks:
 
     loaded: list[Any]  # the harness's task objects, their documents read
     manager: Any  # the harness's TaskManager they come from
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)  # how the named sets run their tasks
+    lacking: dict[str, tuple[int, str]] = field(default_factory=dict)  # 0-shot tasks: shots asked for, file not there
+    sha256: dict[str, dict[str, str]] = field(default_factory=dict)  # of the local files that a task has read
+    not_run: dict[str, str] = field(default_factory=dict)
 
 
 def load_tasks(options: ScoreOptions) -> Tasks:
@@ -80,27 +108,32 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     Raises ValueError for an unknown task (with the nearest names), or one whose documents cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
+    import datasets
+    from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    wanted, folder = names(options.tasks), options.data_dir
-    nearby = [TASKS_FOLDER, *(Path(lm_eval.tasks.__file__).parent / group for group in _FOLDERS)]
-    manager = TaskManager(include_path=nearby, include_defaults=False)
-    if not set(wanted) <= set(manager.task_index):  # reading the whole index takes seconds: only where it is needed
-        manager = TaskManager(include_path=TASKS_FOLDER)
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.task_index, n=3)
-            raise ValueError(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
-    specs: list[str | dict[str, Any]] = [
-        load_yaml(manager.task_index[name].yaml_path) | _documents(name, folder)
-        if folder is not None and name in LOCAL
-        else name
-        for name in wanted
-    ]
+    datasets.disable_progress_bars()  # some tasks pass over their documents several times, a bar each
+    benchmarks = {one.task: one for one in tasksets.select(options.tasks)}
+    manager = _manager(list(benchmarks))
+    index = manager.task_index
+    lacking, sha256 = {}, {}
+    for name in {leaf: None for task in benchmarks for leaf in _leaves(task, index)}:
+        changes: dict[str, Any] = {}
+        shots = benchmarks[name].num_fewshot if name in benchmarks else None
+        if shots is not None:
+            changes["num_fewshot"] = shots
+        if options.data_dir is not None and name in benchmark_data.LOCAL:
+            config = load_yaml(index[name].yaml_path) | changes
+            documents = benchmark_data.find(name, options.data_dir)
+            changes |= benchmark_data.overrides(config, documents)
+            sha256[name] = documents.sha256
+            if config.get("num_fewshot") and documents.examples is None:
+                lacking[name] = config["num_fewshot"], benchmark_data.examples_files(name)
+        if changes:
+            config = load_yaml(index[name].yaml_path) | changes
+            index[name] = Entry(name, Kind.TASK, yaml_path=None, cfg=config, tags=index[name].tags)
     try:
-        loaded = list(manager.load(specs)["tasks"].values())
+        loaded = list(manager.load(list(benchmarks))["tasks"].values())
     except (ConnectionError, OSError) as error:  # the hub, or a file
         raise ValueError(
             f"the documents of {options.tasks} cannot be read: {first_line(error)}; "
@@ -109,22 +142,75 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     for task in loaded:
         if True not in task.higher_is_better().values():
             raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
-    return Tasks(loaded, manager)
+    for name, (shots, files) in lacking.items():
+        warnings.warn(f"{name} runs 0-shot, not {shots}: no {files} in {options.data_dir}", stacklevel=2)
+    return Tasks(loaded, manager, benchmarks, lacking, sha256, tasksets.not_run(options.tasks))
+
+
+def _manager(wanted: list[str]) -> Any:
+    """The harness's TaskManager for these tasks. Raises ValueError where one of them is unknown.
+
+    Reading the whole index takes seconds. Most tasks lie in a folder whose name theirs begins with; only a group or a
+    tag may have parts elsewhere.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Kind
+
+    folders = [path for path in Path(lm_eval.tasks.__file__).parent.iterdir() if path.is_dir()]
+    nearby = [path for path in folders if any(name.startswith(path.name) for name in wanted)]
+    if any(name.startswith("wmt") for name in wanted):
+        nearby += [path for path in folders if path.name == "translation"]
+    manager = TaskManager(include_path=[*sorted(nearby), TASKS_FOLDER], include_defaults=False)
+    known = {name for name, entry in manager.task_index.items() if entry.kind in (Kind.TASK, Kind.PY_TASK)}
+    if set(wanted) <= known:
+        return manager
+    manager = TaskManager(include_path=TASKS_FOLDER)
+    for name in wanted:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*tasksets.SETS, *manager.task_index], n=3)
+            raise ValueError(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    return manager
+
+
+def _leaves(name: str, index: dict[str, Any]) -> Iterator[str]:
+    """The tasks that a name of the harness's index stands for: itself, or those of a group or tag."""
+    from lm_eval.tasks._index import Kind
+
+    entry = index.get(name)
+    if entry is None:
+        return  # a group may define a task of its own within itself
+    if entry.kind == Kind.TAG:
+        yield from sorted(entry.tags)
+    elif entry.kind == Kind.GROUP:
+        parts = entry.cfg.get("task") or []
+        for part in parts if isinstance(parts, list) else [parts]:
+            yield from _leaves(part if isinstance(part, str) else part.get("task") or part.get("group", ""), index)
+    else:
+        yield name
 
 
 def run(
-    model: Any, tokenizer: Any, tasks: Tasks, options: ScoreOptions, seed: int, keep: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: Tasks,
+    options: ScoreOptions,
+    seed: int,
+    keep: Path | None = None,
+    wrapping: Wrapping | None = None,
 ) -> Evaluation:
     """Score a causal language model on tasks, on the GPU if there is one.
 
     keep: a folder for finished requests, from which a scoring that was killed goes on (unset: they are not kept).
+    wrapping: what puts a prompt into the fine-tuning template (unset: prompts are the harness's own).
     """
     import torch
 
     from plw_mlflow.scoring import Scorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
-    return score(Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep), tasks, options, seed)
+    scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep)
+    return score(scorer, tasks, options, seed, wrapping)
 
 
 def run_adapters(
@@ -139,35 +225,124 @@ def run_adapters(
             adapted.unload()
 
 
-def score(language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int) -> Evaluation:
+def score(
+    language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int, wrapping: Wrapping | None = None
+) -> Evaluation:
     """Score one of the harness's language models on tasks."""
     from lm_eval import evaluator
 
     evaluator.add_env_info = lambda results: None  # it starts pip and others, for seconds; environment.json says it
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
+    _leave_bootstrapping_to_us(tasks.loaded)
+    if wrapping is not None:
+        language_model.apply_chat_template = wrapping  # where the harness looks for it
     with redirect_stdout(StringIO()):  # it says when it bootstraps, and to whom is not clear
-        found = evaluator.simple_evaluate(
+        found: Any = evaluator.simple_evaluate(
             language_model,
             tasks=tasks.loaded,
             task_manager=tasks.manager,
             limit=options.limit,
             bootstrap_iters=BOOTSTRAP_ROUNDS,
-            log_samples=False,
+            apply_chat_template=wrapping is not None,
+            fewshot_as_multiturn=False,  # a template holds one instruction: few-shot examples are part of it
             random_seed=seed,
             numpy_random_seed=seed % 2**32,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
     assert found is not None  # None is the answer to processes other than the first, of which there are none
+    samples = found.pop("samples")
     results = json.loads(json.dumps(found, default=str))
+    for task in tasks.loaded:
+        for key, pairs in _bleu_pairs(samples[task.task_name]).items():
+            results["results"][task.task_name][f"bleu_stderr,{key}"] = 100 * bleu_stderr(pairs, seed)
     cut = {name: getattr(language_model, name, {}) for name in ("truncated", "windowed")}
     results["cut"] = {name: dict(counts) for name, counts in cut.items()}
+    results["documents_sha256"] = tasks.sha256
+    kinds = {
+        task.task_name: tasksets.task_type(task.task_name) or TASK_TYPES.get(task.OUTPUT_TYPE, "")
+        for task in tasks.loaded
+    }
+    prompt = HARNESS if wrapping is None else wrapping.kind
     scores = [
-        replace(score, **{name: counts.get(score.task, 0) for name, counts in cut.items()})
-        for score in _scores(results)
+        replace(
+            one,
+            prompt=prompt,
+            harness_version=version("lm_eval"),
+            task_type=_benchmark(one.task, tasks.benchmarks).task_type
+            or tasksets.task_type(one.task)
+            or kinds[one.task],
+            asked_fewshot=tasks.lacking[one.task][0] if one.task in tasks.lacking else one.num_fewshot,
+            caveat="; ".join(_caveats(one.task, results["n-samples"][one.task], tasks)),
+            **{name: counts.get(one.task, 0) for name, counts in cut.items()},
+        )
+        for one in _scores(results, tasks.benchmarks)
     ]
     _warn_of_cuts(cut)
-    return Evaluation(scores, results)
+    primary = {one.task: one.metric for one in scores if one.is_primary}
+    rows = [
+        row
+        for task in tasks.loaded
+        if task.task_name in primary
+        for row in _sample_rows(task, primary[task.task_name], prompt, samples[task.task_name])
+    ]
+    return Evaluation(scores, results, rows, tasks.not_run)
+
+
+def _leave_bootstrapping_to_us(loaded: list[Any]) -> None:
+    """Have the harness compute corpus BLEU, but not its standard error.
+
+    It tokenises the whole corpus anew a hundred times: two minutes for a WMT test set. It does so for the functions
+    it knows, and so not for this one.
+    """
+    from lm_eval.api.metrics import bleu
+
+    def corpus_bleu(pairs: Any) -> Any:
+        return bleu(pairs)
+
+    for task in loaded:
+        if task.aggregation().get("bleu") is bleu:
+            task.aggregation()["bleu"] = corpus_bleu
+
+
+def _bleu_pairs(samples: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """Targets and predictions whose corpus BLEU is a metric, by filter."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for sample in samples:
+        if isinstance(sample.get("bleu"), list | tuple):
+            found.setdefault(sample["filter"], []).append((str(sample["bleu"][0]), str(sample["bleu"][1])))
+    return {key: pairs for key, pairs in found.items() if len(pairs) > 1}
+
+
+def bleu_stderr(pairs: list[tuple[str, str]], seed: int, rounds: int = BOOTSTRAP_ROUNDS) -> float:
+    """The bootstrapped standard error of corpus BLEU, as a fraction; pairs: target and prediction of each sentence.
+
+    Corpus BLEU is a function of sums over sentences, so that drawing anew sums rows and tokenises nothing.
+    """
+    import numpy as np
+    from sacrebleu.metrics.bleu import BLEU
+
+    sentence = BLEU(effective_order=True)  # it changes the sentences' scores, which are not used, not their counts
+    rows = [sentence.sentence_score(prediction, [target]) for target, prediction in pairs]
+    counts = np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
+    draw = np.random.default_rng(seed)
+    scores = []
+    for _ in range(rounds):
+        sums = counts[draw.integers(len(counts), size=len(counts))].sum(0).tolist()
+        scores.append(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100)
+    return statistics.stdev(scores)
+
+
+def _benchmark(task: str, benchmarks: dict[str, Benchmark]) -> Benchmark:
+    return benchmarks.get(task) or Benchmark(task)
+
+
+def _caveats(task: str, documents: dict[str, int], tasks: Tasks) -> Iterator[str]:
+    if task in tasks.lacking:
+        shots, files = tasks.lacking[task]
+        yield f"0-shot, not {shots}: no {files}"
+    if documents["effective"] < documents["original"]:
+        yield f"only the first {documents['effective']} of {documents['original']} documents"
 
 
 def _warn_of_cuts(cut: dict[str, dict[str, int]]) -> None:
@@ -181,28 +356,40 @@ def _warn_of_cuts(cut: dict[str, dict[str, int]]) -> None:
             warnings.warn(f"requests {what[name]}: {tasks}", stacklevel=3)
 
 
-def _scores(results: dict[str, Any]) -> list[Score]:
+def _scores(results: dict[str, Any], benchmarks: dict[str, Benchmark] | None = None) -> list[Score]:
     """The harness's results as rows. Its keys are "METRIC,FILTER"; a filter other than "none" is part of the name.
 
-    Raises ValueError for a task without a metric on 0..1 of which more is better: it has no score to average.
+    benchmarks: what a set says of a task. Of a task of no set, the first metric on 0..1 of which more is better is the
+    primary one. Raises ValueError for a task without: it has no score to average.
     """
     scores = []
     for task, values in results["results"].items():
         if task not in results["n-samples"]:
             continue  # a group, whose tasks have rows of their own
         rises = results["higher_is_better"].get(task, {})
+        benchmark = _benchmark(task, benchmarks or {})
         has_primary = False
         for key in (key for key in values if "," in key and "_stderr," not in key):
             metric, kind = key.split(",")
+            name = metric if kind == "none" else f"{metric}-{kind}"
             scale = 100 if PERCENT_METRICS.fullmatch(metric) else 1
+            score = values[key] / scale
+            if 1 < score < 1 + 1e-9:  # sacreBLEU gives 100.00000000000004 for a perfect translation
+                score = 1.0
             stderr = values.get(f"{metric}_stderr,{kind}")
-            is_primary = not has_primary and rises.get(metric) is True and 0 <= values[key] / scale <= 1
+            is_primary = (
+                not has_primary
+                and benchmark.is_scored
+                and benchmark.metric in (None, name)
+                and rises.get(metric) is True
+                and 0 <= score <= 1
+            )
             has_primary |= is_primary
             scores.append(
                 Score(
                     task=task,
-                    metric=metric if kind == "none" else f"{metric}-{kind}",
-                    score=values[key] / scale,
+                    metric=name,
+                    score=score,
                     stderr=stderr / scale if isinstance(stderr, float) else None,
                     n=results["n-samples"][task]["effective"],
                     num_fewshot=results["n-shot"].get(task) or 0,
@@ -210,9 +397,60 @@ def _scores(results: dict[str, Any]) -> list[Score]:
                     is_primary=is_primary,
                 )
             )
-        if not has_primary:
+        if benchmark.is_scored and not has_primary:
             raise ValueError(f"task {task} has no metric on 0 to 1 of which more is better, so it gives no score")
     return scores
+
+
+def _sample_rows(task: Any, primary: str, prompt: str, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the per-sample log: the first documents of a task, as its primary metric sees them."""
+    metric, _, kind = primary.partition("-")
+    for sample in [one for one in samples if one["filter"] == (kind or "none")][:LOGGED_SAMPLES]:
+        answers = sample["filtered_resps"]
+        if task.OUTPUT_TYPE == "multiple_choice":
+            choices = task.doc_to_choice(sample["doc"])
+            gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+            target = choices[gold] if isinstance(gold, int) else gold
+            prediction = choices[_preferred(choices, [answer[0] for answer in answers], metric)]
+        else:
+            target = sample["target"]
+            prediction = answers[0] if isinstance(answers[0], str) else f"log-likelihood {answers[0]}"
+        yield {
+            "task": task.task_name,
+            "document": sample["doc_id"],
+            "prompt": prompt,
+            "question": str(sample["arguments"][0][0])[-LOGGED_CHARACTERS:],
+            "target": str(target)[:LOGGED_CHARACTERS],
+            "prediction": str(prediction)[:LOGGED_CHARACTERS],
+            "metric": primary,
+            "score": _sample_score(metric, sample.get(metric)),
+        }
+
+
+def _preferred(choices: list[str], log_likelihoods: list[float], metric: str) -> int:
+    """The option that a model prefers, as the metric sees it: by log-likelihood, or that by character or byte."""
+    lengths = {
+        "acc_norm": [len(choice) for choice in choices],
+        "acc_bytes": [len(choice.encode()) for choice in choices],
+    }
+    weighed = [
+        log_likelihood / length
+        for log_likelihood, length in zip(log_likelihoods, lengths.get(metric, [1] * len(choices)), strict=False)
+    ]
+    return weighed.index(max(weighed))
+
+
+def _sample_score(metric: str, value: Any) -> float | None:
+    """A document's own score on 0..1; of a metric of the whole corpus, BLEU alone has one, that of the sentence."""
+    if metric == "bleu":
+        import sacrebleu
+
+        target, prediction = value
+        return float(sacrebleu.sentence_bleu(prediction, [target]).score / 100)
+    try:
+        return float(value) / (100 if PERCENT_METRICS.fullmatch(metric) else 1)
+    except (TypeError, ValueError):
+        return None
 
 
 def table(evaluation: Evaluation, cell: dict[str, Any]) -> list[dict[str, Any]]:
@@ -241,49 +479,5 @@ def table_text(evaluation: Evaluation) -> str:
         stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
         lines.append(f"{score.task:<28}{score.metric:<14}{score.score:>8.4f}{stderr:>9}{score.n:>7}")
     lines.append(f"{'score (mean over tasks)':<42}{evaluation.mean:>8.4f}")
+    lines += [f"{task} is not run: {reason}" for task, reason in evaluation.not_run.items()]
     return "\n".join(lines)
-
-
-# Tasks whose documents can come from a local file.
-
-
-def _arc(path: Path) -> list[dict[str, Any]]:
-    """Lines of question, choices and the answer's index, as the hub's ARC gives them."""
-    documents = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        labels = [chr(ord("A") + number) for number in range(len(row["choices"]))]
-        choices = {"text": row["choices"], "label": labels}
-        documents.append({"question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]})
-    return documents
-
-
-_FOLDERS = ("arc",)  # of lm_eval/tasks, where the tasks below live
-LOCAL: dict[str, tuple[str, Callable[[Path], list[dict[str, Any]]]]] = {
-    "arc_easy": ("arc_easy_test.jsonl", _arc),
-    "arc_challenge": ("arc_challenge_test.jsonl", _arc),
-}
-
-
-def _documents(name: str, folder: Path) -> dict[str, Any]:
-    """What of a task's config makes it read a file. Raises ValueError where that is missing or damaged."""
-    file, read = LOCAL[name]
-    path = folder / file
-    if not path.is_file():
-        raise ValueError(f"task {name} reads {path}, which does not exist")
-    try:
-        documents = read(path)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not what task {name} reads: {type(error).__name__} {error}") from None
-    return {
-        "custom_dataset": partial(_as_dataset, documents),
-        "training_split": None,
-        "validation_split": None,
-        "test_split": "test",
-    }
-
-
-def _as_dataset(documents: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
-    from datasets import Dataset
-
-    return {"test": Dataset.from_list(documents)}

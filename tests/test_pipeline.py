@@ -2,6 +2,7 @@
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -153,6 +154,37 @@ def test_train_then_evaluate_gives_the_scores_of_main(place, cell_run):
     assert {name: again[name] for name in scores} == pytest.approx(scores)
 
 
+def test_measures_and_a_template_of_a_cell_trained_before(new_place):
+    """One task of the laboratory's three gives no score; the others, later, complete it."""
+    new_place.run("train", *SMALL[:4], "--template", "none")
+    run_id = new_place.runs()[0].info.run_id
+    options = ("--run-id", run_id, "--limit", "2")
+    out, _ = new_place.run("evaluate", *options, "--tasks=toy_short", "--apply-template=true", "--output=found")
+    assert "no score yet" in out
+    assert "score" not in new_place.runs()[0].data.metrics
+    (row,) = pd.read_csv(new_place.folder / "found/scores.csv").to_dict("records")
+    assert (row["prompt"], row["harness_version"], row["task_type"]) == ("template none", "0.4.13", "short-generation")
+    measures = ("--measures", "stability,weight_distance,length,memorisation,kl", "--measure-prompts", "4")
+    new_place.run("evaluate", *options, "--tasks", "toy_choice,toy_long", *measures)
+    run = new_place.runs()[0]
+    mlflow.set_tracking_uri(new_place.uri)
+    rows = mlflow.load_table("samples.json", run_ids=[run_id])
+    assert list(rows["task"]) == ["toy_short"] * 2 + ["toy_choice"] * 2 + ["toy_long"] * 2
+    assert run.data.metrics["score"] == pytest.approx(
+        sum(run.data.metrics[name] for name in ("toy_short/acc", "toy_choice/acc", "toy_long/bleu")) / 3
+    )
+    losses = [point.value for point in new_place.client.get_metric_history(run_id, "train/loss")]
+    expected = statistics.stdev(losses) / statistics.fmean(losses)
+    assert run.data.metrics["measure/stability"] == pytest.approx(expected)
+    assert run.data.metrics["measure/weight_distance"] > 0
+    assert run.data.metrics["measure/kl"] > 0
+    assert {
+        "measure/length",
+        "measure/memorisation",
+        "measure/weight_distance_by_layer/layer_00",
+    } <= run.data.metrics.keys()
+
+
 def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
     def project(*parameters):
         command = ["mlflow", "run", str(ROOT / "local"), "--env-manager", "local"]
@@ -285,6 +317,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     [
         (("train", "--model", "no/such/model"), 2, "model 'no/such/model' is not a folder on this machine"),
         (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file, nor a hub id"),
+        (("main", "--tasks", "piqa", "--data-dir", "."), 2, "task piqa reads piqa_valid.jsonl, which does not exist"),
         (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
         (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
         (("train", "--max-tokens", "4096"), 2, "max-tokens is 4096, but toy has 512 positions"),

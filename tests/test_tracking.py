@@ -1,5 +1,6 @@
 """Does MLflow hold what a run said, once, in the caller's own words?  (tests/test_pipeline.py sees the rest.)"""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 from plw_mlflow import prepare, tracking
 from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
-from plw_mlflow.evaluate import Evaluation, Score
+from plw_mlflow.evaluate import Evaluation, Score, table
 from plw_mlflow.tracking import stored
 from plw_mlflow.tracking.run import cell_columns
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -307,19 +308,103 @@ def scored(config, *scores):
     return run
 
 
-def add_scores(run, *scores):
-    evaluation = Evaluation([Score(task, "acc", score, 0.1, 5, 0, "1.0", True) for task, score in scores], {})
-    run.log_scores(
-        evaluation, [run.cell() | {"task": s.task, "metric": s.metric, "score": s.score} for s in evaluation.scores]
-    )
+def add_scores(run, *scores, whole=None, caveats=None):
+    samples = [{"task": task, "prediction": "yes"} for task, _ in scores]
+    found = [
+        Score(task, "acc", score, 0.1, 5, 0, "1.0", True, caveat=(caveats or {}).get(task, ""))
+        for task, score in scores
+    ]
+    evaluation = Evaluation(found, {}, samples)
+    run.log_scores(evaluation, table(evaluation, run.cell()), whole)
 
 
-def test_score_is_the_mean_over_all_tasks_scored_so_far(store):
+def test_score_is_the_mean_over_the_tasks_first_scored(store):
     run = scored(MainConfig(), ("a", 0.2), ("b", 0.4))
     with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
         add_scores(again, ("b", 0.6), ("c", 1.0))
-    assert store.get_run(run.id).data.metrics["score"] == pytest.approx((0.2 + 0.6 + 1.0) / 3)
+    found = store.get_run(run.id).data
+    assert found.metrics["score"] == pytest.approx((0.2 + 0.6) / 2)
+    assert found.tags["plw.score_tasks"] == "a/acc@0,b/acc@0"
     assert dict(zip(again.scores()["task"], again.scores()["score"], strict=True)) == {"a": 0.2, "b": 0.6, "c": 1.0}
+
+
+def test_a_larger_set_scored_whole_takes_the_place_of_the_first(store):
+    run = scored(MainConfig(), ("a", 0.2))
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("a", 0.2), ("b", 0.6))
+    assert store.get_run(run.id).data.metrics["score"] == pytest.approx(0.4)
+
+
+def test_there_is_no_score_before_all_of_its_tasks_are_there(store, capsys):
+    with tracking.open_run(MainConfig(), "cell") as run:
+        run.tag(cell="x", status="trained")
+        add_scores(run, ("b", 0.4), whole=["a/acc@0", "b/acc@0"])
+    found = store.get_run(run.id).data
+    assert "score" not in found.metrics
+    assert (found.metrics["b/acc"], found.tags["plw.status"]) == (0.4, "trained")
+    assert "no score yet, which is the mean of 2 tasks: a/acc@0 to come" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no scored cell"):
+        tracking.score_table(experiment="Default")
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("a", 0.2))
+    found = store.get_run(run.id).data
+    assert found.metrics["score"] == pytest.approx(0.3)
+    assert found.tags["plw.status"] == "scored"
+
+
+def test_a_task_scored_with_other_shots_does_not_count_as_the_sets(store):
+    with tracking.open_run(MainConfig(), "cell") as run:
+        run.tag(cell="x")
+        add_scores(run, ("a", 0.2), whole=["a/acc@5"])
+    assert "score" not in store.get_run(run.id).data.metrics
+
+
+def test_a_score_that_is_not_comparable_says_so_and_why(store):
+    with tracking.open_run(MainConfig(), "cell") as run:
+        run.tag(cell="x")
+        add_scores(run, ("a", 0.2), ("b", 0.4), caveats={"a": "0-shot, not 25"})
+    found = store.get_run(run.id).data
+    assert (found.tags["plw.score_comparable"], found.tags["plw.score_caveat"]) == ("false", "a: 0-shot, not 25")
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("a", 0.3))
+    found = store.get_run(run.id).data
+    assert found.tags["plw.score_comparable"] == "true"
+    assert "plw.score_caveat" not in found.tags
+
+
+def test_samples_are_one_table_that_grows(store, tmp_path):
+    run = scored(MainConfig(), ("a", 0.2))
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("b", 0.2))
+    table = mlflow.load_table("samples.json", run_ids=[run.id])
+    assert list(table["task"]) == ["a", "b"]
+    assert list(table["prediction"]) == ["yes", "yes"]
+    listed = {item.path for item in store.list_artifacts(run.id, "harness")}
+    assert {f"harness/{one}.json" for one in table["evaluation"]} == listed
+
+
+def test_a_curve_has_one_value_a_step(store):
+    with tracking.open_run(MainConfig(), "cell") as run:
+        for step, loss in ((2, 5.0), (1, 3.0), (2, 4.0)):
+            run.log_step({"train/loss": loss}, step)
+            run.flush()
+    assert run.curve("train/loss") == [3.0, 4.0]
+
+
+def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text('{"prompt_input": "{instruction}{input}", "prompt_no_input": "{instruction}"}')
+    options = TrainConfig(template="mine.json", max_records=5)
+    prepared = prepare.run("toy-short", byte_tokenizer(), options)
+    with tracking.open_run(options, "cell") as run:
+        run.log_data(prepared.sources, prepared.profile)
+    Path("mine.json").unlink()
+    told = run.told(tmp_path)
+    assert (told["dataset"], told["max_records"]) == ("toy-short", 5)
+    assert "prompt_no_input" in Path(told["template"]).read_text()
+    run.check_data(prepared.sources)
+    with pytest.raises(ValueError, match="toy-short has the SHA-256 0, but run"):
+        run.check_data([dataclasses.replace(prepared.sources[0], sha256="0")])
 
 
 def test_the_score_table_holds_scored_cells_alone(store):
@@ -409,7 +494,7 @@ def test_processes_other_than_the_first_ask_nothing_of_the_store(store, tmp_path
 
 
 def test_a_run_of_the_other_processes_leaves_nothing_of_a_run_as_it_is():
-    asked = {"cell", "scores", "load_checkpoint"}  # of the first alone
+    asked = {"cell", "check_data", "curve", "load_checkpoint", "scores", "told"}  # of the first alone
     public = {name for name in vars(tracking.Run) if not name.startswith("_")}
     assert public - asked <= vars(tracking.NoRun).keys()
 

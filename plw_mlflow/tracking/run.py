@@ -21,7 +21,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 
-from plw_mlflow import __version__, figures, seeding, templates
+from plw_mlflow import __version__, figures, seeding, tasksets, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
@@ -189,34 +189,101 @@ class Run:
         parts = mlflow.transformers.load_model(f"models:/{self._model_id}", return_type="components")
         return parts["model"], parts["tokenizer"]
 
-    def log_scores(self, evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:
-        """Log every score as TASK/METRIC, and the run's score table; its mean is the run's `score`.
+    def log_scores(
+        self, evaluation: Evaluation, rows: list[dict[str, Any]], whole: Sequence[str] | None = None
+    ) -> None:
+        """Log every score as TASK/METRIC, the run's score table, and the per-sample log.
 
-        Rows of tasks scored before stay in the table, unless they are scored again here.
+        whole: what the run's `score` is the mean of, by `Score.key`, unless the run says so itself, by its tag
+        plw.score_tasks (unset: what was scored now). It is logged once the table has them all, and the run is then
+        scored. Rows of tasks scored before stay in the table, unless they are scored again here.
         """
         now = time.time()
-        metrics = {}
+        clock = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+        patiently("logging the scores", lambda: self._log_scores(evaluation, rows, whole, now, clock))
+        if evaluation.samples:
+            samples = pd.DataFrame(evaluation.samples).assign(evaluation=clock)
+            patiently("logging the samples", lambda: mlflow.log_table(samples, "samples.json"))
+
+    def _log_scores(
+        self, evaluation: Evaluation, rows: list[dict[str, Any]], whole: Sequence[str] | None, now: float, clock: str
+    ) -> None:
+        tags = self._client.get_run(self.id).data.tags
+        scored_now = [score.key for score in evaluation.primary]
+        wanted = tags["plw.score_tasks"].split(",") if "plw.score_tasks" in tags else list(whole or scored_now)
+        if set(wanted) < set(scored_now):  # a larger set, all of it
+            wanted = scored_now
+        table, earlier = pd.DataFrame(rows), self.scores()
+        if not earlier.empty:
+            table = pd.concat([earlier[~earlier["task"].isin(table["task"])], table], ignore_index=True)
+        keys = [
+            tasksets.key(row["task"], row["metric"], int(row["asked_fewshot"]))
+            for row in table.fillna({"asked_fewshot": 0}).to_dict("records")
+        ]
+        counted = table[[key in wanted for key in keys]]
+        is_whole = len(counted) == len(wanted)
+        metrics = {"score": float(counted["score"].mean())} if is_whole else {}
         for score in evaluation.scores:
             metrics[f"{score.task}/{score.metric}"] = score.score
             if score.stderr is not None:
                 metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
-        results = f"harness/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.json"
+        mlflow.log_metrics(
+            metrics,
+            timestamp=int(now * 1000),  # one time, so that metrics sent twice are there once
+            model_id=self._model_id,
+            dataset=self._dataset,
+        )
+        mlflow.log_text(table.to_csv(index=False), "scores.csv")
+        mlflow.log_dict(evaluation.results, f"harness/{clock}.json")
+        self.tag(score_tasks=",".join(wanted))
+        if is_whole:
+            caveats = zip(counted["task"], counted["caveat"].fillna(""), strict=True)
+            told = "; ".join(f"{task}: {caveat}" for task, caveat in caveats if caveat)
+            self.tag(status="scored", score_comparable=spell(not told))
+            if told:
+                self.tag(score_caveat=told)
+            else:
+                self.untag("score_caveat")
+        else:
+            absent = [key for key in wanted if key not in keys]
+            print(f"the run has no score yet, which is the mean of {len(wanted)} tasks: {', '.join(absent)} to come")
 
-        def log() -> None:
-            table, earlier = pd.DataFrame(rows), self.scores()
-            if not earlier.empty:
-                table = pd.concat([earlier[~earlier["task"].isin(table["task"])], table], ignore_index=True)
-            mlflow.log_metrics(
-                metrics | {"score": float(table["score"].mean())},
-                timestamp=int(now * 1000),  # one time, so that metrics sent twice are there once
-                model_id=self._model_id,
-                dataset=self._dataset,
+    def told(self, folder: Path) -> dict[str, Any]:
+        """The options that the run was given, as its config.json has them; a template's file is brought into `folder`.
+
+        Raises ValueError where the run holds none.
+        """
+        try:
+            path = self._client.download_artifacts(self.id, "config.json", str(folder))
+        except (MlflowException, OSError):
+            raise ValueError(f"run {self.id} holds no config.json, which says how its model was trained") from None
+        options: dict[str, Any] = json.loads(Path(path).read_text())
+        kept = [item.path for item in self._client.list_artifacts(self.id, "template")]
+        if kept:
+            options["template"] = self._client.download_artifacts(self.id, kept[0], str(folder))
+        return options
+
+    def check_data(self, sources: Sequence[Source]) -> None:
+        """Raise ValueError where these are not the data the run's model was trained on."""
+        trained_on = self._client.get_run(self.id).data.tags.get("plw.data_sha256")
+        found = ",".join(source.sha256 for source in sources)
+        if found != trained_on:
+            named = " and ".join(source.name for source in sources)
+            raise ValueError(
+                f"{named} has the SHA-256 {found}, but run {self.id} was trained on {trained_on}; give the data "
+                "as they were, by --data-dir or in their old place"
             )
-            mlflow.log_text(table.to_csv(index=False), "scores.csv")
-            mlflow.log_dict(evaluation.results, results)
-            self.tag(status="scored")
 
-        patiently("logging the scores", log)
+    def curve(self, name: str) -> list[float]:
+        """A metric's values, in the order of their steps; of a step logged twice, the later one."""
+        points = self._client.get_metric_history(self.id, name)
+        by_step = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def log_measures(self, measures: dict[str, float]) -> None:
+        """Log the study's mechanism measures, each as measure/NAME."""
+        named = {f"measure/{name}": value for name, value in measures.items()}
+        patiently("logging the measures", lambda: mlflow.log_metrics(named, model_id=self._model_id))
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Log a folder's files, if it has any, as artifacts under `name`."""
@@ -302,7 +369,7 @@ class NoRun(Run):
 
     tag = untag = log_config = log_data = log_step = save_unsent = flush = close = _nothing
     begin_cell = fetch_checkpoint = store_checkpoint = drop_checkpoints = log_checkpoint = _nothing
-    log_scores = log_folder = log_files = log_regression = _nothing
+    log_scores = log_measures = log_folder = log_files = log_regression = _nothing
 
 
 def _find_active(run_id: str) -> mlflow.entities.Run | None:
