@@ -71,13 +71,11 @@ def run(
     """
     accelerator = parallel.accelerator(mixed_precision(config.precision), config.parallel)
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
+    model = adapters.adapt(model, config.method, config, config.seed).eval()
+    is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
+    outline = parallel.outline(model) if is_sharded and accelerator.is_main_process else None
     with ExitStack() as stack:
-        is_packed = config.packing
-        if is_packed and (reason := attention.why_not(model)):
-            warnings.warn(f"{model.config.model_type}: {reason}; training on padded rows instead", stacklevel=2)
-            is_packed = False
-        if is_packed:
-            stack.enter_context(attention.over_examples(model))
+        is_packed = config.packing and stack.enter_context(_packing(model))
         loop = _Loop(config, prepared, model, is_packed, total, accelerator)
         resumed_from = loop.load(checkpoints.load(folder) if accelerator.is_main_process else None)
         writer = checkpoints.Writer(folder, config.keep, after_save)
@@ -124,10 +122,27 @@ def run(
             if stopping:
                 break
         writer.wait()
-        if stopping or is_to_stop():
+        if stopping or loop.is_any_told(is_to_stop):  # in the last step, perhaps after it was asked
             raise KeyboardInterrupt
         seconds = time.monotonic() - started
-        return Trained(loop.trained_model(), total, resumed_from, tokens_seen / seconds, seconds)
+        trained = model
+        if is_sharded:
+            weights = {name: parallel.whole(parameter) for name, parameter in model.named_parameters()}
+            trained = outline and parallel.fill_in(outline, weights)
+    trained = trained.eval() if accelerator.is_main_process else None
+    return Trained(trained, total, resumed_from, tokens_seen / seconds, seconds)
+
+
+@contextmanager
+def _packing(model: Any) -> Iterator[bool]:
+    """Within the block, the model takes packed rows, if it can, which this gives; a warning says why it cannot."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if reason := attention.why_not(causal):
+        warnings.warn(f"{causal.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
+        yield False
+        return
+    with attention.over_examples(causal):
+        yield True
 
 
 class _Loop:
@@ -146,12 +161,9 @@ class _Loop:
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights.told_by(config)
         self._validation = self._cut(prepared.validation, is_step=False)
-        self._model = model = adapters.adapt(model, config.method, config, config.seed)
-        precision = mixed_precision(config.precision)
-        self._is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
-        self._outline = parallel.outline(model) if self._is_sharded and accelerator.is_main_process else None
-        learner = models.Learner(model, label_smoothing=config.label_smoothing)
-        self._learner = parallel.wrap(learner, precision, config.parallel, accelerator)
+        self._model = model
+        learner = models.Learner(model, config.label_smoothing)
+        self._learner = parallel.wrap(learner, mixed_precision(config.precision), config.parallel, accelerator)
         self._learner.train()
         self._penalty = (
             regularisers.BasePenalty(model, config.base_penalty, config.base_penalty_order)
@@ -240,9 +252,13 @@ class _Loop:
                 # Gradients are averaged over processes where a sum is wanted: hence the factor of their number.
                 (divided * accelerator.num_processes).backward()
             sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
-        stop = torch.tensor([float(is_to_stop())], dtype=torch.float64, device=device)
-        found = accelerator.reduce(torch.cat([sums, stop]), "sum").tolist()
-        return {"train/loss": found[0]} | _means("train", found[1:5]), found[5] > 0
+        found = accelerator.reduce(sums, "sum").tolist()
+        return {"train/loss": found[0]} | _means("train", found[1:]), self.is_any_told(is_to_stop)
+
+    def is_any_told(self, is_to_stop: Callable[[], bool]) -> bool:
+        """Whether any process has been told to stop, so that all do or none; every process has to ask."""
+        told = torch.tensor(float(is_to_stop()), device=self._accelerator.device)
+        return float(self._accelerator.reduce(told, "sum")) > 0
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -277,13 +293,6 @@ class _Loop:
                 parallel.spread(found.optimizer[f"{kind}/{name}"] if found else None, average)
             self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **averages}
         return self.step
-
-    def trained_model(self) -> Any:
-        """The trained model in evaluation mode, whole; None in processes other than the first."""
-        if self._is_sharded:
-            weights = {name: parallel.whole(parameter) for name, parameter in self._model.named_parameters()}
-            return self._outline and parallel.fill_in(self._outline, weights).eval()
-        return self._model.eval() if self._accelerator.is_main_process else None
 
 
 @contextmanager

@@ -238,6 +238,9 @@ def share_steps(folder: Path, spread: str, rank: str) -> None:
         if rank == "0":
             model.save_pretrained(folder / f"{method} as trained", safe_serialization=True)
         assert (model is None) == (rank == "1")
+        if model is not None:  # it is as it was before, but for its weights
+            assert model.config._attn_implementation == "sdpa"
+            assert model(torch.arange(6).unsqueeze(0)).logits.isfinite().all()
     # SIGTERM comes to one of them; both stop after the same step, which can be gone on from alone.
     kill = functools.partial(terminate_self, at=4)
     with pytest.raises(KeyboardInterrupt):
