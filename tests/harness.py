@@ -62,6 +62,6 @@ def command_line(model, tasks, data, folder, limit, seed=1):
 def _task_file(task):
     for folder in (ROOT / "plw_mlflow/tasks", Path(lm_eval.tasks.__file__).parent):
         for file in folder.glob("*/*.yaml"):
-            if f"task: {task}\n" in file.read_text():
+            if f"\ntask: {task}\n" in f"\n{file.read_text()}":  # of the file itself, not of a group's list
                 return file
     raise ValueError(task)
