@@ -26,6 +26,7 @@ bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
+	$(BIN)/python -m benchmarks.faults --json output/faults.json
 
 # After a change of options in plw_mlflow/config.py.
 mlproject: setup

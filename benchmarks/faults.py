@@ -3,7 +3,7 @@
 A small training (the toy model, in full and by LoRA with dropout, a checkpoint after every step) is killed at random
 moments, told to end, and written onto a full disk, and the same is started again until it is done; its final weights
 are then those of a training that nothing disturbed, to the bit, or they are not. Moments are drawn evenly over the time
-an undisturbed training takes, from a seed; where in its work that finds the training is up to the machine. A full disk
+an undisturbed training takes from its first step on, from a seed; where that finds it is up to the machine. A full disk
 is a limit on the size of files (RLIMIT_FSIZE), which fails a write as a full disk does, and needs no special rights.
 
 Then a training with an MLflow server: that is killed while the training goes on, the training is killed too, both are
@@ -76,11 +76,11 @@ class Trainer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._shared = mmap.mmap(-1, 1)  # 1 while a checkpoint is being written
+        self._shared = mmap.mmap(-1, 2)  # is a checkpoint being written, and has a step been taken: 0 or 1
         self.config = TrainConfig(
-            max_records=64,
-            batch_examples=8,
-            micro_batch_examples=8,
+            max_records=32,
+            batch_examples=2,  # steps so short that much of the time goes into checkpoints
+            micro_batch_examples=2,
             epochs=1,
             save_every=1,
             eval_every=1000,
@@ -97,6 +97,11 @@ class Trainer:
         """Whether the training at hand was writing a checkpoint when it was last heard of."""
         return self._shared[0] == 1
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the training at hand has taken a step since it was started."""
+        return self._shared[1] == 1
+
     def new_folder(self) -> Path:
         """A folder for a training of its own."""
         self._made += 1
@@ -109,7 +114,7 @@ class Trainer:
 
         log: called in that process after each step.
         """
-        self._shared[0] = 0
+        self._shared[:] = bytes(2)
         sys.stdout.flush()
         sys.stderr.flush()
         if pid := os.fork():
@@ -142,9 +147,13 @@ class Trainer:
         def end(saved: Path) -> None:
             self._shared[0] = 0
 
+        def tell(_: object, step: int) -> None:
+            self._shared[1] = 1
+            log(step)
+
         with checkpoints.reserve(folder):
             model = models.load(config.model)
-            done = train.run(config, self._prepared, model, folder, lambda _, step: log(step), begin, end)
+            done = train.run(config, self._prepared, model, folder, tell, begin, end)
         digest = hashlib.sha256()
         for name, parameter in sorted(done.model.named_parameters()):
             digest.update(name.encode() + parameter.detach().numpy().tobytes())
@@ -153,15 +162,20 @@ class Trainer:
         return 0
 
     def wait(self, pid: int, seconds: float = float("inf")) -> int | None:
-        """A training's exit status (a signal's is negative), None where it still runs after so many seconds."""
-        deadline = time.monotonic() + seconds
+        """A training's exit status (a signal's is negative), None where it still runs so many seconds after it began.
+
+        It has begun when it has taken a step.
+        """
+        deadline = float("inf")
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
+            if self.has_begun and deadline == float("inf"):
+                deadline = time.monotonic() + seconds
             if time.monotonic() >= deadline:
                 return None
-            time.sleep(0.001)
+            time.sleep(0.0005)
 
     def finish(self, method: str, folder: Path, log: Callable[[int], None] = lambda step: None) -> str:
         """Start a training and see it to its end; a digest of the weights. Raises RuntimeError where it fails."""
@@ -181,9 +195,13 @@ def disturb(folder: Path, kills: int, terms: int, seed: int, methods: Sequence[s
     trainer, rng = Trainer(folder), random.Random(seed)
     undisturbed, seconds = {}, {}
     for method in methods:
+        pid = trainer.start(method, folder := trainer.new_folder())
+        begun = trainer.wait(pid, 0)
         started = time.monotonic()
-        undisturbed[method] = trainer.finish(method, trainer.new_folder())
+        if begun is not None or trainer.wait(pid) != 0:
+            raise RuntimeError(f"an undisturbed training has failed:\n{(folder / 'output').read_text()}")
         seconds[method] = time.monotonic() - started
+        undisturbed[method] = (folder / "digest").read_text()
     found = []
     for number, name, message in ((kills, "SIGKILL", signal.SIGKILL), (terms, "SIGTERM", signal.SIGTERM)):
         count = _interrupt(trainer, undisturbed, seconds, number, message, rng)
@@ -375,10 +393,10 @@ def count_points(store: Path) -> list[Outcome]:
 
 @contextmanager
 def _running(command: list[str], server: Server, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A training under way, which does not outlive the block."""
+    """A training under way, which does not outlive the block; FOLDER/output has what it alone says."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PYTHONPATH": str(ROOT)}
     environment.pop("MLFLOW_RUN_ID", None)
-    with (folder / "output").open("a") as output:
+    with (folder / "output").open("w") as output:
         training = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
     try:
         yield training
