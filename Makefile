@@ -26,6 +26,9 @@ bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
+	$(BIN)/python -m benchmarks.exactness --json output/exactness.json
+	$(BIN)/python -m benchmarks.faults --json output/faults.json
+	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
 	$(BIN)/python -m benchmarks.faults --json output/faults.json
 
 # After a change of options in plw_mlflow/config.py.
