@@ -8,19 +8,20 @@ from plw_mlflow.config import EvaluateConfig
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    from plw_mlflow import cell, evaluate, models, tasksets, tracking
+    from plw_mlflow import cell, checkpoints, evaluate, models, tasksets, tracking
     from plw_mlflow.config import digest
 
     unfinished = config.checkpoint_dir / digest({"run": config.run_id, "of": config.model, "at": config.endpoint})
-    with tracking.open_run(config, f"evaluate {config.model}", run_id=config.run_id) as run:
+    name = f"evaluate {config.model}"
+    with checkpoints.reserve(unfinished), tracking.open_run(config, name, run_id=config.run_id) as run:
         tasks = evaluate.load_tasks(config)  # an unknown one is to be found before a large model is read
-        row = {"model": config.model, "dataset": "", "plw": "", "seed": config.seed}
+        row = {"model": config.model, "dataset": "", "plw": "", "seed": ""}
         if config.endpoint is not None:
             from plw_mlflow.endpoint import Endpoint
 
             endpoint = Endpoint(config.endpoint, str(config.model), config.tokenizer, unfinished)
             wrapping = cell.wrapping(config, run, endpoint.tokenizer)
-            evaluation = evaluate.score(endpoint, tasks, config, config.seed, wrapping)
+            evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
             if config.model is None:
                 row = run.cell()
@@ -30,11 +31,11 @@ def main(config: EvaluateConfig) -> None:
             else:
                 model, tokenizer = models.load_for_scoring(config.model)
             wrapping = cell.wrapping(config, run, tokenizer)
-            evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, unfinished, wrapping)
+            evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, unfinished, wrapping)
         rows = evaluate.table(evaluation, row)
         scored = [score.key for score in evaluation.primary]
         run.log_scores(evaluation, rows, tasksets.whole(scored) if config.run_id else scored)
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         evaluate.write(rows, config.output)
         print(evaluate.table_text(evaluation))
         if config.run_id is not None:

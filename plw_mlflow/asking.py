@@ -100,6 +100,11 @@ class Asking(TemplateLM):
         """
         pieces: list[list[Piece]] = []
         for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
+            if not len(continuation):  # it would be certain, and win every question
+                raise ValueError(
+                    f"task {request.task_name} asks for the continuation {request.args[1]!r}, which adds no token to its "
+                    "context"
+                )
             if len(continuation) > self.window:
                 self.windowed[request.task_name] += 1
             elif len(context) + len(continuation) > self.window + 1:

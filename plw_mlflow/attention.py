@@ -72,8 +72,9 @@ def _compare(model: Any) -> str | None:
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
             return f"it takes no packed rows ({type(error).__name__})"
     expected = torch.cat(alone, 1)
-    # In float32; a leak changes the second example by a good part of itself.
-    if (packed - expected).abs().max() > 1e-3 * expected.abs().max():
+    # A leak changes the second example by a good part of itself; a base in 4 bits calculates in bfloat16.
+    tolerance = 2e-2 if getattr(model, "is_quantized", False) else 1e-3
+    if (packed - expected).abs().max() > tolerance * expected.abs().max():
         return "an example packed behind another comes out differently than alone"
     return None
 

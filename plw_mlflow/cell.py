@@ -58,7 +58,7 @@ def run(config: MainConfig, run: Run) -> None:
             return
         model, tokenizer, folder = done
         wrapping = prompting.wrapping(config.template, tokenizer) if config.apply_template else None
-        evaluation = evaluate.run(model, tokenizer, tasks, config, config.seed, folder, wrapping)
+        evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
         evaluate.write(rows, config.output)
@@ -155,6 +155,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         yield None
         return
     with checkpoints.reserve(folder):
+        checkpoints.load(folder)  # sets damaged ones aside, before anybody counts them
         run.tag(base_model=contents["base"], precision=contents["precision"])
         run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
         run.begin_cell(key, folder, checkpoints.newest_step(folder))

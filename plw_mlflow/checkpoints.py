@@ -63,6 +63,7 @@ class Writer:
             for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer)):
                 save_file(tensors, unfinished / f"{name}.safetensors")
                 _sync(unfinished / f"{name}.safetensors")
+            _sync(unfinished)
             os.replace(unfinished, finished)
             _sync(self._folder)
         except (OSError, SafetensorError) as error:
@@ -76,17 +77,22 @@ class Writer:
             )
             return
         for older in _found(self._folder)[: -self._keep]:
-            shutil.rmtree(older)
+            shutil.rmtree(older, ignore_errors=True)
         self._after_save(finished)
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in a folder that can be read, None if there is none; damaged ones are told."""
+    """The newest checkpoint in a folder that can be read, None if there is none; damaged ones are set aside and told."""
     for found in reversed(_found(folder)):
         try:
             weights, optimizer = (load_file(found / f"{name}.safetensors") for name in ("weights", "optimizer"))
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"checkpoint {found} cannot be read ({first_line(error)}); going on without it", stacklevel=2)
+            # Out of the way of the names that are given again, and of whoever looks for the newest.
+            aside = found.with_name(f"damaged-{found.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            found.rename(aside)
+            message = f"checkpoint {found} cannot be read ({first_line(error)}); it is set aside as {aside.name}"
+            warnings.warn(message, stacklevel=2)
             continue
         return Checkpoint(_step(found), weights, optimizer)
     return None
@@ -99,7 +105,7 @@ def newest_step(folder: Path) -> int:
 
 @contextmanager
 def reserve(folder: Path) -> Iterator[None]:
-    """Keep every other process from training in `folder` meanwhile; the lock dies with its process.
+    """Keep every other process from working in `folder` meanwhile; the lock dies with its process.
 
     Raises ValueError if another process holds it.
     """
@@ -109,7 +115,7 @@ def reserve(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another process is training this very cell in {folder}; wait for it, or end it"
+                f"another process is training or scoring this very cell or model in {folder}; wait for it, or end it"
             ) from None
         yield
 

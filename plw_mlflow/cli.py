@@ -53,6 +53,7 @@ def spread(processes: int) -> None:
         module = sys.modules["__main__"].__spec__
         assert module is not None  # commands are run as python -m entrypoints.NAME
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun.append("--shutdown-timeout=3600")  # its own 30 s are less than a large checkpoint takes after SIGTERM
         sys.stdout.flush()
         os.execv(sys.executable, [*torchrun, "-m", module.name, *sys.argv[1:]])
 

@@ -246,6 +246,8 @@ class ScoreOptions(LocalOptions):
     """Task sets (toy, huerta2024-v1, huerta2024-v4) and tasks or groups of lm-evaluation-harness, comma-separated."""
     apply_template: bool = False
     """Put the harness's prompts into the cell's own template (of a model without a cell, its tokenizer's)."""
+    fewshot_seed: int = 1234
+    """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     limit: int | None = None
     """Score only the first so many documents of each task (unset: all)."""
     eval_batch_tokens: int | None = None
@@ -316,6 +318,8 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         found = _below(self, self.max_tokens, "micro_batch_tokens")
         if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
             found.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
+        if self.method == "qlora" and self.parallel == "fsdp2":
+            found.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
         return [*found, "with these weights no token counts"] if heaviest == 0 else found
 
@@ -355,8 +359,6 @@ class EvaluateConfig(Checked, ScoreOptions):
     """Tokenizer folder or hub id of an endpoint's model (unset: the model's name)."""
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for finished requests of an unfinished scoring; the same command goes on from them after a crash."""
-    seed: int = 1234
-    """Number from which the choice of few-shot examples is derived."""
     output: Path | None = None
     """Folder for scores.csv (unset: MLflow alone has it)."""
 

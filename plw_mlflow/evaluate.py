@@ -31,7 +31,9 @@ from plw_mlflow.tasksets import Benchmark
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 # The harness gives these on 0..100; the second line is TruthfulQA's.
 PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
-BOOTSTRAP_ROUNDS = 100  # of corpus metrics' standard errors, as many as the harness takes for BLEU
+# Of the standard errors of what is no mean over documents: for BLEU as many as the harness takes, which takes 100,000 for
+# metrics such as Matthews' correlation.
+BOOTSTRAP_ROUNDS = 100
 # What a task asks of a model, where no set says it.
 TASK_TYPES = {
     "multiple_choice": "multiple-choice",
@@ -114,6 +116,10 @@ def load_tasks(options: ScoreOptions) -> Tasks:
 
     datasets.disable_progress_bars()  # some tasks pass over their documents several times, a bar each
     benchmarks = {one.task: one for one in tasksets.select(options.tasks)}
+    if not any(one.is_scored for one in benchmarks.values()):
+        raise ValueError(
+            f"none of the tasks {options.tasks} counts in its set's score; name one by itself, or another set"
+        )
     manager = _manager(list(benchmarks))
     index = manager.task_index
     lacking, sha256 = {}, {}
@@ -127,8 +133,14 @@ def load_tasks(options: ScoreOptions) -> Tasks:
             documents = benchmark_data.find(name, options.data_dir)
             changes |= benchmark_data.overrides(config, documents)
             sha256[name] = documents.sha256
-            if config.get("num_fewshot") and documents.examples is None:
-                lacking[name] = config["num_fewshot"], benchmark_data.examples_files(name)
+            wanted = config.get("num_fewshot") or 0
+            if documents.examples is not None and len(documents.examples) <= wanted:  # one may be the question itself
+                raise ValueError(
+                    f"task {name} draws {wanted} examples, but {benchmark_data.examples_files(name)} in "
+                    f"{options.data_dir} has {len(documents.examples)}"
+                )
+            if wanted and documents.examples is None:
+                lacking[name] = wanted, benchmark_data.examples_files(name)
         if changes:
             config = load_yaml(index[name].yaml_path) | changes
             index[name] = Entry(name, Kind.TASK, yaml_path=None, cfg=config, tags=index[name].tags)

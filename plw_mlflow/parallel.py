@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 PATIENCE = timedelta(hours=1)  # of processes that wait for another, which may be fetching a checkpoint
 
 
-def accelerator(precision: Literal["no", "bf16"], kind: Literal["ddp", "fsdp2"]) -> Accelerator:
+def accelerator(precision: Literal["no", "bf16"]) -> Accelerator:
     """What joins the processes that torchrun or accelerate launch has started, if any; the first call decides."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
-        mixed_precision="no" if several and kind == "fsdp2" else precision,  # there, it is a policy of the sharding
+        mixed_precision=precision,
         cpu=several and not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -44,10 +44,11 @@ def wrap(
         assert isinstance(wrapped, DistributedDataParallel) == (joined.num_processes > 1)
         return wrapped
     mesh = init_device_mesh(joined.device.type, (joined.num_processes,))
-    # Inputs keep their type: they are token numbers, and weights that bfloat16 would round.
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # Lower precision is autocast's, as with ddp: a sharding policy's own would have norms, biases and the sums between
+    # layers in it too. The price is that shards are gathered in float32.
     if precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in list(learner.modules()):
         if type(part).__name__ in layers:
@@ -73,9 +74,19 @@ def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
     return hollow
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor on the CPU, put together from its shards; every process has to ask for it."""
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU, put together from their shards; none in processes other than the first.
+
+    Every process has to ask for them.
+    """
+    copies = {name: _whole(tensor) for name, tensor in tensors.items()}
+    return {name: copy for name, copy in copies.items() if copy is not None}
+
+
+def _whole(tensor: Tensor) -> Tensor | None:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return None
     return full.detach().to("cpu", copy=True).contiguous()
 
 

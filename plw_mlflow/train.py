@@ -69,7 +69,7 @@ def run(
     memory runs out; the last checkpoint stays as it was. On SIGTERM to any process, the step at hand is finished and
     saved, and KeyboardInterrupt raised.
     """
-    accelerator = parallel.accelerator(mixed_precision(config.precision), config.parallel)
+    accelerator = parallel.accelerator(mixed_precision(config.precision))
     total = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     model = adapters.adapt(model, config.method, config, config.seed).eval()
     is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
@@ -119,6 +119,7 @@ def run(
                 if accelerator.is_main_process:
                     before_save()
                     writer.save(checkpoint)
+                del checkpoint  # which is as large as the state: the writer lets go of it when it is written
             if stopping:
                 break
         writer.wait()
@@ -127,7 +128,7 @@ def run(
         seconds = time.monotonic() - started
         trained = model
         if is_sharded:
-            weights = {name: parallel.whole(parameter) for name, parameter in model.named_parameters()}
+            weights = parallel.whole(dict(model.named_parameters()))
             trained = outline and parallel.fill_in(outline, weights)
     trained = trained.eval() if accelerator.is_main_process else None
     return Trained(trained, total, resumed_from, tokens_seen / seconds, seconds)
@@ -196,7 +197,7 @@ class _Loop:
         config, number = self._config, self.step + 1
         seeding.seed_global(config.seed, "dropout", self.step, self._accelerator.process_index)
         micro_batches = self._cut(examples, is_step=True)
-        with _naming_memory(config, number, self._is_packed):
+        with self._naming_memory():
             metrics, stopping = self._accumulate(micro_batches, is_to_stop)
         if self._penalty is not None:
             metrics["train/base_penalty"] = self._penalty.add_gradients()
@@ -207,7 +208,8 @@ class _Loop:
         _finite(metrics, number)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        with self._naming_memory("--method lora, or --parallel fsdp2 with more --processes, needs less for AdamW"):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         self.step = number
         return metrics, stopping
@@ -265,21 +267,43 @@ class _Loop:
         """Unweighted mean loss of validation's prompt and completion tokens, in nats: comparable across PLWs."""
         self._learner.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
-        for cpu_batch in self._collate(self._validation, Weights(prompt=1.0, template=1.0, completion=1.0)):
-            batch = cpu_batch.to(self._accelerator.device)
-            sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
+        with self._naming_memory():
+            for cpu_batch in self._collate(self._validation, Weights(prompt=1.0, template=1.0, completion=1.0)):
+                batch = cpu_batch.to(self._accelerator.device)
+                sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
         self._learner.train()
         return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
 
+    @contextmanager
+    def _naming_memory(self, way_out: str = "") -> Iterator[None]:
+        """Within the block, running out of memory says what to do: `way_out`, or which option to lower."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no name of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            config = self._config
+            option, value = "--micro-batch-examples", config.micro_batch_examples
+            if self._is_packed and config.divisor_scope == "step":
+                option, value = "--micro-batch-tokens", config.micro_batch_tokens or value * config.max_tokens
+            # Under divisor-scope micro-batch, what is in one is part of the recipe.
+            harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
+            lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
+            raise RuntimeError(
+                f"out of memory after step {self.step}; {way_out or lower}. What the device says: {first_line(error)}"
+            ) from error
+
     def checkpoint(self) -> Checkpoint:
-        """A copy of everything that changes; every process has to ask for it, since each may hold a part."""
-        weights = {name: parallel.whole(parameter) for name, parameter in self._trained.items()}
-        optimizer = {
-            f"{kind}/{name}": parallel.whole(value)
+        """A copy of everything that changes, empty but in the first process.
+
+        Every process has to ask for it, since each may hold a part.
+        """
+        state = {
+            f"{kind}/{name}": value
             for name, parameter in self._trained.items()
             for kind, value in self._optimizer.state[parameter].items()
         }
-        return Checkpoint(self.step, weights, optimizer)
+        return Checkpoint(self.step, parallel.whole(self._trained), parallel.whole(state))
 
     def load(self, found: Checkpoint | None) -> int:
         """Go on from a checkpoint that the first process has, if it has one; returns its step, or 0."""
@@ -290,7 +314,9 @@ class _Loop:
             parallel.spread(found.weights[name] if found else None, parameter)
             averages = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
             for kind, average in averages.items():
-                parallel.spread(found.optimizer[f"{kind}/{name}"] if found else None, average)
+                # A parameter that never had a gradient (of a part that text does not reach) has no state.
+                none = torch.zeros(parameter.shape)
+                parallel.spread(found.optimizer.get(f"{kind}/{name}", none) if found else None, average)
             self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **averages}
         return self.step
 
@@ -345,20 +371,3 @@ def mixed_precision(precision: str) -> Literal["no", "bf16"]:
     if precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if precision == "bfloat16" else "no"
-
-
-@contextmanager
-def _naming_memory(config: TrainConfig, step: int, is_packed: bool) -> Iterator[None]:
-    """Within the block, running out of memory says which option to lower."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no name of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        option, value = "--micro-batch-examples", config.micro_batch_examples
-        if is_packed and config.divisor_scope == "step":
-            option, value = "--micro-batch-tokens", config.micro_batch_tokens or value * config.max_tokens
-        raise RuntimeError(
-            f"out of memory at step {step}; lower {option} (now {value}), which leaves the step's result as it is, "
-            f"or --max-tokens (now {config.max_tokens}). What the device says: {first_line(error)}"
-        ) from error

@@ -95,6 +95,9 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(damage, part, 
     damage(tmp_path / "step-000004" / f"{part}.safetensors")
     with pytest.warns(UserWarning, match=r"step-000004 cannot be read"):
         assert checkpoints.load(tmp_path).step == 2
+    assert checkpoints.newest_step(tmp_path) == 2
+    write(tmp_path, 3, 4)  # the name of the damaged one is free again
+    assert_loads(tmp_path, 4)
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):

@@ -238,13 +238,19 @@ class Run:
         self.tag(score_tasks=",".join(wanted))
         if is_whole:
             caveats = zip(counted["task"], counted["caveat"].fillna(""), strict=True)
-            told = "; ".join(f"{task}: {caveat}" for task, caveat in caveats if caveat)
+            prompts = sorted(set(counted["prompt"].fillna("harness")))
+            mixed = [f"prompts differ: {', '.join(prompts)}"] if len(prompts) > 1 else []
+            told = "; ".join([f"{task}: {caveat}" for task, caveat in caveats if caveat] + mixed)
             self.tag(status="scored", score_comparable=spell(not told))
             if told:
                 self.tag(score_caveat=told)
             else:
                 self.untag("score_caveat")
         else:
+            if tags.get("plw.status") == "scored":  # its score was of rows that are no longer there
+                self.tag(status="trained")
+                self.untag("score_comparable")
+                self.untag("score_caveat")
             absent = [key for key in wanted if key not in keys]
             print(f"the run has no score yet, which is the mean of {len(wanted)} tasks: {', '.join(absent)} to come")
 
