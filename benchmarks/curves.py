@@ -49,6 +49,8 @@ def main(listed: str, output: Path, until: int | None) -> None:
             axis.plot([], [], color=colour, label=f"PLW {plw:g}")
     for axis, side in zip(axes, SIDES, strict=True):
         axis.set(title=f"{side} tokens", xlabel="optimiser step", yscale="log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("mean loss (nats a token)")
     axes[1].legend()
