@@ -7,7 +7,7 @@ IMAGE := plw_mlflow:$(VERSION)
 BUILD :=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test study image image-cpu test-image bench mlproject setup
+.PHONY: run test test-slow study image image-cpu test-image bench mlproject setup
 
 run: setup
 	$(BIN)/python -m entrypoints.main --plw 0.242
@@ -17,6 +17,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Trainings that are killed and starved, servers that are lost: minutes more.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # The published ten PLWs on both toy data sets, with two seeds.
 study: setup

@@ -16,6 +16,7 @@ def complete(outcomes, *but):
     return all(one.found == one.whole for one in outcomes if one.what not in but)
 
 
+@pytest.mark.slow
 def test_killed_and_starved_trainings_end_in_the_undisturbed_bits(tmp_path):
     with faults.fresh_process() as process:
         found = process.submit(faults.disturb, tmp_path, kills=2, terms=1, seed=1, methods=["lora"]).result()
@@ -23,6 +24,7 @@ def test_killed_and_starved_trainings_end_in_the_undisturbed_bits(tmp_path):
     assert complete(found, "sent while a checkpoint was written")
 
 
+@pytest.mark.slow
 def test_a_lost_server_and_a_killed_training_leave_every_step_in_the_curves_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # so that a request fails as soon as the server is gone
     store = make_store(tmp_path)
