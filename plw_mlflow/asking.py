@@ -102,8 +102,8 @@ class Asking(TemplateLM):
         for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
             if not len(continuation):  # it would be certain, and win every question
                 raise ValueError(
-                    f"task {request.task_name} asks for the continuation {request.args[1]!r}, which adds no token to its "
-                    "context"
+                    f"task {request.task_name} asks for the continuation {request.args[1]!r}, which has no token "
+                    "beyond its context's"
                 )
             if len(continuation) > self.window:
                 self.windowed[request.task_name] += 1

@@ -84,7 +84,7 @@ def measure(
 ) -> None:
     """Log and print the measures that `scoring` names, of the model that the run has trained."""
     if wanted := names(scoring.measures or ""):
-        curve = run.curve("train/loss")
+        curve = list(run.curve("train/loss").values())
         found = measures.run(wanted, model, tokenizer, base, dataset, data, scoring.measure_prompts, curve)
         run.log_measures(found)
         print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in found.items()))

@@ -82,7 +82,7 @@ class Writer:
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in a folder that can be read, None if there is none; damaged ones are set aside and told."""
+    """A folder's newest checkpoint that can be read, None if there is none; the damaged are set aside, and told."""
     for found in reversed(_found(folder)):
         try:
             weights, optimizer = (load_file(found / f"{name}.safetensors") for name in ("weights", "optimizer"))

@@ -31,7 +31,7 @@ from plw_mlflow.tasksets import Benchmark
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 # The harness gives these on 0..100; the second line is TruthfulQA's.
 PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
-# Of the standard errors of what is no mean over documents: for BLEU as many as the harness takes, which takes 100,000 for
+# Of the standard errors of what is no mean over documents. The harness takes no more for BLEU either, but 100,000 for
 # metrics such as Matthews' correlation.
 BOOTSTRAP_ROUNDS = 100
 # What a task asks of a model, where no set says it.

@@ -8,7 +8,7 @@ import pytest
 
 from plw_mlflow import outbox, tracking
 from plw_mlflow.config import MainConfig, TrainConfig
-from plw_mlflow.evaluate import Evaluation, Score
+from plw_mlflow.evaluate import Evaluation, Score, table
 from plw_mlflow.tracking import connection, run
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.servers import Line, Server
@@ -155,8 +155,8 @@ def is_away_again(points):
 
 
 def add_scores(run):
-    rows = [{"model": "m", "dataset": "d", "plw": 1.0, "seed": 1, "task": "a", "metric": "acc", "score": 0.5}]
-    run.log_scores(Evaluation([Score("a", "acc", 0.5, 0.1, 5, 0, "1.0", True)], {}), rows)
+    evaluation = Evaluation([Score("a", "acc", 0.5, 0.1, 5, 0, "1.0", True)], {})
+    run.log_scores(evaluation, table(evaluation, {"model": "m", "dataset": "d", "plw": 1.0, "seed": 1}))
 
 
 def test_what_comes_after_the_training_waits_for_the_server(server, folder, tmp_path, monkeypatch, capsys):

@@ -388,7 +388,7 @@ def test_a_curve_has_one_value_a_step(store):
         for step, loss in ((2, 5.0), (1, 3.0), (2, 4.0)):
             run.log_step({"train/loss": loss}, step)
             run.flush()
-    assert run.curve("train/loss") == [3.0, 4.0]
+    assert run.curve("train/loss") == {1: 3.0, 2: 4.0}
 
 
 def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monkeypatch):

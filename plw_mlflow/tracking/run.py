@@ -280,11 +280,11 @@ class Run:
                 "as they were, by --data-dir or in their old place"
             )
 
-    def curve(self, name: str) -> list[float]:
-        """A metric's values, in the order of their steps; of a step logged twice, the later one."""
+    def curve(self, name: str) -> dict[int, float]:
+        """A metric's values by step, in order; of a step logged twice, the later one."""
         points = self._client.get_metric_history(self.id, name)
         by_step = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
-        return [by_step[step] for step in sorted(by_step)]
+        return dict(sorted(by_step.items()))
 
     def log_measures(self, measures: dict[str, float]) -> None:
         """Log the study's mechanism measures, each as measure/NAME."""
