@@ -155,7 +155,8 @@ def is_away_again(points):
 
 
 def add_scores(run):
-    evaluation = Evaluation([Score("a", "acc", 0.5, 0.1, 5, 0, "1.0", True)], {})
+    samples = [{"task": "a", "prediction": "yes"}]
+    evaluation = Evaluation([Score("a", "acc", 0.5, 0.1, 5, 0, "1.0", True)], {}, samples)
     run.log_scores(evaluation, table(evaluation, {"model": "m", "dataset": "d", "plw": 1.0, "seed": 1}))
 
 
@@ -185,6 +186,14 @@ def test_a_model_is_logged_and_registered_whatever_answers_are_lost(line):
     client = mlflow.MlflowClient()
     (version,) = client.search_model_versions("name = 'plw-toy-toy-short'")
     assert client.get_run(run.id).data.tags["plw.model_version"] == f"plw-toy-toy-short/{version.version}"
+
+
+def test_samples_whose_answer_was_lost_are_there_once(line):
+    with tracking.open_run(MainConfig(), "cell") as run:
+        line.breaking += ["samples.json"]
+        add_scores(run)
+    assert line.broken == ["samples.json"]
+    assert len(mlflow.load_table("samples.json", run_ids=[run.id])) == 1
 
 
 def test_a_model_that_was_cut_off_is_not_the_runs(line):

@@ -203,7 +203,17 @@ class Run:
         patiently("logging the scores", lambda: self._log_scores(evaluation, rows, whole, now, clock))
         if evaluation.samples:
             samples = pd.DataFrame(evaluation.samples).assign(evaluation=clock)
-            patiently("logging the samples", lambda: mlflow.log_table(samples, "samples.json"))
+            patiently("logging the samples", lambda: self._log_samples(samples, clock))
+
+    def _log_samples(self, samples: pd.DataFrame, clock: str) -> None:
+        """Add an evaluation's samples to the run's table, unless they are there: it may be the answer that was lost."""
+        if "samples.json" in {item.path for item in self._client.list_artifacts(self.id)}:
+            with tempfile.TemporaryDirectory() as folder:
+                file = self._client.download_artifacts(self.id, "samples.json", folder)
+                known = pd.read_json(file, orient="split", convert_dates=False, dtype=False)
+            if "evaluation" in known and (known["evaluation"] == clock).any():
+                samples = samples[:0]  # no further rows; but the run may not have noted yet that it has a table
+        mlflow.log_table(samples, "samples.json")
 
     def _log_scores(
         self, evaluation: Evaluation, rows: list[dict[str, Any]], whole: Sequence[str] | None, now: float, clock: str
