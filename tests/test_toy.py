@@ -127,7 +127,8 @@ class Knows(LM):
 @pytest.fixture(scope="module")
 def results():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    return lm_eval.simple_evaluate(model=Knows(), tasks=["toy"], task_manager=manager, bootstrap_iters=0)
+    tasks = ["toy_choice", "toy_short", "toy_long"]
+    return lm_eval.simple_evaluate(model=Knows(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
 @pytest.mark.parametrize(

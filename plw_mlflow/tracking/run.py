@@ -199,7 +199,7 @@ class Run:
         scored. Rows of tasks scored before stay in the table, unless they are scored again here.
         """
         now = time.time()
-        clock = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+        clock = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}"  # of this evaluation
         patiently("logging the scores", lambda: self._log_scores(evaluation, rows, whole, now, clock))
         if evaluation.samples:
             samples = pd.DataFrame(evaluation.samples).assign(evaluation=clock)
