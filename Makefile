@@ -33,7 +33,6 @@ bench: setup
 	$(BIN)/python -m benchmarks.exactness --json output/exactness.json
 	$(BIN)/python -m benchmarks.faults --json output/faults.json
 	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
-	$(BIN)/python -m benchmarks.faults --json output/faults.json
 
 # After a change of options in plw_mlflow/config.py.
 mlproject: setup

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from plw_mlflow import adapters, cell, models, tracking, train
+from plw_mlflow import adapters, cell, checkpoints, models, tracking
 from plw_mlflow.config import MainConfig, TrainConfig
 from tests.stores import ROOT, Place
 
@@ -369,14 +369,14 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
 
 def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
     process = new_place.start("sweep", "--plw", "0,1", "--dataset", "toy-short", "--save-every", "5")
-    checkpoints = new_place.folder / "checkpoints"
-    wait_until(lambda: list(checkpoints.glob("*/step-*")), process)
+    folder = new_place.folder / "checkpoints"
+    wait_until(lambda: list(folder.glob("*/step-*")), process)
     process.terminate()  # alone, as Docker does it to the first process of a container
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("error: interrupted")
     assert [run.info.status for run in new_place.runs()] == ["KILLED", "KILLED"]  # the first cell and the sweep
-    with train.reserve(next(checkpoints.iterdir())):  # no process holds it any more
+    with checkpoints.reserve(next(folder.iterdir())):  # no process holds it any more
         pass
 
 
