@@ -100,5 +100,15 @@ def test_the_image_installs_everything_but_what_tests_it():
         text = done.stdout
     (listed,) = (part["pip"] for part in yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"][2:])
     left_out = {requirement.partition("==")[0] for requirement in set(listed) - set(text.split())}
-    tools = {"ruff", "mypy", "pytest", "hypothesis", "moto", "types-PyYAML", "scipy-stubs", "pandas-stubs"}
+    tools = {
+        "ruff",
+        "mypy",
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "moto",
+        "types-PyYAML",
+        "scipy-stubs",
+        "pandas-stubs",
+    }
     assert left_out == tools
