@@ -18,6 +18,10 @@ GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]
 
 
+def gz(content):
+    return gzip.compress(content, mtime=0)  # without the time of day, which would be in the names of the tests
+
+
 def zstd(content):
     return pa.compress(content, "zstd", asbytes=True)
 
@@ -108,7 +112,7 @@ def test_rows_come_before_the_file_has_been_read(tmp_path):
     [
         (b"", "is empty"),
         (b"\xef\xbb\xbf \n", "is empty"),
-        (gzip.compress(b"", mtime=0), "is empty"),
+        (gz(b""), "is empty"),
         (b"[{]", "record 1 is not JSON: Expecting property name"),
         (b'[{"a": "b}, {"a": "b"}]', "record 1 is not JSON: Expecting ',' delimiter"),
         (b'[{"a": 1}', "record 1 is the last thing in the file"),
@@ -120,14 +124,14 @@ def test_rows_come_before_the_file_has_been_read(tmp_path):
         (b"[" + b"9" * 5000 + b"]", "record 1 is not JSON"),
         (b'[{"a": "\xff"}]', "is not UTF-8 text: byte 8"),
         (b'[{"a": "\xc3', "is not UTF-8 text: byte 8"),
-        (gzip.compress(b"[]" * 99, mtime=0)[:-9], "is a damaged gzip file"),
-        (gzip.compress(b"[]" * 99, mtime=0)[:12] + b"\xff" * 20, "is a damaged gzip file"),
+        (gz(b"[]" * 99)[:-9], "is a damaged gzip file"),
+        (gz(b"[]" * 99)[:12] + b"\xff" * 20, "is a damaged gzip file"),
         (b"\x1f\x8b", "is a damaged gzip file"),
         (zstd(b"[]" * 99)[:-3], "is a damaged zstd file"),
-        (gzip.compress(b"[]" * 99, mtime=0)[:-9], "; get it again$"),
+        (gz(b"[]" * 99)[:-9], "; get it again$"),
         (b'[{"a": "\xff"}]', "; save it as UTF-8$"),
         (b"PAR1 and no more", "is a damaged Parquet file .*; get it again$"),
-        (gzip.compress(b"PAR1 and more", mtime=0), "Parquet is not read packed; unpack it"),
+        (gz(b"PAR1 and more"), "Parquet is not read packed; unpack it"),
     ],
 )
 def test_what_cannot_be_read_on_is_refused_by_name(tmp_path, content, expected):
