@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -408,8 +409,12 @@ def resumable(folder, method, *, dropout=0.3, **options):
     return run(folder, method=method, lora_dropout=dropout if method == "lora" else 0.0, plw=0.242, **options)
 
 
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
 def hang(folder: Path) -> None:
-    """Train in a process per method, each stopping for good in its seventh step, just after a checkpoint of the sixth.
+    """Train in a process per method, each stopping for good in its seventh step, once the sixth's checkpoint is written.
 
     Runs in a process of its own, where torch has done nothing yet that would not survive a fork.
     """
@@ -418,6 +423,10 @@ def hang(folder: Path) -> None:
 
             def stop(metrics, step, method=method):
                 if step == 7:
+                    for _ in range(3000):  # a thread of its own writes it
+                        if saved(folder / method) == ["step-000006"]:
+                            break
+                        time.sleep(0.02)
                     print(method, flush=True)
                     signal.pause()
 
@@ -466,7 +475,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(killed, method, tmp_pa
     folder, told = killed
     folder /= method
     assert str(folder) in told[method]
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000006"]
+    assert saved(folder) == ["step-000006"]
     (folder / "unfinished").mkdir()  # as a kill while saving leaves it
     (folder / "unfinished" / "weights.safetensors").write_bytes(b"half")
 
@@ -480,7 +489,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(killed, method, tmp_pa
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not all(map(torch.equal, found.values(), dict(tiny_llama().named_parameters()).values()))
-    assert [path.name for path in folder.glob("step-*")] == ["step-000009"]
+    assert saved(folder) == ["step-000009"]
     assert not (folder / "unfinished").exists()
 
 
@@ -518,7 +527,7 @@ def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
         prepared,
         tiny_llama(),
         tmp_path,
-        before_save=lambda: seen.append(sorted(path.name for path in tmp_path.glob("step-*"))),
+        before_save=lambda: seen.append(saved(tmp_path)),
     )
     before_first, before_second = seen  # the first may still be being written at the second
     assert before_first == []
