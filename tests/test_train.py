@@ -414,7 +414,7 @@ def saved(folder: Path) -> list[str]:
 
 
 def hang(folder: Path) -> None:
-    """Train in a process per method, each stopping for good in its seventh step, once the sixth's checkpoint is written.
+    """Train in a process per method, each stopping for good in its seventh step, the sixth's checkpoint written.
 
     Runs in a process of its own, where torch has done nothing yet that would not survive a fork.
     """
