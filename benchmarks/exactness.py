@@ -120,7 +120,7 @@ def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
 def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> Tensor:
     """The same gradient, an example at a time, in the model's own precision."""
     size = case.micro_batch_examples if case.scope == "micro-batch" else EXAMPLES
-    (order,) = batches.steps(EXAMPLES, EXAMPLES, seed=TrainConfig.seed, first=0, total=1)
+    (order,) = batches.steps(EXAMPLES, EXAMPLES, seed=TrainConfig().seed, first=0, total=1)
     groups = [order[start : start + size] for start in range(0, EXAMPLES, size)]
     weights = Weights(prompt=plw, template=plw, completion=1.0)
     model.zero_grad()
