@@ -15,6 +15,8 @@ curve   one epoch of Alpaca by a small model, whose end is compared with a CPU's
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import json
 import logging
@@ -29,10 +31,12 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
 from torch import nn
+from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import exactness
@@ -117,6 +121,12 @@ class Head:
 
 
 def heads(tell: Callable[..., None]) -> None:
+    torch.manual_seed(0)
+    left, right = (torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    total = torch.randn(4096, 4096, device="cuda")
+    expected = total.double() + left.T.double() @ right.double()
+    loss._add_product(total, left.T, right, 2**20)
+    tell("the head's gradient", "relative error", float((total - expected).norm() / expected.norm()), "none", 0.0)
     for vocabulary, trains, plw in itertools.product(VOCABULARIES, (False, True), (0.0, 0.242)):
         head = Head(vocabulary, trains, plw)
         case = f"{'trained' if trains else 'frozen'} head of {vocabulary}, plw {plw:g}"
@@ -124,6 +134,10 @@ def heads(tell: Callable[..., None]) -> None:
         tell(case, "ms", own, "bare products", milliseconds(head.bare_products))
         tell(case, "ms", own, "full logits", milliseconds(head.full_logits))
         tell(case, "MiB", peak(head.ours), "full logits", peak(head.full_logits))
+        mib = loss.BUDGET_BYTES_CUDA // MIB
+        for other in (mib // 4, mib * 2):
+            with patch.object(loss, "BUDGET_BYTES_CUDA", other * MIB):
+                tell(f"{case}, budget {mib} MiB", "ms", own, f"budget {other} MiB", milliseconds(head.ours))
 
 
 def exact(tell: Callable[..., None], precision: str) -> None:
@@ -342,6 +356,13 @@ def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
         tell("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", there)
 
 
+def older_varlen(kernel: Callable[..., Any], query: Any, key: Any, value: Any, *rest: Any, **told: Any) -> Any:
+    """What torch before 2.12 lacks: key heads that several query heads share."""
+    if told.pop("enable_gqa"):
+        key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
+    return kernel(query, key, value, *rest, **told)
+
+
 def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> list[Row]:
     """The rows of one part, printed as they come; in a process of its own, which has one precision."""
     found: list[Row] = []
@@ -353,6 +374,8 @@ def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> lis
         print(f"  ratio {last.ratio:.2f}" if last.ours else "", flush=True)
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
+        varlen.varlen_attn = functools.partial(older_varlen, varlen.varlen_attn)
     runs: dict[str, Callable[[], None]] = {
         "heads": lambda: heads(tell),
         "exact32": lambda: exact(tell, "float32"),

@@ -1,14 +1,14 @@
 """Our scoring beside the harness's own HFLM:  python -m benchmarks.scoring --json FILE --data-dir DIR
 
 Both answer the same requests of the same model in the same process, and take turns, as shared machines change speed;
-the seconds are medians of the processor's time, one thread, from texts to answers. The peers are HFLM with 64 requests
-at a time, and with the best of several numbers of requests, found beforehand. Every log-likelihood is compared, and
-every generation.
+the seconds are medians of the processor's time, one thread, from texts to answers; on a GPU, of the clock's. The peers
+are HFLM with 64 requests at a time, and with the best of several numbers of requests, found beforehand. Every
+log-likelihood is compared, and every generation.
 
 Cases: ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with 5 of
 each question's own (as the harness draws them by default; models with too small a window leave these two out); PIQA
 (2 options); greedy generation, until a line ends. `--data-dir` holds arc_challenge_test.jsonl and piqa_valid.jsonl.
-The models `10M` and `100M` are random LLaMAs of about so many parameters, with the tokenizer of `toy`.
+The models `10M`, `100M` and `1B` are random LLaMAs of about so many parameters, with the tokenizer of `toy`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from plw_mlflow.scoring import Scorer
 EXAMPLES = 5
 TRIED = (8, 16, 32)  # requests at a time, beside 64
 POSITIONS = 2048  # of the random models
-RANDOM = {"10M": (256, 8), "100M": (768, 12)}  # hidden size and layers
+RANDOM = {"10M": (256, 8), "100M": (768, 12), "1B": (2048, 22)}  # hidden size and layers
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def _case(name: str, kind: str, arguments: list[Any]) -> Case:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
+    """A model and its tokenizer; on a GPU in bfloat16."""
     if name not in RANDOM:
-        return models.load(name), models.load_tokenizer(name)
+        return _placed(models.load(name)), models.load_tokenizer(name)
     torch.manual_seed(0)
     tokenizer, (width, layers) = models.load_tokenizer("toy"), RANDOM[name]
     config = LlamaConfig(
@@ -113,7 +113,11 @@ def load(name: str) -> tuple[Any, Any]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config).eval(), tokenizer
+    return _placed(LlamaForCausalLM(config).eval()), tokenizer
+
+
+def _placed(model: Any) -> Any:
+    return model.cuda().bfloat16() if torch.cuda.is_available() else model
 
 
 def fits(case: Case, model: Any, tokenizer: Any) -> bool:
@@ -152,9 +156,10 @@ def measure(model: Any, tokenizer: Any, case: Case, repeats: int) -> tuple[dict[
 
 
 def _seconds(run: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
-    started = time.process_time()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
     answers = run()
-    return time.process_time() - started, answers
+    return clock() - started, answers
 
 
 def differences(case: Case, ours: list[Any], theirs: list[Any]) -> str:

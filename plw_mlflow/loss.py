@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # What the loss may allocate at a time beyond the gradients it returns (and, where the products are made in another
-# type than the head's, the head in that type): fits any device, and chunks of more rows are no faster.
+# type than the head's, the head in that type). On a CPU chunks of more rows are no faster; a GPU, which has the memory,
+# needs them to be busy.
 BUDGET_BYTES = 256 * 2**20
+BUDGET_BYTES_CUDA = 2**30
 
 
 def weighted_nll(
@@ -74,13 +76,15 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
+        is_cuda = hidden.device.type == "cuda"
+        budget = BUDGET_BYTES_CUDA if is_cuda else BUDGET_BYTES
         # Three quarters of the budget are for chunks of rows: logits, hidden states and their gradient in its own type.
         chunk_bytes = (vocabulary + width) * kind.itemsize + width * hidden.itemsize
-        chunks = math.ceil(len(rows) * chunk_bytes / (BUDGET_BYTES * 3 / 4))
+        chunks = math.ceil(len(rows) * chunk_bytes / (budget * 3 / 4))
         chunk = math.ceil(len(rows) / max(1, chunks)) or 1  # all alike, as a short last one would be slow
         # An eighth is for two float32 blocks. A core's cache holds 1 MiB or so; a GPU needs more work at a time.
-        spare = BUDGET_BYTES // 8
-        block = max(1, spare // (64 if hidden.device.type == "cpu" else 2) // (4 * vocabulary))
+        spare = budget // 8
+        block = max(1, spare // (2 if is_cuda else 64) // (4 * vocabulary))
         logits = torch.empty(min(chunk, len(rows)), vocabulary, dtype=kind, device=hidden.device)
         for kept in rows.split(chunk):
             states = hidden[kept].to(kind)
@@ -158,6 +162,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, spare: int) -> None
     """total += left @ right, in place; a product of lower precision and its cast take `spare` bytes at most."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
+        return
+    if total.device.type == "cuda":  # whose products add to float32 themselves
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     rows = max(1, spare // (right.shape[1] * (right.itemsize + total.itemsize)))
     for part, factor in zip(total.split(rows), left.split(rows), strict=True):
