@@ -87,7 +87,7 @@ def test_dropout_is_applied_within_examples():
     assert (dropped == 0).float().mean() > 0.8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's kernel for varying lengths is CUDA's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and PLW_TEST_GPU=1")
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_kernel_on_a_gpu_agrees_with_a_call_per_example(family):
     model = tiny(family, hidden_size=64, intermediate_size=64, **PACKED[family]).cuda()

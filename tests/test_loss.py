@@ -260,3 +260,22 @@ def test_memory_stays_within_the_budget(plw, kind, trains, softcap, label_smooth
         returned += inputs["head"].nbytes // 2  # the head in the products' type
     peak = peak_bytes(run)
     assert 0.5 * loss.BUDGET_BYTES < peak - returned <= loss.BUDGET_BYTES
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and PLW_TEST_GPU=1")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_what_the_cpu_gives(kind):
+    rows, width, vocabulary = 300, 64, 1000
+    torch.manual_seed(0)
+    hidden, head = torch.randn(rows, width), torch.randn(vocabulary, width) / width**0.5
+    targets, weights = torch.randint(vocabulary, (rows,)), torch.rand(rows).round(decimals=1)
+
+    def gradients(device, kind):
+        inputs = [part.to(device).requires_grad_() for part in (hidden, head)]
+        with torch.autocast(device, torch.bfloat16, enabled=kind is torch.bfloat16):
+            total, _ = loss.weighted_nll(*inputs, None, targets.to(device), weights.to(device))
+        (total / 7).backward()
+        return [part.grad.cpu() for part in inputs]
+
+    for found, expected in zip(gradients("cuda", kind), gradients("cpu", torch.float32), strict=True):
+        assert (found - expected).norm() < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[kind] * expected.norm()
