@@ -303,7 +303,7 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
     process = new_place.start("train", "--save-every", "1")
     wait_until(lambda: list((new_place.folder / "checkpoints").glob("*/step-*")), process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert (
         err.strip().splitlines()[-1]
@@ -372,7 +372,7 @@ def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
     folder = new_place.folder / "checkpoints"
     wait_until(lambda: list(folder.glob("*/step-*")), process)
     process.terminate()  # alone, as Docker does it to the first process of a container
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("error: interrupted")
     assert [run.info.status for run in new_place.runs()] == ["KILLED", "KILLED"]  # the first cell and the sweep
