@@ -1,0 +1,175 @@
+"""Score tables: reading, checking, and bringing to one scale.
+
+One row per model, data set, PLW, seed and task. A slip of scales (BLEU in 0..100 beside accuracies in 0..1) changes
+every answer, so it is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+MIN_PLWS = 3  # that a parabola can be fitted to
+
+NAMES = ["model", "dataset", "task", "metric"]
+COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
+SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
+RUN = SCORE[:-1]
+SCALES = ("none", "fraction", "minmax", "zscore")
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """Read a score table from CSV, checked; each row is labelled by its line in the file, the header being line 1."""
+    try:
+        data = Path(path).read_bytes()
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
+        lines = [(reader.line_num, row) for row in reader if row]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --scores a CSV file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
+    if not lines:
+        raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
+    (_, header), *rows = lines
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
+    table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
+    table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
+    return check(table)
+
+
+def first(mask: Any) -> Any:
+    """The label of the first row of which a mask holds."""
+    return mask.index[np.argmax(mask)]
+
+
+def check(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy of a score table with columns typed, or a ValueError that names its first fault and the row's label."""
+    source = table.attrs.get("source", "score table")
+
+    def refuse(bad: Any, column: str, demand: str) -> None:
+        if bad.any():
+            row = first(bad)
+            raise ValueError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
+
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise ValueError(f"{source}: no column {', '.join(missing)}; a score table has {','.join(COLUMNS)}")
+    if not table.columns.is_unique:
+        raise ValueError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
+    if table.empty:
+        raise ValueError(f"{source}: holds no scores; run evaluate first, or give another table")
+    if not table.index.is_unique:  # row labels name a fault, so each must mean one row
+        table = table.reset_index(drop=True)
+    typed = table.copy()
+    for column in NAMES:
+        refuse(table[column].isna() | (table[column].astype(str).str.strip() == ""), column, "a name is needed")
+        typed[column] = table[column].astype(str)
+    for column in ["plw", "seed", "score", *(column for column in ("stderr", "n") if column in table)]:
+        numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
+        is_blank = table[column].isna() | (table[column].astype(str).str.strip() == "")
+        is_optional = column in ("stderr", "n")
+        refuse(~np.isfinite(numbers) & ~(is_blank & is_optional), column, "but must be a finite number; mend the row")
+        refuse(numbers.abs() > 1e12, column, "too large to be one; mend the row")
+        if column != "score":
+            refuse(numbers < 0, column, "but must be 0 or more; mend the row")
+        typed[column] = numbers
+    refuse(typed["seed"] % 1 != 0, "seed", "but must be a whole number; mend the row")
+    typed["seed"] = typed["seed"].astype("int64")
+
+    for task, metrics in typed.groupby("task")["metric"].unique().items():
+        if len(metrics) > 1:
+            both = " and ".join(sorted(metrics))
+            raise ValueError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
+    if (again := typed.duplicated(SCORE)).any():
+        row = first(again)
+        same = typed.groupby(SCORE).ngroup()
+        earlier = first(same == same[row])
+        raise ValueError(f"{source}, row {row}: scores the same {', '.join(SCORE)} as row {earlier}; keep one of them")
+    for dataset, part in typed.groupby("dataset"):
+        where = f"{source}: data set {dataset}"
+        if (plws := part["plw"].nunique()) < MIN_PLWS:
+            raise ValueError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
+        if part.groupby("task")["score"].nunique().max() == 1:
+            raise ValueError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
+    return typed
+
+
+def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
+
+    For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
+    kept, for `check` to say so.
+    """
+    plws = table.groupby("dataset")["plw"].nunique()
+    thin = sorted(plws.index[plws < MIN_PLWS])
+    if len(thin) == len(plws):
+        return table, []
+    kept = table[~table["dataset"].isin(thin)]
+    kept.attrs = table.attrs
+    return kept, thin
+
+
+def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """A checked table with its scores on one scale.
+
+    `none` leaves them alone but refuses scores above 1 beside scores in 0..1 (0 itself may be either). Negative scores
+    say that the table is on neither scale (z-scores, log-likelihoods), so nothing is refused and the fit notes it.
+    `fraction` divides by 100 the tasks that have scores above 1. `minmax` maps each task's lowest and highest score, over
+    all data sets, to 0 and 1; `zscore` subtracts its mean and divides by its standard deviation; a task whose scores are
+    all equal becomes 0. A task with scores on both sides of 1 could be low percentages or a mix of units, which no rule
+    can tell apart, so it is always refused.
+    """
+    source = table.attrs.get("source", "score table")
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}, but must be one of {', '.join(SCALES)}")
+    above, within = table["score"] > 1, table["score"].between(0, 1, inclusive="right")
+    if (table["score"] >= 0).all() or scale == "fraction":
+        for task, rows in table.groupby("task")["score"]:
+            if above[rows.index].any() and within[rows.index].any():
+                low, high = first(within[rows.index]), first(above[rows.index])
+                raise ValueError(
+                    f"{source}, row {high}: task {task} scores {rows[high]:g} here but {rows[low]:g} in row {low}, "
+                    "so its scale is not clear; write all its scores as fractions"
+                )
+    scaled = [column for column in ("score", "stderr") if column in table]
+    rescaled = table.copy()
+    if scale in ("minmax", "zscore"):
+        scores = table.groupby("task")["score"]
+        if scale == "minmax":
+            origin, unit = scores.transform("min"), scores.transform("max") - scores.transform("min")
+        else:
+            origin, unit = scores.transform("mean"), scores.transform("std", ddof=1)
+        unit = unit.where(unit > 0, 1.0)
+        rescaled[scaled] = table[scaled].div(unit, axis=0)
+        rescaled["score"] -= origin / unit
+        return rescaled
+    if not above.any() or (scale == "none" and (table["score"] < 0).any()):
+        return table
+    if scale == "none":
+        if within.any():
+            high, low = first(above), first(within)
+            raise ValueError(
+                f"{source}, row {high}: {table['task'][high]} scores {table['score'][high]:g} beside "
+                f"{table['score'][low]:g} of {table['task'][low]} in row {low}; scales are mixed (0..100 beside 0..1): "
+                "give --scale fraction to divide by 100 the tasks that exceed 1, or minmax or zscore"
+            )
+        return table
+    if (table["score"] > 100).any():
+        row = first(table["score"] > 100)
+        raise ValueError(f"{source}, row {row}: score {table['score'][row]:g} is no percentage; rescale it yourself")
+    is_percent = table["task"].isin(table["task"][above])
+    rescaled[scaled] = table[scaled].where(~is_percent, table[scaled] / 100)
+    return rescaled
+
+
+def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The scores a full grid of the table's models, data sets, PLWs, seeds and tasks would have and it has not."""
+    grid = pd.MultiIndex.from_product([sorted(table[column].unique()) for column in SCORE], names=SCORE)
+    return grid.difference(pd.MultiIndex.from_frame(table[SCORE])).to_frame(index=False)
