@@ -13,7 +13,7 @@ Letters: `n` scores, `R` runs, `T` tasks, `P` columns of the fixed design, `Q` o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 
 MAX_CONDITION = 1e9  # of a design with columns of length 1; beyond it, columns cannot be told apart
 SINGULAR = 1e-6  # a variance this small beside the noise of its own estimate counts as zero
+FLOOR = 1e-6  # part of the pooled residual variance that each task keeps
 FLAT = 1e-5  # curvature of the deviance below this part of the usual one is none
 DECREMENT = 1e-6  # what a converged fit may still gain in deviance, by its own quadratic approximation
 
@@ -150,6 +151,7 @@ class _Table:
     z_basis: Array  # [Q, Q]: likewise
     by_task: bool  # a residual variance for each task
     run_effect: bool
+    pooled: float  # residual variance of per-task least squares
     start: Array  # [K], variance parameters by moments
     unit: Array  # [K], about two standard errors of each
 
@@ -180,11 +182,10 @@ class _Table:
         factor = np.zeros((self.z.shape[1],) * 2)
         factor[self.lower] = parameters[:entries]
         sd_run = float(parameters[entries]) if self.run_effect else 0.0
-        return factor, sd_run, np.exp(parameters[entries + self.run_effect :])
-
-    def pack(self, factor: Array, sd_run: float, var_residual: Array) -> Array:
-        """The inverse of `unpack`. Factors, not covariances: a singular covariance is then an ordinary point."""
-        return np.concatenate([factor[self.lower], [sd_run] * self.run_effect, np.log(var_residual)])
+        # A task that the run effects follow exactly has none left: the floor keeps it from dividing by 0, and the cap
+        # a search gone astray from overflow.
+        log_variances = np.minimum(parameters[entries + self.run_effect :], math.log(self.pooled) + 20)
+        return factor, sd_run, FLOOR * self.pooled + np.exp(log_variances)
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class _Solution:
     table: _Table
     factor: Array  # [Q, Q]
     sd_run: float
+    var_residual: Array  # [T] or [1]
     precision: Array  # [R, T], 1 / residual variance of a score; 0 where missing
     shrink: Array  # [R], part of a run's mean that the run's own effect does not take up
     rows: Array  # [R, TQ], precision times z
@@ -256,6 +258,7 @@ def _solve(table: _Table, parameters: Array) -> _Solution:
         table=table,
         factor=factor,
         sd_run=sd_run,
+        var_residual=var_residual,
         precision=precision,
         shrink=shrink,
         rows=rows,
@@ -298,11 +301,12 @@ def _deviance_and_gradient(table: _Table, parameters: Array, reml: bool) -> tupl
     pair = (s.gram @ woodbury).reshape(tasks, q, -1), s.gram.reshape(tasks, q, -1)
     by_curve -= np.tensordot(*pair, axes=((0, 2), (0, 2)))
 
+    by_residual = by_residual.sum(axis=0) if table.by_task else by_residual.sum(keepdims=True)[0]
     gradient = np.concatenate(
         [
             2 * (by_curve @ s.factor)[table.lower],
             [2 * s.sd_run * by_run] * table.run_effect,
-            by_residual.sum(axis=0) if table.by_task else [by_residual.sum()],
+            by_residual * (1 - FLOOR * table.pooled / s.var_residual),
         ]
     )
     return s.deviance + (s.log_information if reml else 0.0), gradient
@@ -324,12 +328,17 @@ class RandomSlopes:
     reml: bool
     n: int
     parameters: int  # coefficients and variances, as lme4 counts
-    is_singular: bool  # a direction of `cov_task`, or `var_run`, is zero beside what noise makes of it
+    at_zero: tuple[str, ...]  # "curves", "runs", "residuals": which has a variance (in some direction) of about 0
     converged: bool
     evaluations: int
     table: _Table
     search: Array  # [K], the variance parameters as they were searched
-    spread: Array  # [K, K], a root of their covariance as the search knew it
+    spread: Array  # [K, K], a root of the inverse Hessian as the search knew it
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether the curves' covariance or the variance of runs is zero beside residual noise, in some direction."""
+        return "curves" in self.at_zero or "runs" in self.at_zero
 
     @cached_property
     def uncertainty(self) -> Uncertainty:
@@ -387,67 +396,97 @@ def _covariance_gradient(s: _Solution) -> Array:
     by_residual = np.einsum("irt,jrt->tij", solved, left)
     if not table.by_task:
         by_residual = by_residual.sum(axis=0, keepdims=True)
+    by_residual *= (1 - FLOOR * table.pooled / s.var_residual)[:, None, None]
     forms = [by_curve + by_curve.transpose(0, 2, 1), *([by_run] if table.run_effect else []), by_residual]
     root = s.whiten @ table.x_basis.T
     return root.T @ np.concatenate(forms) @ root
 
 
-def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task: bool, run_effect: bool) -> _Table:
-    """Check the data, choose the basis, and guess the variances from per-task least squares."""
+def has_run_information(scores: Array, x: Array) -> bool:
+    """Whether more runs have scores of several tasks (scores [R, T], NaN where missing) than the fixed design uses up.
+
+    Where each run is scored on one task, or the design fits each run's mean, an effect of runs cannot be estimated.
+    """
+    several = (~np.isnan(scores)).sum(axis=1) > 1
+    return bool(several.any()) and int(several.sum()) > np.linalg.matrix_rank(x[several])
+
+
+def _check(scores: Array, x: Array, z: Array, weights: Array, run_effect: bool) -> None:
+    """Raise ValueError for data from which the model cannot be estimated."""
     (runs, tasks), q = scores.shape, z.shape[1]
     is_scored = ~np.isnan(scores)
-    if x.shape[0] != runs or z.shape[0] != runs:
-        raise ValueError(f"scores are of {runs} runs, but the designs of {x.shape[0]} and {z.shape[0]}")
+    if not len(x) == len(z) == runs or weights.shape != scores.shape:
+        raise ValueError(
+            f"scores are of {runs} runs and {tasks} tasks, but the designs have {len(x)} and {len(z)} rows "
+            f"and the weights are {weights.shape}; give a row per run"
+        )
     if tasks < 2:
-        raise ValueError("one task says nothing of how curves differ between tasks; give 2 or more")
+        raise ValueError("one task cannot show how curves differ between tasks; give scores of 2 or more")
     if np.isinf(scores).any():
-        raise ValueError("some scores are infinite; mend them, or leave them out as NaN")
-    if (few := is_scored.sum(axis=0).min()) <= q:
-        raise ValueError(f"a task has {few} scores, too few for a curve of {q} terms and a residual; leave it out")
-    if weights is None:
-        weights = np.ones(scores.shape)
+        raise ValueError("a score is infinite; mend it, or leave it out as NaN")
     if not (np.isfinite(weights) & (weights > 0))[is_scored].all():
-        raise ValueError("each score needs a finite weight above 0")
+        raise ValueError("a score's weight is not a finite number above 0; mend it, or leave the score out as NaN")
+    if (few := is_scored.sum(axis=0).min()) <= q:
+        raise ValueError(f"a task has {few} scores, too few for a curve of {q} terms and residuals; leave the task out")
     if run_effect and not has_run_information(scores, x):
         raise ValueError("too few runs have scores of several tasks to tell runs apart; fit without a run effect")
+
+
+def _orthonormal(design: Array, name: str) -> Array:
+    """The matrix that makes a design's columns orthogonal, of mean square 1."""
+    if np.linalg.cond(design / np.linalg.norm(design, axis=0)) > MAX_CONDITION:
+        raise ValueError(f"columns of the {name} design cannot be told apart; drop one, or spread the PLWs")
+    return np.linalg.inv(np.linalg.qr(design).R) * math.sqrt(len(design))
+
+
+def _tabulate(
+    scores: Array,
+    x: Array,
+    z: Array,
+    weights: Array | None,
+    by_task: bool,
+    run_effect: bool,
+    like: _Table | None = None,
+) -> _Table:
+    """Check the data, and choose the basis and a first guess: those of `like`, or by per-task least squares."""
+    weights = np.ones(scores.shape) if weights is None else weights
+    _check(scores, x, z, weights, run_effect)
+    is_scored = ~np.isnan(scores)
     weights = np.where(is_scored, weights, 0.0)
     weights /= (weights.sum(axis=0) / is_scored.sum(axis=0)) if by_task else weights.sum() / is_scored.sum()
-    x_basis, z_basis = _orthonormal(x, "fixed"), _orthonormal(z, "random")
-    x, z = x @ x_basis, z @ z_basis
-
+    x_basis = _orthonormal(x, "fixed")
+    x = x @ x_basis
     cells = np.where(is_scored, scores, 0.0)
     offset = np.linalg.solve((x.T * is_scored.sum(axis=1)) @ x, x.T @ cells.sum(axis=1))
-    cells = np.where(is_scored, scores - (x @ offset)[:, None], 0.0)
+    cells = np.where(is_scored, cells - (x @ offset)[:, None], 0.0)
+    if like:
+        if like.scores.shape[1] != scores.shape[1] or (like.by_task, like.run_effect) != (by_task, run_effect):
+            raise ValueError("the fit to start from has other tasks or other random parts; start without it")
+        return replace(
+            like, scores=cells, weights=weights, x=x, z=z @ like.z_basis, offset=offset, x_basis=x_basis
+        )  # fmt: skip
+
+    tasks, q = scores.shape[1], z.shape[1]
+    z_basis = _orthonormal(z, "random")
+    z = z @ z_basis
     gram = np.einsum("rt,ra,rb->tab", weights, z, z)
     if np.linalg.cond(gram).max() > MAX_CONDITION:
-        raise ValueError(f"a task is scored at too few different runs for a curve of {q} terms; leave it out")
+        raise ValueError(f"a task is scored at too few PLWs for a curve of {q} terms; leave the task out")
     curves = np.linalg.solve(gram, ((weights * cells).T @ z)[:, :, None])[:, :, 0]
     residual = np.where(is_scored, cells - z @ curves.T, 0.0)
-    freedom = is_scored.sum(axis=0) - q
+    count, freedom = is_scored.sum(axis=1), is_scored.sum(axis=0) - q
     var_residual = (weights * residual**2).sum(axis=0) / freedom
     pooled = float(var_residual @ freedom / freedom.sum())
+    # The spread of curves with their noise: never singular, and each direction is about as wide as its likelihood.
     noise = np.linalg.inv(gram) * np.maximum(var_residual, pooled / 100)[:, None, None]
-    # Noise and all: never singular, and where the search begins, every direction is of length 1.
-    spread = np.cov(curves.T).reshape(q, q) * (tasks - 1) / tasks + noise.mean(axis=0)
-    factor = np.linalg.cholesky(spread)
-    count = is_scored.sum(axis=1)
-    pairs = float((count * (count - 1)).sum())
-    shared = (residual.sum(axis=1) ** 2 - (residual**2).sum(axis=1)).sum() / pairs if run_effect else 0.0
-    var_run = min(max(shared, pooled / 20), pooled)
-    var_residual = np.maximum(var_residual - var_run * run_effect, pooled / 20)
-
-    entries = np.tril_indices(q)
-    known = is_scored.sum(axis=0) if by_task else is_scored.sum()[None]
-    unit = [
-        1 / np.sqrt(np.where(entries[0] == entries[1], 4, 2) * tasks),
-        [math.sqrt((var_run + pooled / count.mean()) / (4 * runs))] * run_effect,
-        1 / np.sqrt(known),
-    ]
-    start = [
-        np.eye(q)[entries],
-        [math.sqrt(var_run)] * run_effect,
-        np.log(var_residual if by_task else [max(pooled - var_run * run_effect, pooled / 20)]),
-    ]
+    factor = np.linalg.cholesky(np.cov(curves.T, ddof=0).reshape(q, q) + noise.mean(axis=0))
+    var_run = 0.0
+    if run_effect:  # the mean product of two residuals of one run
+        shared = float((residual.sum(axis=1) ** 2 - (residual**2).sum(axis=1)).sum() / (count * (count - 1)).sum())
+        var_run = min(max(shared, pooled / 20), pooled)
+    own = np.maximum((var_residual if by_task else np.array([pooled])) - var_run, pooled / 20)
+    is_diagonal = np.equal(*np.tril_indices(q))
+    known = is_scored.sum(axis=0) if by_task else is_scored.sum(keepdims=True)[0]
     return _Table(
         scores=cells,
         weights=weights,
@@ -458,25 +497,41 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
         z_basis=z_basis @ factor,
         by_task=by_task,
         run_effect=run_effect,
-        start=np.concatenate(start),
-        unit=np.concatenate(unit),
+        pooled=pooled,
+        start=np.concatenate([is_diagonal, [math.sqrt(var_run)] * run_effect, np.log(own)]),
+        unit=np.concatenate(
+            [
+                1 / np.sqrt(np.where(is_diagonal, 4, 2) * tasks),
+                [math.sqrt((var_run + pooled / count.mean()) / (4 * len(x)))] * run_effect,
+                1 / np.sqrt(known),
+            ]
+        ),
     )
 
 
-def _orthonormal(design: Array, name: str) -> Array:
-    """The matrix that makes a design's columns orthogonal, of mean square 1."""
-    if np.linalg.cond(design / np.linalg.norm(design, axis=0)) > MAX_CONDITION:
-        raise ValueError(f"columns of the {name} design cannot be told apart; drop one, or spread the PLWs")
-    return np.linalg.inv(np.linalg.qr(design).R) * math.sqrt(len(design))
+@dataclass(frozen=True)
+class _Found:
+    """Where a search ended."""
+
+    parameters: Array  # [K]
+    deviance: float
+    spread: Array  # [K, K], a root of the inverse Hessian as the search knew it
+    decrement: float  # what another step promises
+    evaluations: int
 
 
-def has_run_information(scores: Array, x: Array) -> bool:
-    """Whether more runs have scores of several tasks (scores [R, T], NaN where missing) than the fixed design uses up.
+def _search(table: _Table, start: Array, root: Array, reml: bool) -> _Found:
+    """Minimise the deviance; steps are taken times `root`, in which its curvature is near 1 in every direction."""
 
-    Where each run is scored on one task, or the design fits each run's mean, an effect of runs cannot be estimated.
-    """
-    several = (~np.isnan(scores)).sum(axis=1) > 1
-    return int(several.sum()) > int(np.linalg.matrix_rank(x[several])) if several.any() else False
+    def objective(step: Array) -> tuple[float, Array]:
+        deviance, gradient = _deviance_and_gradient(table, start + root @ step, reml)
+        return deviance, root.T @ gradient
+
+    end = optimize.minimize(objective, np.zeros(len(start)), jac=True, method="BFGS", options={"gtol": 1e-5})
+    inverse = np.asarray(end.hess_inv)
+    decrement = max(end.jac @ inverse @ end.jac, end.jac @ end.jac)
+    spread = root @ np.linalg.cholesky(inverse)
+    return _Found(start + root @ end.x, float(end.fun), spread, float(decrement), end.nfev)
 
 
 def fit_random_slopes(
@@ -492,26 +547,115 @@ def fit_random_slopes(
 ) -> RandomSlopes:
     """Fit random curves by task and an effect by run to a table of scores, by REML or ML.
 
-    scores: [R, T], NaN where missing. x: [R, P], the fixed design, for the test of a curve without it. z: [R, Q], the
-        random one, 1, w, w^2 as a rule.
+    scores: [R, T], NaN where missing. x: [R, P], the fixed design, without the curve to test it. z: [R, Q], the random
+        one, 1, w, w^2 as a rule.
     weights: [R, T], residual variances are var_residual / weight, as with n of a score or 1 / stderr^2. Only their
         ratios matter: they are scaled to mean 1 within each task, or over the table if tasks share a variance.
     by_task: a residual variance for each task, else one for all (lme4's model).
-    start: a fit of the same designs to similar scores, from which the search sets out.
+    start: a fit with the same z to similar scores, from which alone the search sets out.
 
-    Raises ValueError for data from which the model cannot be estimated, saying which part to leave out.
+    Raises ValueError for data from which the model cannot be estimated, saying what to leave out.
     """
-    table = _tabulate(np.asarray(scores, float), x, z, weights, by_task, run_effect)
-    return _finish(table, *_search(table, table.start, table.unit, reml), reml)
+    scores = np.asarray(scores, float)
+    table = _tabulate(scores, x, z, weights, by_task, run_effect, start.table if start else None)
+    entries = len(table.lower[0])
+    if start:
+        # A variance at zero has slope zero too, so the search must start beside it.
+        parameters, floor = start.search.copy(), 0.1 * table.start
+        low = (np.arange(len(floor)) <= entries - (not run_effect)) & (np.abs(parameters) < floor)
+        parameters[low] = floor[low]
+        found = _search(table, parameters, start.spread, reml)
+    else:
+        # The likelihood can have several peaks, most where the run effects follow one task: hence other starts.
+        alike, tied = table.start.copy(), table.start.copy()
+        alike[:entries] *= 0.1
+        tied[entries : entries + run_effect] = math.sqrt(table.pooled)
+        starts = [table.start, alike, *([tied] if run_effect else [])]
+        found = min(
+            (_search(table, start, np.diag(table.unit), reml) for start in starts), key=lambda found: found.deviance
+        )
+
+    solution = _solve(table, found.parameters)
+    factor = table.z_basis @ solution.factor
+    root = solution.whiten @ table.x_basis.T
+    var_run = solution.sd_run**2
+    is_zero = {
+        "curves": np.linalg.svd(solution.factor, compute_uv=False).min() ** 2 < SINGULAR,
+        "runs": run_effect and var_run < SINGULAR * table.pooled,
+        "residuals": solution.var_residual.min() < 100 * FLOOR * table.pooled,
+    }
+    # log |X'V^-1 X| in the caller's columns
+    basis = 2 * float(np.linalg.slogdet(table.x_basis)[1]) if reml else 0.0
+    p = x.shape[1]
+    return RandomSlopes(
+        coefficients=table.x_basis @ (table.offset + solution.coefficients),
+        covariance=root.T @ root,
+        cov_task=factor @ factor.T,
+        var_run=var_run,
+        var_residual=np.broadcast_to(solution.var_residual, scores.shape[1]).copy(),
+        loglik=-(found.deviance - basis - p * math.log(2 * math.pi) * reml) / 2,
+        reml=reml,
+        n=int(table.is_scored.sum()),
+        parameters=p + len(found.parameters),
+        at_zero=tuple(part for part, is_so in is_zero.items() if is_so),
+        converged=bool(found.decrement < DECREMENT),
+        evaluations=found.evaluations,
+        table=table,
+        search=found.parameters,
+        spread=found.spread,
+    )
 
 
-def _search(table: _Table, start: Array, root: Array, reml: bool) -> optimize.OptimizeResult:
-    """"""
-    root = np.diag(root) if root.ndim == 1 else root
+# ------------------------------------------------------------------------------------------------- inference
 
-    def objective(step: Array) -> tuple[float, Array]:
-        value, gradient = _deviance_and_gradient(table, start + root @ step, reml)
-        return value, root.T @ gradient
+Fitted = RandomIntercept | RandomSlopes
 
-    best = optimize.minimize(objective, np.zeros(len(start)), jac=True, method="BFGS", options={"gtol": 1e-5})
-    return best
+
+def satterthwaite(fit: Fitted, contrast: Array) -> float:
+    """Degrees of freedom of the t of a contrast [P] of coefficients, such that chi^2 matches its variance's variance.
+
+    As in lmerTest (Kuznetsova and others 2017, J. Stat. Softw. 82(13), section 2): 2 v^2 / (g'A g), v the contrast's
+    variance, g its gradient in the variance parameters, A their covariance. Infinite if no variance is uncertain.
+    """
+    variance = contrast @ fit.covariance @ contrast
+    slope = fit.uncertainty.covariance_gradient @ contrast @ contrast
+    spread = slope @ fit.uncertainty.parameter_covariance @ slope
+    return float(2 * variance**2 / spread) if spread > 0 else math.inf
+
+
+def f_test(fit: Fitted, contrasts: Array) -> tuple[float, int, float, float]:
+    """Joint test that contrasts [k, P] of coefficients are 0: F, its two degrees of freedom, and p.
+
+    The denominator's, after Fai and Cornelius (1996): with k independent t^2 in place of the joint test, the F whose
+    mean is theirs; 2 where one of those has no mean.
+    """
+    covariance = contrasts @ fit.covariance @ contrasts.T
+    values, vectors = np.linalg.eigh(covariance)
+    if values[0] <= 1e-12 * values[-1]:
+        raise ValueError(f"{len(contrasts)} contrasts are not independent of each other; drop some")
+    separate = vectors.T @ contrasts
+    statistic = float(np.mean((separate @ fit.coefficients) ** 2 / values))
+    freedom = np.array([satterthwaite(fit, contrast) for contrast in separate])
+    if freedom.min() <= 2:
+        below = 2.0
+    elif np.ptp(freedom) < 1e-8 or np.isinf(freedom).any():
+        below = float(freedom.mean())
+    else:
+        excess = float((freedom / (freedom - 2)).sum())
+        below = 2 * excess / (excess - len(freedom))
+    return statistic, len(contrasts), below, float(stats.f.sf(statistic, len(contrasts), below))
+
+
+def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
+    """Chi^2 of a fit against one with fewer fixed columns and the same random parts, its degrees of freedom, and p."""
+    if fit.reml or null.reml:
+        raise ValueError("restricted likelihoods of different fixed columns cannot be compared; fit both by ML")
+    statistic, freedom = max(0.0, 2 * (fit.loglik - null.loglik)), fit.parameters - null.parameters
+    return statistic, freedom, float(stats.chi2.sf(statistic, freedom))
+
+
+def information(fit: Fitted) -> tuple[float, float]:
+    """AIC and BIC, lower being better; BIC counts each score as an observation, as lme4 does."""
+    if fit.reml:
+        raise ValueError("AIC and BIC of a restricted likelihood do not compare fixed columns; fit by ML")
+    return 2 * (fit.parameters - fit.loglik), fit.parameters * math.log(fit.n) - 2 * fit.loglik
