@@ -13,7 +13,7 @@ Letters: `n` scores, `R` runs, `T` tasks, `P` columns of the fixed design, `Q` o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ from scipy import linalg, optimize, stats
 
 Array = NDArray[np.float64]
 
-MAX_CONDITION = 1e9  # of a design with columns of length 1; beyond it, columns cannot be told apart
+MAX_CONDITION = 1e9  # of a design; beyond it, columns cannot be told apart
 SINGULAR = 1e-6  # a variance this small beside the noise of its own estimate counts as zero
 FLOOR = 1e-6  # part of the pooled residual variance that each task keeps
 FLAT = 1e-5  # curvature of the deviance below this part of the usual one is none
@@ -333,7 +333,6 @@ class RandomSlopes:
     evaluations: int
     table: _Table
     search: Array  # [K], the variance parameters as they were searched
-    spread: Array  # [K, K], a root of the inverse Hessian as the search knew it
 
     @property
     def is_singular(self) -> bool:
@@ -344,9 +343,9 @@ class RandomSlopes:
     def uncertainty(self) -> Uncertainty:
         """Of the variance parameters: their Hessian by differences of the exact gradient.
 
-        Directions in which the deviance is flat are left out (their inverse curvature counts as 0). In the Cholesky
-        factor, a variance at zero has curvature but no effect on the coefficients' covariance to first order, so it
-        counts as known, as in lmerTest.
+        Directions in which the deviance does not curve upwards are left out (their variance counts as 0). A variance
+        at zero curves, searched as a standard deviation or an entry of a Cholesky factor, but does not change the
+        coefficients' covariance to first order: so it counts as known, as in lmerTest.
         """
         unit = self.table.unit
         size = len(self.search)
@@ -434,23 +433,19 @@ def _check(scores: Array, x: Array, z: Array, weights: Array, run_effect: bool) 
 
 def _orthonormal(design: Array, name: str) -> Array:
     """The matrix that makes a design's columns orthogonal, of mean square 1."""
-    if np.linalg.cond(design / np.linalg.norm(design, axis=0)) > MAX_CONDITION:
+    r = np.linalg.qr(design).R
+    # A column's diagonal entry is the part of it that earlier columns do not explain.
+    if len(r) < r.shape[1] or not (np.abs(np.diag(r)) > np.linalg.norm(r, axis=0) / MAX_CONDITION).all():
         raise ValueError(f"columns of the {name} design cannot be told apart; drop one, or spread the PLWs")
-    return np.linalg.inv(np.linalg.qr(design).R) * math.sqrt(len(design))
+    return np.linalg.inv(r) * math.sqrt(len(design))
 
 
-def _tabulate(
-    scores: Array,
-    x: Array,
-    z: Array,
-    weights: Array | None,
-    by_task: bool,
-    run_effect: bool,
-    like: _Table | None = None,
-) -> _Table:
-    """Check the data, and choose the basis and a first guess: those of `like`, or by per-task least squares."""
+def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task: bool, run_effect: bool) -> _Table:
+    """Check the data, choose the basis, and guess the variances from per-task least squares."""
     weights = np.ones(scores.shape) if weights is None else weights
     _check(scores, x, z, weights, run_effect)
+    is_run = ~np.isnan(scores).all(axis=1)
+    scores, x, z, weights = scores[is_run], x[is_run], z[is_run], weights[is_run]
     is_scored = ~np.isnan(scores)
     weights = np.where(is_scored, weights, 0.0)
     weights /= (weights.sum(axis=0) / is_scored.sum(axis=0)) if by_task else weights.sum() / is_scored.sum()
@@ -459,12 +454,6 @@ def _tabulate(
     cells = np.where(is_scored, scores, 0.0)
     offset = np.linalg.solve((x.T * is_scored.sum(axis=1)) @ x, x.T @ cells.sum(axis=1))
     cells = np.where(is_scored, cells - (x @ offset)[:, None], 0.0)
-    if like:
-        if like.scores.shape[1] != scores.shape[1] or (like.by_task, like.run_effect) != (by_task, run_effect):
-            raise ValueError("the fit to start from has other tasks or other random parts; start without it")
-        return replace(
-            like, scores=cells, weights=weights, x=x, z=z @ like.z_basis, offset=offset, x_basis=x_basis
-        )  # fmt: skip
 
     tasks, q = scores.shape[1], z.shape[1]
     z_basis = _orthonormal(z, "random")
@@ -477,6 +466,8 @@ def _tabulate(
     count, freedom = is_scored.sum(axis=1), is_scored.sum(axis=0) - q
     var_residual = (weights * residual**2).sum(axis=0) / freedom
     pooled = float(var_residual @ freedom / freedom.sum())
+    if pooled <= 1e-24 * (cells**2).max() or (by_task and var_residual.min() <= FLOOR * pooled):
+        raise ValueError("a task's scores follow a curve exactly, so its residual variance is 0; leave the task out")
     # The spread of curves with their noise: never singular, and each direction is about as wide as its likelihood.
     noise = np.linalg.inv(gram) * np.maximum(var_residual, pooled / 100)[:, None, None]
     factor = np.linalg.cholesky(np.cov(curves.T, ddof=0).reshape(q, q) + noise.mean(axis=0))
@@ -509,29 +500,42 @@ def _tabulate(
     )
 
 
+def _translate(fit: RandomSlopes, table: _Table) -> Array:
+    """The variance parameters of a fit to other scores, in a table's basis."""
+    old = fit.table
+    if old.z.shape[1] != table.z.shape[1] or old.scores.shape[1] != table.scores.shape[1]:
+        raise ValueError("the fit to start from has other tasks or other random columns; start without it")
+    factor = np.linalg.solve(table.z_basis, old.z_basis @ old.unpack(fit.search)[0])
+    factor = np.linalg.qr(factor.T).R.T
+    sizes = np.concatenate([factor[table.lower], [math.sqrt(fit.var_run)] * table.run_effect])
+    variances = fit.var_residual if table.by_task else fit.var_residual.mean(keepdims=True)
+    # A search does not move a variance off zero, where the deviance is level.
+    low = 0.1 * table.start[: len(sizes)]  # 0 off the Cholesky factor's diagonal
+    return np.concatenate(
+        [np.where(np.abs(sizes) < low, low, sizes), np.log(np.maximum(variances, table.pooled / 100))]
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """Where a search ended."""
 
     parameters: Array  # [K]
     deviance: float
-    spread: Array  # [K, K], a root of the inverse Hessian as the search knew it
     decrement: float  # what another step promises
     evaluations: int
 
 
-def _search(table: _Table, start: Array, root: Array, reml: bool) -> _Found:
-    """Minimise the deviance; steps are taken times `root`, in which its curvature is near 1 in every direction."""
+def _search(table: _Table, start: Array, reml: bool) -> _Found:
+    """Minimise the deviance by steps in the table's units, in which its curvature is near 1 in every direction."""
 
     def objective(step: Array) -> tuple[float, Array]:
-        deviance, gradient = _deviance_and_gradient(table, start + root @ step, reml)
-        return deviance, root.T @ gradient
+        deviance, gradient = _deviance_and_gradient(table, start + table.unit * step, reml)
+        return deviance, table.unit * gradient
 
     end = optimize.minimize(objective, np.zeros(len(start)), jac=True, method="BFGS", options={"gtol": 1e-5})
-    inverse = np.asarray(end.hess_inv)
-    decrement = max(end.jac @ inverse @ end.jac, end.jac @ end.jac)
-    spread = root @ np.linalg.cholesky(inverse)
-    return _Found(start + root @ end.x, float(end.fun), spread, float(decrement), end.nfev)
+    decrement = max(end.jac @ end.hess_inv @ end.jac, end.jac @ end.jac)
+    return _Found(start + table.unit * end.x, float(end.fun), float(decrement), end.nfev)
 
 
 def fit_random_slopes(
@@ -552,28 +556,24 @@ def fit_random_slopes(
     weights: [R, T], residual variances are var_residual / weight, as with n of a score or 1 / stderr^2. Only their
         ratios matter: they are scaled to mean 1 within each task, or over the table if tasks share a variance.
     by_task: a residual variance for each task, else one for all (lme4's model).
-    start: a fit with the same z to similar scores, from which alone the search sets out.
+    start: a fit to similar scores; there is then one search instead of three, from its variances or from those of
+        per-task least squares, whichever fit better. For bootstraps.
 
     Raises ValueError for data from which the model cannot be estimated, saying what to leave out.
     """
     scores = np.asarray(scores, float)
-    table = _tabulate(scores, x, z, weights, by_task, run_effect, start.table if start else None)
+    table = _tabulate(scores, x, z, weights, by_task, run_effect)
     entries = len(table.lower[0])
     if start:
-        # A variance at zero has slope zero too, so the search must start beside it.
-        parameters, floor = start.search.copy(), 0.1 * table.start
-        low = (np.arange(len(floor)) <= entries - (not run_effect)) & (np.abs(parameters) < floor)
-        parameters[low] = floor[low]
-        found = _search(table, parameters, start.spread, reml)
+        guesses = table.start, _translate(start, table)
+        starts = [min(guesses, key=lambda guess: _deviance_and_gradient(table, guess, reml)[0])]
     else:
         # The likelihood can have several peaks, most where the run effects follow one task: hence other starts.
         alike, tied = table.start.copy(), table.start.copy()
         alike[:entries] *= 0.1
         tied[entries : entries + run_effect] = math.sqrt(table.pooled)
         starts = [table.start, alike, *([tied] if run_effect else [])]
-        found = min(
-            (_search(table, start, np.diag(table.unit), reml) for start in starts), key=lambda found: found.deviance
-        )
+    found = min((_search(table, guess, reml) for guess in starts), key=lambda found: found.deviance)
 
     solution = _solve(table, found.parameters)
     factor = table.z_basis @ solution.factor
@@ -602,7 +602,6 @@ def fit_random_slopes(
         evaluations=found.evaluations,
         table=table,
         search=found.parameters,
-        spread=found.spread,
     )
 
 
@@ -654,7 +653,7 @@ def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
     return statistic, freedom, float(stats.chi2.sf(statistic, freedom))
 
 
-def information(fit: Fitted) -> tuple[float, float]:
+def aic_bic(fit: Fitted) -> tuple[float, float]:
     """AIC and BIC, lower being better; BIC counts each score as an observation, as lme4 does."""
     if fit.reml:
         raise ValueError("AIC and BIC of a restricted likelihood do not compare fixed columns; fit by ML")
