@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 MAX_CONDITION = 1e9  # of a design; beyond it, columns cannot be told apart
 SINGULAR = 1e-6  # a variance this small beside the noise of its own estimate counts as zero
-FLOOR = 1e-6  # part of the pooled residual variance that each task keeps
+FLOOR = 1e-6  # part of a task's variance around its own curve that stays residual
 FLAT = 1e-5  # curvature of the deviance below this part of the usual one is none
 DECREMENT = 1e-6  # what a converged fit may still gain in deviance, by its own quadratic approximation
 
@@ -151,7 +151,7 @@ class _Table:
     z_basis: Array  # [Q, Q]: likewise
     by_task: bool  # a residual variance for each task
     run_effect: bool
-    pooled: float  # residual variance of per-task least squares
+    floor: Array  # [T] or [1], below which no residual variance goes
     start: Array  # [K], variance parameters by moments
     unit: Array  # [K], about two standard errors of each
 
@@ -164,6 +164,11 @@ class _Table:
     def is_scored(self) -> Array:
         """[R, T], 1 or 0."""
         return (self.weights > 0).astype(float)
+
+    @cached_property
+    def counts(self) -> Array:
+        """[T], scores of each task."""
+        return self.is_scored.sum(axis=0)
 
     @cached_property
     def constant(self) -> float:
@@ -184,8 +189,8 @@ class _Table:
         sd_run = float(parameters[entries]) if self.run_effect else 0.0
         # A task that the run effects follow exactly has none left: the floor keeps it from dividing by 0, and the cap
         # a search gone astray from overflow.
-        log_variances = np.minimum(parameters[entries + self.run_effect :], math.log(self.pooled) + 20)
-        return factor, sd_run, FLOOR * self.pooled + np.exp(log_variances)
+        log_variances = np.minimum(parameters[entries + self.run_effect :], np.log(self.floor) + 35)
+        return factor, sd_run, self.floor + np.exp(log_variances)
 
 
 @dataclass(frozen=True)
@@ -232,24 +237,31 @@ def _solve(table: _Table, parameters: Array) -> _Solution:
     inner_cholesky = np.linalg.cholesky(inner)
     inner_half = linalg.lapack.dtrtri(inner_cholesky, lower=1)[0]
 
-    pulled = precision * (table.scores - (tie * (precision * table.scores).sum(axis=1))[:, None])  # A y
+    # Scores and fixed columns by generalised least squares on the curves. Of v, `off` is what the curves leave and
+    # `sphere` what they take, and u'V^-1 v = off_u'A off_v + sphere_u'sphere_v: sums, not differences of large numbers.
     cross = (shrink[:, None] * x).T @ rows
-    half = _times(np.vstack([cross, (pulled.T @ z).reshape(1, -1)]), factor, tasks) @ inner_half.T
-    information = (x.T * (shrink * total)) @ x - half[:-1] @ half[:-1].T
-    information_cholesky = np.linalg.cholesky(information)
-    whiten = linalg.lapack.dtrtri(information_cholesky, lower=1)[0]
-    coefficients = whiten.T @ (whiten @ (x.T @ pulled.sum(axis=1) - half[:-1] @ half[-1]))
-
-    # What is left of the scores and of the fixed columns after the curves: no difference of large numbers.
-    sphere = np.vstack([half[-1] - coefficients @ half[:-1], whiten @ half[:-1]]) @ inner_half
+    pulled = precision * (table.scores - (tie * (precision * table.scores).sum(axis=1))[:, None])
+    sphere = _times(np.vstack([(pulled.T @ z).reshape(1, -1), cross]), factor, tasks) @ inner_half.T @ inner_half
     off = -z @ (sphere.reshape(-1, tasks, q) @ factor.T).transpose(0, 2, 1)
-    off += np.vstack([-x @ coefficients, whiten @ x.T])[:, :, None]
     off[0] += table.scores
+    off[1:] += x.T[:, :, None]
     left = off - (tie * (precision * off).sum(axis=2))[:, :, None]
+    products = (precision * off).reshape(len(off), -1) @ left.reshape(len(off), -1).T + sphere @ sphere.T
+    information_cholesky = np.linalg.cholesky(products[1:, 1:])
+    whiten = linalg.lapack.dtrtri(information_cholesky, lower=1)[0]
+    coefficients = whiten.T @ (whiten @ products[1:, 0])
+
+    # The residual, and the fixed columns made orthonormal.
+    turn = np.zeros_like(products)
+    turn[0] = 1, *-coefficients
+    turn[1:, 1:] = whiten
+    off[0] -= np.tensordot(coefficients, off[1:], 1)
+    left = np.tensordot(turn, left, 1)
+    sphere = turn @ sphere
     misfit = float(np.vdot(precision * off[0], left[0]) + sphere[0] @ sphere[0])
     deviance = (
         table.constant
-        + (table.is_scored * np.log(var_residual)).sum()
+        + float((table.counts * np.log(var_residual)).sum())
         - np.log(shrink).sum()
         + 2 * np.log(np.diag(inner_cholesky)).sum()
         + misfit
@@ -287,7 +299,9 @@ def _deviance_and_gradient(table: _Table, parameters: Array, reml: bool) -> tupl
     curves = (solved.transpose(0, 2, 1) @ z).reshape(-1, q)
     by_residual = -(solved * left).sum(axis=0)
     by_run = -float(np.vdot(total, total))
-    by_curve = -curves.T @ curves
+    # Times the factor, Z'V^-1 Z is gram (I x L) inner^-1, again without a difference of large numbers.
+    pair = s.gram.reshape(tasks, q, -1), _times(s.inner_inverse, s.factor.T, tasks).reshape(tasks, q, -1)
+    by_factor = 2 * (np.tensordot(*pair, axes=((0, 2), (0, 2))) - curves.T @ (curves @ s.factor))
 
     # The traces with V^-1 = A - A Z W Z'A, W = (I x L) inner^-1 (I x L)'.
     woodbury = _times(_times(s.inner_inverse, s.factor.T, tasks).T, s.factor.T, tasks)
@@ -297,16 +311,12 @@ def _deviance_and_gradient(table: _Table, parameters: Array, reml: bool) -> tupl
     all_tied = (seen * s.rows).sum(axis=1)
     by_residual += table.is_scored - s.precision * (tie + own - 2 * tie * tied + tie**2 * all_tied[:, None])
     by_run += float((s.precision.sum(axis=1) * s.shrink - s.shrink**2 * all_tied).sum())
-    by_curve += np.einsum("tatb->ab", s.gram.reshape(tasks, q, tasks, q))
-    pair = (s.gram @ woodbury).reshape(tasks, q, -1), s.gram.reshape(tasks, q, -1)
-    by_curve -= np.tensordot(*pair, axes=((0, 2), (0, 2)))
-
     by_residual = by_residual.sum(axis=0) if table.by_task else by_residual.sum(keepdims=True)[0]
     gradient = np.concatenate(
         [
-            2 * (by_curve @ s.factor)[table.lower],
+            by_factor[table.lower],
             [2 * s.sd_run * by_run] * table.run_effect,
-            by_residual * (1 - FLOOR * table.pooled / s.var_residual),
+            by_residual * (1 - table.floor / s.var_residual),
         ]
     )
     return s.deviance + (s.log_information if reml else 0.0), gradient
@@ -323,7 +333,7 @@ class RandomSlopes:
     covariance: Array  # [P, P], of the coefficients, (X'V^-1 X)^-1
     cov_task: Array  # [Q, Q]
     var_run: float  # 0 without a run effect
-    var_residual: Array  # [T]; all equal if one variance was asked for
+    var_residual: Array  # [T], of a score of weight 1; all equal if one variance was asked for
     loglik: float  # restricted if fitted by REML
     reml: bool
     n: int
@@ -395,7 +405,7 @@ def _covariance_gradient(s: _Solution) -> Array:
     by_residual = np.einsum("irt,jrt->tij", solved, left)
     if not table.by_task:
         by_residual = by_residual.sum(axis=0, keepdims=True)
-    by_residual *= (1 - FLOOR * table.pooled / s.var_residual)[:, None, None]
+    by_residual *= (1 - table.floor / s.var_residual)[:, None, None]
     forms = [by_curve + by_curve.transpose(0, 2, 1), *([by_run] if table.run_effect else []), by_residual]
     root = s.whiten @ table.x_basis.T
     return root.T @ np.concatenate(forms) @ root
@@ -449,35 +459,43 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
     is_scored = ~np.isnan(scores)
     weights = np.where(is_scored, weights, 0.0)
     weights /= (weights.sum(axis=0) / is_scored.sum(axis=0)) if by_task else weights.sum() / is_scored.sum()
-    x_basis = _orthonormal(x, "fixed")
-    x = x @ x_basis
+    x_basis, z_basis = _orthonormal(x, "fixed"), _orthonormal(z, "random")
+    x, z = x @ x_basis, z @ z_basis
+    tasks, q = scores.shape[1], z.shape[1]
     cells = np.where(is_scored, scores, 0.0)
-    offset = np.linalg.solve((x.T * is_scored.sum(axis=1)) @ x, x.T @ cells.sum(axis=1))
+    offset = np.linalg.solve((x.T * is_scored.sum(axis=1)) @ x, x.T @ cells.sum(axis=1))  # leaves smaller numbers
     cells = np.where(is_scored, cells - (x @ offset)[:, None], 0.0)
 
-    tasks, q = scores.shape[1], z.shape[1]
-    z_basis = _orthonormal(z, "random")
-    z = z @ z_basis
     gram = np.einsum("rt,ra,rb->tab", weights, z, z)
     if np.linalg.cond(gram).max() > MAX_CONDITION:
         raise ValueError(f"a task is scored at too few PLWs for a curve of {q} terms; leave the task out")
-    curves = np.linalg.solve(gram, ((weights * cells).T @ z)[:, :, None])[:, :, 0]
-    residual = np.where(is_scored, cells - z @ curves.T, 0.0)
+    # A curve per task for the scores and for each fixed column, whose own effects are those of what curves leave.
+    values = np.concatenate([cells[None], is_scored * x.T[:, :, None]])  # [1 + P, R, T]
+    curves = np.linalg.solve(gram, ((weights * values).transpose(0, 2, 1) @ z)[..., None])[..., 0]
+    left = is_scored * (values - z @ curves.transpose(0, 2, 1))
+    products = np.tensordot(weights * left, left, ((1, 2), (1, 2)))
+    own = np.linalg.pinv(products[1:, 1:], rcond=1 / MAX_CONDITION, hermitian=True) @ products[1:, 0]
+    residual, curves = left[0] - np.tensordot(own, left[1:], 1), curves[0] - np.tensordot(own, curves[1:], 1)
     count, freedom = is_scored.sum(axis=1), is_scored.sum(axis=0) - q
     var_residual = (weights * residual**2).sum(axis=0) / freedom
-    pooled = float(var_residual @ freedom / freedom.sum())
-    if pooled <= 1e-24 * (cells**2).max() or (by_task and var_residual.min() <= FLOOR * pooled):
+    if not by_task:
+        var_residual = (var_residual @ freedom / freedom.sum())[None]
+    if var_residual.min() <= 1e-24 * (cells**2).max():
         raise ValueError("a task's scores follow a curve exactly, so its residual variance is 0; leave the task out")
     # The spread of curves with their noise: never singular, and each direction is about as wide as its likelihood.
-    noise = np.linalg.inv(gram) * np.maximum(var_residual, pooled / 100)[:, None, None]
-    factor = np.linalg.cholesky(np.cov(curves.T, ddof=0).reshape(q, q) + noise.mean(axis=0))
-    var_run = 0.0
+    noise = (np.linalg.inv(gram) * np.broadcast_to(var_residual, tasks)[:, None, None]).mean(axis=0)
+    factor = np.linalg.cholesky(np.cov(curves.T, ddof=0).reshape(q, q) + noise)
+    own, sd_run, run_unit = var_residual, np.zeros(0), np.zeros(0)
     if run_effect:  # the mean product of two residuals of one run
-        shared = float((residual.sum(axis=1) ** 2 - (residual**2).sum(axis=1)).sum() / (count * (count - 1)).sum())
-        var_run = min(max(shared, pooled / 20), pooled)
-    own = np.maximum((var_residual if by_task else np.array([pooled])) - var_run, pooled / 20)
+        shared = ((residual.sum(axis=1) ** 2 - (residual**2).sum(axis=1)).sum() / (count * (count - 1)).sum())[None]
+        typical = np.exp(np.log(var_residual).mean())
+        var_run = np.clip(shared, typical / 20, typical)
+        own = np.maximum(own - var_run, own / 20)
+        sd_run = np.sqrt(var_run)
+        run_unit = np.sqrt((var_run + 1 / (is_scored / own).sum(axis=1).mean()) / (4 * len(x)))
     is_diagonal = np.equal(*np.tril_indices(q))
-    known = is_scored.sum(axis=0) if by_task else is_scored.sum(keepdims=True)[0]
+    factor_unit = 1 / np.sqrt(np.where(is_diagonal, 4, 2) * tasks)
+    residual_unit = 1 / np.sqrt(is_scored.sum(axis=0) if by_task else [is_scored.sum()])
     return _Table(
         scores=cells,
         weights=weights,
@@ -488,15 +506,9 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
         z_basis=z_basis @ factor,
         by_task=by_task,
         run_effect=run_effect,
-        pooled=pooled,
-        start=np.concatenate([is_diagonal, [math.sqrt(var_run)] * run_effect, np.log(own)]),
-        unit=np.concatenate(
-            [
-                1 / np.sqrt(np.where(is_diagonal, 4, 2) * tasks),
-                [math.sqrt((var_run + pooled / count.mean()) / (4 * len(x)))] * run_effect,
-                1 / np.sqrt(known),
-            ]
-        ),
+        floor=FLOOR * var_residual,
+        start=np.concatenate([is_diagonal, sd_run, np.log(own)]),
+        unit=np.concatenate([factor_unit, run_unit, residual_unit]),
     )
 
 
@@ -511,9 +523,7 @@ def _translate(fit: RandomSlopes, table: _Table) -> Array:
     variances = fit.var_residual if table.by_task else fit.var_residual.mean(keepdims=True)
     # A search does not move a variance off zero, where the deviance is level.
     low = 0.1 * table.start[: len(sizes)]  # 0 off the Cholesky factor's diagonal
-    return np.concatenate(
-        [np.where(np.abs(sizes) < low, low, sizes), np.log(np.maximum(variances, table.pooled / 100))]
-    )
+    return np.concatenate([np.where(np.abs(sizes) < low, low, sizes), np.log(np.maximum(variances, table.floor * 1e4))])
 
 
 @dataclass(frozen=True)
@@ -571,7 +581,7 @@ def fit_random_slopes(
         # The likelihood can have several peaks, most where the run effects follow one task: hence other starts.
         alike, tied = table.start.copy(), table.start.copy()
         alike[:entries] *= 0.1
-        tied[entries : entries + run_effect] = math.sqrt(table.pooled)
+        tied[entries : entries + run_effect] = math.exp(table.start[entries + run_effect :].mean() / 2)
         starts = [table.start, alike, *([tied] if run_effect else [])]
     found = min((_search(table, guess, reml) for guess in starts), key=lambda found: found.deviance)
 
@@ -581,8 +591,8 @@ def fit_random_slopes(
     var_run = solution.sd_run**2
     is_zero = {
         "curves": np.linalg.svd(solution.factor, compute_uv=False).min() ** 2 < SINGULAR,
-        "runs": run_effect and var_run < SINGULAR * table.pooled,
-        "residuals": solution.var_residual.min() < 100 * FLOOR * table.pooled,
+        "runs": run_effect and var_run * solution.precision.sum(axis=1).mean() < SINGULAR,
+        "residuals": (solution.var_residual < 100 * table.floor).any(),
     }
     # log |X'V^-1 X| in the caller's columns
     basis = 2 * float(np.linalg.slogdet(table.x_basis)[1]) if reml else 0.0
@@ -646,7 +656,10 @@ def f_test(fit: Fitted, contrasts: Array) -> tuple[float, int, float, float]:
 
 
 def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
-    """Chi^2 of a fit against one with fewer fixed columns and the same random parts, its degrees of freedom, and p."""
+    """Chi^2 of a fit against one with fewer fixed columns and the same random parts, its degrees of freedom, and p.
+
+    Never below 0: a null that is likelier by more than rounding says that the fit's search missed the highest peak.
+    """
     if fit.reml or null.reml:
         raise ValueError("restricted likelihoods of different fixed columns cannot be compared; fit both by ML")
     statistic, freedom = max(0.0, 2 * (fit.loglik - null.loglik)), fit.parameters - null.parameters
