@@ -469,18 +469,19 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
     gram = np.einsum("rt,ra,rb->tab", weights, z, z)
     if np.linalg.cond(gram).max() > MAX_CONDITION:
         raise ValueError(f"a task is scored at too few PLWs for a curve of {q} terms; leave the task out")
-    # A curve per task for the scores and for each fixed column, whose own effects are those of what curves leave.
+    # A curve per task for the scores and for each fixed column, whose own effects are those of what curves leave; by
+    # the ridge, none where nothing is left.
     values = np.concatenate([cells[None], is_scored * x.T[:, :, None]])  # [1 + P, R, T]
     curves = np.linalg.solve(gram, ((weights * values).transpose(0, 2, 1) @ z)[..., None])[..., 0]
     left = is_scored * (values - z @ curves.transpose(0, 2, 1))
     products = np.tensordot(weights * left, left, ((1, 2), (1, 2)))
-    own = np.linalg.pinv(products[1:, 1:], rcond=1 / MAX_CONDITION, hermitian=True) @ products[1:, 0]
+    own = np.linalg.solve(products[1:, 1:] + 1e-10 * is_scored.sum() * np.eye(x.shape[1]), products[1:, 0])
     residual, curves = left[0] - np.tensordot(own, left[1:], 1), curves[0] - np.tensordot(own, curves[1:], 1)
     count, freedom = is_scored.sum(axis=1), is_scored.sum(axis=0) - q
     var_residual = (weights * residual**2).sum(axis=0) / freedom
     if not by_task:
         var_residual = (var_residual @ freedom / freedom.sum())[None]
-    if var_residual.min() <= 1e-24 * (cells**2).max():
+    if var_residual.min() <= 1e-24 * np.nanmax(scores**2):
         raise ValueError("a task's scores follow a curve exactly, so its residual variance is 0; leave the task out")
     # The spread of curves with their noise: never singular, and each direction is about as wide as its likelihood.
     noise = (np.linalg.inv(gram) * np.broadcast_to(var_residual, tasks)[:, None, None]).mean(axis=0)
