@@ -306,6 +306,22 @@ def test_scores_in_percent_give_the_same_fit_in_percent():
         assert mixed.satterthwaite(percent, contrast) == pytest.approx(mixed.satterthwaite(fit, contrast), rel=1e-4)
 
 
+@pytest.mark.parametrize("reml", [True, False])
+def test_curves_that_are_levels_alone_are_random_intercepts(reml):
+    scores, x, z = simulate(missing=0.2)
+    weights = np.random.default_rng(1).uniform(0.5, 2, scores.shape)
+    run, task = np.nonzero(~np.isnan(scores))
+    expected = mixed.fit_random_intercept(scores[run, task], x[run], task, reml, weights[run, task])
+    fit = mixed.fit_random_slopes(scores, x, z[:, :1], weights=weights, by_task=False, run_effect=False, reml=reml)
+    assert fit.loglik == pytest.approx(expected.loglik, abs=1e-8)
+    assert fit.parameters == expected.parameters
+    np.testing.assert_allclose(fit.coefficients, expected.coefficients, rtol=1e-6)
+    np.testing.assert_allclose(fit.covariance, expected.covariance, rtol=1e-4, atol=1e-9)
+    for contrast in np.eye(4):
+        assert mixed.satterthwaite(fit, contrast) == pytest.approx(mixed.satterthwaite(expected, contrast), rel=1e-4)
+    assert mixed.f_test(fit, np.eye(4)[1:3]) == pytest.approx(mixed.f_test(expected, np.eye(4)[1:3]), rel=1e-4)
+
+
 def test_a_shifted_curve_is_the_same_curve():
     scores, x, z = simulate(missing=0.1)
     turn = np.array([[1, -0.5, 0.25], [0, 1, -1], [0, 0, 1]])  # w - 0.5 in place of w
