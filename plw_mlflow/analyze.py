@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import stats
+
+from plw_mlflow.mixed import fit_random_intercept, group_means
 
 # log10(2) in the rounding of arXiv:2401.13586v1, section 4, chosen there so that PLW 0.1 becomes w_p 0.5.
 EXPONENT = 0.30103
@@ -33,8 +34,6 @@ COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
 SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
 SCALES = ("none", "fraction")
 TERMS = ("intercept", "w_p", "w_p^2")
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -229,67 +228,6 @@ def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------------------------------------- the fit
-
-
-@dataclass(frozen=True)
-class RandomIntercept:
-    """A fitted linear mixed model y ~ X + (1 | group)."""
-
-    coefficients: Array  # [columns of X]
-    covariance: Array  # of the coefficients
-    var_group: float
-    var_residual: float
-    loglik: float  # restricted if fitted by REML
-
-
-def group_means(columns: Array, group: NDArray[np.intp]) -> Array:
-    """The mean of each column within each group: [groups, columns]."""
-    return np.column_stack([np.bincount(group, column) for column in columns.T]) / np.bincount(group)[:, None]
-
-
-def fit_random_intercept(y: Array, x: Array, group: NDArray[np.intp], reml: bool = True) -> RandomIntercept:
-    """Fit y ~ X + (1 | group) by REML or ML, groups of any sizes; the first column of X must be the intercept.
-
-    y: [n]; x: [n, p] of full rank; group: [n] numbers from 0 without a gap.
-
-    With variance ratio r = var_group / var_residual, the covariance of a group of size m is var_residual (I + r 11'),
-    whose inverse leaves deviations from the group's mean alone and divides the mean by 1 + r m. So least squares
-    needs the deviations once (reduced to a triangle) and one weighted row per group for each r tried.
-    """
-    offset = y.mean()  # the intercept takes it back; smaller numbers lose fewer digits
-    both = np.column_stack([x, y - offset])
-    n, p = len(x), x.shape[1]
-    size, means = np.bincount(group), group_means(both, group)
-    within = np.linalg.qr(both - means[group]).R
-    divisor = n - p if reml else n
-
-    def triangle(ratio: float) -> tuple[Array, float]:
-        """R of the whitened [X y], and -2 log-likelihood with coefficients and residual variance profiled out."""
-        weight = np.sqrt(size / (1 + ratio * size))
-        r = np.linalg.qr(np.vstack([within, weight[:, None] * means])).R
-        deviance = divisor * (1 + math.log(2 * math.pi * r[p, p] ** 2 / divisor)) + np.log1p(ratio * size).sum()
-        if reml:
-            deviance += 2 * np.log(np.abs(np.diag(r)[:p])).sum()
-        return r, float(deviance)
-
-    # A coarse look first: the likelihood of unbalanced groups can have two peaks.
-    grid = np.linspace(-18, 30, 49)
-    start = grid[np.argmin([triangle(math.exp(log_ratio))[1] for log_ratio in grid])]
-    best = optimize.minimize_scalar(
-        lambda log_ratio: triangle(math.exp(log_ratio))[1],
-        bounds=(start - 1, start + 1),
-        method="bounded",
-        options={"xatol": 1e-9},
-    )
-    ratio = 0.0 if triangle(0.0)[1] <= best.fun + 1e-8 else math.exp(best.x)
-    r, deviance = triangle(ratio)
-    inverse = np.linalg.inv(r[:p, :p])
-    coefficients = inverse @ r[:p, p]
-    coefficients[0] += offset
-    var_residual = float(r[p, p] ** 2) / divisor
-    return RandomIntercept(
-        coefficients, var_residual * inverse @ inverse.T, ratio * var_residual, var_residual, -deviance / 2
-    )
 
 
 def lmm(table: pd.DataFrame, scale: str = "none") -> Fit:
