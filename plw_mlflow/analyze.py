@@ -1,329 +1,252 @@
 """From a table of scores to what it says about PLW: does it matter, which value is best, how sure is that.
 
-Scores are fitted per data set against `w_p = PLW^0.30103`, on which the study's scores are a parabola. The mixed
-model is fitted here rather than by statsmodels, whose intercept is off by 1e-3; for a random intercept the
-likelihood has a closed form in the variance ratio, so the fit is one search in one number and equals lme4's.
-A slip of scales (BLEU in 0..100 beside accuracies in 0..1) changes every answer, so it is refused, not guessed.
+Every model is fitted to every data set's scores; the report leads with the first of LEADS that could be. What cannot be
+fitted is listed with its reason, so that an analysis never stops at one model's demands.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
-from plw_mlflow.mixed import fit_random_intercept, group_means
+from plw_mlflow.statistics import design, models, questions
+from plw_mlflow.statistics.design import EXPONENT, TERMS, TRANSFORMS
+from plw_mlflow.statistics.models import Fit
+from plw_mlflow.statistics.optimum import LEVEL
+from plw_mlflow.statistics.questions import Bootstrap, Difference, Equivalence, TaskCurve
+from plw_mlflow.statistics.table import (
+    COLUMNS,
+    MIN_PLWS,
+    SCALES,
+    SCORE,
+    check,
+    fittable,
+    missing_scores,
+    read_scores,
+    rescale,
+)
 
-# log10(2) in the rounding of arXiv:2401.13586v1, section 4, chosen there so that PLW 0.1 becomes w_p 0.5.
-EXPONENT = 0.30103
-LEVEL = 0.05  # of every test; intervals are at 1 - LEVEL
-SCHEMA = "plw_mlflow.fit/1"
-MIN_PLWS = 3  # that a parabola can be fitted to
+T = TypeVar("T")
 
-NAMES = ["model", "dataset", "task", "metric"]
-COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
-SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
-SCALES = ("none", "fraction")
-TERMS = ("intercept", "w_p", "w_p^2")
+SCHEMA = "plw_mlflow.fit/2"
+LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted is the answer
+BOOTSTRAPS: tuple[questions.Resampled, ...] = ("tasks", "seeds", "both")
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One statistical model of one data set's scores; a dictionary has one entry per term of the curve."""
+class Refusal:
+    """Something that these scores do not allow, and why."""
 
-    model: str  # the statistical model's name, "lmm"
     dataset: str
-    scale: str  # what was done to the scores before the fit
-    n: int  # scores
-    tasks: int
-    plws: list[float]  # distinct, ascending
-    coefficients: dict[str, float]
-    standard_errors: dict[str, float]
-    p_values: dict[str, float]  # two-sided, without the intercept
-    degrees_of_freedom: int  # of those tests and of the interval
-    covariance: list[list[float]]  # of the coefficients, rows and columns as in `coefficients`
-    var_task: float  # between tasks; 0 when the fit is singular
-    var_residual: float
-    is_singular: bool
-    loglik: float  # restricted (REML)
-    joint_chisq: float  # likelihood ratio, by ML, of the curve against no effect of PLW; 2 degrees of freedom
-    joint_p: float
-    vertex_wp: float | None  # where the parabola turns, be it a maximum or not; None for a straight line
-    vertex_wp_se: float | None  # delta method
-    has_interior_optimum: bool  # a maximum inside 0..1, or inside the range of PLWs if that goes further
-    optimum_plw: float | None  # None without an interior optimum, as is the interval
-    optimum_interval: list[float] | None  # 95 %: delta method and t on w_p, cut to the range, then mapped to PLW
-    notes: list[str]  # what a reader must know before using the numbers
-
-    @property
-    def verdict(self) -> str:
-        """The answer in one sentence."""
-        b1, b2 = self.coefficients["w_p"], self.coefficients["w_p^2"]
-        matters = self.joint_p < LEVEL
-        lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {self.joint_p:.2g})"
-        if self.optimum_plw is not None and self.optimum_interval is not None:
-            low, high = self.optimum_interval
-            where = f"PLW {self.optimum_plw:.3g} (95 % interval {low:.3g} to {high:.3g})"
-            return f"{lead}: scores peak at {where}." if matters else f"{lead}; the peak at {where} may be chance."
-        ends = {plw: b1 * w_p(plw) + b2 * w_p(plw) ** 2 for plw in (self.plws[0], self.plws[-1])}
-        end = f"the curve is highest at PLW {max(ends, key=lambda plw: ends[plw]):.3g}, an end of the range tried"
-        return f"{lead}: no interior optimum; {end}." if matters else f"{lead}, and no interior optimum."
+    what: str  # a model's name, or what else was asked
+    reason: str
 
 
-def w_p(plw: float) -> float:
-    """The study's transform of a PLW."""
-    return float(plw**EXPONENT)
+@dataclass(frozen=True)
+class Variant:
+    """The answer under another scale of scores or another transform of PLW."""
+
+    name: str
+    joint_p: float | None  # None where it could not be fitted
+    optimum_plw: float | None
+    optimum_interval: list[float] | None
+    reason: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------ the table
+@dataclass(frozen=True)
+class Answer:
+    """What one data set's scores say."""
+
+    dataset: str
+    lead: Fit
+    holm_p: float  # of the lead's joint test, for looking at all data sets of the table
+    verdict: str
+    equivalence: Equivalence | None
+    bootstraps: list[Bootstrap]
+    by_task: list[TaskCurve]
+    by_type: list[tuple[str, Fit]]  # type of task, and the lead's model fitted to its tasks
+    scales: list[Variant]
+    transforms: list[Variant]
 
 
-def read_scores(path: Path) -> pd.DataFrame:
-    """Read a score table from CSV, checked; each row is labelled by its line in the file, the header being line 1."""
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that was asked of a table."""
+
+    fits: list[Fit]  # data set by data set, the models in the order of MODELS
+    refusals: list[Refusal]
+    answers: list[Answer]  # a data set each
+    differences: list[Difference]
+    scale: str
+    transform: str
+    margin: float | None
+
+
+def analyze(
+    table: pd.DataFrame,
+    scale: str = "none",
+    *,
+    transform: str = "power",
+    margin: float | None = None,
+    by: tuple[str, ...] = (),
+    draws: int = 2000,
+    seed: int = 1234,
+) -> Analysis:
+    """Check a table, bring it to one scale, and ask it everything.
+
+    margin: a difference of scores that is as good as none, for the test of no effect. by: columns between whose values
+    curves are compared; `dataset` always is. draws: of each bootstrap, 0 for none.
+
+    Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
+    """
+    checked = check(table)
+    scaled = rescale(checked, scale)
+    source = table.attrs.get("source", "score table")
+    types = questions.task_types(checked)
+    fits: list[Fit] = []
+    refusals: list[Refusal] = []
+    answers: list[Answer] = []
+    for dataset, part in scaled.groupby("dataset"):
+        tries = _Tries(str(dataset), refusals)
+        grid = _grid(part, str(dataset), transform)
+        here = tries.every((model, partial(models.fit, model, grid, scale)) for model in models.MODELS)
+        fits += here
+        by_model = {one.model: one for one in here}
+        lead = next((by_model[model] for model in LEADS if model in by_model), None)
+        if lead is None:
+            reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
+            raise ValueError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
+        equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin))])
+        answers.append(
+            Answer(
+                str(dataset),
+                lead,
+                math.nan,
+                verdict(lead, *equal),
+                equal[0] if equal else None,
+                tries.every(
+                    (f"bootstrap over {over}", partial(questions.bootstrap, grid, over, draws, seed))
+                    for over in BOOTSTRAPS
+                    if draws
+                ),
+                questions.each_task(grid, types),
+                _by_type(part, types, tries, transform, scale),
+                [_variant(checked, str(dataset), lead.model, other, transform, other) for other in SCALES],
+                [_variant(checked, str(dataset), lead.model, scale, other, other) for other in TRANSFORMS],
+            )
+        )
+    adjusted = questions.holm({answer.dataset: answer.lead.joint_p for answer in answers})
+    answers = [replace(answer, holm_p=adjusted[answer.dataset]) for answer in answers]
+    return Analysis(fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin)
+
+
+class _Tries:
+    """Calls that may refuse, whose reasons are kept."""
+
+    def __init__(self, dataset: str, refusals: list[Refusal]) -> None:
+        self._dataset, self._refusals = dataset, refusals
+
+    def every(self, named: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
+        """What the calls give, without those that refuse."""
+        found = []
+        for what, call in named:
+            try:
+                found.append(call())
+            except ValueError as error:
+                self.note(what, str(error))
+        return found
+
+    def note(self, what: str, reason: str) -> None:
+        """Keep a reason."""
+        self._refusals.append(Refusal(self._dataset, what, reason))
+
+
+def _by_type(
+    part: pd.DataFrame, types: dict[str, str], tries: _Tries, transform: str, scale: str
+) -> list[tuple[str, Fit]]:
+    """Each type's tasks by themselves, by the first of LEADS that so few allow."""
+    found = []
+    kinds = part["task"].map(types)
+    for kind in sorted(kinds.dropna().unique()):
+        of_kind = part[kinds == kind]
+        if len(of_kind) == len(part):
+            continue
+        grid = _grid(of_kind, part["dataset"].iloc[0], transform)
+        reasons: list[str] = []
+        for model in LEADS:
+            try:
+                found.append((str(kind), models.fit(model, grid, scale)))
+            except ValueError as error:
+                reasons.append(f"{model}: {error}")
+            else:
+                break
+        else:
+            tries.note(f"{kind} tasks", "; ".join(reasons))
+    return found
+
+
+def _grid(part: pd.DataFrame, dataset: str, transform: str, by: str | None = None) -> design.Grid:
+    return design.grid(part, dataset, design.transform(transform, part["plw"]), by=by)
+
+
+def _variant(checked: pd.DataFrame, dataset: str, model: str, scale: str, transform: str, name: str) -> Variant:
+    """The lead's answer under another scale or transform."""
     try:
-        data = Path(path).read_bytes()
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
-        lines = [(reader.line_num, row) for row in reader if row]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --scores a CSV file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
-    if not lines:
-        raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
-    (_, header), *rows = lines
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
-    table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
-    table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
-    return check(table)
+        scaled = rescale(checked, scale)
+        found = models.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform), scale)
+    except ValueError as error:
+        return Variant(name, None, None, None, str(error))
+    return Variant(name, found.joint_p, found.optimum_plw, found.optimum_interval)
 
 
-def first(mask: Any) -> Any:
-    """The label of the first row of which a mask holds."""
-    return mask.index[np.argmax(mask)]
+def _differences(
+    scaled: pd.DataFrame, by: tuple[str, ...], transform: str, refusals: list[Refusal]
+) -> list[Difference]:
+    """The tests between the values of columns, over all data sets together."""
+    asked = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
+    if unknown := [column for column in asked if column not in scaled]:
+        raise ValueError(f"by {unknown[0]}: the table has no such column; it has {', '.join(map(str, scaled))}")
+
+    def compare(column: str) -> Difference:
+        return questions.difference(_grid(scaled, "all", transform, column), column)
+
+    return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in asked)
 
 
-def check(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of a score table with columns typed, or a ValueError that names its first fault and the row's label."""
-    source = table.attrs.get("source", "score table")
-
-    def refuse(bad: Any, column: str, demand: str) -> None:
-        if bad.any():
-            row = first(bad)
-            raise ValueError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
-
-    if missing := [column for column in COLUMNS if column not in table]:
-        raise ValueError(f"{source}: no column {', '.join(missing)}; a score table has {','.join(COLUMNS)}")
-    if not table.columns.is_unique:
-        raise ValueError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
-    if table.empty:
-        raise ValueError(f"{source}: holds no scores; run evaluate first, or give another table")
-    if not table.index.is_unique:  # row labels name a fault, so each must mean one row
-        table = table.reset_index(drop=True)
-    typed = table.copy()
-    for column in NAMES:
-        refuse(table[column].isna() | (table[column].astype(str).str.strip() == ""), column, "a name is needed")
-        typed[column] = table[column].astype(str)
-    for column in ["plw", "seed", "score", *(column for column in ("stderr", "n") if column in table)]:
-        numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-        is_blank = table[column].isna() | (table[column].astype(str).str.strip() == "")
-        is_optional = column in ("stderr", "n")
-        refuse(~np.isfinite(numbers) & ~(is_blank & is_optional), column, "but must be a finite number; mend the row")
-        refuse(numbers.abs() > 1e12, column, "too large to be one; mend the row")
-        if column != "score":
-            refuse(numbers < 0, column, "but must be 0 or more; mend the row")
-        typed[column] = numbers
-    refuse(typed["seed"] % 1 != 0, "seed", "but must be a whole number; mend the row")
-    typed["seed"] = typed["seed"].astype("int64")
-
-    for task, metrics in typed.groupby("task")["metric"].unique().items():
-        if len(metrics) > 1:
-            both = " and ".join(sorted(metrics))
-            raise ValueError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
-    if (again := typed.duplicated(SCORE)).any():
-        row = first(again)
-        same = typed.groupby(SCORE).ngroup()
-        earlier = first(same == same[row])
-        raise ValueError(f"{source}, row {row}: scores the same {', '.join(SCORE)} as row {earlier}; keep one of them")
-    for dataset, part in typed.groupby("dataset"):
-        where = f"{source}: data set {dataset}"
-        if part["task"].nunique() < 2:
-            raise ValueError(f"{where} has only the task {part['task'].iloc[0]}; a fit over tasks needs 2 or more")
-        if (plws := part["plw"].nunique()) < MIN_PLWS:
-            raise ValueError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
-        if part.groupby("task")["score"].nunique().max() == 1:
-            raise ValueError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
-    return typed
+def verdict(fit: Fit, equal: Equivalence | None = None) -> str:
+    """The answer of a fit in one sentence or two."""
+    matters = fit.joint_p < LEVEL
+    lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
+    nothing = ""
+    if equal is not None and equal.p is not None:
+        is_shown = equal.p < LEVEL
+        nothing = (
+            f" All differences between the PLWs tried are {'shown to be' if is_shown else 'not shown to be'} "
+            f"within {equal.margin:g} (p = {equal.p:.2g})."
+        )
+    if fit.optimum_plw is not None and fit.optimum_interval is not None:
+        low, high = fit.optimum_interval
+        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {low:.3g} to {high:.3g})"
+        found = f": scores peak at {where}." if matters else f"; the peak at {where} may be chance."
+        return lead + found + nothing
+    end = f"the curve is highest at PLW {highest_end(fit):.3g}, an end of the range tried"
+    return lead + (f": no interior optimum; {end}." if matters else ", and no interior optimum.") + nothing
 
 
-def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
-
-    For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
-    kept, for `check` to say so.
-    """
-    plws = table.groupby("dataset")["plw"].nunique()
-    thin = sorted(plws.index[plws < MIN_PLWS])
-    if len(thin) == len(plws):
-        return table, []
-    kept = table[~table["dataset"].isin(thin)]
-    kept.attrs = table.attrs
-    return kept, thin
+def highest_end(fit: Fit) -> float:
+    """The end of the PLWs tried at which the curve is higher."""
+    ends = design.transform(fit.transform, fit.plws)([fit.plws[0], fit.plws[-1]])
+    heights = [fit.coefficients["w_p"] * w + fit.coefficients["w_p^2"] * w**2 for w in ends]
+    return fit.plws[0] if heights[0] > heights[1] else fit.plws[-1]
 
 
-def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
-    """A checked table with its scores on one scale.
-
-    `none` leaves them alone but refuses scores above 1 beside scores in 0..1 (0 itself may be either). Negative scores
-    say that the table is on neither scale (z-scores, log-likelihoods), so nothing is refused and the fit notes it.
-    `fraction` divides by 100 the tasks that have scores above 1. A task with scores on both sides of 1 could be
-    low percentages or a mix of units, which no rule can tell apart, so it is always refused.
-    """
-    source = table.attrs.get("source", "score table")
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}, but must be one of {', '.join(SCALES)}")
-    above, within = table["score"] > 1, table["score"].between(0, 1, inclusive="right")
-    if not above.any() or (scale == "none" and (table["score"] < 0).any()):
-        return table
-    for task, rows in table.groupby("task")["score"]:
-        if above[rows.index].any() and within[rows.index].any():
-            low, high = first(within[rows.index]), first(above[rows.index])
-            raise ValueError(
-                f"{source}, row {high}: task {task} scores {rows[high]:g} here but {rows[low]:g} in row {low}, "
-                "so its scale is not clear; write all its scores as fractions"
-            )
-    if scale == "none":
-        if within.any():
-            high, low = first(above), first(within)
-            raise ValueError(
-                f"{source}, row {high}: {table['task'][high]} scores {table['score'][high]:g} beside "
-                f"{table['score'][low]:g} of {table['task'][low]} in row {low}; scales are mixed (0..100 beside 0..1): "
-                "give --scale fraction to divide by 100 the tasks that exceed 1"
-            )
-        return table
-    if (table["score"] > 100).any():
-        row = first(table["score"] > 100)
-        raise ValueError(f"{source}, row {row}: score {table['score'][row]:g} is no percentage; rescale it yourself")
-    is_percent = table["task"].isin(table["task"][above])
-    scaled = [column for column in ("score", "stderr") if column in table]
-    rescaled = table.copy()
-    rescaled[scaled] = table[scaled].where(~is_percent, table[scaled] / 100)
-    return rescaled
-
-
-def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """The scores a full grid of the table's models, data sets, PLWs, seeds and tasks would have and it has not."""
-    grid = pd.MultiIndex.from_product([sorted(table[column].unique()) for column in SCORE], names=SCORE)
-    return grid.difference(pd.MultiIndex.from_frame(table[SCORE])).to_frame(index=False)
-
-
-# ---------------------------------------------------------------------------------------------- the fit
-
-
-def lmm(table: pd.DataFrame, scale: str = "none") -> Fit:
-    """Fit score ~ w_p + w_p^2 + (1 | task) by REML to the scores of one data set (checked, and on one scale).
-
-    p-values and the interval use t with n - tasks - 2 degrees of freedom, those of the scores within tasks. This gives
-    the p1 and p2 of lme4's reference rows to all their digits (the normal, or n - 3, does not), as it equals
-    Satterthwaite's number when every task is scored at the same cells.
-    """
-    dataset, source = table["dataset"].iloc[0], table.attrs.get("source", "score table")
-    where = f"{source}: data set {dataset}"
-    table = table.sort_values(SCORE)  # sums then round alike whatever the order of rows
-    y, w = table["score"].to_numpy(float), table["plw"].to_numpy(float) ** EXPONENT
-    x = np.column_stack([np.ones_like(w), w, w**2])
-    task, names = pd.factorize(table["task"])
-    n, tasks, plws = len(y), len(names), sorted(set(table["plw"].tolist()))
-    freedom = n - tasks - 2
-    if freedom < 1:
-        raise ValueError(f"{where} has {n} scores for {tasks} tasks, too few for a curve; score more cells")
-    if np.linalg.cond(x / np.linalg.norm(x, axis=0)) > 1e9:
-        raise ValueError(f"{where}: PLWs {plws[0]:g} to {plws[-1]:g} lie too close together to fit a curve")
-    deviations = x[:, 1:] - group_means(x[:, 1:], task)[task], y - group_means(y[:, None], task)[task, 0]
-    residual = deviations[1] - deviations[0] @ np.linalg.lstsq(*deviations)[0]
-    if np.abs(residual).max() <= 1e-12 * np.abs(y).max():
-        raise ValueError(f"{where} follows a curve exactly; without residuals nothing can be tested, check the scores")
-
-    fit = fit_random_intercept(y, x, task)
-    full, null = fit_random_intercept(y, x, task, reml=False), fit_random_intercept(y, x[:, :1], task, reml=False)
-    chisq = max(0.0, 2 * (full.loglik - null.loglik))
-    b, v = fit.coefficients, fit.covariance
-    se = np.sqrt(np.diag(v))
-    assert np.isfinite([*b, *se, fit.loglik]).all()
-
-    top = max(1.0, w.max())
-    vertex = vertex_se = optimum = interval = None
-    if b[2] != 0:
-        vertex = float(-b[1] / (2 * b[2]))
-        slope = np.array([0, -1 / (2 * b[2]), b[1] / (2 * b[2] ** 2)])
-        vertex_se = float(np.sqrt(slope @ v @ slope))
-        if b[2] < 0 and 0 < vertex < top:
-            reach = stats.t.ppf(1 - LEVEL / 2, freedom) * vertex_se
-            ends = np.clip([vertex - reach, vertex + reach], 0, top)
-            optimum, interval = vertex ** (1 / EXPONENT), (ends ** (1 / EXPONENT)).tolist()
-
-    notes = []
-    if y.min() < 0:
-        notes.append("Some scores are negative, so on neither scale 0..1 nor 0..100; they were fitted as they are.")
-    if is_singular := fit.var_group == 0:
-        notes.append("Singular fit: tasks differ no more than residual noise, so this is ordinary least squares.")
-    if b[2] >= 0:
-        notes.append("The curve does not bend downwards, so it has no maximum inside the range.")
-    elif vertex is not None and optimum is None:
-        notes.append(f"The curve {'falls' if vertex <= 0 else 'rises'} over the whole range of PLW.")
-    if vertex is not None and interval is not None:
-        if interval[0] == 0 and ends[1] == top:
-            notes.append("The optimum's interval covers the whole range: these scores do not locate it.")
-        if not w.min() <= vertex <= w.max():
-            notes.append(f"The optimum lies outside the PLWs tried ({plws[0]:g} to {plws[-1]:g}).")
-    named = dict(zip(TERMS[1:], (2 * stats.t.sf(np.abs(b / se), freedom))[1:].tolist(), strict=True))
-    return Fit(
-        model="lmm",
-        dataset=dataset,
-        scale=scale,
-        n=n,
-        tasks=tasks,
-        plws=plws,
-        coefficients=dict(zip(TERMS, b.tolist(), strict=True)),
-        standard_errors=dict(zip(TERMS, se.tolist(), strict=True)),
-        p_values=named,
-        degrees_of_freedom=freedom,
-        covariance=v.tolist(),
-        var_task=float(fit.var_group),
-        var_residual=float(fit.var_residual),
-        is_singular=is_singular,
-        loglik=fit.loglik,
-        joint_chisq=chisq,
-        joint_p=float(stats.chi2.sf(chisq, 2)),
-        vertex_wp=vertex,
-        vertex_wp_se=vertex_se,
-        has_interior_optimum=optimum is not None,
-        optimum_plw=optimum,
-        optimum_interval=interval,
-        notes=notes,
-    )
-
-
-def analyze(table: pd.DataFrame, scale: str = "none") -> list[Fit]:
-    """Check the table, bring it to one scale, and fit every data set."""
-    scaled = rescale(check(table), scale)
-    return [lmm(part, scale) for _, part in scaled.groupby("dataset")]
-
-
-# ------------------------------------------------------------------------------------------- what it leaves
-
-
-def to_json(fits: list[Fit], table: pd.DataFrame) -> dict[str, Any]:
+def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
     """What `fit.json` holds: every fit unrounded, and which scores it came from.
 
     `table.sha256` is of the sorted columns of the contract, so equal scores have it whatever their order or file.
@@ -333,6 +256,8 @@ def to_json(fits: list[Fit], table: pd.DataFrame) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "exponent": EXPONENT,
+        "scale": analysis.scale,
+        "transform": analysis.transform,
         "table": {
             "source": table.attrs.get("source"),
             "file_sha256": table.attrs.get("file_sha256"),
@@ -340,46 +265,26 @@ def to_json(fits: list[Fit], table: pd.DataFrame) -> dict[str, Any]:
             "rows": len(table),
             "missing": missing_scores(table).to_dict("records"),
         },
-        "fits": [{**asdict(fit), "verdict": fit.verdict} for fit in fits],
+        "fits": [{**asdict(fit), "joint_p": fit.joint_p, "verdict": verdict(fit)} for fit in analysis.fits],
+        "refusals": [asdict(one) for one in analysis.refusals],
+        "answers": [
+            {
+                **{name: value for name, value in asdict(answer).items() if name != "lead"},
+                "lead": answer.lead.model,
+                "by_type": [{"task_type": kind, **asdict(fit), "joint_p": fit.joint_p} for kind, fit in answer.by_type],
+            }
+            for answer in analysis.answers
+        ],
+        "differences": [asdict(one) for one in analysis.differences],
     }
 
 
-def predict(fit_json: dict[str, Any], dataset: str, plw: float, model: str = "lmm") -> float:
-    """The score a data set's curve gives at a PLW, for the mean of its tasks, on the scale of the fit."""
-    if not (math.isfinite(plw) and plw >= 0):
-        raise ValueError(f"plw must be 0 or more, got {plw}")
-    fits = {fit["dataset"]: fit for fit in fit_json["fits"] if fit["model"] == model}
-    if dataset not in fits:
-        raise ValueError(f"no {model} fit of data set {dataset!r}; there are {', '.join(sorted(fits)) or 'none'}")
-    b0, b1, b2 = (fits[dataset]["coefficients"][term] for term in TERMS)
-    return float(b0 + b1 * w_p(plw) + b2 * w_p(plw) ** 2)
-
-
-class Regression:
-    """A fit as a model: what MLflow loads as the registered model plw-regression."""
-
-    def __init__(self, fit_json: dict[str, Any]) -> None:
-        self.fit_json = fit_json
-
-    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Columns dataset and plw in; score and optimum_plw (NaN without an interior optimum) out, a row each."""
-        optimum = {fit["dataset"]: fit["optimum_plw"] for fit in self.fit_json["fits"] if fit["model"] == "lmm"}
-        rows = zip(table["dataset"], table["plw"], strict=True)
-        scores = [predict(self.fit_json, dataset, plw) for dataset, plw in rows]
-        optima = [math.nan if optimum[name] is None else optimum[name] for name in table["dataset"]]
-        return pd.DataFrame({"score": scores, "optimum_plw": optima}, index=table.index)
-
-
-def _load_pyfunc(path: str) -> Regression:
-    """MLflow's hook by which its pyfunc flavour loads a fit.json (`loader_module`), without a pickle."""
-    return Regression(json.loads(Path(path).read_text()))
-
-
-def table_text(fits: list[Fit]) -> str:
-    """The fits as the terminal shows them: a line per fit, then its answer in words."""
+def table_text(analysis: Analysis) -> str:
+    """The analysis as the terminal shows it: a line per fit, then each answer in words."""
+    fits = analysis.fits
     width = max(8, *(len(fit.dataset) for fit in fits))
     terms = "  ".join(f"{f'{term} (SE)':19}  {'p':7}" for term in TERMS[1:])
-    lines = [f"{'data set':{width}}  model    n  tasks   {terms}  joint p  optimum PLW"]
+    lines = [f"{'data set':{width}}  {'model':10}    n  tasks   {terms}  joint p  optimum PLW"]
     for fit in fits:
         terms = "  ".join(
             f"{f'{fit.coefficients[term]:+.4g} ({fit.standard_errors[term]:.2g})':19}  {fit.p_values[term]:<7.2g}"
@@ -387,8 +292,37 @@ def table_text(fits: list[Fit]) -> str:
         )
         optimum = "no interior optimum" if fit.optimum_plw is None else f"{fit.optimum_plw:.4f}"
         lines.append(
-            f"{fit.dataset:{width}}  {fit.model:5} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
+            f"{fit.dataset:{width}}  {fit.model:10} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
         )
-    for fit in fits:
-        lines += ["", f"{fit.dataset}: {fit.verdict}", *(f"  {note}" for note in fit.notes)]
+    for answer in analysis.answers:
+        lines += ["", f"{answer.dataset} ({answer.lead.model}): {answer.verdict}"]
+        lines += [f"  {note}" for note in answer.lead.notes]
+        if answer.holm_p != answer.lead.joint_p:
+            lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
+    for one in analysis.differences:
+        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in one.tests)
+        lines += ["", f"Does the curve differ by {one.by}? {tests}."]
+    for refusal in analysis.refusals:
+        lines.append(f"not done: {refusal.dataset}, {refusal.what}: {refusal.reason}")
     return "\n".join(lines)
+
+
+__all__ = [
+    "EXPONENT",
+    "LEVEL",
+    "MIN_PLWS",
+    "SCALES",
+    "TERMS",
+    "TRANSFORMS",
+    "Analysis",
+    "Answer",
+    "Fit",
+    "analyze",
+    "check",
+    "fittable",
+    "missing_scores",
+    "read_scores",
+    "rescale",
+    "to_json",
+    "verdict",
+]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import integrate, optimize, special, stats
 
-from plw_mlflow import beta
 from plw_mlflow.analyze import EXPONENT
+from plw_mlflow.statistics import beta
 
 ROOT = Path(__file__).resolve().parents[1]
 R = Path(__file__).parent / "fixtures/r"

@@ -99,6 +99,7 @@ class Grid:
     x: Array  # [R, P], the fixed part
     terms: tuple[str, ...]  # names of its columns, TERMS first
     notes: tuple[str, ...]  # what was left out
+    by: str | None = None  # the column each of whose values has a curve of its own
 
     @cached_property
     def w(self) -> Array:
@@ -129,24 +130,26 @@ class Grid:
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5
-        runs = is_scored[:, tasks].all(1)
+        runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
         left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
         if gone := int((~runs).sum()):
             left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")
         if not left_out:
             return self, ()
-        x, terms = _columns(self.runs[runs], self.transform, self._factors)
+        kept = self.runs.loc[runs].reset_index(drop=True)
+        x, terms = _columns(kept, self.transform, self._factors, self.by)
         smaller = Grid(
             self.dataset,
             self.source,
             self.transform,
             self.scores[np.ix_(runs, tasks)],
             None if self.weights is None else self.weights[np.ix_(runs, tasks)],
-            self.runs[runs].reset_index(drop=True),
+            kept,
             tuple(name for name, kept in zip(self.tasks, tasks, strict=True) if kept),
             x,
             terms,
             self.notes,
+            self.by,
         )
         return smaller, tuple(left_out)
 
@@ -186,6 +189,7 @@ def grid(table: pd.DataFrame, dataset: str, transform: Transform, *, by: str | N
         x,
         terms,
         (),
+        by,
     )
 
 

@@ -145,7 +145,7 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
         raise ValueError(f"random slopes by task need 4 tasks or more, there are {len(grid.tasks)}")
-    has_runs = mixed.has_run_information(grid.scores, grid.x)
+    has_runs = bool(mixed.has_run_information(grid.scores, grid.x))
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
     likely = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, reml=False, start=restricted, **settings)
@@ -295,11 +295,9 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
     grid, b, v = result.grid, result.coefficients, result.covariance
     errors = np.sqrt(np.diag(v))
     freedoms = [result.freedom(row) for row in np.eye(len(b))]
-    p = 2 * stats.t.sf(np.abs(b / errors), freedoms)
+    p = np.array([2 * stats.t.sf(abs(t), freedom) for t, freedom in zip(b / errors, freedoms, strict=True)])
     low, high = grid.transform.ends
-    parabola = Parabola(
-        float(b[1]), float(b[2]), v[1:3, 1:3], lambda c: result.freedom(_widen(c, len(b))), low, high
-    )
+    parabola = Parabola(float(b[1]), float(b[2]), v[1:3, 1:3], lambda c: result.freedom(_widen(c, len(b))), low, high)
     error = parabola.vertex_error()
     optimum = interval = None
     notes = list(grid.notes) + list(result.notes)

@@ -119,9 +119,7 @@ def _below(bounds: Array, correlation: float, freedom: float) -> float:
     if abs(correlation) > 1 - 1e-12:
         first = stats.t.cdf if math.isfinite(freedom) else lambda x, _: stats.norm.cdf(x)
         a, b = bounds
-        return float(
-            first(min(a, b), freedom) if correlation > 0 else max(0.0, first(a, freedom) - first(-b, freedom))
-        )
+        return float(first(min(a, b), freedom) if correlation > 0 else max(0.0, first(a, freedom) - first(-b, freedom)))
     root = math.sqrt(1 - correlation**2)
     # Substituting the first variable's probability: nodes where it lies.
     nodes, weights = np.polynomial.legendre.leggauss(200)

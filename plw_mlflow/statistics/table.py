@@ -121,10 +121,10 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
 
     `none` leaves them alone but refuses scores above 1 beside scores in 0..1 (0 itself may be either). Negative scores
     say that the table is on neither scale (z-scores, log-likelihoods), so nothing is refused and the fit notes it.
-    `fraction` divides by 100 the tasks that have scores above 1. `minmax` maps each task's lowest and highest score, over
-    all data sets, to 0 and 1; `zscore` subtracts its mean and divides by its standard deviation; a task whose scores are
-    all equal becomes 0. A task with scores on both sides of 1 could be low percentages or a mix of units, which no rule
-    can tell apart, so it is always refused.
+    `fraction` divides by 100 the tasks that have scores above 1. `minmax` maps each task's lowest and highest score,
+    over all data sets, to 0 and 1; `zscore` subtracts its mean and divides by its standard deviation; a task whose
+    scores are all equal becomes 0. A task with scores on both sides of 1 could be low percentages or a mix of units,
+    which no rule can tell apart, so it is always refused.
     """
     source = table.attrs.get("source", "score table")
     if scale not in SCALES:

@@ -1,0 +1,239 @@
+"""What is asked of a data set's scores beside the fits: is there no effect, do groups differ, is the optimum stable.
+
+All start from the over-tasks estimate (`over_tasks.py`), which the report leads with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from plw_mlflow.statistics import mixed, over_tasks
+from plw_mlflow.statistics.design import CURVE, Grid
+from plw_mlflow.statistics.models import JointTest
+from plw_mlflow.statistics.optimum import LEVEL, Parabola, maximisers
+
+Array = NDArray[np.float64]
+
+POWER = 0.8
+Resampled = Literal["tasks", "seeds", "both"]
+
+
+# --------------------------------------------------------------------------------------------- no effect
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests (TOST) of every pair of PLWs tried: is the largest difference between them below a margin?
+
+    As every pair must pass, the tests need no correction (intersection-union, Berger 1982,
+    doi:10.1080/00401706.1982.10487790).
+    """
+
+    margin: float | None  # on the scale of the scores; None where the person gave none
+    p: float | None  # of the worst pair; below 0.05, all differences are within the margin
+    smallest_margin: float  # that these scores would have passed at 0.05
+    largest_difference: float  # estimated, between two PLWs tried
+    pair: list[float]  # these two, the lower score first
+    detectable: float  # difference of the least certain pair that a t test at 0.05 finds in 4 of 5 such studies
+
+
+def equivalence(grid: Grid, margin: float | None = None) -> Equivalence:
+    """Is PLW's effect, over the PLWs tried, as good as none? Raises ValueError as the fit over tasks does."""
+    if margin is not None and not 0 < margin < math.inf:
+        raise ValueError(f"margin must be a number above 0, got {margin}")
+    whole, _ = grid.complete
+    curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
+    plws = sorted(set(whole.runs["plw"]))
+    w = whole.transform(plws)
+    worst_p, smallest, detectable = 0.0, 0.0, 0.0
+    largest, pair = -1.0, [plws[0], plws[0]]
+    for i in range(len(w)):
+        for j in range(i):
+            contrast = (w[i] - w[j]) * whole.contrasts[0] + (w[i] ** 2 - w[j] ** 2) * whole.contrasts[1]
+            difference, error, freedom, _ = curves.t_test(contrast)
+            if margin is not None:
+                worst_p = max(worst_p, float(stats.t.sf((margin - abs(difference)) / error, freedom)))
+            smallest = max(smallest, abs(difference) + stats.t.ppf(1 - LEVEL, freedom) * error)
+            reach = stats.t.ppf(1 - LEVEL / 2, freedom) + stats.t.ppf(POWER, freedom)
+            detectable = max(detectable, reach * error)
+            if abs(difference) > largest:
+                largest = abs(difference)
+                pair = [plws[j], plws[i]] if difference > 0 else [plws[i], plws[j]]
+    p = None if margin is None else worst_p
+    return Equivalence(margin, p, float(smallest), float(largest), pair, float(detectable))
+
+
+# --------------------------------------------------------------------------------------------- differences
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A test of whether the curve differs between the values of a column."""
+
+    by: str
+    levels: list[str]
+    tests: list[JointTest]
+    notes: list[str]
+
+
+def difference(grid: Grid, by: str) -> Difference:
+    """Does PLW act differently between the levels of `by`? `grid` is one made with that `by`.
+
+    The tests are of all interactions of level and curve: over tasks (each task's curves are compared within the task),
+    and the likelihood ratio of `lmm`, which takes all tasks as moved alike. Raises ValueError where there is one level,
+    or too little for a curve in each.
+    """
+    levels = sorted(grid.runs[by].astype(str).unique())
+    if len(levels) < 2:
+        raise ValueError(f"by {by}: there is only {levels[0]}, nothing to compare")
+    is_tested = [":" in term for term in grid.terms]
+    if sum(is_tested) < 2 * (len(levels) - 1):
+        raise ValueError(f"by {by}: not every level has PLWs enough for a curve of its own")
+    notes = []
+    tests: list[JointTest] = []
+    whole, left_out = grid.complete
+    if left_out:
+        notes.append(f"Over tasks, left out: {', '.join(left_out)}.")
+    contrasts = np.eye(len(grid.terms))[is_tested]
+    if len(whole.tasks) > len(contrasts) + 1 and whole.terms == grid.terms and len(whole.scores) > len(grid.terms):
+        curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
+        f, df1, df2, p = curves.joint_test(contrasts)
+        tests.append(JointTest("Hotelling's T^2 over tasks", f, df1, df2, p))
+    else:
+        notes.append(f"Too few tasks to test {len(contrasts)} coefficients over them.")
+    y, run, task = grid.long
+    full = mixed.fit_random_intercept(y, grid.x[run], task, reml=False)
+    null = mixed.fit_random_intercept(y, grid.x[run][:, [not tested for tested in is_tested]], task, reml=False)
+    chisq, df, p = mixed.likelihood_ratio(full, null)
+    tests.append(JointTest("likelihood ratio, lmm", chisq, df, None, p))
+    return Difference(by, levels, tests, notes)
+
+
+# ----------------------------------------------------------------------------------------------- bootstrap
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """The best PLW of resampled scores."""
+
+    over: Resampled
+    draws: int
+    interval: list[float]  # 95 % of the best PLWs within the range, an end where the curve is highest there
+    interior: float  # share of draws with a maximum inside the range
+
+
+def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: int = 1234) -> Bootstrap:
+    """Resample tasks, seeds (within each model and PLW), or both, and see where the mean curve is highest.
+
+    Raises ValueError for seeds where no cell has two, and for fewer than 4 tasks over tasks.
+    """
+    whole, _ = grid.complete
+    scores, x = whole.scores, whole.x
+    runs, tasks = scores.shape
+    draw = np.random.default_rng(seed)
+    counts = np.ones((draws, tasks))
+    if over in ("tasks", "both"):
+        if tasks < 4:
+            raise ValueError(f"resampling tasks needs 4 or more, there are {tasks}")
+        counts = draw.multinomial(tasks, np.full(tasks, 1 / tasks), size=draws).astype(float)
+    hat = np.linalg.pinv(x)[1:3]  # [2, R]
+    if over == "tasks":
+        coefficients = counts @ (hat @ scores).T / tasks
+    else:
+        cell = whole.runs.groupby(["model", "dataset", "plw"]).ngroup().to_numpy()
+        if np.bincount(cell).max() < 2:
+            raise ValueError("resampling seeds needs cells that were run with two seeds or more")
+        order = np.argsort(cell, kind="stable")
+        size = np.bincount(cell)[cell[order]]
+        start = np.concatenate([[0], np.cumsum(np.bincount(cell))[:-1]])[cell[order]]
+        means = counts @ scores.T / tasks  # [draws, R]
+        picked = order[start + (draw.random((draws, runs)) * size).astype(int)]  # a run of the same cell
+        coefficients = np.take_along_axis(means, picked, 1)[:, np.argsort(order)] @ hat.T
+    low, high = whole.transform.ends
+    best = maximisers(coefficients[:, 0], coefficients[:, 1], low, high)
+    interval = whole.transform.back(np.quantile(best, [LEVEL / 2, 1 - LEVEL / 2]))
+    return Bootstrap(over, draws, interval.tolist(), float(((low < best) & (best < high)).mean()))
+
+
+# ------------------------------------------------------------------------------------------------ each task
+
+
+@dataclass(frozen=True)
+class TaskCurve:
+    """One task's own curve, by least squares on its runs."""
+
+    task: str
+    task_type: str | None
+    coefficients: dict[str, float]
+    joint_p: float  # F of the curve
+    optimum_plw: float | None  # None without an interior maximum
+    optimum_interval: list[float] | None  # 95 %, delta method, cut to the range
+    best_plw: float  # where the curve is highest within the range: the optimum, or an end
+    interior_probability: float
+
+
+def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve]:
+    """The curves of the tasks that have runs enough; p-values and intervals are each task's own, not corrected."""
+    found = []
+    for column, task in enumerate(grid.tasks):
+        scored = ~np.isnan(grid.scores[:, column])
+        x = grid.x[scored]
+        x = x[:, [0, 1, 2, *(c for c in range(3, x.shape[1]) if np.ptp(x[:, c]) > 0)]]
+        n, p = x.shape
+        if len(set(grid.runs["plw"][scored])) < 3 or n <= p or np.linalg.matrix_rank(x) < p:
+            continue
+        y = grid.scores[scored, column]
+        q, r = np.linalg.qr(x)
+        b = np.linalg.solve(r, q.T @ y)
+        residual = y - x @ b
+        variance = float(residual @ residual) / (n - p)
+        if variance <= 1e-24 * max(1.0, float(np.abs(y).max()) ** 2):
+            continue
+        inverse = np.linalg.inv(r)
+        covariance = (variance * inverse @ inverse.T)[1:3, 1:3]
+        f = float(b[1:3] @ np.linalg.solve(covariance, b[1:3])) / 2
+        low, high = grid.transform.ends
+        parabola = Parabola(float(b[1]), float(b[2]), covariance, lambda _, df=n - p: float(df), low, high)  # type: ignore[misc]
+        optimum = interval = None
+        if parabola.has_interior_maximum and (reach := parabola.delta_interval()) is not None:
+            optimum = float(grid.transform.back(parabola.vertex or 0.0))
+            interval = grid.transform.back(np.clip(reach, low, high)).tolist()
+        best = maximisers(b[1:2], b[2:3], low, high)
+        found.append(
+            TaskCurve(
+                task,
+                (types or {}).get(task),
+                dict(zip(("intercept", *CURVE), b[:3].tolist(), strict=True)),
+                float(stats.f.sf(f, 2, n - p)),
+                optimum,
+                interval,
+                float(grid.transform.back(best)[0]),
+                parabola.interior_probability(),
+            )
+        )
+    return found
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's (1979) adjustment of p-values for looking at all of them."""
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
+
+
+def task_types(table: pd.DataFrame) -> dict[str, str]:
+    """The type of each task, where the table has a column task_type."""
+    if "task_type" not in table:
+        return {}
+    given = table.dropna(subset=["task_type"]).drop_duplicates("task")
+    return dict(zip(given["task"], given["task_type"].astype(str), strict=True))
