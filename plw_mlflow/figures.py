@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from plw_mlflow.analyze import EXPONENT, LEVEL, SCORE, Fit
-from plw_mlflow.mixed import Array
+from plw_mlflow.statistics.mixed import Array
 from plw_mlflow.profile import weights_text
 
 # Okabe and Ito's colours, distinct to colour-blind readers; black is kept for means, and yellow is too pale for lines.
