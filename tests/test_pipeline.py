@@ -351,7 +351,8 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
     assert {run.info.status for run in children} == {"FINISHED"}
     assert len({run.data.tags["plw.cell"] for run in children}) == 3
     fit = json.loads((new_place.folder / "sweep" / "fit.json").read_text())
-    assert [one["dataset"] for one in fit["fits"]] == ["toy-short"]
+    (answer,) = fit["answers"]
+    assert answer["dataset"] == "toy-short"
     assert "3 of 3 cells finished" in out
     best = new_place.client.get_model_version_by_alias("plw-toy-toy-short", "best")
     assert best.run_id == max(children, key=lambda run: run.data.metrics["score"]).info.run_id
@@ -359,8 +360,8 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
     mlflow.set_tracking_uri(new_place.uri)
     regression = mlflow.pyfunc.load_model("models:/plw-regression/1")
     predicted = regression.predict(pd.DataFrame({"dataset": ["toy-short"], "plw": [0.0]}))
-    expected = fit["fits"][0]["coefficients"]["intercept"]  # w_p is 0 at PLW 0
-    assert predicted["score"][0] == pytest.approx(expected)
+    (lead,) = (one for one in fit["fits"] if one["model"] == answer["lead"])
+    assert predicted["score"][0] == pytest.approx(lead["coefficients"]["intercept"])  # w_p is 0 at PLW 0
 
     new_place.run("analyze", "--run-id", parent.info.run_id, "--output", "again")
     again = json.loads((new_place.folder / "again" / "fit.json").read_text())
