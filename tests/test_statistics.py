@@ -305,6 +305,7 @@ def test_few_tasks_are_a_reason_not_an_error():
     two = table[table["task"].isin(["piqa", "arc_challenge"])]
     analysis = analyze.analyze(two, draws=0)
     assert analysis.answers[0].lead.model == "lmm"
+    assert "lmm leads, as crossed cannot be fitted" in analysis.answers[0].lead.notes[0]
     reasons = {one.what: one.reason for one in analysis.refusals}
     assert "4 tasks or more, there are 2" in reasons["crossed"]
     one = analyze.analyze(table[table["task"] == "piqa"], draws=0)
