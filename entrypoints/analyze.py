@@ -13,27 +13,29 @@ def main(config: AnalyzeConfig) -> None:
     from plw_mlflow import analyze, report, tracking
 
     with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
+        by = tuple(names(config.by or ""))
         if config.scores is not None:
-            table = analyze.read_scores(config.scores)
+            table = analyze.read_scores(config.scores, by)
         else:
-            table, thin = analyze.fittable(tracking.score_table(sweep=config.run_id, experiment=config.experiment))
+            found = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by)
+            table, thin = analyze.fittable(found)
             if thin:
                 print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
         for one in table.attrs.get("left_out", []):
             print(f"left out: {one}")
-        found = analyze.analyze(
+        analysis = analyze.analyze(
             table,
             config.scale,
             transform=config.transform,
             margin=config.margin,
-            by=tuple(names(config.by or "")),
+            by=by,
             draws=config.bootstrap,
         )
         command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
         folder = config.output or Path(scratch)
-        run.log_files(report.write(found, table, folder, command))
+        run.log_files(report.write(analysis, table, folder, command))
         run.log_regression(folder / "fit.json")
-        print(analyze.table_text(found))
+        print(analyze.table_text(analysis))
         print(f"\nrun {run.id}\n{run.address()}")
 
 

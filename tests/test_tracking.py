@@ -457,6 +457,16 @@ def test_cells_of_two_recipes_are_not_mixed(store):
     assert second.id in str(error.value)
 
 
+def test_a_parameter_to_compare_by_is_a_column_and_tells_cells_apart(store):
+    scored(MainConfig(learning_rate=0.001), ("a", 0.2))
+    other = scored(MainConfig(learning_rate=0.002), ("a", 0.3))
+    store.set_tag(other.id, "plw.cell", "another rate")
+    table = tracking.score_table(experiment="Default", also=("learning_rate",))
+    assert dict(zip(table["learning_rate"].astype(float), table["score"], strict=True)) == {0.001: 0.2, 0.002: 0.3}
+    with pytest.raises(ValueError, match="has no parameter nothing to compare by"):
+        tracking.score_table(experiment="Default", also=("nothing",))
+
+
 def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkeypatch):
     """Also where the caller has spelled it his own way, or an older run lacks a parameter."""
     begun = store.create_run("0").info.run_id

@@ -7,13 +7,15 @@ from typing import Any
 import mlflow
 import pandas as pd
 
+from plw_mlflow.statistics.table import COLUMNS
 from plw_mlflow.tracking.connection import check_reachable, get_run
 from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns, parameters
 
 
-def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
+def score_table(*, sweep: str | None = None, experiment: str | None = None, also: tuple[str, ...] = ()) -> pd.DataFrame:
     """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
+    also: parameters of runs that become columns, and tell cells apart.
     With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of cells that have
     no scores, or are not finished. Raises ValueError where there is nothing.
     """
@@ -39,7 +41,9 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
         else:
             # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
             params = parameters(run)
-            key = (*cell_columns(params).values(), params["method"])
+            if unknown := [name for name in also if name not in params and name not in COLUMNS]:
+                raise ValueError(f"{what}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
+            key = (*cell_columns(params).values(), params["method"], *(params.get(name) for name in also))
             other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
@@ -48,19 +52,21 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
                 )
     if not newest:
         raise ValueError(f"{what} holds no scored cell")
-    tables = [
-        Run(run.info.run_id)
-        .scores()
-        .assign(dataset=cell_columns(parameters(run))["dataset"], method=parameters(run)["method"])
-        for run in newest.values()
-    ]
+    tables = [Run(run.info.run_id).scores().assign(**_columns(parameters(run), also)) for run in newest.values()]
     table = pd.concat(tables, ignore_index=True)
     if table["method"].nunique() > 1:
         table["model"] += " (" + table["method"] + ")"
-    table = table.drop(columns="method")
+    if "method" not in also:
+        table = table.drop(columns="method")
     table.attrs["source"] = what
     table.attrs["left_out"] = _left_out(others, set(newest))
     return table
+
+
+def _columns(params: dict[str, str], also: tuple[str, ...]) -> dict[str, str]:
+    """What a run's parameters add to the rows of its scores."""
+    own = {"dataset": cell_columns(params)["dataset"], "method": params["method"]}
+    return {name: params[name] for name in also if name not in COLUMNS} | own
 
 
 def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> list[str]:
@@ -74,7 +80,7 @@ def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> 
             cell = cell_columns(params)
         except ValueError:  # it failed for that
             continue
-        if (*cell.values(), params["method"]) not in scored:
+        if (*cell.values(), params["method"]) not in {key[: len(cell) + 1] for key in scored}:
             status = run.info.status if run.info.status != "FINISHED" else run.data.tags.get("plw.status", "FINISHED")
             found.append(
                 f"run {run.info.run_id} ({status.lower()}): {cell['model']} on {cell['dataset']}, "
