@@ -62,6 +62,11 @@ def plain(text: str, limit: int = 30) -> str:
     return short.replace("$", r"\$").replace("_", " _", 1) if short.startswith("_") else short.replace("$", r"\$")
 
 
+def percent(share: float) -> str:
+    """A probability as a text that never makes it certain by rounding."""
+    return "> 99 %" if 0.995 <= share < 1 else "< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
 def tick_labels(transform: Transform, axis: float = 1.0) -> dict[float, str]:
     """w_p and label of the PLWs tried that can be labelled without touching another; both ends always are.
 
@@ -284,7 +289,7 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
             axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
         best = "" if first.highest is None else "no peak" if first.plw is None else f"{first.plw:.3g}"
         axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
-        inside_text = "" if first.interior is None else f"{100 * first.interior:.0f} %"
+        inside_text = "" if first.interior is None else percent(first.interior)
         axes.text(1.2, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
     axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE)
     axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE)

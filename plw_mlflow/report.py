@@ -197,14 +197,18 @@ def remarks(fit: Fit) -> str:
 def stability(answer: Answer) -> str:
     """How the conclusion fares under other scales and transforms."""
     is_significant = answer.lead.joint_p < LEVEL
-    tried = [one for one in [*answer.scales, *answer.transforms] if one.joint_p is not None]
-    other = [one.name for one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
+    named = [(SCALES[one.name], one) for one in answer.scales] + [
+        (TRANSFORMS[one.name], one) for one in answer.transforms
+    ]
+    tried = [(name, one) for name, one in named if one.joint_p is not None]
+    other = [name for name, one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
     said = "a significant effect" if is_significant else "no significant effect"
-    text = f"The conclusion by {answer.lead.model}, {said}, is the same under every scale and transform that could be "
-    text += "fitted."
+    text = f"The conclusion by {answer.lead.model}, {said}, "
     if other:
-        text = f"The conclusion by {answer.lead.model}, {said}, turns under {', '.join(dict.fromkeys(other))}."
-    peaks = [one.optimum_plw for one in tried if one.optimum_plw is not None]
+        text += f"is another under {len(other)} of {len(tried)}: {', '.join(other)}."
+    else:
+        text += "is the same under every scale and transform that could be fitted."
+    peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
     if len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
     elif peaks and len(peaks) < len(tried):
@@ -234,7 +238,7 @@ def html(
         "plw": lambda value: f"{value:.3g}",
         "estimate": lambda value: f"{value:.4g}",
         "short": lambda value: f"{value:.3g}",
-        "share": lambda value: f"{100 * value:.0f} %",
+        "share": figures.percent,
         "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
         "interval": interval_text,
         "test": test_text,
