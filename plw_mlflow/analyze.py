@@ -240,11 +240,8 @@ def verdict(fit: Fit, equal: Equivalence | None = None) -> str:
     lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
     nothing = ""
     if equal is not None and equal.p is not None:
-        is_shown = equal.p < LEVEL
-        nothing = (
-            f" All differences between the PLWs tried are {'shown to be' if is_shown else 'not shown to be'} "
-            f"within {equal.margin:g} (p = {equal.p:.2g})."
-        )
+        start = " All differences" if equal.p < LEVEL else " Not all differences"
+        nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
     if fit.optimum_plw is not None and fit.optimum_interval is not None:
         low, high = fit.optimum_interval
         where = f"PLW {fit.optimum_plw:.3g} (95 % interval {low:.3g} to {high:.3g})"
