@@ -315,8 +315,10 @@ def table_text(analysis: Analysis) -> str:
     for one in analysis.differences:
         tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in one.tests)
         lines += ["", f"Does the curve differ by {one.by}? {tests}."]
+    refused: dict[tuple[str, str], list[str]] = {}
     for refusal in analysis.refusals:
-        lines.append(f"not done: {refusal.dataset}, {refusal.what}: {refusal.reason}")
+        refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
+    lines += [f"not done: {what} of {', '.join(datasets)}: {reason}" for (what, reason), datasets in refused.items()]
     return "\n".join(lines)
 
 
