@@ -174,7 +174,7 @@ def interval_text(one: Estimate) -> str:
     return f"{inside}, and on beyond: unbounded" if one.is_unbounded else inside
 
 
-def test_text(test: JointTest) -> str:
+def name_test(test: JointTest) -> str:
     """A joint test by name, with its statistic."""
     name = test.test.replace("^2", "²")
     if test.df2 is None:
@@ -241,7 +241,7 @@ def html(
         "share": figures.percent,
         "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
         "interval": interval_text,
-        "test": test_text,
+        "test": name_test,
         "highest": highest_end,
         "remarks": remarks,
     }
@@ -276,7 +276,6 @@ def html(
         missing=list(cells.items()),
         missing_scores=len(described["table"]["missing"]),
         missing_shown=MISSING_SHOWN,
-        left_out=table.attrs.get("left_out", []),
         table=described["table"],
         command=command,
         versions=versions(),
