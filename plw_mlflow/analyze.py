@@ -191,6 +191,12 @@ def _by_type(
     return found
 
 
+def grids(table: pd.DataFrame, scale: str = "none", transform: str = "power") -> list[design.Grid]:
+    """A table's data sets as the models take them. Raises ValueError as `analyze` does."""
+    scaled = rescale(check(table), scale)
+    return [_grid(part, str(dataset), transform) for dataset, part in scaled.groupby("dataset")]
+
+
 def _grid(part: pd.DataFrame, dataset: str, transform: str, by: str | None = None) -> design.Grid:
     return design.grid(part, dataset, design.transform(transform, part["plw"]), by=by)
 
@@ -320,6 +326,7 @@ __all__ = [
     "analyze",
     "check",
     "fittable",
+    "grids",
     "missing_scores",
     "read_scores",
     "rescale",

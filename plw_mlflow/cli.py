@@ -69,6 +69,8 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
             type=_FieldType(hints[field.name], is_optional=field.default is None),
             default=None if field.default is None else spell(field.default),
             help=help_lines[field.name],
+            is_flag=False,
+            flag_value="true" if hints[field.name] is bool else None,  # --power is --power true
         )
         for field in fields(config_type)
     ]
