@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import models, over_tasks
@@ -391,6 +391,10 @@ class Plan:
             tasks = self.as_run.design.tasks
             most = max((one for one in self.outcomes if one.design.tasks == tasks), key=lambda one: one.found.value)
             lines.append(f"  With its {tasks} tasks none does: {most.found.value:.0%} at best. More tasks are needed.")
+        shown = sorted({one.design.plws for one in self.enough or (self.nearest,)} - {PUBLISHED_PLWS}, key=len)
+        lists = "; ".join(f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown)
+        if shown:
+            lines.append(f"  PLWs on w_p are equally spaced there: {lists}.")
         lines.append(
             "  found: the 95 % interval is no wider than that and holds PLW*. width, error: medians of the interval's "
             "width and of the estimate's error, in PLW."
@@ -468,7 +472,8 @@ def design_of(grid: Grid) -> Design | None:
 class Proposal:
     """Which PLWs to run next, to know better where the optimum is.
 
-    Standard errors are the optimum's, on w_p: geometric means over what the scores leave of the curve.
+    Standard errors are the optimum's, on w_p: means over the curves that the scores allow, so above that of the fit,
+    as flatter curves than the estimated one are among them.
     """
 
     dataset: str
@@ -485,7 +490,7 @@ class Proposal:
         return (
             f"{self.dataset}: run next, with new seeds, PLW {', '.join(f'{plw:g}' for plw in self.plws)} "
             f"({self.runs} run{'s' * (self.runs > 1)}).\n"
-            f"  Standard error of the optimum on w_p: {self.error_now:.3g} now, {self.error_then:.3g} then, "
+            f"  Expected standard error of the optimum on w_p: {self.error_now:.3g} now, {self.error_then:.3g} then, "
             f"{self.error_at_last:.3g} with any number of runs.\n"
             f"  {self.share_that_stays:.0%} of its variance is differences between tasks, which more tasks reduce and "
             f"runs do not. A maximum inside the range has probability {self.interior_probability:.2f}."
@@ -493,12 +498,13 @@ class Proposal:
 
 
 def next_plws(grid: Grid, number: int, draws: int = 4000, seed: int = 1234) -> Proposal:
-    """The PLWs whose runs most reduce the expected log variance of the optimum, one after the other.
+    """The PLWs whose runs most reduce the expected standard error of the optimum, one after the other.
 
     The expectation is over what the scores leave of slope and bend (t around the estimates), where these have a maximum
     inside the range: a c-optimal design averaged over the posterior (Chaloner and Larntz 1989,
-    doi:10.1016/0378-3758(89)90004-9). Of the log, as the variance has no expectation: it has no bound as the bend goes
-    to 0. A run at a PLW already tried counts as any other.
+    doi:10.1016/0378-3758(89)90004-9). Of the standard error, since the variance has no expectation (the bend may be
+    near 0); the mean log, which is more usual, chose worse after poor first PLWs. A run at a PLW already tried counts
+    as any other.
 
     Raises ValueError where `crossed` cannot be fitted, or where a maximum inside the range is all but ruled out.
     """
@@ -537,7 +543,7 @@ def next_plws(grid: Grid, number: int, draws: int = 4000, seed: int = 1234) -> P
     now = variances(np.linalg.inv(information))
     chosen = []
     for _ in range(number):
-        expected = np.log(variances(np.linalg.inv(information + added))).mean(1)
+        expected = np.sqrt(variances(np.linalg.inv(information + added))).mean(1)
         chosen.append(int(expected.argmin()))
         information = information + added[chosen[-1]]
     then, last = variances(np.linalg.inv(information)), np.maximum(variances(np.zeros_like(information)), 0)
@@ -545,9 +551,9 @@ def next_plws(grid: Grid, number: int, draws: int = 4000, seed: int = 1234) -> P
         grid.dataset,
         candidates[chosen].tolist(),
         number * len(kinds),
-        float(stats.gmean(np.sqrt(now))),
-        float(stats.gmean(np.sqrt(then))),
-        float(stats.gmean(np.sqrt(last))),
+        float(np.sqrt(now).mean()),
+        float(np.sqrt(then).mean()),
+        float(np.sqrt(last).mean()),
         float((last / now).mean()),
         float(inside.mean()),
     )
