@@ -1,4 +1,4 @@
-"""Do README, docs/cloud.md and docs/power.md tell of what is there?  (CI itself runs the two commands of README's first block.)"""
+"""Do README and the pages with commands tell of what is there?  (CI itself runs those of README's first block.)"""
 
 import importlib
 import re

@@ -391,10 +391,9 @@ class Plan:
             tasks = self.as_run.design.tasks
             most = max((one for one in self.outcomes if one.design.tasks == tasks), key=lambda one: one.found.value)
             lines.append(f"  With its {tasks} tasks none does: {most.found.value:.0%} at best. More tasks are needed.")
-        shown = sorted({one.design.plws for one in self.enough or (self.nearest,)} - {PUBLISHED_PLWS}, key=len)
-        lists = "; ".join(f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown)
-        if shown:
-            lines.append(f"  PLWs on w_p are equally spaced there: {lists}.")
+        shown = sorted({one.design.plws for one in self.enough} - {PUBLISHED_PLWS}, key=len)
+        if lists := [f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown if len(plws) <= 8]:
+            lines.append(f"  PLWs on w_p are equally spaced there: {'; '.join(lists)}.")
         lines.append(
             "  found: the 95 % interval is no wider than that and holds PLW*. width, error: medians of the interval's "
             "width and of the estimate's error, in PLW."
