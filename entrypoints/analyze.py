@@ -38,6 +38,8 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         table, thin = analyze.fittable(tracking.score_table(sweep=config.run_id, experiment=config.experiment))
         if thin:
             print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
+    for one in table.attrs.get("left_out", []):
+        print(f"left out: {one}")
     found = analyze.analyze(
         table,
         config.scale,

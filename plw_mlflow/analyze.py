@@ -105,7 +105,7 @@ def analyze(
 
     Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
     """
-    checked = check(table)
+    checked = check(table).sort_values(SCORE)  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
     source = table.attrs.get("source", "score table")
     types = questions.task_types(checked)
@@ -122,6 +122,8 @@ def analyze(
         if lead is None:
             reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
             raise ValueError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
+        if lead.model != LEADS[0]:
+            lead = replace(lead, notes=[_why_not_the_first(lead.model, refusals, str(dataset)), *lead.notes])
         equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin))])
         answers.append(
             Answer(
@@ -144,6 +146,14 @@ def analyze(
     adjusted = questions.holm({answer.dataset: answer.lead.joint_p for answer in answers})
     answers = [replace(answer, holm_p=adjusted[answer.dataset]) for answer in answers]
     return Analysis(fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin)
+
+
+def _why_not_the_first(lead: str, refusals: list[Refusal], dataset: str) -> str:
+    reason = next(one.reason for one in refusals if (one.dataset, one.what) == (dataset, LEADS[0]))
+    meaning = (
+        "" if lead == "lmm-slopes" else ", and it takes all tasks as moved alike, so it speaks of these tasks alone"
+    )
+    return f"{lead} leads, as {LEADS[0]} cannot be fitted ({reason}){meaning}."
 
 
 class _Tries:
@@ -231,11 +241,8 @@ def verdict(fit: Fit, equal: Equivalence | None = None) -> str:
     lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
     nothing = ""
     if equal is not None and equal.p is not None:
-        is_shown = equal.p < LEVEL
-        nothing = (
-            f" All differences between the PLWs tried are {'shown to be' if is_shown else 'not shown to be'} "
-            f"within {equal.margin:g} (p = {equal.p:.2g})."
-        )
+        start = " All differences" if equal.p < LEVEL else " Not all differences"
+        nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
     if fit.optimum_plw is not None and fit.optimum_interval is not None:
         low, high = fit.optimum_interval
         where = f"PLW {fit.optimum_plw:.3g} (95 % interval {low:.3g} to {high:.3g})"
@@ -270,6 +277,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
             "rows": len(table),
             "missing": missing_scores(table).to_dict("records"),
+            "left_out": table.attrs.get("left_out", []),
         },
         "fits": [{**asdict(fit), "joint_p": fit.joint_p, "verdict": verdict(fit)} for fit in analysis.fits],
         "refusals": [asdict(one) for one in analysis.refusals],

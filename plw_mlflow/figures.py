@@ -62,6 +62,11 @@ def plain(text: str, limit: int = 30) -> str:
     return short.replace("$", r"\$").replace("_", " _", 1) if short.startswith("_") else short.replace("$", r"\$")
 
 
+def percent(share: float) -> str:
+    """A probability as a text that never makes it certain by rounding."""
+    return "> 99 %" if 0.995 <= share < 1 else "< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
 def tick_labels(transform: Transform, axis: float = 1.0) -> dict[float, str]:
     """w_p and label of the PLWs tried that can be labelled without touching another; both ends always are.
 
@@ -159,7 +164,7 @@ def draw_overview(leads: Sequence[Fit], table: pd.DataFrame) -> Figure:
         mine = table[table["dataset"] == fit.dataset]
         transform = transform_of(fit, mine)
         _curve(axes, fit, mine, with_tasks=False)
-        _plw_axis(axes, transform, width=0.75 / columns, label="PLW")
+        _plw_axis(axes, transform, width=1.3 / columns, label="PLW")
         if fit.optimum_plw is not None and fit.optimum_interval is not None:
             colour = SURE if fit.joint_p < LEVEL else UNSURE
             axes.axvspan(*transform(fit.optimum_interval), color=colour, alpha=0.08, linewidth=0)
@@ -203,7 +208,7 @@ def draw_tasks(answer: Answer, table: pd.DataFrame) -> Figure:
     low, high = table.loc[table["task"].isin(tasks), "distance"].agg(["min", "max"])
     top = high + 0.15 * (high - low)  # room for the peak's interval
     panels[0].set_ylim(low - 0.05 * (high - low), top + 0.05 * (high - low))
-    for axes, task in zip(panels, tasks, strict=True):
+    for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         mine = table[table["task"] == task]
         _bare(axes)
         axes.axhline(0, color=QUIET, linewidth=0.7, zorder=1)
@@ -227,7 +232,7 @@ def draw_tasks(answer: Answer, table: pd.DataFrame) -> Figure:
                 axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
         axes.set_title(plain(task, 26), loc="left", fontsize=9, fontweight="bold", pad=15)
         axes.text(0, 1.04, found, transform=axes.transAxes, fontsize=8, color="#55555a")
-        _plw_axis(axes, transform, width=0.62 / columns, label="")
+        _plw_axis(axes, transform, width=1.5 / columns, label="" if number < len(tasks) - columns else "PLW")
         axes.tick_params(labelsize=7.5)
     axes = panels[0]
     for model in models if len(models) > 1 else []:
@@ -236,7 +241,6 @@ def draw_tasks(answer: Answer, table: pd.DataFrame) -> Figure:
     axes.plot([], [], color="black", linewidth=1, linestyle=(0, (1, 1.5)), label="curve of all tasks")
     axes.plot([], [], "D-", color=UNSURE, markersize=4.5, label="the task's peak, 95 % interval (red where p < 0.05)")
     figure.legend(loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)
-    figure.supxlabel(f"prompt loss weight (PLW), {SPACING[transform.name]}", fontsize=9)
     figure.supylabel("score minus its mean", fontsize=9)
     return figure
 
@@ -285,12 +289,12 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
             axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
         best = "" if first.highest is None else "no peak" if first.plw is None else f"{first.plw:.3g}"
         axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
-        inside_text = "" if first.interior is None else f"{first.interior:.0%}"
-        axes.text(1.21, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
+        inside_text = "" if first.interior is None else percent(first.interior)
+        axes.text(1.2, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
     axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE)
-    axes.text(1.21, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE)
+    axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE)
     axes.set_ylim(y - 0.8, -0.6)
-    _plw_axis(axes, transform, width=0.7)
+    _plw_axis(axes, transform, width=0.9)
     axes.set_yticks(list(labels), list(labels.values()), fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -425,16 +429,19 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return _save(figure, "png", {"Software": None})
 
 
 def svg(figure: Figure) -> bytes:
     """A figure as SVG, the same bytes each time; letters are drawn as shapes, so that it looks the same anywhere."""
-    file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "plw_mlflow", "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        return _save(figure, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
+
+
+def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata=metadata)
+    figure.set_layout_engine("none")  # laid out now, which takes longer than to draw; the next time it only is drawn
     return file.getvalue()
 
 

@@ -44,15 +44,15 @@ PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "jinja2")
 
 SCALES = {
     "none": "as they are",
-    "fraction": "those of 0..100 divided by 100",
-    "minmax": "each task's from 0 to 1",
-    "zscore": "each task's with mean 0 and SD 1",
+    "fraction": "0..100 divided by 100",
+    "minmax": "each task 0 to 1",
+    "zscore": "each task mean 0, SD 1",
 }
 TRANSFORMS = {
-    "power": f"w_p = PLW^{EXPONENT}",
-    "logit": "w_p = logit of PLW, over 0..1",
-    "rank": "w_p = rank of PLW, over 0..1",
-    "none": "w_p = PLW",
+    "power": f"PLW^{EXPONENT}",
+    "logit": "logit of PLW",
+    "rank": "rank of PLW",
+    "none": "PLW itself",
 }
 # What each statistical model is, and what it can be trusted for.
 MODELS = {
@@ -118,8 +118,8 @@ def claim(answer: Answer, looks: int) -> Claim:
         return Claim(
             "none",
             "As good as no effect",
-            f"Shown, not only not refuted: every difference between PLWs tried lies within the margin of "
-            f"{equal.margin:g}.",
+            f"This is shown, not just a lack of evidence: every difference between PLWs tried is smaller than the "
+            f"margin of {equal.margin:g}.",
         )
     if lead.joint_p < LEVEL:
         return Claim(
@@ -174,24 +174,41 @@ def interval_text(one: Estimate) -> str:
     return f"{inside}, and on beyond: unbounded" if one.is_unbounded else inside
 
 
-def test_text(test: JointTest) -> str:
+def name_test(test: JointTest) -> str:
     """A joint test by name, with its statistic."""
+    name = test.test.replace("^2", "²")
     if test.df2 is None:
-        return f"{test.test}: χ²({test.df1:g}) = {test.statistic:.3g}"
-    return f"{test.test}: F({test.df1:g}, {test.df2:.3g}) = {test.statistic:.3g}"
+        return f"{name}: χ²({test.df1:g}) = {test.statistic:.3g}"
+    statistic = f"F({test.df1:g}, {test.df2:.3g}) = {test.statistic:.3g}"
+    return statistic if name == "F" else f"{name}: {statistic}"
+
+
+def remarks(fit: Fit) -> str:
+    """What must be known of a fit before its numbers are used, in a few words."""
+    said = {
+        "did not converge": not fit.converged,
+        "singular": fit.is_singular,
+        "coefficients of the logit": fit.model == "beta",
+        f"{fit.runs} runs, {fit.tasks} tasks": any(note.startswith("Left out") for note in fit.notes),
+    }
+    return ", ".join(words for words, holds in said.items() if holds)
 
 
 def stability(answer: Answer) -> str:
     """How the conclusion fares under other scales and transforms."""
     is_significant = answer.lead.joint_p < LEVEL
-    tried = [one for one in [*answer.scales, *answer.transforms] if one.joint_p is not None]
-    other = [one.name for one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
+    named = [(SCALES[one.name], one) for one in answer.scales] + [
+        (TRANSFORMS[one.name], one) for one in answer.transforms
+    ]
+    tried = [(name, one) for name, one in named if one.joint_p is not None]
+    other = [name for name, one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
     said = "a significant effect" if is_significant else "no significant effect"
-    text = f"The conclusion by {answer.lead.model}, {said}, is the same under every scale and transform that could be "
-    text += "fitted."
+    text = f"The conclusion by {answer.lead.model}, {said}, "
     if other:
-        text = f"The conclusion by {answer.lead.model}, {said}, turns under {', '.join(dict.fromkeys(other))}."
-    peaks = [one.optimum_plw for one in tried if one.optimum_plw is not None]
+        text += f"is another under {len(other)} of {len(tried)}: {', '.join(other)}."
+    else:
+        text += "is the same under every scale and transform that could be fitted."
+    peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
     if len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
     elif peaks and len(peaks) < len(tried):
@@ -219,24 +236,27 @@ def html(
     environment.filters |= {
         "p": lambda value: f"{value:.2g}",
         "plw": lambda value: f"{value:.3g}",
-        "signed": lambda value: f"{value:+.4g}",
+        "estimate": lambda value: f"{value:.4g}",
         "short": lambda value: f"{value:.3g}",
-        "share": lambda value: f"{value:.0%}",
+        "share": figures.percent,
         "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
         "interval": interval_text,
-        "test": test_text,
+        "test": name_test,
         "highest": highest_end,
+        "remarks": remarks,
     }
     cells: dict[tuple[Any, ...], list[str]] = {}
     for row in described["table"]["missing"]:
         cells.setdefault(tuple(row[column] for column in RUN), []).append(row["task"])
-    leads = {answer.dataset: answer.lead for answer in analysis.answers}
+    refusals: dict[tuple[str, str], list[str]] = {}
+    for one in analysis.refusals:
+        refusals.setdefault((one.what, one.reason), []).append(one.dataset)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         analysis=analysis,
         chapters=[
             {
                 "answer": answer,
-                "claim": claim(answer, len(leads)),
+                "claim": claim(answer, len(analysis.answers)),
                 "estimates": _rows(estimates(answer, _of(analysis, answer))),
                 "stability": stability(answer),
                 "residuals": ("residuals", answer.dataset) in drawn,
@@ -244,7 +264,7 @@ def html(
             for answer in analysis.answers
         ],
         drawn=drawn,
-        refused_differences=[one for one in analysis.refusals if one.what.startswith("by ")],
+        refusals=[(*what, datasets) for what, datasets in refusals.items()],
         tasks_drawn=figures.MOST_TASKS,
         terms=TERMS,
         level=LEVEL,
@@ -256,7 +276,6 @@ def html(
         missing=list(cells.items()),
         missing_scores=len(described["table"]["missing"]),
         missing_shown=MISSING_SHOWN,
-        left_out=table.attrs.get("left_out", []),
         table=described["table"],
         command=command,
         versions=versions(),

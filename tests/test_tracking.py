@@ -418,6 +418,20 @@ def test_the_score_table_holds_scored_cells_alone(store):
     assert set(found["model"]) == {"toy"}
 
 
+def test_runs_without_scores_are_left_out_and_listed(store):
+    scored(MainConfig(plw=0.0), ("a", 0.2))
+    running = scored(MainConfig(plw=0.5), ("a", 0.3)).id
+    store.set_terminated(running, "RUNNING")
+    for plw in (0.0, 1.0):
+        with pytest.raises(ZeroDivisionError), tracking.open_run(MainConfig(plw=plw), "broken"):
+            raise ZeroDivisionError
+    table = tracking.score_table(experiment="Default")
+    assert set(table["plw"]) == {0.0}
+    failed, still = table.attrs["left_out"]  # PLW 0 failed once, but another run has its scores
+    assert "(failed): toy on toy-short, PLW 1, seed 1234" in failed
+    assert f"run {running} (running): toy on toy-short, PLW 0.5" in still
+
+
 def test_of_a_cell_run_twice_the_newest_counts(store):
     scored(MainConfig(), ("a", 0.2))
     scored(MainConfig(), ("a", 0.3))

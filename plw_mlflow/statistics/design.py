@@ -155,7 +155,8 @@ class Grid:
 
     @property
     def _factors(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(term.partition("[")[0] for term in self.terms if "[" in term))
+        of_levels = [term for term in self.terms if "[" in term and not term.startswith(("w_p:", "w_p^2:"))]
+        return tuple(dict.fromkeys(term.partition("[")[0] for term in of_levels))
 
 
 def grid(table: pd.DataFrame, dataset: str, transform: Transform, *, by: str | None = None) -> Grid:

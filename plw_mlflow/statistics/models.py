@@ -211,7 +211,7 @@ def _beta(grid: Grid) -> _Result:
     _need_residuals(y, x, task)
     fitted = beta.fit_beta(y, x, task)
     null = beta.fit_beta(y, x[:, :1], task)
-    if not np.isfinite(fitted.covariance).all():
+    if not (np.isfinite(fitted.covariance).all() and math.isfinite(null.loglik)):
         raise ValueError("the fit did not converge")
     chisq = max(0.0, 2 * (fitted.loglik - null.loglik))
     parameters = x.shape[1] + 2

@@ -14,24 +14,29 @@ from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns, parameters
 def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
     """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
-    With several methods, a method counts as a model of its own. Raises ValueError where there is nothing.
+    With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of cells that have
+    no scores, or are not finished. Raises ValueError where there is nothing.
     """
     check_reachable()
     client = mlflow.MlflowClient()
     if sweep is not None:
         experiment_id = get_run(sweep).info.experiment_id
-        wanted, what = f"tags.`mlflow.parentRunId` = '{sweep}'", f"sweep {sweep}"
+        wanted, what, ended = f"tags.`mlflow.parentRunId` = '{sweep}'", f"sweep {sweep}", None
     else:
         found = client.get_experiment_by_name(str(experiment))
         if found is None:
             raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
-        experiment_id, wanted, what = found.experiment_id, "attributes.status = 'FINISHED'", f"experiment {experiment}"
+        experiment_id, wanted, what, ended = found.experiment_id, "", f"experiment {experiment}", "FINISHED"
     runs = client.search_runs(
         [experiment_id], filter_string=wanted, order_by=["attributes.start_time DESC"], max_results=50_000
     )
     newest: dict[tuple[Any, ...], mlflow.entities.Run] = {}
+    others: list[mlflow.entities.Run] = []
     for run in runs:
-        if "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored":
+        is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
+        if not is_scored or ended not in (None, run.info.status):
+            others.append(run)
+        else:
             # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
             params = parameters(run)
             key = (*cell_columns(params).values(), params["method"])
@@ -54,7 +59,28 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
         table["model"] += " (" + table["method"] + ")"
     table = table.drop(columns="method")
     table.attrs["source"] = what
+    table.attrs["left_out"] = _left_out(others, set(newest))
     return table
+
+
+def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> list[str]:
+    """The runs of cells that no other run has scored, in words."""
+    found = []
+    for run in runs:
+        params = parameters(run)
+        if not {*CELL_FIELDS} <= params.keys() or "plw.superseded_by" in run.data.tags:
+            continue  # of another kind, or another run has gone on from it
+        try:
+            cell = cell_columns(params)
+        except ValueError:  # it failed for that
+            continue
+        if (*cell.values(), params["method"]) not in scored:
+            status = run.info.status if run.info.status != "FINISHED" else run.data.tags.get("plw.status", "FINISHED")
+            found.append(
+                f"run {run.info.run_id} ({status.lower()}): {cell['model']} on {cell['dataset']}, "
+                f"PLW {cell['plw']:g}, seed {cell['seed']}"
+            )
+    return found
 
 
 def mark_best(run_id: str) -> str:
