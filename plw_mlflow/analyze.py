@@ -204,6 +204,14 @@ def _by_type(
     return found
 
 
+def grids(
+    table: pd.DataFrame, scale: str = "none", transform: str = "power", by: tuple[str, ...] = ()
+) -> list[design.Grid]:
+    """A table's data sets as the models take them. Raises ValueError as `analyze` does."""
+    scaled = rescale(check(table, by), scale)
+    return [_grid(part, str(dataset), transform, also=by) for dataset, part in scaled.groupby("dataset")]
+
+
 def _grid(
     part: pd.DataFrame, dataset: str, transform: str, by: str | None = None, also: tuple[str, ...] = ()
 ) -> design.Grid:
@@ -335,6 +343,7 @@ __all__ = [
     "analyze",
     "check",
     "fittable",
+    "grids",
     "missing_scores",
     "read_scores",
     "rescale",
