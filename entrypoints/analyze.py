@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from plw_mlflow.cli import command
-from plw_mlflow.config import AnalyzeConfig
+from plw_mlflow.config import AnalyzeConfig, names
 
 
 @command(AnalyzeConfig)
@@ -19,12 +19,19 @@ def main(config: AnalyzeConfig) -> None:
             table, thin = analyze.fittable(tracking.score_table(sweep=config.run_id, experiment=config.experiment))
             if thin:
                 print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
-        fits = analyze.analyze(table, config.scale)
+        found = analyze.analyze(
+            table,
+            config.scale,
+            transform=config.transform,
+            margin=config.margin,
+            by=tuple(names(config.by or "")),
+            draws=config.bootstrap,
+        )
         command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
         folder = config.output or Path(scratch)
-        run.log_files(report.write(fits, table, folder, command))
+        run.log_files(report.write(found, table, folder, command))
         run.log_regression(folder / "fit.json")
-        print(analyze.table_text(fits))
+        print(analyze.table_text(found))
         print(f"\nrun {run.id}\n{run.address()}")
 
 

@@ -105,7 +105,7 @@ def analyze(
 
     Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
     """
-    checked = check(table)
+    checked = check(table).sort_values(SCORE)  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
     source = table.attrs.get("source", "score table")
     types = questions.task_types(checked)

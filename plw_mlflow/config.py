@@ -457,15 +457,25 @@ class AnalyzeConfig(Checked):
     """MLflow run of a sweep, whose cells are analysed."""
     experiment: str | None = None
     """MLflow experiment (its name), all of whose finished cells are analysed."""
-    scale: Literal["none", "fraction"] = "none"
-    """What to do where tasks on 0..100 stand beside tasks on 0..1: refuse, or divide the former by 100."""
+    scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
+    """Scale of scores: as they are; those of 0..100 divided by 100; or each task to 0..1, or to mean 0 and SD 1."""
+    transform: Literal["power", "logit", "rank", "none"] = "power"
+    """From PLW to w_p, on which curves are parabolas: PLW^0.30103, its logit, its rank, or PLW itself."""
+    by: str | None = None
+    """Columns between whose values curves are compared, comma-separated; data sets always are."""
+    margin: float | None = None
+    """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
+    bootstrap: int = 2000
+    """Draws of each bootstrap of the best PLW; 0 for none."""
     output: Path | None = None
     """Folder for fit.json, report.html and the figures (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         given = [value for value in (self.scores, self.run_id, self.experiment) if value is not None]
-        found = _not_a_folder(self, "output")
+        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap")
+        if self.margin is not None and not 0 < self.margin < math.inf:
+            found.append(f"margin must be a number above 0, got {self.margin}")
         return found if len(given) == 1 else [*found, "give one of scores, run-id or experiment"]
 
 

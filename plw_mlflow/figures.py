@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from plw_mlflow.analyze import EXPONENT, LEVEL, SCORE, Fit
-from plw_mlflow.mixed import Array
 from plw_mlflow.profile import weights_text
+from plw_mlflow.statistics.mixed import Array
 
 # Okabe and Ito's colours, distinct to colour-blind readers; black is kept for means, and yellow is too pale for lines.
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2"]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from plw_mlflow import analyze
+from plw_mlflow.statistics import design, mixed, models
 
 TABLES = Path(__file__).parents[1] / "paper" / "tables"
 REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
@@ -27,8 +28,24 @@ def study() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def study_fits(study) -> dict[str, analyze.Fit]:
-    return {fit.dataset: fit for fit in analyze.analyze(study)}
+def analysis(study) -> analyze.Analysis:
+    return analyze.analyze(study, margin=0.01)
+
+
+@pytest.fixture(scope="module")
+def study_fits(analysis) -> dict[str, analyze.Fit]:
+    return {fit.dataset: fit for fit in analysis.fits if fit.model == "lmm"}
+
+
+def w_p(plw):
+    return plw**analyze.EXPONENT
+
+
+def fit_one(table, model="lmm", scale="none"):
+    """One model of a table of one data set."""
+    scaled = analyze.rescale(analyze.check(table), scale)
+    dataset = scaled["dataset"].iloc[0]
+    return models.fit(model, design.grid(scaled, dataset, design.transform("power", scaled["plw"])), scale)
 
 
 def simulate(seed=1, b=(0.5, 0.1, -0.08), sd_task=0.2, sd=0.01, tasks=6, seeds=2, dataset="short", keep=1.0):
@@ -37,7 +54,7 @@ def simulate(seed=1, b=(0.5, 0.1, -0.08), sd_task=0.2, sd=0.01, tasks=6, seeds=2
     level = random.normal(0, sd_task, tasks)
     rows = [
         {"model": "m", "dataset": dataset, "plw": plw, "seed": s, "task": f"task{t}", "metric": "acc"}
-        | {"score": b[0] + b[1] * analyze.w_p(plw) + b[2] * analyze.w_p(plw) ** 2 + level[t] + random.normal(0, sd)}
+        | {"score": b[0] + b[1] * w_p(plw) + b[2] * w_p(plw) ** 2 + level[t] + random.normal(0, sd)}
         for t in range(tasks)
         for plw in STUDY_PLWS
         for s in range(seeds)
@@ -57,9 +74,9 @@ QUANTITIES = {
     "se2": (lambda fit: fit.standard_errors["w_p^2"], 1e-5),
     "p1": (lambda fit: fit.p_values["w_p"], 1e-4),
     "p2": (lambda fit: fit.p_values["w_p^2"], 1e-4),
-    "var_task": (lambda fit: fit.var_task, 1e-4),
-    "dispersion": (lambda fit: fit.var_residual, 1e-5),
-    "lrt_chisq_ml": (lambda fit: fit.joint_chisq, 1e-5),
+    "var_task": (lambda fit: fit.variances["task intercept"], 1e-4),
+    "dispersion": (lambda fit: fit.variances["residual"], 1e-5),
+    "lrt_chisq_ml": (lambda fit: fit.joint_tests[0].statistic, 1e-5),
     "lrt_p": (lambda fit: fit.joint_p, 1e-5),
     "vertex_wp": (lambda fit: fit.vertex_wp, 1e-5),
     "vertex_wp_se_delta": (lambda fit: fit.vertex_wp_se, 1e-5),
@@ -82,11 +99,11 @@ def test_the_published_optimum(study_fits):
     fit = study_fits["AlpacaDataShort"]
     assert round(fit.optimum_plw, 4) == 0.2434
     assert fit.optimum_interval[0] < 0.2434 < fit.optimum_interval[1]
-    assert "PLW matters here" in fit.verdict
+    assert "PLW matters here" in analyze.verdict(fit)
     assert study_fits["AlpacaDataCleaned"].optimum_plw is None
-    assert "no interior optimum" in study_fits["AlpacaDataCleaned"].verdict
+    assert "no interior optimum" in analyze.verdict(study_fits["AlpacaDataCleaned"])
     assert study_fits["AlpacaData"].optimum_interval == [0, 1]  # a peak, but anywhere
-    assert "may be chance" in study_fits["AlpacaData"].verdict
+    assert "may be chance" in analyze.verdict(study_fits["AlpacaData"])
 
 
 def dense(y, x, group, reml):
@@ -118,7 +135,7 @@ def test_random_intercept_equals_dense_matrices_on_an_unbalanced_table(reml):
     x, y, group = np.column_stack([np.ones_like(w), w, w**2]), table["score"].to_numpy(), pd.factorize(table["task"])[0]
     assert len(set(np.bincount(group))) > 2
     b, covariance, var_group, var_residual, loglik = dense(y, x, group, reml)
-    fit = analyze.fit_random_intercept(y, x, group, reml)
+    fit = mixed.fit_random_intercept(y, x, group, reml)
     assert fit.loglik == pytest.approx(loglik, abs=1e-8)
     assert fit.coefficients == pytest.approx(b, rel=1e-6)
     assert fit.covariance == pytest.approx(covariance, rel=1e-5)
@@ -137,19 +154,10 @@ def test_balanced_variances_have_a_closed_form(study, study_fits, dataset):
     var_residual = rss[0] / (160 - 8 - 2)
     var_task = table.groupby("task")["score"].mean().var(ddof=1) - var_residual / 20
     fit = study_fits[dataset]
-    assert (fit.var_residual, fit.var_task) == pytest.approx((var_residual, var_task), rel=1e-6)
+    assert (fit.variances["residual"], fit.variances["task intercept"]) == pytest.approx(
+        (var_residual, var_task), rel=1e-6
+    )
     assert list(fit.coefficients.values())[1:] == pytest.approx(b[-2:], rel=1e-9)
-
-
-def test_predict_is_the_parabola_in_w_p():
-    fit_json = {"fits": [{"model": "lmm", "dataset": "d", "coefficients": {"intercept": 1, "w_p": 2, "w_p^2": -3}}]}
-    assert analyze.predict(fit_json, "d", 0) == 1
-    assert analyze.predict(fit_json, "d", 1) == 0
-    assert analyze.predict(fit_json, "d", 0.1) == pytest.approx(1 + 2 * 0.5 - 3 * 0.25, abs=1e-6)
-    with pytest.raises(ValueError, match="no lmm fit of data set 'e'; there are d"):
-        analyze.predict(fit_json, "e", 0.1)
-    with pytest.raises(ValueError, match="plw must be 0 or more"):
-        analyze.predict(fit_json, "d", -1)
 
 
 def test_missing_scores_are_those_of_the_full_grid():
@@ -164,10 +172,10 @@ def test_missing_scores_are_those_of_the_full_grid():
 
 
 def test_fit_recovers_the_coefficients_it_was_given():
-    (fit,) = analyze.analyze(simulate(sd=0.001, seeds=5))
+    fit = fit_one(simulate(sd=0.001, seeds=5))
     assert fit.coefficients["w_p"] == pytest.approx(0.1, abs=4 * fit.standard_errors["w_p"])
     assert fit.coefficients["w_p^2"] == pytest.approx(-0.08, abs=4 * fit.standard_errors["w_p^2"])
-    assert fit.var_residual == pytest.approx(0.001**2, rel=0.2)
+    assert fit.variances["residual"] == pytest.approx(0.001**2, rel=0.2)
     assert fit.vertex_wp == pytest.approx(0.625, abs=4 * fit.vertex_wp_se)
     assert fit.optimum_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.optimum_interval[1]
 
@@ -178,39 +186,59 @@ def test_fit_recovers_the_coefficients_it_was_given():
 )
 def test_shifting_moves_the_intercept_and_scaling_scales(seed, shift, factor, keep):
     table = simulate(seed=seed, b=(0.0, 0.1, -0.08), sd_task=0.05, keep=keep)
-    (fit,) = analyze.analyze(table)
-    (shifted,) = analyze.analyze(table.assign(score=table["score"] + shift))
-    (scaled,) = analyze.analyze(table.assign(score=table["score"] * factor))
+    fit = fit_one(table)
+    shifted = fit_one(table.assign(score=table["score"] + shift))
+    scaled = fit_one(table.assign(score=table["score"] * factor))
     assert shifted.coefficients["intercept"] == pytest.approx(fit.coefficients["intercept"] + shift, abs=1e-8)
     for term in ("w_p", "w_p^2"):
         assert shifted.coefficients[term] == pytest.approx(fit.coefficients[term], rel=1e-5)
         assert scaled.coefficients[term] == pytest.approx(factor * fit.coefficients[term], rel=1e-5)
         assert scaled.standard_errors[term] == pytest.approx(factor * fit.standard_errors[term], rel=1e-5)
         assert scaled.p_values[term] == pytest.approx(fit.p_values[term], rel=1e-3)
-    assert scaled.var_task == pytest.approx(factor**2 * fit.var_task, rel=1e-4)
+    assert scaled.variances["task intercept"] == pytest.approx(factor**2 * fit.variances["task intercept"], rel=1e-4)
 
 
-def test_the_order_of_rows_changes_no_bit(study):
+def test_the_order_of_rows_changes_no_bit(study, analysis):
     shuffled = study.sample(frac=1, random_state=5)
-    fits, again = analyze.analyze(study), analyze.analyze(shuffled)
-    assert [asdict(fit) for fit in fits] == [asdict(fit) for fit in again]
-    assert analyze.to_json(fits, study) == analyze.to_json(again, shuffled)
+    again = analyze.analyze(shuffled, margin=0.01)
+    assert asdict(analysis) == asdict(again)
+    assert analyze.to_json(analysis, study) == analyze.to_json(again, shuffled)
+
+
+def mixed_units(study):
+    return study.assign(score=study["score"].where(study["metric"] != "bleu", 100 * study["score"]))
 
 
 def test_fraction_scale_undoes_a_mix_of_units(study, study_fits):
-    mixed = study.copy()
-    mixed["score"] = mixed["score"].where(mixed["metric"] != "bleu", 100 * mixed["score"])
+    units = mixed_units(study)
     with pytest.raises(ValueError, match=r"scales are mixed \(0..100 beside 0..1\): give --scale fraction"):
-        analyze.analyze(mixed)
-    for fit in analyze.analyze(mixed, scale="fraction"):
+        analyze.analyze(units)
+    for dataset, part in units.groupby("dataset"):
+        fit = fit_one(part, scale="fraction")
         assert fit.scale == "fraction"
-        assert fit.coefficients == pytest.approx(study_fits[fit.dataset].coefficients, rel=1e-9)
+        assert fit.coefficients == pytest.approx(study_fits[dataset].coefficients, rel=1e-9)
+
+
+def test_units_do_not_matter_to_minmax_and_zscore(study):
+    """Each task is then on a scale of its own, over all data sets; paper.md, section 7, has the two vertices."""
+    for scale, ends, plw in (("minmax", (0, 1), 0.211), ("zscore", None, 0.216)):
+        scaled = analyze.rescale(analyze.check(study), scale)
+        other = analyze.rescale(analyze.check(mixed_units(study)), scale)
+        assert other["score"].to_numpy() == pytest.approx(scaled["score"].to_numpy(), abs=1e-9)
+        per_task = scaled.groupby("task")["score"]
+        if ends:
+            assert (per_task.min().eq(ends[0]) & per_task.max().sub(ends[1]).abs().lt(1e-12)).all()
+        else:
+            assert per_task.mean().abs().max() < 1e-12
+            assert per_task.std().sub(1).abs().max() < 1e-12
+        short = scaled[scaled["dataset"] == "AlpacaDataShort"]
+        assert fit_one(short).optimum_plw == pytest.approx(plw, abs=5e-4)
 
 
 def test_scores_on_neither_scale_are_fitted_and_noted(study, study_fits):
-    z = study.assign(score=100 * (study["score"] - 0.35))
-    for fit in analyze.analyze(z):
-        assert fit.joint_p == pytest.approx(study_fits[fit.dataset].joint_p, rel=1e-6)
+    for dataset, part in study.assign(score=100 * (study["score"] - 0.35)).groupby("dataset"):
+        fit = fit_one(part)
+        assert fit.joint_p == pytest.approx(study_fits[dataset].joint_p, rel=1e-6)
         assert "Some scores are negative" in fit.notes[0]
 
 
@@ -223,13 +251,12 @@ def test_scores_on_neither_scale_are_fitted_and_noted(study, study_fits):
     ],
 )
 def test_no_interior_optimum_is_an_answer(b, note, verdict):
-    (fit,) = analyze.analyze(simulate(b=b, sd_task=0.05, sd=0.001))
+    fit = fit_one(simulate(b=b, sd_task=0.05, sd=0.001))
     assert not fit.has_interior_optimum
     assert fit.optimum_plw is None
     assert fit.optimum_interval is None
     assert note in fit.notes[0]
-    assert verdict in fit.verdict
-    assert "no interior optimum" in analyze.table_text([fit])
+    assert verdict in analyze.verdict(fit)
 
 
 def test_a_plw_above_one_widens_the_range():
@@ -237,18 +264,18 @@ def test_a_plw_above_one_widens_the_range():
     extended = table.assign(plw=table["plw"] * 8)
     w = extended["plw"] ** analyze.EXPONENT
     extended["score"] = 0.3 + 0.2 * w - 0.08 * w**2 + np.random.default_rng(2).normal(0, 0.001, len(w))
-    (fit,) = analyze.analyze(extended)
+    fit = fit_one(extended)
     assert fit.optimum_plw == pytest.approx(1.25 ** (1 / analyze.EXPONENT), rel=0.05)
 
 
 def test_a_singular_fit_is_said_and_is_least_squares():
     table = simulate(sd_task=0.0, sd=0.05)
     table["score"] -= table.groupby("task")["score"].transform("mean") - 0.5
-    (fit,) = analyze.analyze(table)
+    fit = fit_one(table)
     w = table["plw"].to_numpy() ** analyze.EXPONENT
     expected = np.polynomial.polynomial.polyfit(w, table["score"], 2)
     assert fit.is_singular
-    assert fit.var_task == 0
+    assert fit.variances["task intercept"] == 0
     assert "Singular fit" in fit.notes[0]
     assert list(fit.coefficients.values()) == pytest.approx(expected)
 
@@ -281,9 +308,9 @@ GOOD = [
         ([HEADER, *GOOD, "m,d,1e-1,1,a,acc,0.5"], "row 8: scores the same model, dataset, plw, seed, task as row 4"),
         ([HEADER, *GOOD, "m,d,0.1,1,a,f1,0.5"], "task a has the metrics acc and f1; choose one metric per task"),
         ([HEADER, *GOOD[:4]], "data set d has 2 distinct PLWs; a curve needs 3 or more"),
-        ([HEADER, *GOOD[::2]], "data set d has only the task a; a fit over tasks needs 2 or more"),
         ([HEADER, *(row.rsplit(",", 1)[0] + ",0.5" for row in GOOD)], "data set d has constant scores"),
-        ([HEADER, *GOOD[:3], GOOD[5]], "data set d has 4 scores for 2 tasks, too few"),
+        ([HEADER, *GOOD[::2]], "data set d can be fitted by no model"),
+        ([HEADER, *GOOD[:3], GOOD[5]], "lmm: 4 scores for 2 tasks are too few for a curve"),
         (
             [HEADER, *(row.replace("m,d,1,", "m,d,2,") for row in GOOD), "m,d,4,1,a,acc,56.1"],
             "scores 56.1 here but 0.5",
@@ -319,11 +346,10 @@ def test_a_data_frame_is_checked_as_a_file_is():
 
 
 def test_scores_without_residuals_are_refused():
-    exact = simulate(sd=0.0)
-    with pytest.raises(ValueError, match="follows a curve exactly"):
-        analyze.analyze(exact)
+    with pytest.raises(ValueError, match="follow a curve exactly"):
+        fit_one(simulate(sd=0.0))
     with pytest.raises(ValueError, match="too close together"):
-        analyze.analyze(simulate().assign(plw=lambda t: 0.1 + 1e-12 * t["plw"]))
+        fit_one(simulate().assign(plw=lambda t: 0.1 + 1e-12 * t["plw"]))
 
 
 def test_a_file_with_a_byte_order_mark_quotes_and_extra_columns_is_read(tmp_path):
@@ -346,14 +372,16 @@ def test_analysis_needs_only_a_table():
     assert ran.stdout.strip() == "set()"
 
 
-def test_fit_json_is_json_and_unrounded(study, study_fits):
-    told = json.loads(json.dumps(analyze.to_json(list(study_fits.values()), study), allow_nan=False))
-    assert told["schema"] == "plw_mlflow.fit/1"
+def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
+    told = json.loads(json.dumps(analyze.to_json(analysis, study), allow_nan=False))
+    assert told["schema"] == "plw_mlflow.fit/2"
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
-    short = next(fit for fit in told["fits"] if fit["dataset"] == "AlpacaDataShort")
+    assert [(fit["dataset"], fit["model"]) for fit in told["fits"]] == [
+        (dataset, model) for dataset in sorted(study_fits) for model in models.MODELS
+    ]
+    (short,) = (fit for fit in told["fits"] if (fit["dataset"], fit["model"]) == ("AlpacaDataShort", "lmm"))
     assert short["coefficients"] == study_fits["AlpacaDataShort"].coefficients
-    assert analyze.predict(told, "AlpacaDataShort", 0.2434) == pytest.approx(0.36197, abs=1e-5)
 
 
 def test_a_data_set_with_too_few_plws_is_set_aside_and_named():

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from plw_mlflow import analyze, mixed
+from plw_mlflow import analyze
+from plw_mlflow.statistics import mixed
 
 FIXTURES = Path(__file__).parent / "fixtures" / "r"
 ANSWERS = pd.read_csv(FIXTURES / "answers.csv")

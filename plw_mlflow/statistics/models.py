@@ -25,7 +25,7 @@ from scipy import stats
 
 from plw_mlflow.statistics import beta, mixed, over_tasks
 from plw_mlflow.statistics.design import CURVE, Grid, is_close_together
-from plw_mlflow.statistics.optimum import LEVEL, Parabola
+from plw_mlflow.statistics.optimum import Parabola
 
 Array = NDArray[np.float64]
 
@@ -58,6 +58,7 @@ class Fit:
     degrees_of_freedom: dict[str, float | None]  # of the t tests; None where they are infinite
     p_values: dict[str, float]  # two-sided, without the intercept
     covariance: list[list[float]]  # of the coefficients, rows and columns as in `coefficients`
+    centre: list[float]  # means of 1, w_p, w_p^2 over the scores: where the curve's level is the scores' own mean
     variances: dict[str, float]
     is_singular: bool
     converged: bool
@@ -340,6 +341,7 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         },
         p_values=dict(zip(result.terms[1:], p[1:].tolist(), strict=True)),
         covariance=v.tolist(),
+        centre=grid.curve[grid.long[1]].mean(0).tolist(),
         variances=result.variances,
         is_singular=result.is_singular,
         converged=result.converged,
@@ -365,6 +367,3 @@ def _widen(contrast: Array, size: int) -> Array:
     whole = np.zeros(size)
     whole[1:3] = contrast
     return whole
-
-
-__all__ = ["LEVEL", "MODELS", "Fit", "JointTest", "fit"]

@@ -172,6 +172,8 @@ class TaskCurve:
     task: str
     task_type: str | None
     coefficients: dict[str, float]
+    covariance: list[list[float]]  # of the coefficients
+    degrees_of_freedom: int
     joint_p: float  # F of the curve
     optimum_plw: float | None  # None without an interior maximum
     optimum_interval: list[float] | None  # 95 %, delta method, cut to the range
@@ -197,7 +199,8 @@ def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve
         if variance <= 1e-24 * max(1.0, float(np.abs(y).max()) ** 2):
             continue
         inverse = np.linalg.inv(r)
-        covariance = (variance * inverse @ inverse.T)[1:3, 1:3]
+        whole = variance * inverse @ inverse.T
+        covariance = whole[1:3, 1:3]
         f = float(b[1:3] @ np.linalg.solve(covariance, b[1:3])) / 2
         low, high = grid.transform.ends
         parabola = Parabola(float(b[1]), float(b[2]), covariance, lambda _, df=n - p: float(df), low, high)  # type: ignore[misc]
@@ -211,6 +214,8 @@ def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve
                 task,
                 (types or {}).get(task),
                 dict(zip(("intercept", *CURVE), b[:3].tolist(), strict=True)),
+                whole[:3, :3].tolist(),
+                n - p,
                 float(stats.f.sf(f, 2, n - p)),
                 optimum,
                 interval,

@@ -20,6 +20,8 @@ from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
 
 from plw_mlflow import __version__, figures, seeding, tasksets, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
@@ -312,25 +314,30 @@ class Run:
             mlflow.log_artifact(str(file))
 
     def log_regression(self, fit: Path) -> None:
-        """Register a fit as the pyfunc model plw-regression: data frame (dataset, plw) in, scores and optimum out.
+        """Register a fit.json as the pyfunc model plw-regression (`regression.py` says what goes in and out).
 
-        It is coefficients in JSON and the code that reads them; nothing is pickled.
+        It is numbers in JSON and the code that reads them; nothing is pickled.
         """
         package = Path(__file__).resolve().parents[1]
-        fits = json.loads(fit.read_text())["fits"]
+        answers = json.loads(fit.read_text())["answers"]
+        rows = [(one["dataset"], 0.1, None) for one in answers]
+        rows += [(one["dataset"], 0.1, task["task"]) for one in answers for task in one["by_task"][:1]]
+        columns = [ColSpec("string", "dataset"), ColSpec("double", "plw"), ColSpec("string", "task", required=False)]
+        given_back = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
         with tempfile.TemporaryDirectory() as folder:
             code = Path(folder) / package.name
-            code.mkdir()
-            for module in ("__init__.py", "analyze.py"):
-                shutil.copy(package / module, code)
+            for module in ("__init__.py", "statistics/__init__.py", "statistics/design.py", "statistics/table.py"):
+                (code / module).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(package / module, code / module)
             versions = seeding.fingerprint()
             mlflow.pyfunc.log_model(
                 name="regression",
-                loader_module="plw_mlflow.analyze",
-                data_path=str(fit),
+                python_model=str(package / "regression.py"),
+                artifacts={"fit": str(fit)},
                 code_paths=[str(code)],
-                pip_requirements=[f"{name}=={versions[name]}" for name in ("numpy", "scipy", "pandas")],
-                input_example=pd.DataFrame({"dataset": [one["dataset"] for one in fits], "plw": 0.1}),
+                pip_requirements=[f"{name}=={versions[name]}" for name in ("mlflow", "numpy", "scipy", "pandas")],
+                signature=ModelSignature(Schema([*columns]), Schema([*given_back])),
+                input_example=pd.DataFrame(rows, columns=["dataset", "plw", "task"]),
                 registered_model_name="plw-regression",
             )
 

@@ -1,0 +1,347 @@
+"""The statistics of PLW: against R's answers, against the tables' own arithmetic, and by their laws."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from plw_mlflow import analyze
+from plw_mlflow.statistics import design, models, over_tasks, questions
+from plw_mlflow.statistics.optimum import Parabola, maximisers
+
+FIXTURES = Path(__file__).parent / "fixtures" / "r"
+ANSWERS = pd.read_csv(FIXTURES / "answers.csv")
+STUDY = Path(__file__).parents[1] / "paper" / "tables" / "v1_scores.csv"
+REFERENCE = pd.read_csv(STUDY.with_name("reference_fits_R.csv"))
+PLWS = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]
+LOW, HIGH = 0.0, 1.0
+
+
+def grid_of(table, dataset, **options):
+    part = table[table["dataset"] == dataset] if dataset != "all" else table
+    return design.grid(part, dataset, design.transform("power", part["plw"]), **options)
+
+
+@cache
+def r_grid(number, dataset="short"):
+    return grid_of(analyze.read_scores(FIXTURES / f"table{number:02d}.csv"), dataset)
+
+
+@cache
+def study_grid(dataset="AlpacaDataShort", **options):
+    return grid_of(analyze.read_scores(STUDY), dataset, **options)
+
+
+def r_answers(number, dataset, model):
+    return ANSWERS.query("table == @number and dataset == @dataset and model == @model").set_index("quantity")["value"]
+
+
+COMPLETE = [
+    (number, dataset)
+    for number, dataset in [(number, "short") for number in range(1, 11)] + [(7, "long")]
+    if "hotelling.p" in r_answers(number, dataset, "task-t")
+]
+
+
+# ------------------------------------------------------------------------------------------- against R
+
+
+@pytest.mark.parametrize(("number", "dataset"), COMPLETE)
+def test_task_t_equals_r(number, dataset):
+    told = r_answers(number, dataset, "task-t")
+    fit = models.fit("task-t", r_grid(number, dataset))
+    for ours, theirs in (("w_p", "wp"), ("w_p^2", "wp2")):
+        assert fit.coefficients[ours] == pytest.approx(told[f"mean.{theirs}"], rel=1e-9)
+        assert fit.standard_errors[ours] == pytest.approx(told[f"se.{theirs}"], rel=1e-9)
+        assert fit.p_values[ours] == pytest.approx(told[f"p.{theirs}"], rel=1e-7)
+    (joint,) = fit.joint_tests
+    assert joint.statistic == pytest.approx(told["hotelling.f"], rel=1e-8)
+    assert (joint.df1, joint.df2) == pytest.approx((told["hotelling.df1"], told["hotelling.df2"]))
+    assert joint.p == pytest.approx(told["hotelling.p"], rel=1e-7)
+
+
+@pytest.mark.parametrize(("number", "dataset"), [(1, "short"), (7, "long"), (8, "short"), (9, "short")])
+def test_ols_with_fixed_tasks_equals_r(number, dataset):
+    told = r_answers(number, dataset, "ols-task")
+    fit = models.fit("ols-task", r_grid(number, dataset))
+    for ours, theirs in (("w_p", "wp"), ("w_p^2", "wp2")):
+        assert fit.coefficients[ours] == pytest.approx(told[f"estimate.{theirs}"], rel=1e-8)
+        assert fit.standard_errors[ours] == pytest.approx(told[f"se.{theirs}"], rel=1e-8)
+        assert fit.p_values[ours] == pytest.approx(told[f"p.{theirs}"], rel=1e-6)
+
+
+def test_the_study_by_every_model():
+    """Hotelling over eight tasks, paper.md; lmm and beta, R's rows."""
+    p = {model: models.fit(model, study_grid()).joint_p for model in models.MODELS}
+    assert p["task-t"] == pytest.approx(0.164, abs=5e-4)
+    assert p["lmm"] == pytest.approx(4.18719165e-06, rel=1e-5)
+    assert p["beta"] == pytest.approx(8.33284029e-09, rel=1e-4)
+    assert 0.05 < p["crossed"] < 0.3
+    assert 0.05 < p["lmm-slopes"] < 0.3
+    assert p["ols-task"] < 1e-5
+
+
+def test_the_beta_row_of_the_reference():
+    row = REFERENCE[REFERENCE["software"].str.startswith("glmmTMB")].iloc[0]
+    fit = models.fit("beta", study_grid(row["dataset"]))
+    assert list(fit.coefficients.values()) == pytest.approx(row[["b0", "b1", "b2"]].tolist(), rel=1e-5)
+    assert list(fit.standard_errors.values()) == pytest.approx(row[["se0", "se1", "se2"]].tolist(), rel=1e-4)
+    assert fit.loglik == pytest.approx(row["loglik"], abs=1e-4)
+    assert (fit.vertex_wp, fit.vertex_wp_se) == pytest.approx((row["vertex_wp"], row["vertex_wp_se_delta"]), rel=1e-4)
+
+
+def test_difference_between_data_sets_equals_r():
+    told = r_answers(7, "all", "lmm-by-dataset")
+    grid = grid_of(analyze.read_scores(FIXTURES / "table07.csv"), "all", by="dataset")
+    found = questions.difference(grid, "dataset")
+    over, ratio = found.tests
+    assert ratio.statistic == pytest.approx(told["ml.lrt.chisq"], rel=1e-5)
+    assert (ratio.df1, ratio.p) == pytest.approx((told["ml.lrt.df"], told["ml.lrt.p"]), rel=1e-4)
+    assert over.df1 == 2
+    assert found.levels == ["long", "short"]
+
+
+# --------------------------------------------------------------------------------------------- over tasks
+
+
+def simulate(seed, runs=20, tasks=13, slopes=0.06, sd_run=0.0, sd=0.01, curve=(0.5, 0.05, -0.038)):
+    draw = np.random.default_rng(seed)
+    w = np.resize(PLWS, runs) ** design.EXPONENT
+    z = np.column_stack([np.ones(runs), w, w**2])
+    curves = np.array(curve) + draw.normal(size=(tasks, 3)) * [0.2, slopes, slopes]
+    return z @ curves.T + draw.normal(0, sd_run, (runs, 1)) + draw.normal(0, sd, (runs, tasks)), z
+
+
+def test_a_runs_luck_is_counted_where_it_shows():
+    quiet, x = simulate(1)
+    loud, _ = simulate(1, sd_run=0.02)
+    without, with_luck = over_tasks.fit(quiet, x, runs_differ=True), over_tasks.fit(loud, x, runs_differ=True)
+    assert not without.counts_runs
+    assert with_luck.counts_runs
+    assert with_luck.var_run == pytest.approx(0.02**2, rel=0.7)
+    plain = over_tasks.fit(loud, x, runs_differ=False)
+    extra = with_luck.covariance - plain.covariance
+    assert extra == pytest.approx(with_luck.var_run * np.linalg.inv(x.T @ x), rel=1e-9)
+    assert with_luck.coefficients == pytest.approx(plain.coefficients)
+
+
+def test_the_variances_are_unbiased():
+    found = [over_tasks.fit(*simulate(seed, sd_run=0.02, sd=0.03), runs_differ=True) for seed in range(2000)]
+    assert np.mean([one.var_run for one in found]) == pytest.approx(0.02**2, rel=0.05)
+    assert np.mean([one.var_residual for one in found]) == pytest.approx(0.03**2, rel=0.02)
+    spread = np.cov([one.coefficients for one in found], rowvar=False)
+    assert np.mean([np.diag(one.covariance) for one in found], axis=0) == pytest.approx(np.diag(spread), rel=0.1)
+
+
+def test_units_of_w_p_and_of_scores_do_not_matter():
+    scores, x = simulate(3, sd_run=0.02)
+    units = np.diag([1.0, 7.0, 49.0])
+    contrasts = np.eye(3)[1:]
+    plain = over_tasks.fit(scores, x, runs_differ=True)
+    other = over_tasks.fit(100 * scores, x @ units, runs_differ=True)
+    assert plain.counts_runs
+    assert other.joint_test(contrasts) == pytest.approx(plain.joint_test(contrasts))
+    assert other.degrees_of_freedom(contrasts[0]) == pytest.approx(plain.degrees_of_freedom(contrasts[0]))
+
+
+def test_without_luck_freedom_is_that_of_the_tasks():
+    scores, x = simulate(4)
+    curves = over_tasks.fit(scores, x, runs_differ=False)
+    _, _, freedom, p = curves.t_test(np.eye(3)[1])
+    assert freedom == pytest.approx(12)
+    assert p == pytest.approx(stats.ttest_1samp(curves.by_task[:, 1], 0).pvalue)
+    assert curves.joint_test(np.eye(3)[1:])[1:3] == pytest.approx((2, 11))
+
+
+# ------------------------------------------------------------------------------------------------ optimum
+
+
+def parabola(slope=0.05, bend=-0.04, scale=1e-3, freedom=7.0):
+    covariance = scale**2 * np.array([[1.0, -0.9], [-0.9, 1.0]])
+    return Parabola(slope, bend, covariance, lambda _: freedom, LOW, HIGH)
+
+
+def test_delta_and_fieller_agree_where_all_is_sure():
+    sure = parabola(scale=1e-4)
+    (pair,), is_unbounded = sure.fieller_set()
+    assert not is_unbounded
+    assert pair == pytest.approx(sure.delta_interval(), abs=1e-4)
+    assert sure.vertex == pytest.approx(0.625)
+    assert sure.interior_probability() > 1 - 1e-9
+
+
+def test_fieller_is_the_closed_form():
+    """With one number of degrees of freedom the set is that of a quadratic inequality in w."""
+    found = parabola(scale=4e-3)
+    t = stats.t.ppf(0.975, 7) ** 2
+    v = found.covariance
+    roots = np.roots(
+        [4 * (found.bend**2 - t * v[1, 1]), 4 * (found.slope * found.bend - t * v[0, 1]), found.slope**2 - t * v[0, 0]]
+    )
+    (pair,), is_unbounded = found.fieller_set()
+    assert not is_unbounded
+    assert pair == pytest.approx(sorted(roots.real))
+    assert all(found.covers(w) == (min(roots) <= w <= max(roots)) for w in np.linspace(-1, 2, 61))
+
+
+def test_a_bend_that_may_be_none_leaves_the_set_without_end():
+    pairs, is_unbounded = parabola(scale=0.05).fieller_set()
+    assert is_unbounded
+    assert pairs == [(LOW, HIGH)]
+
+
+@pytest.mark.parametrize("freedom", [math.inf, 7.0])
+@pytest.mark.parametrize("scale", [0.003, 0.02, 0.2])
+def test_the_chance_of_an_interior_maximum_is_that_of_draws(scale, freedom):
+    found = parabola(scale=scale, freedom=freedom)
+    draw = np.random.default_rng(0)
+    n = 400_000
+    noise = draw.multivariate_normal([0, 0], found.covariance, n)
+    if math.isfinite(freedom):
+        noise *= np.sqrt(freedom / draw.chisquare(freedom, n))[:, None]
+    slope, bend = (np.array([found.slope, found.bend]) + noise).T
+    share = ((slope > 0) & (slope + 2 * bend < 0)).mean()
+    assert found.interior_probability() == pytest.approx(share, abs=4 * 0.5 / math.sqrt(n))
+
+
+def test_the_best_place_on_the_range():
+    slope, bend = np.array([0.05, 0.05, -0.05, 0.05, -0.05, 0.0]), np.array([-0.04, -0.01, -0.04, 0.04, 0.04, 0.01])
+    places = np.linspace(LOW, HIGH, 100_001)
+    heights = slope[:, None] * places + bend[:, None] * places**2
+    assert maximisers(slope, bend, LOW, HIGH) == pytest.approx(places[heights.argmax(1)], abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- questions
+
+
+def test_equivalence_is_of_the_worst_pair():
+    grid = study_grid("AlpacaData")
+    found = questions.equivalence(grid, 0.01)
+    curves = over_tasks.fit(grid.scores, grid.x, runs_differ=True)
+    ps = []
+    for i, one in enumerate(PLWS):
+        for other in PLWS[:i]:
+            step = grid.transform(one) - grid.transform(other), grid.transform(one) ** 2 - grid.transform(other) ** 2
+            by_task = curves.by_task[:, 1] * step[0] + curves.by_task[:, 2] * step[1]  # no run noise is counted here
+            ps.append(
+                max(
+                    stats.ttest_1samp(by_task, m, alternative=a).pvalue for m, a in ((0.01, "less"), (-0.01, "greater"))
+                )
+            )
+    assert not curves.counts_runs
+    assert found.p == pytest.approx(max(ps))
+    assert questions.equivalence(grid, found.smallest_margin).p == pytest.approx(0.05)
+    assert questions.equivalence(grid).p is None
+    assert found.largest_difference < found.smallest_margin
+    with pytest.raises(ValueError, match="margin must be a number above 0"):
+        questions.equivalence(grid, -1)
+
+
+def test_bootstraps_resample_what_they_say():
+    table = pd.concat([analyze.read_scores(STUDY).assign(seed=seed) for seed in (1, 2)])
+    draw = np.random.default_rng(0)
+    table["score"] += draw.normal(0, 0.003, len(table))
+    table = table.reset_index(drop=True)
+    table.attrs = {}
+    grid = grid_of(analyze.check(table), "AlpacaDataShort")
+    found = {over: questions.bootstrap(grid, over, 500) for over in analyze.BOOTSTRAPS}
+    assert found["tasks"] == questions.bootstrap(grid, "tasks", 500)
+    width = {over: np.diff(np.array(one.interval) ** design.EXPONENT)[0] for over, one in found.items()}
+    assert 0 < width["seeds"] < width["tasks"] <= width["both"] * 1.2
+    optimum = models.fit("task-t", grid).optimum_plw
+    assert all(one.interval[0] < optimum < one.interval[1] for one in found.values())
+    with pytest.raises(ValueError, match="two seeds or more"):
+        questions.bootstrap(study_grid(), "seeds", 10)
+
+
+def test_a_tasks_own_curve_is_least_squares():
+    (first, *_), grid = questions.each_task(study_grid(), {"arc_challenge": "choice"}), study_grid()
+    expected, rss, *_ = np.linalg.lstsq(grid.x, grid.scores[:, 0])
+    assert (first.task, first.task_type) == ("arc_challenge", "choice")
+    assert list(first.coefficients.values()) == pytest.approx(expected[:3])
+    small = np.linalg.lstsq(grid.x[:, [0, 3]], grid.scores[:, 0])[1]
+    f = (small[0] - rss[0]) / 2 / (rss[0] / 16)
+    assert first.joint_p == pytest.approx(stats.f.sf(f, 2, 16))
+
+
+def test_holm_by_hand():
+    assert questions.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert questions.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+# -------------------------------------------------------------------------------------------------- design
+
+
+@pytest.mark.parametrize("name", design.TRANSFORMS)
+def test_a_transform_rises_and_comes_back(name):
+    transform = design.transform(name, PLWS)
+    plws = np.unique([*np.linspace(0, 1, 101), *PLWS])
+    w = transform(plws)
+    assert (np.diff(w) > 0).all()
+    assert transform.back(w) == pytest.approx(plws, abs=1e-9)
+    assert (w[0], w[-1]) == pytest.approx(transform.ends)
+
+
+def test_incomplete_runs_are_left_out_and_counted():
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    gone = table.drop(index=table.index[[0, 25, 26]])
+    fit = models.fit("crossed", grid_of(gone, "AlpacaDataShort"))
+    left = table.merge(
+        table.loc[table.index[[0, 25, 26]], ["model", "plw"]].drop_duplicates(), how="left", indicator=True
+    )
+    whole = models.fit("crossed", grid_of(left.query("_merge == 'left_only'"), "AlpacaDataShort"))
+    count = 20 - whole.runs
+    assert f"Left out: {count} of 20 runs (not scored on every task)." in fit.notes
+    assert fit.coefficients == whole.coefficients
+    assert models.fit("lmm-slopes", grid_of(gone, "AlpacaDataShort")).n == 157
+
+
+def test_few_tasks_are_a_reason_not_an_error():
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    two = table[table["task"].isin(["piqa", "arc_challenge"])]
+    analysis = analyze.analyze(two, draws=0)
+    assert analysis.answers[0].lead.model == "lmm"
+    reasons = {one.what: one.reason for one in analysis.refusals}
+    assert "4 tasks or more, there are 2" in reasons["crossed"]
+    one = analyze.analyze(table[table["task"] == "piqa"], draws=0)
+    assert one.answers[0].lead.model == "ols-task"
+    assert [fit.model for fit in one.fits] == ["ols-task"]
+
+
+def test_scores_of_0_and_1_refuse_the_beta_model_alone():
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
+    table.loc[table.index[3], "score"] = 1.0
+    analysis = analyze.analyze(table, draws=0)
+    assert [fit.model for fit in analysis.fits] == [name for name in models.MODELS if name != "beta"]
+    (reason,) = (one.reason for one in analysis.refusals if one.what == "beta")
+    assert "strictly between 0 and 1" in reason
+
+
+def test_weights_are_those_of_the_table():
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
+    table["n"] = np.where(table["plw"] == 0.1, 10, 1000)
+    weighted, plain = grid_of(table, "AlpacaDataShort"), grid_of(table.drop(columns="n"), "AlpacaDataShort")
+    assert np.unique(weighted.weights).tolist() == [10, 1000]
+    assert plain.weights is None
+    assert models.fit("lmm-slopes", weighted).coefficients != models.fit("lmm-slopes", plain).coefficients
+    table["n"] = 500
+    same = models.fit("lmm-slopes", grid_of(table, "AlpacaDataShort"))
+    assert same.coefficients == pytest.approx(models.fit("lmm-slopes", plain).coefficients, rel=1e-5)
+
+
+def test_an_unknown_column_to_compare_is_an_error():
+    table = analyze.read_scores(STUDY)
+    with pytest.raises(ValueError, match=r"by learning_rate: the table has no such column; it has model, dataset"):
+        analyze.analyze(table, by=("learning_rate",), draws=0)
+
+
+def test_curves_by_model_are_compared():
+    analysis = analyze.analyze(analyze.read_scores(STUDY), by=("model",), draws=0)
+    assert [one.by for one in analysis.differences] == ["dataset", "model"]
+    by_model = analysis.differences[1]
+    assert by_model.levels == ["LLaMA1-7B", "LLaMA2-7B"]
+    assert all(0 < test.p < 1 for test in by_model.tests)
