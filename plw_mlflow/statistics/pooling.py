@@ -56,7 +56,7 @@ def pool(y: Array, variances: Array, x: Array) -> Pooled:
 
     def weighted(tau2: float) -> tuple[Array, Array, Array]:
         weights = 1 / (variances + tau2)
-        inverse = np.linalg.inv(x.T @ (weights[:, None] * x))
+        inverse = np.asarray(np.linalg.inv(x.T @ (weights[:, None] * x)), np.float64)
         return weights, inverse, inverse @ (x.T @ (weights * y))
 
     def deviance(tau2: float) -> float:
