@@ -79,6 +79,11 @@ class Line:
         """w_p at a ratio, and half its 95 % interval."""
         return self.pooled.mean(_row(ratio))
 
+    @property
+    def slope(self) -> tuple[float, float]:
+        """How far w_p moves for a tenfold ratio, and half its 95 % interval."""
+        return self.pooled.mean(np.array([0.0, 1.0]))
+
     def next_one(self, ratio: float) -> tuple[float, float]:
         """w_p of one more data set and model, and half the 95 % prediction interval."""
         return self.pooled.next_point(_row(ratio), beside=self.tau2_models)
@@ -313,8 +318,7 @@ def _line_words(advice: Advice, line: Line) -> list[str]:
     ]
     if not min(ratios) <= advice.ratio <= max(ratios):
         told.append(f"That is beyond the ratios there is evidence for, {min(ratios):.2g} to {max(ratios):.2g}.")
-    slope, error = line.pooled.coefficients[1], math.sqrt(line.pooled.covariance[1, 1])
-    reach = float(stats.t.ppf(1 - LEVEL / 2, line.pooled.degrees_of_freedom)) * error
+    slope, reach = line.slope
     told.append(
         f"All together, w_p of the best PLW moves by {_span(slope, slope - reach, slope + reach)} for a tenfold ratio"
         + ("." if abs(slope) > reach else ", which could be either way or none.")
