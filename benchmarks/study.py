@@ -321,7 +321,10 @@ def headlines() -> dict[str, str]:
     (gain,) = [
         one.equivalence.largest_difference for one in analysis().answers if one.dataset == SHORT and one.equivalence
     ]
-    _, between_models = advise.by_dataset(evidence_points())
+    datasets, between_models = advise.by_dataset(evidence_points())
+    of_wit = [one for one in datasets if one.study == evidence.WIT]
+    rank = models.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
+    printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
     return {
         "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",
         "crossed": f"p = {p_value(crossed.joint_p)} with the runs' luck counted",
@@ -330,6 +333,8 @@ def headlines() -> dict[str, str]:
         "slopes": f"`lmm-slopes` p = {p_value(fitted(SHORT, 'lmm-slopes').joint_p)}",
         "optimum": f"PLW {lmm.optimum_plw:.3f}",
         "gain": f"{100 * gain:.1f} points",
+        "correlation, in print": f"prints a rank correlation of {printed['avg generation ratio']:+.1f}",
+        "correlation, here": f"it is {rank:+.1f}",
         "between models": f"SD {math.sqrt(between_models):.2f}",
     }
 
