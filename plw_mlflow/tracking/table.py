@@ -89,6 +89,23 @@ def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> 
     return found
 
 
+def generation_ratios(experiment: str) -> dict[str, float]:
+    """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
+    check_reachable()
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
+    ratios: dict[str, float] = {}
+    for run in client.search_runs([found.experiment_id], "tags.`plw.status` = 'scored'", max_results=50_000):
+        name = cell_columns(parameters(run))["dataset"]
+        if name not in ratios:
+            ratio = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/profile.json")["generation_ratio"]
+            if ratio is not None:
+                ratios[name] = ratio
+    return ratios
+
+
 def mark_best(run_id: str) -> str:
     """Give the model version a cell has registered the alias `best`; returns the model's name."""
     name, _, version = get_run(run_id).data.tags["plw.model_version"].rpartition("/")
