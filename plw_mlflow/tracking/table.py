@@ -67,10 +67,14 @@ def generation_ratios(experiment: str) -> dict[str, float]:
     ratios: dict[str, float] = {}
     for run in client.search_runs([found.experiment_id], "tags.`plw.status` = 'scored'", max_results=50_000):
         name = cell_columns(parameters(run))["dataset"]
-        if name not in ratios:
+        if name in ratios:
+            continue
+        try:
             ratio = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/profile.json")["generation_ratio"]
-            if ratio is not None:
-                ratios[name] = ratio
+        except mlflow.MlflowException:  # no profile: whoever asks can still be told the ratio
+            continue
+        if ratio is not None:
+            ratios[name] = ratio
     return ratios
 
 
