@@ -18,9 +18,9 @@ test: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Trainings that are killed and starved, servers that are lost: minutes more.
+# Trainings that are killed and starved, servers that are lost, whole sweeps: minutes more.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 # The published ten PLWs on both toy data sets, with two seeds.
 study: setup

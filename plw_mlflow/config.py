@@ -467,16 +467,34 @@ class AnalyzeConfig(Checked):
     """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
+    power: bool = False
+    """Simulate how many tasks, seeds and PLWs find the optimum within width, scores being made as these seem to be."""
+    width: float = 0.2
+    """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
+    assume: str | None = None
+    """What makes the scores that power simulates, instead of a table, as power prints it (docs/power.md)."""
+    next: int | None = None
+    """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html and the figures (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        given = [value for value in (self.scores, self.run_id, self.experiment) if value is not None]
-        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap")
+        given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
+        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap") + _below(self, 1, "next")
         if self.margin is not None and not 0 < self.margin < math.inf:
             found.append(f"margin must be a number above 0, got {self.margin}")
-        return found if len(given) == 1 else [*found, "give one of scores, run-id or experiment"]
+        if len(given) != 1:
+            found.append("give one of scores, run-id or experiment (or assume, for power alone)")
+        if not 0 < self.width < math.inf:
+            found.append(f"width must be a number above 0, got {self.width}")
+        if not self.power:
+            for name in ("width", "assume"):
+                if (value := getattr(self, name)) != getattr(AnalyzeConfig, name):
+                    found.append(f"{name} is {spell(value)}, but that is for power: give --power")
+        if self.assume is not None and self.next is not None:
+            found.append("next needs scores, not assume")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The report: one HTML file that answers whether PLW matters here, and every file an analysis leaves.
 
-Jinja2 escapes whatever comes from the data; figures are embedded, so the file can be mailed or logged as it is.
+Jinja2 escapes whatever comes from the data; figures are embedded, so the file can be mailed or logged as it is. What it
+says is in assets/report.html, what it is said of is gathered here.
 """
 
 from __future__ import annotations
@@ -8,165 +9,455 @@ from __future__ import annotations
 import base64
 import json
 import os
+import platform
 import re
 import shlex
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+from matplotlib.figure import Figure
 
-from plw_mlflow.analyze import TERMS, Fit, check, missing_scores, rescale, to_json
+from plw_mlflow import __version__, figures, origin
+from plw_mlflow.analyze import (
+    EXPONENT,
+    LEVEL,
+    TERMS,
+    Analysis,
+    Answer,
+    Fit,
+    check,
+    highest_end,
+    rescale,
+    to_json,
+)
+from plw_mlflow.figures import Estimate
+from plw_mlflow.statistics.models import JointTest
+from plw_mlflow.statistics.table import RUN
 
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MISSING_SHOWN = 100  # rows; fit.json has them all
+PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "jinja2")
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Does the prompt loss weight matter?</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 66rem; margin: 2rem auto; padding: 0 1.5rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin-bottom: .3rem } h2 { font-size: 1.3rem; margin-top: 2.4rem }
-p { max-width: 52rem; margin: .6rem 0 }
-.lead { color: #55555a } .answer { border-left: 5px solid #9a9a9a; padding: .3rem 0 .3rem 1rem; margin: .8rem 0 }
-.answer.matters { border-color: #B22222 } .note { color: #7a4b00 } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .8rem 0 }
-th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid #e2e2e6; white-space: nowrap }
-th { border-bottom: 2px solid #1b3a5c; vertical-align: bottom } .text { text-align: left } .wrap { white-space: normal }
-img { width: 100%; height: auto; margin-top: 1rem }
-code, pre { background: #f4f4f6; border-radius: 4px; font-size: .85rem }
-code { padding: .1rem .3rem; overflow-wrap: anywhere } pre { padding: .8rem; white-space: pre-wrap }
-</style></head><body>
-<h1>Does the prompt loss weight matter?</h1>
-<p class="lead">Fine-tuning can weight the loss of prompt tokens anywhere between 0 (prompt masked) and 1 (trained
-as the completion is). {{ rows }} scores on {{ tasks|length }} tasks say what this prompt loss weight (PLW) does to
-{{ fits|map(attribute="dataset")|unique|join(", ") }}.</p>
-
-<h2>The answer</h2>
-{% for fit in fits %}
-<div class="answer {{ 'matters' if fit.joint_p < 0.05 }}"><strong>{{ fit.dataset }}</strong><br>{{ fit.verdict }}</div>
-{% endfor %}
-<div class="scroll"><table>
-<tr><th class="text">data set<th class="text">model<th>scores<th>tasks<th>joint p<th>optimum PLW<th>95 % interval</tr>
-{% for fit in fits %}
-<tr><td class="text">{{ fit.dataset }}<td class="text">{{ fit.model }}<td>{{ fit.n }}<td>{{ fit.tasks }}
-<td>{{ "%.2g"|format(fit.joint_p) }}
-{% if fit.optimum_plw is none %}<td colspan="2">no interior optimum
-{% else %}<td>{{ "%.4f"|format(fit.optimum_plw) }}
-<td>{{ "%.3g"|format(fit.optimum_interval[0]) }} to {{ "%.3g"|format(fit.optimum_interval[1]) }}
-{% endif %}</tr>
-{% endfor %}
-</table></div>
-<p><strong>What the p-values mean.</strong> The joint p is the chance of a likelihood ratio at least as large as the one
-seen if PLW had no effect at all (χ², 2 degrees of freedom, fitted by ML). It is not corrected for looking at
-{{ fits|length }} data set{{ "s" if fits|length > 1 }}. The model lets tasks differ in level but not in how PLW moves
-them, and takes scores as independent although one checkpoint is scored on every task; where either fails, p-values can
-be too small and intervals too narrow. A large p says that these scores show no effect, not that there is none; and an
-effect in one data set but not in another is no test of their difference.</p>
-
-<h2>The curves</h2>
-<p>Every task is centred on its own mean, since tasks differ far more than PLW moves any of them. Small marks are
-scores, thin lines a task's mean over its runs, black dots the mean over tasks; the band is the curve's, pointwise.</p>
-{% for fit, figure in figures %}
-<img src="data:image/png;base64,{{ figure }}" alt="Scores of {{ fit.dataset }} against PLW. {{ fit.verdict }}">
-{% for note in fit.notes %}<p class="note">{{ fit.dataset }}: {{ note }}</p>{% endfor %}
-{% endfor %}
-
-<h2>The fits</h2>
-<p>Per data set, the linear mixed model <code>score ~ w_p + w_p^2 + (1 | task)</code> by REML, with
-w_p = PLW<sup>{{ exponent }}</sup>. Standard errors in parentheses, p-values by t; unrounded in <code>fit.json</code>.
-{% if scale == "fraction" %}The scores of tasks that exceed 1 were divided by 100.{% endif %}</p>
-<div class="scroll"><table>
-<tr><th class="text">data set<th>intercept<th>w_p<th>p<th>w_p²<th>p<th>variance,<br>tasks<th>variance,<br>residual
-<th>REML log-<br>likelihood</tr>
-{% for fit in fits %}
-<tr><td class="text">{{ fit.dataset }}
-{% for term in terms -%}
-<td>{{ "%.4g"|format(fit.coefficients[term]) }} ({{ "%.2g"|format(fit.standard_errors[term]) }})
-{%- if term in fit.p_values %}<td>{{ "%.2g"|format(fit.p_values[term]) }}{% endif %}
-{% endfor -%}
-<td>{{ "%.3g"|format(fit.var_task) }}<td>{{ "%.3g"|format(fit.var_residual) }}<td>{{ "%.2f"|format(fit.loglik) }}</tr>
-{% endfor %}
-</table></div>
-
-<h2>The account of cells</h2>
-<p>Models: {{ models|join(", ") }}. Seeds: {{ seeds|join(", ") }}. Tasks: {{ tasks|join(", ") }}. With {{ datasets }}
-data set{{ "s" if datasets > 1 }} and {{ plws }} PLWs a full grid has {{ rows + missing_total }} scores;
-<strong>{{ missing_total or "none" }} of them {{ "is" if missing_total == 1 else "are" }} missing.</strong></p>
-{% if missing %}
-<div class="scroll"><table>
-<tr><th class="text">model<th class="text">data set<th>PLW<th>seed<th class="text">missing tasks</tr>
-{% for cell, names in missing[:shown] %}
-<tr><td class="text">{{ cell[0] }}<td class="text">{{ cell[1] }}<td>{{ "%g"|format(cell[2]) }}<td>{{ cell[3] }}
-<td class="text wrap">{{ "the whole cell" if names|length == tasks|length else names|join(", ") }}</tr>
-{% endfor %}
-</table></div>
-{% if missing|length > shown %}
-<p>And {{ missing|length - shown }} cells more, listed in <code>fit.json</code>.</p>
-{% endif %}
-{% endif %}
-
-<h2>How to reproduce</h2>
-<pre>{{ command }}</pre>
-<p>{% if table.source %}Scores: <code>{{ table.source }}</code>. {% endif %}
-{% if table.file_sha256 %}The file's SHA-256: <code>{{ table.file_sha256 }}</code>. {% endif %}
-SHA-256 of the sorted scores, whatever their file: <code>{{ table.sha256 }}</code>.</p>
-</body></html>
-"""
+SCALES = {
+    "none": "as they are",
+    "fraction": "0..100 divided by 100",
+    "minmax": "each task 0 to 1",
+    "zscore": "each task mean 0, SD 1",
+}
+TRANSFORMS = {
+    "power": f"PLW^{EXPONENT}",
+    "logit": "logit of PLW",
+    "rank": "rank of PLW",
+    "none": "PLW itself",
+}
+# What each statistical model is, and what it can be trusted for.
+MODELS = {
+    "crossed": (
+        "A curve per task by least squares; the mean curve is tested with the tasks as the sample. What a run's luck "
+        "adds to all its tasks is counted where residuals show it.",
+        "For tasks like these, however they differ. Needs four tasks and runs scored on every task; with few tasks it "
+        "finds only clear effects.",
+    ),
+    "task-t": (
+        "The same without the runs' luck: t and Hotelling's T² over tasks.",
+        "Exact where runs differ by no more than noise; elsewhere its p-values are too small.",
+    ),
+    "lmm-slopes": (
+        "score ~ w_p + w_p² + model + (w_p + w_p² | task) + (1 | run), a residual variance per task, by REML.",
+        "For tasks like these; takes incomplete runs and the scores' own standard errors. With few tasks its "
+        "likelihood-ratio p is too small; the F test is nearer.",
+    ),
+    "lmm": (
+        "score ~ w_p + w_p² + (1 | task), by REML: the first version of the study.",
+        "Takes PLW as moving every task alike and scores as independent. Where either fails, p-values are too small "
+        "and intervals too narrow.",
+    ),
+    "beta": (
+        "As lmm, for scores of a beta distribution, on the logit, by Laplace: the study's fourth version.",
+        "As lmm, and for scores within 0..1 only. Coefficients are of the logit, not of the score.",
+    ),
+    "ols-task": (
+        "A fixed level per task, least squares: the study's draft.",
+        "As lmm, and for these very tasks only.",
+    ),
+}
 
 
-def html(fits: list[Fit], table: pd.DataFrame, figures: list[bytes], command: str) -> str:
-    """The report of the fits of a table; `figures` has one PNG per fit, `command` says how to make it again."""
-    cells = missing_scores(table).groupby(["model", "dataset", "plw", "seed"])["task"]
-    missing = [(cell, list(tasks)) for cell, tasks in cells]
-    described = to_json(fits, table)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE).render(
-        fits=fits,
-        terms=TERMS,
-        exponent=described["exponent"],
-        table=described["table"],
-        scale=fits[0].scale,
-        figures=[(fit, base64.b64encode(png).decode()) for fit, png in zip(fits, figures, strict=True)],
-        rows=len(table),
-        models=sorted(table["model"].unique()),
-        datasets=table["dataset"].nunique(),
-        plws=table["plw"].nunique(),
-        seeds=sorted(table["seed"].unique()),
-        tasks=sorted(table["task"].unique()),
-        missing=missing,
-        missing_total=sum(len(tasks) for _, tasks in missing),
-        shown=MISSING_SHOWN,
-        command=command,
+@dataclass(frozen=True)
+class Claim:
+    """What kind of claim an answer is."""
+
+    kind: str  # effect, none (shown to be as good as none) or open
+    title: str
+    meaning: str
+
+
+def claim(answer: Answer, looks: int) -> Claim:
+    """What an answer claims, when `looks` data sets were looked at."""
+    lead, equal = answer.lead, answer.equivalence
+    is_small = equal is not None and equal.p is not None and equal.p < LEVEL
+    if answer.holm_p < LEVEL:
+        within = ", smaller than the margin" if is_small else ""
+        if lead.optimum_plw is None:
+            return Claim(
+                "effect",
+                f"An effect{within}, no best value inside",
+                "The scores change along PLW, but have no peak inside the range: look at its ends.",
+            )
+        return Claim(
+            "effect",
+            f"An effect{within}, and a peak",
+            "The scores change along PLW and the curve peaks inside the range. The interval says how well the peak is "
+            "located.",
+        )
+    if is_small and equal is not None:
+        return Claim(
+            "none",
+            "As good as no effect",
+            f"This is shown, not just a lack of evidence: every difference between PLWs tried is smaller than the "
+            f"margin of {equal.margin:g}.",
+        )
+    if lead.joint_p < LEVEL:
+        return Claim(
+            "open",
+            "A hint, not a finding",
+            f"Significant by itself, but not when corrected for looking at {looks} data sets.",
+        )
+    limit = ""
+    if equal is not None:
+        limit = f" Differences of up to {equal.smallest_margin:.2g} between PLWs are not ruled out."
+    return Claim(
+        "open", "Open", f"The scores show no effect, and do not show that there is none: a large p is not proof.{limit}"
     )
 
 
-def write(fits: list[Fit], table: pd.DataFrame, directory: Path, command: str | None = None) -> list[Path]:
-    """Write `fit.json`, `report.html` and a PNG per fit into a directory, and return their paths.
+def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
+    """The best PLW by every model (`fits`, of the answer's data set), bootstrap, type of task and task."""
 
-    `table` is the one the fits came from. Everything is made before anything is written, and each file is put in
-    place whole, so an error leaves the directory as it was.
+    def of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[Estimate]:
+        best = highest_end(fit) if fit.optimum_plw is None else fit.optimum_plw
+        delta = [] if fit.optimum_interval is None else [fit.optimum_interval]
+        shared: dict[str, Any] = {
+            "plw": fit.optimum_plw,
+            "highest": best,
+            "interior": fit.interior_probability,
+            "is_lead": is_lead,
+        }
+        rows = [Estimate(group, name, "delta", intervals=delta, is_unbounded=False, **shared)]
+        if fit.coefficients["w_p^2"] < 0:  # of a curve that bends upwards the set is of its lowest point
+            unbounded = fit.fieller_is_unbounded
+            rows.append(Estimate(group, name, "Fieller", intervals=fit.fieller, is_unbounded=unbounded, **shared))
+        return rows
+
+    found = [one for fit in fits for one in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
+    for one in answer.bootstraps:
+        name = "tasks and seeds" if one.over == "both" else one.over
+        found.append(Estimate("Bootstrap over", name, "percentiles", None, None, [one.interval], False, one.interior))
+    for kind, fit in answer.by_type:
+        found += of_fit("Type of task", f"{kind} ({fit.model})", fit)
+    for task in answer.by_task:
+        interval = [] if task.optimum_interval is None else [task.optimum_interval]
+        best = task.best_plw, task.optimum_plw
+        found.append(Estimate("Task", task.task, "delta", best[1], best[0], interval, False, task.interior_probability))
+    return found
+
+
+def interval_text(one: Estimate) -> str:
+    """The interval of an estimate in words."""
+    if not one.intervals:
+        return "unbounded, none of it inside" if one.is_unbounded else "none inside"
+    inside = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in one.intervals)
+    return f"{inside}, and on beyond: unbounded" if one.is_unbounded else inside
+
+
+def name_test(test: JointTest) -> str:
+    """A joint test by name, with its statistic."""
+    name = test.test.replace("^2", "²")
+    if test.df2 is None:
+        return f"{name}: χ²({test.df1:g}) = {test.statistic:.3g}"
+    statistic = f"F({test.df1:g}, {test.df2:.3g}) = {test.statistic:.3g}"
+    return statistic if name == "F" else f"{name}: {statistic}"
+
+
+def remarks(fit: Fit) -> str:
+    """What must be known of a fit before its numbers are used, in a few words."""
+    said = {
+        "did not converge": not fit.converged,
+        "singular": fit.is_singular,
+        "coefficients of the logit": fit.model == "beta",
+        f"{fit.runs} runs, {fit.tasks} tasks": any(note.startswith("Left out") for note in fit.notes),
+    }
+    return ", ".join(words for words, holds in said.items() if holds)
+
+
+def stability(answer: Answer) -> str:
+    """How the conclusion fares under other scales and transforms."""
+    is_significant = answer.lead.joint_p < LEVEL
+    named = [(SCALES[one.name], one) for one in answer.scales] + [
+        (TRANSFORMS[one.name], one) for one in answer.transforms
+    ]
+    tried = [(name, one) for name, one in named if one.joint_p is not None]
+    other = [name for name, one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
+    said = "a significant effect" if is_significant else "no significant effect"
+    text = f"The conclusion by {answer.lead.model}, {said}, "
+    if other:
+        text += f"is another under {len(other)} of {len(tried)}: {', '.join(other)}."
+    else:
+        text += "is the same under every scale and transform that could be fitted."
+    peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
+    if len(peaks) == len(tried) and min(peaks) < max(peaks):
+        text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
+    elif peaks and len(peaks) < len(tried):
+        text += f" A peak inside the range is found under {len(peaks)} of {len(tried)}."
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------- the page
+
+
+def html(
+    analysis: Analysis,
+    table: pd.DataFrame,
+    described: dict[str, Any],
+    drawn: dict[tuple[str, str], bytes],
+    command: str,
+) -> str:
+    """The report of an analysis of a table.
+
+    described: what fit.json holds. drawn: the SVG of each figure, by `drawings`' keys. command: how to make it again.
     """
-    from plw_mlflow import figures  # matplotlib takes a second to import
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "p": lambda value: f"{value:.2g}",
+        "plw": lambda value: f"{value:.3g}",
+        "estimate": lambda value: f"{value:.4g}",
+        "short": lambda value: f"{value:.3g}",
+        "share": figures.percent,
+        "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
+        "interval": interval_text,
+        "test": name_test,
+        "highest": highest_end,
+        "remarks": remarks,
+    }
+    cells: dict[tuple[Any, ...], list[str]] = {}
+    for row in described["table"]["missing"]:
+        cells.setdefault(tuple(row[column] for column in RUN), []).append(row["task"])
+    refusals: dict[tuple[str, str], list[str]] = {}
+    for one in analysis.refusals:
+        refusals.setdefault((one.what, one.reason), []).append(one.dataset)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        analysis=analysis,
+        chapters=[
+            {
+                "answer": answer,
+                "claim": claim(answer, len(analysis.answers)),
+                "estimates": _rows(estimates(answer, _of(analysis, answer))),
+                "stability": stability(answer),
+                "residuals": ("residuals", answer.dataset) in drawn,
+            }
+            for answer in analysis.answers
+        ],
+        drawn=drawn,
+        refusals=[(*what, datasets) for what, datasets in refusals.items()],
+        tasks_drawn=figures.MOST_TASKS,
+        terms=TERMS,
+        level=LEVEL,
+        models=MODELS,
+        scales=SCALES,
+        transforms=TRANSFORMS,
+        profile=profile(table),
+        account=account(table),
+        missing=list(cells.items()),
+        missing_scores=len(described["table"]["missing"]),
+        missing_shown=MISSING_SHOWN,
+        table=described["table"],
+        command=command,
+        versions=versions(),
+    )
 
+
+def _of(analysis: Analysis, answer: Answer) -> list[Fit]:
+    return [fit for fit in analysis.fits if fit.dataset == answer.dataset]
+
+
+def _rows(found: list[Estimate]) -> list[dict[str, Any]]:
+    """Estimates as the table shows them: the intervals of one fit in one row."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in found:
+        row = rows.setdefault((one.group, one.name), {"first": one, "delta": None, "fieller": None})
+        row["fieller" if one.method == "Fieller" else "delta"] = one
+    return list(rows.values())
+
+
+def profile(table: pd.DataFrame) -> dict[str, Any]:
+    """What a table of scores holds, before anything is fitted."""
+
+    def listed(part: pd.DataFrame, column: str) -> list[Any]:
+        return sorted(part[column].unique().tolist())
+
+    columns = ["model", "plw", "seed", "task"]
+    datasets = [
+        {"name": name, "runs": len(part.drop_duplicates(RUN)), "scores": len(part)}
+        | {column: listed(part, column) for column in columns}
+        for name, part in table.groupby("dataset")
+    ]
+    tasks = []
+    for name, part in table.groupby("task"):
+        kinds = listed(part.dropna(subset="task_type"), "task_type") if "task_type" in part else []
+        numbers = {"low": part["score"].min(), "mean": part["score"].mean(), "high": part["score"].max()}
+        tasks.append({"name": name, "metric": part["metric"].iloc[0], "type": ", ".join(map(str, kinds))} | numbers)
+    return {"datasets": datasets, "tasks": tasks, "scores": len(table)} | {
+        name: listed(table, name) for name in columns
+    }
+
+
+def account(table: pd.DataFrame) -> dict[str, Any]:
+    """How many scores each (data set, model) has at each PLW, and how many a full grid has."""
+    counts = table.pivot_table(index=["dataset", "model"], columns="plw", values="score", aggfunc="size", fill_value=0)
+    return {
+        "plws": counts.columns.tolist(),
+        "rows": [(*names, row) for names, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)],
+        "full": table["seed"].nunique() * table["task"].nunique(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What made the report: this package with its commit, Python, and the packages whose arithmetic it is."""
+    commit = origin.commit()
+    return {
+        "plw_mlflow": __version__ + (f" (commit {commit})" if commit else ""),
+        "Python": platform.python_version(),
+    } | {name: metadata.version(name) for name in PACKAGES}
+
+
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], Figure]:
+    """Every figure, by what it shows and the data set (empty for all together); `scaled` is on the analysis' scale."""
+    drawn: dict[tuple[str, str], Figure] = {}
+    answers = analysis.answers
+    if len(answers) > 1:
+        drawn["overview", ""] = figures.draw_overview([answer.lead for answer in answers], scaled)
+    if any(answer.equivalence is not None for answer in answers):
+        drawn["no-effect", ""] = figures.draw_no_effect(answers)
+    for answer in answers:
+        mine = scaled[scaled["dataset"] == answer.dataset]
+        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine)
+        drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine)
+        shown = estimates(answer, _of(analysis, answer))
+        if len(answer.by_task) > figures.MOST_TASKS:
+            shown = [one for one in shown if one.group != "Task"]
+        drawn["optimum", answer.dataset] = figures.draw_optima(shown, figures.transform_of(answer.lead, mine))
+        if len(left := figures.residuals(answer.lead, mine)):
+            drawn["residuals", answer.dataset] = figures.draw_residuals(left)
+    return drawn
+
+
+def file_names(keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """A file's name, without its ending, for each figure: letters that any file system takes, no two alike."""
+    names: dict[tuple[str, str], str] = {}
+    slugs: dict[str, str] = {"": ""}
+    for _, dataset in keys:
+        if dataset not in slugs:
+            slug = re.sub(r"[^A-Za-z0-9.-]+", "-", dataset).strip("-.")[:80] or "dataset"
+            number, unique = 1, slug  # two names may differ in signs or capitals only
+            while unique.lower() in (taken.lower() for taken in slugs.values()):
+                unique, number = f"{slug}-{number}", number + 1
+            slugs[dataset] = unique
+    for what, dataset in keys:
+        names[what, dataset] = "-".join(filter(None, [what, slugs[dataset]]))
+    return names
+
+
+def fits_csv(described: dict[str, Any]) -> pd.DataFrame:
+    """A row per fit and term."""
+    rows = [
+        {
+            "dataset": fit["dataset"],
+            "model": fit["model"],
+            "term": term,
+            "estimate": estimate,
+            "standard_error": fit["standard_errors"][term],
+            "df": fit["degrees_of_freedom"][term],  # blank where infinite
+            "p": fit["p_values"].get(term),
+        }
+        for fit in described["fits"]
+        for term, estimate in fit["coefficients"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
+    """A row per data set and model; Fieller's set, which may be several intervals, is written as JSON."""
+    answers = {answer["dataset"]: answer for answer in described["answers"]}
+    rows = []
+    for fit in described["fits"]:
+        low, high = fit["optimum_interval"] or (None, None)
+        answer = answers[fit["dataset"]]
+        is_lead = answer["lead"] == fit["model"]
+        rows.append(
+            {name: fit[name] for name in ("dataset", "model")}
+            | {"is_lead": is_lead}
+            | {name: fit[name] for name in ("scale", "transform", "n", "runs", "tasks")}
+            | {"joint_test": fit["joint_tests"][0]["test"], "joint_p": fit["joint_p"]}
+            | {"holm_p": answer["holm_p"] if is_lead else None}
+            | {"optimum_plw": fit["optimum_plw"], "optimum_low": low, "optimum_high": high}
+            | {"fieller": json.dumps(fit["fieller"]), "fieller_is_unbounded": fit["fieller_is_unbounded"]}
+            | {name: fit[name] for name in ("interior_probability", "loglik", "aic", "bic")}
+            | {name: fit[name] for name in ("is_singular", "converged")}
+        )
+    return pd.DataFrame(rows)
+
+
+def tasks_csv(described: dict[str, Any]) -> pd.DataFrame:
+    """A row per data set and task: its own curve."""
+    columns = ["dataset", "task", "task_type", *TERMS, "df", "joint_p", "best_plw", "optimum_plw", "optimum_low"]
+    rows = []
+    for answer in described["answers"]:
+        for task in answer["by_task"]:
+            low, high = task["optimum_interval"] or (None, None)
+            rows.append(
+                {"dataset": answer["dataset"], **task["coefficients"], "df": task["degrees_of_freedom"]}
+                | {name: task[name] for name in ("task", "task_type", "joint_p", "best_plw", "optimum_plw")}
+                | {"optimum_low": low, "optimum_high": high, "interior_probability": task["interior_probability"]}
+            )
+    return pd.DataFrame(rows, columns=[*columns, "optimum_high", "interior_probability"])
+
+
+def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str | None = None) -> list[Path]:
+    """Write an analysis into a directory, and return the files' paths.
+
+    `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, and every figure as PNG and SVG. `table` is the
+    one the analysis is of; its attribute `left_out`, if any, lists what was left out of it and why, a phrase each.
+    Everything is made before anything is written, and each file is put in place whole, so an error leaves the directory
+    as it was.
+    """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; --output takes a directory")
-    scores = shlex.quote(table.attrs.get("source", "FILE.csv"))
-    scale = "" if fits[0].scale == "none" else f" --scale {fits[0].scale}"
-    command = command or f"python -m entrypoints.analyze --scores {scores}{scale} --output DIR"
     table = check(table)
-    scaled = rescale(table, fits[0].scale)
-    pngs = [figures.draw_curve(fit, scaled[scaled["dataset"] == fit.dataset]) for fit in fits]
-    fit_json: dict[str, Any] = to_json(fits, table)
-    names: list[str] = []
-    for fit, entry in zip(fits, fit_json["fits"], strict=True):
-        name = f"{fit.model}-{re.sub(r'[^A-Za-z0-9.-]+', '-', fit.dataset).strip('-.')[:80] or 'dataset'}"
-        name = name if name not in names else f"{name}-{len(names)}"  # two names may differ in signs only
-        names.append(name)
-        entry["figure"] = f"{name}.png"
-    contents = {f"{name}.png": png for name, png in zip(names, pngs, strict=True)}
-    contents["fit.json"] = (json.dumps(fit_json, indent=2, allow_nan=False) + "\n").encode()
-    contents["report.html"] = html(fits, table, pngs, command).encode()
+    drawn = drawings(analysis, rescale(table, analysis.scale))
+    names = file_names(list(drawn))
+    svgs = {key: figures.svg(figure) for key, figure in drawn.items()}
+    described = to_json(analysis, table)
+    for answer in described["answers"]:
+        answer["figure"] = names["curve", answer["dataset"]] + ".png"
+    page = html(analysis, table, described, svgs, command or _command(analysis, table))
+    contents = {
+        "report.html": page.encode(),
+        "fit.json": (json.dumps(described, indent=2, allow_nan=False) + "\n").encode(),
+    }
+    for name, made in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
+        contents[f"{name}.csv"] = made(described).to_csv(index=False, lineterminator="\n").encode()
+    for key, figure in drawn.items():
+        contents |= {f"{names[key]}.png": figures.png(figure), f"{names[key]}.svg": svgs[key]}
 
     directory.mkdir(parents=True, exist_ok=True)
     for filename, content in contents.items():
@@ -174,3 +465,18 @@ def write(fits: list[Fit], table: pd.DataFrame, directory: Path, command: str | 
         partial.write_bytes(content)
         os.replace(partial, directory / filename)
     return [directory / filename for filename in contents]
+
+
+def _command(analysis: Analysis, table: pd.DataFrame) -> str:
+    """The command that makes an analysis of a file again."""
+    by = [one.by for one in analysis.differences if one.by != "dataset"]
+    options = {
+        "--scores": shlex.quote(table.attrs.get("source", "FILE.csv")),
+        "--scale": "" if analysis.scale == "none" else analysis.scale,
+        "--transform": "" if analysis.transform == "power" else analysis.transform,
+        "--by": shlex.quote(",".join(by)) if by else "",
+        "--margin": "" if analysis.margin is None else f"{analysis.margin:g}",
+        "--output": "DIR",
+    }
+    given = " ".join(f"{name} {value}" for name, value in options.items() if value)
+    return f"python -m entrypoints.analyze {given}"

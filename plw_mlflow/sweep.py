@@ -100,11 +100,11 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
         table.to_csv(scores, index=False)
         parent.log_files([scores])
         try:
-            fits = analyze.analyze(table)
+            found = analyze.analyze(table)
         except ValueError as error:
             print(f"the scores are not analysed: {error}")
             return
         command = f"python -m entrypoints.analyze --run-id {parent.id}"
-        parent.log_files(report.write(fits, table, folder, command))
+        parent.log_files(report.write(found, table, folder, command))
         parent.log_regression(folder / "fit.json")
-        print("\n" + analyze.table_text(fits))
+        print("\n" + analyze.table_text(found))

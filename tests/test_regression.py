@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow import analyze, regression
+from plw_mlflow import analyze
 from plw_mlflow.statistics.design import EXPONENT
+from plw_mlflow.tracking import regression
 
 ROOT = Path(__file__).parents[1]
 

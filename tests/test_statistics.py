@@ -305,6 +305,7 @@ def test_few_tasks_are_a_reason_not_an_error():
     two = table[table["task"].isin(["piqa", "arc_challenge"])]
     analysis = analyze.analyze(two, draws=0)
     assert analysis.answers[0].lead.model == "lmm"
+    assert "lmm leads, as crossed cannot be fitted" in analysis.answers[0].lead.notes[0]
     reasons = {one.what: one.reason for one in analysis.refusals}
     assert "4 tasks or more, there are 2" in reasons["crossed"]
     one = analyze.analyze(table[table["task"] == "piqa"], draws=0)
@@ -335,7 +336,7 @@ def test_weights_are_those_of_the_table():
 
 def test_an_unknown_column_to_compare_is_an_error():
     table = analyze.read_scores(STUDY)
-    with pytest.raises(ValueError, match=r"by learning_rate: the table has no such column; it has model, dataset"):
+    with pytest.raises(ValueError, match=r"no column learning_rate to compare by; it has model, dataset"):
         analyze.analyze(table, by=("learning_rate",), draws=0)
 
 
@@ -345,3 +346,24 @@ def test_curves_by_model_are_compared():
     by_model = analysis.differences[1]
     assert by_model.levels == ["LLaMA1-7B", "LLaMA2-7B"]
     assert all(0 < test.p < 1 for test in by_model.tests)
+
+
+def test_another_column_tells_runs_apart_and_is_compared():
+    """Two learning rates, at which PLW acts oppositely: one run a cell and rate, no rows taken for the same."""
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    other = table.assign(
+        learning_rate="high", score=table.groupby("task")["score"].transform("mean") * 2 - table["score"]
+    )
+    both = pd.concat([table.assign(learning_rate="low"), other], ignore_index=True)
+    with pytest.raises(ValueError, match="scores the same model, dataset, plw, seed, task as row"):
+        analyze.analyze(both, draws=0)
+    analysis = analyze.analyze(both, by=("learning_rate",), draws=0)
+    fit = next(fit for fit in analysis.fits if fit.model == "task-t")
+    assert (fit.n, fit.runs) == (320, 40)
+    assert "learning_rate[high]" in fit.coefficients
+    assert fit.coefficients["w_p"] == pytest.approx(0, abs=1e-12)
+    (found,) = analysis.differences
+    plain = models.fit("task-t", grid_of(table, "AlpacaDataShort"))
+    over, ratio = found.tests
+    assert over.p == pytest.approx(plain.joint_p, rel=0.3)  # half the difference is the curve itself
+    assert ratio.p < 1e-8

@@ -332,7 +332,7 @@ class Run:
             versions = seeding.fingerprint()
             mlflow.pyfunc.log_model(
                 name="regression",
-                python_model=str(package / "regression.py"),
+                python_model=str(package / "tracking" / "regression.py"),
                 artifacts={"fit": str(fit)},
                 code_paths=[str(code)],
                 pip_requirements=[f"{name}=={versions[name]}" for name in ("mlflow", "numpy", "scipy", "pandas")],
