@@ -158,7 +158,9 @@ def by_model() -> str:
         fits = [fitted(dataset, model) for dataset in DATASETS]
         rows.append([f"`{model}`", fits[-1].joint_tests[0].test, *(p_value(fit.joint_p) for fit in fits)])
         rows[-1] += [error(fits[-1], term) for term in design.CURVE]
-    return markdown(["model", "test", *(f"p, {name}" for name in DATASETS), "Short: w_p (SE)", "w_p² (SE)"], rows)
+        rows[-1].append("" if fits[-1].aic is None else f"{fits[-1].aic:.0f}")
+    head = ["model", "test", *(f"p, {name}" for name in DATASETS), "Short: w_p (SE)", "w_p² (SE)", "AIC"]
+    return markdown(head, rows)
 
 
 def by_method() -> str:

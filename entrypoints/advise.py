@@ -29,6 +29,8 @@ def main(config: AdviseConfig) -> None:
                 table, thin = analyze.fittable(tracking.score_table(experiment=config.experiment))
                 if thin:
                     print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
+                for one in table.attrs.get("left_out", []):
+                    print(f"left out: {one}")
                 measured = {**tracking.generation_ratios(str(config.experiment)), **measured}
             points += evidence.own(table, config.scale, config.given_ratios(), measured, types)
         advice = advise.advise(ratio, points, dataset=config.asked(), task_types=types)

@@ -1,9 +1,10 @@
 """Advice: which PLW for a data set of that generation ratio, how sure that is, and what it rests on.
 
-The generation ratio belongs to the data set, so the data set is the unit: models trained on one are pooled first, and a
-line over the logarithm of the ratio is laid through the data sets (random effects, `pooling.py`). What it says of one
-more data set and model is a prediction interval. A person's own runs on the very data set are then weighed against it,
-each by its precision, which lets them decide wherever they locate the best PLW at all.
+The generation ratio belongs to the data set, so the data set is the unit: the curves of one (of several models, or
+types of task) are pooled first, and a line over the logarithm of the ratio is laid through the data sets (random
+effects, `pooling.py`). What it says of one more data set and model is a prediction interval. A person's own runs on the
+very data set are then weighed against it, each by its precision, which lets them decide wherever they locate the best
+PLW at all.
 
 All of it on w_p = PLW^0.30103 within PLW 0..1.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ class Line:
 
     datasets: list[DataSet]
     pooled: Pooled  # intercept, and slope for a tenfold ratio
-    tau2_models: float  # variance between models on one data set
+    tau2_models: float  # variance between models, and types of task, on one data set
 
     def mean(self, ratio: float) -> tuple[float, float]:
         """w_p at a ratio, and half its 95 % interval."""
@@ -190,19 +192,18 @@ def fit_line(points: Sequence[Point]) -> Line | None:
 
 
 def by_dataset(points: Sequence[Point]) -> tuple[list[DataSet], float]:
-    """The located points pooled over each data set's models, and the variance between models on one data set.
+    """The located points pooled over each data set's curves, and the variance between curves of one data set.
 
-    That variance is taken as the same everywhere, so that a data set with one model is not the surest of all.
+    That variance is taken as the same everywhere, so that a data set with one curve is not the surest of all.
     """
     located = [point for point in points if point.is_located]
     keys = list(dict.fromkeys((point.study, point.dataset) for point in located))
     which = np.array([keys.index((point.study, point.dataset)) for point in located], int)
     w, variances = np.array([point.w for point in located]), np.array([point.variance for point in located])
-    models = np.array([point.models for point in located])
     tau2 = pool(w, variances, np.eye(len(keys))[which]).tau2 if len(located) > len(keys) else 0.0
     found = []
     for number, (study, dataset) in enumerate(keys):
-        weights = np.where(which == number, 1 / (variances + tau2 / models), 0.0)
+        weights = np.where(which == number, 1 / (variances + tau2), 0.0)
         ratio = located[int(np.argmax(which == number))].ratio
         mean = float(weights @ w / weights.sum())
         found.append(DataSet(study, dataset, ratio, int((which == number).sum()), mean, 1 / float(weights.sum())))
@@ -264,9 +265,11 @@ def sentences(advice: Advice) -> list[str]:
         )
         if "long-generation" in advice.task_types:
             told.append(LONG_GENERATION)
-    flat = [f"{point.dataset} ({point.model})" for point in advice.points if not point.is_located]
+    curves = Counter((point.study, point.dataset) for point in advice.points)
+    flat = Counter((point.study, point.dataset) for point in advice.points if not point.is_located)
     if flat:
-        told.append(f"No evidence, since their curves could be highest anywhere: {', '.join(flat)}.")
+        listed = ", ".join(f"{dataset} ({n} of {curves[study, dataset]})" for (study, dataset), n in flat.items())
+        told.append(f"No evidence are curves that could be flat, or highest anywhere: of {listed}.")
     guessed = sorted({point.dataset for point in advice.points if point.ratio_is == "guessed"})
     if guessed:
         told.append(f"Nobody has printed the generation ratio of {', '.join(guessed)}, which is guessed.")
@@ -291,15 +294,18 @@ def _nearest_words(advice: Advice) -> list[str]:
         return []
     nearest = min(others, key=lambda point: abs(math.log(point.ratio / advice.ratio)))
     here = [point for point in others if (point.study, point.dataset) == (nearest.study, nearest.dataset)]
-    found = [
-        (f"{one.model} anywhere" if not one.is_located else f"{one.model} {_best(one)}")
-        + ("" if one.p is None else f" (p of no effect {one.p:.2g})")
-        for one in here
-    ]
-    return [
-        f"The nearest in ratio is {nearest.dataset} of {nearest.study} ({nearest.ratio:.2g}), where the best PLW is: "
-        f"{'; '.join(found)}."
-    ]
+    found = [f"{_best(one)} by {one.what}{_p(one)}" for one in here if one.is_located]
+    if flat := len(here) - len(found):
+        found.append(f"anywhere by {flat} curve{'s' * (flat > 1)}" + (_p(here[0]) if len(here) == 1 else ""))
+    return [f"The nearest in ratio is {_named(nearest)} ({nearest.ratio:.2g}); best PLW: {'; '.join(found)}."]
+
+
+def _named(point: Point) -> str:
+    return f"{point.dataset} of {point.study}"
+
+
+def _p(point: Point) -> str:
+    return "" if point.p is None else f" (p = {point.p:.2g} for no effect)"
 
 
 def _best(point: Point) -> str:
@@ -313,8 +319,8 @@ def _line_words(advice: Advice, line: Line) -> list[str]:
     told = [
         f"By {len(ratios)} other data sets, the best PLW at ratio {advice.ratio:.3g} is {to_plw(w):.2g} on average "
         f"({low:.2g} to {high:.2g}); for one more data set and model it may be {to_plw(w - reach):.2g} to "
-        f"{to_plw(w + reach):.2g}, as the best w_p differs by {math.sqrt(line.tau2_models):.2f} (SD) between models on "
-        f"one data set and by {math.sqrt(line.pooled.tau2):.2f} between data sets of one ratio."
+        f"{to_plw(w + reach):.2g}, as the best w_p differs by {math.sqrt(line.tau2_models):.2f} (SD) between models "
+        f"and types of task on one data set and by {math.sqrt(line.pooled.tau2):.2f} between data sets of one ratio."
     ]
     if not min(ratios) <= advice.ratio <= max(ratios):
         told.append(f"That is beyond the ratios there is evidence for, {min(ratios):.2g} to {max(ratios):.2g}.")
@@ -334,12 +340,14 @@ def _slope_words(slopes: Sequence[Slope]) -> list[str]:
     )
     rising, falling = [s for s in slopes if s.slope > 0], [s for s in slopes if s.slope < 0]
     told = f"Study by study, for a tenfold ratio: {listed}."
+    if not any(one.low > 0 or one.high < 0 for one in slopes):
+        told += " Not one is sure of its sign."
     if rising and falling:
         is_sure = any(s.low > 0 for s in rising) and any(s.high < 0 for s in falling)
         names = [" and ".join(s.study for s in side) for side in (rising, falling)]
         told = (
-            f"The studies' own points disagree in sign{'' if is_sure else ', though not surely'}: the best PLW rises "
-            f"with the generation ratio by {names[0]} and falls by {names[1]}. {told}"
+            f"By their points the studies disagree in sign{'' if is_sure else ', though not surely'}: the best PLW "
+            f"rises with the generation ratio by {names[0]} and falls by {names[1]}. {told}"
         )
     return [told]
 
@@ -352,13 +360,13 @@ def text(advice: Advice) -> str:
     """The advice as the terminal shows it: the words, then the evidence."""
     name = f" ({advice.dataset})" if advice.dataset else ""
     lines = [f"Data set of generation ratio {advice.ratio:.3g}{name}", "", *sentences(advice), ""]
-    columns = [("ratio", 8), ("best PLW (95 %)", 26), ("p", 9), ("data set, model, study", 0)]
+    columns = [("ratio", 8), ("best PLW (95 %)", 24), ("p", 8), ("data set of study: model, scores", 0)]
     lines.append("  ".join(f"{title:{width}}" for title, width in columns).rstrip())
     for point in sorted(advice.points, key=lambda point: point.ratio):
         best = _best(point) if point.is_located else "anywhere"
         p = "" if point.p is None else f"{point.p:.2g}"
         mark = "~" if point.ratio_is == "guessed" else ""
-        shown = [f"{mark}{point.ratio:.3g}", best, p, f"{point.dataset}, {point.model}, {point.study}"]
+        shown = [f"{mark}{point.ratio:.3g}", best, p, f"{_named(point)}: {point.what}"]
         lines.append("  ".join(f"{part:{width}}" for part, (_, width) in zip(shown, columns, strict=True)).rstrip())
     lines.append("p is of no effect of PLW at all; ~ is a guess.")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """Evidence of where the best PLW lies: published tables and a person's own scores, as points beside generation ratios.
 
 A point is where one curve is highest within PLW 0..1, on w_p = PLW^0.30103, with the variance that counts in pooling.
-A flat curve is highest somewhere, too, but that says nothing: where the interval is the whole range, the variance is
-infinite and the weight nil. Else knowledge is what the point adds to that of someone who knows only that the best PLW
-lies within 0..1 (even on w_p, variance 1/12), 1/variance - 12, so that wide intervals weigh little.
+A flat curve is highest somewhere, too, but that says nothing: a curve that could be flat, or whose interval is the
+whole range, has infinite variance and no weight. Else knowledge is what the point adds to that of someone who knows
+only that the best PLW lies within 0..1 (even on w_p, variance 1/12): 1/variance - 12, so wide intervals weigh little.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,6 @@ class Point:
     study: str
     dataset: str
     model: str  # the language model or models
-    models: int  # that the curve is the mean of
     scores: str  # which the curve is of
     ratio: float  # generation ratio of the data set
     ratio_is: str  # printed, measured, given or guessed
@@ -60,6 +59,11 @@ class Point:
         return to_plw(self.low), to_plw(self.high)
 
     @property
+    def what(self) -> str:
+        """Which of its data set's curves it is of."""
+        return f"{self.model}, {self.scores}"
+
+    @property
     def is_located(self) -> bool:
         """Whether it says anything of where the best PLW lies."""
         return math.isfinite(self.variance)
@@ -73,11 +77,15 @@ def to_plw(w: float) -> float:
 def locate(fit: Fit) -> tuple[float, float, float, float]:
     """Where a fitted curve is highest within 0..1, a 95 % interval of it, and the variance that counts as evidence.
 
-    All in w_p. The coefficients are drawn from what the data leave of them (t around the estimates). Where between two
-    PLWs tried a curve is highest is the parabola's word alone, so each draw is then moved by up to half the gap.
+    All in w_p. If the joint 95 % region of the coefficients holds the flat curve (p of 0.05 or more), any w_p may be
+    the best. Else they are drawn from what the data leave of them (t around the estimates). Where between two PLWs
+    tried a curve is highest is the parabola's word alone, so each draw is then moved by up to half the gap.
     """
     draw = np.random.default_rng(1234)
     slope_bend = np.array([fit.coefficients[term] for term in design.CURVE])
+    w = float(maximisers(slope_bend[:1], slope_bend[1:], 0, 1)[0])
+    if fit.joint_p >= LEVEL:
+        return w, 0.0, 1.0, math.inf
     covariance = np.array(fit.covariance)[1:3, 1:3]
     freedom = min(fit.degrees_of_freedom[term] or math.inf for term in design.CURVE)
     noise = draw.multivariate_normal(np.zeros(2), covariance, DRAWS)
@@ -89,7 +97,6 @@ def locate(fit: Fit) -> tuple[float, float, float, float]:
     edges = np.unique(np.clip([0, *np.array(fit.plws) ** EXPONENT, 1], 0, 1))
     gaps = np.diff(edges)[np.clip(np.searchsorted(edges, best, "right") - 1, 0, len(edges) - 2)]
     best = np.clip(best + (draw.random(DRAWS) - 0.5) * gaps, 0, 1)
-    w = float(maximisers(slope_bend[:1], slope_bend[1:], 0, 1)[0])
     low, high = np.quantile(best, [LEVEL / 2, 1 - LEVEL / 2])
     knowledge = 1 / float(((best - w) ** 2).mean()) - 1 / EVEN
     return w, float(low), float(high), math.inf if is_anywhere or knowledge <= 0 else 1 / knowledge
@@ -107,12 +114,23 @@ def printed_ratios() -> dict[str, float]:
 
 
 def study(task_types: Sequence[str] = ()) -> list[Point]:
-    """The published study, arXiv:2401.13586v1: its three data sets, two models each; empty without such tasks."""
+    """The published study, arXiv:2401.13586v1: its three data sets, two models each; empty without such tasks.
+
+    Where the curve over all tasks could be flat, as all three could, each type of task has one of its own beside it.
+    """
     ratios = printed_ratios()
     table = read_scores(TABLES / "v1_scores.csv")
     if task_types:
         table = table[table["task_type"].isin(task_types)]
-    return _of_table(table, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
+    points = []
+    for point in _of_table(table, "none", STUDY, ratios, dict.fromkeys(ratios, "printed")):
+        points.append(point)
+        here = table[table["dataset"] == point.dataset]
+        if not point.is_located and here["task_type"].nunique() > 1:
+            for kind, part in here.groupby("task_type"):
+                (found,) = _of_table(part, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
+                points.append(replace(found, scores=f"{kind}: {found.scores}"))
+    return points
 
 
 def own(
@@ -154,7 +172,7 @@ def wit() -> list[Point]:
     for pair, part in table[table["plw"] <= 1].groupby(["dataset", "task"]):
         dataset, model = map(str, pair)
         fit = models.fit("ols-task", _grid(part, dataset))
-        place = model, 1, "average of 5 benchmarks", float(known[dataset]["ratio"]), known[dataset]["how"]
+        place = model, "average of 5 benchmarks", float(known[dataset]["ratio"]), known[dataset]["how"]
         points.append(Point(WIT, dataset, *place, *locate(fit), fit.joint_p, fit.model))
     return points
 
@@ -186,7 +204,7 @@ def vaughn() -> list[Point]:
     (plateau,) = (row["plw"] for row in _rows("vaughn_race_results.csv") if row["stopping_rule"].startswith("plateau"))
     low, *_, high = (float(plw) ** EXPONENT for plw in plateau.split(";"))
     knowledge = 1 / (EVEN * (high - low) ** 2) - 1 / EVEN  # anywhere on the plateau
-    place = "Llama-2-7b-chat", 1, "RACE", ratio, "printed"
+    place = "Llama-2-7b-chat", "RACE", ratio, "printed"
     return [Point(VAUGHN, "RACE", *place, (low + high) / 2, low, high, 1 / knowledge, None, "plateau in print")]
 
 
@@ -201,7 +219,7 @@ def _of_table(
         scores = f"{fit.tasks} tasks" if fit.tasks > 1 else str(part["task"].iloc[0])
         names = sorted(part["model"].unique())
         model = " and ".join(names) if len(names) < 3 else f"{len(names)} models"
-        place = model, len(names), scores, ratios[dataset], how[dataset]
+        place = model, scores, ratios[dataset], how[dataset]
         points.append(Point(study, dataset, *place, *locate(fit), fit.joint_p, fit.model))
     return points
 

@@ -418,6 +418,16 @@ def test_the_score_table_holds_scored_cells_alone(store):
     assert set(found["model"]) == {"toy"}
 
 
+def test_a_data_sets_generation_ratio_is_what_a_run_of_it_measured(store):
+    scored(MainConfig(plw=0.0), ("a", 0.2))  # without a profile
+    run = scored(MainConfig(plw=1.0), ("a", 0.3))
+    scored(MainConfig(plw=1.0, dataset="toy-long"), ("a", 0.3))
+    store.log_dict(run.id, {"generation_ratio": 0.18}, "profile.json")
+    assert tracking.generation_ratios("Default") == {"toy-short": 0.18}
+    with pytest.raises(ValueError, match="there is no experiment 'none'"):
+        tracking.generation_ratios("none")
+
+
 def test_runs_without_scores_are_left_out_and_listed(store):
     scored(MainConfig(plw=0.0), ("a", 0.2))
     running = scored(MainConfig(plw=0.5), ("a", 0.3)).id

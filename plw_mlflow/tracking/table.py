@@ -25,10 +25,8 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None, also
         experiment_id = get_run(sweep).info.experiment_id
         wanted, what, ended = f"tags.`mlflow.parentRunId` = '{sweep}'", f"sweep {sweep}", None
     else:
-        found = client.get_experiment_by_name(str(experiment))
-        if found is None:
-            raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
-        experiment_id, wanted, what, ended = found.experiment_id, "", f"experiment {experiment}", "FINISHED"
+        experiment_id, wanted = _experiment_id(str(experiment)), ""
+        what, ended = f"experiment {experiment}", "FINISHED"
     runs = client.search_runs(
         [experiment_id], filter_string=wanted, order_by=["attributes.start_time DESC"], max_results=50_000
     )
@@ -92,18 +90,26 @@ def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> 
 def generation_ratios(experiment: str) -> dict[str, float]:
     """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
     check_reachable()
-    client = mlflow.MlflowClient()
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
+    is_scored = "tags.`plw.status` = 'scored'"
     ratios: dict[str, float] = {}
-    for run in client.search_runs([found.experiment_id], "tags.`plw.status` = 'scored'", max_results=50_000):
+    for run in mlflow.MlflowClient().search_runs([_experiment_id(experiment)], is_scored, max_results=50_000):
         name = cell_columns(parameters(run))["dataset"]
-        if name not in ratios:
+        if name in ratios:
+            continue
+        try:
             ratio = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/profile.json")["generation_ratio"]
-            if ratio is not None:
-                ratios[name] = ratio
+        except mlflow.MlflowException:  # no profile: whoever asks can still be told the ratio
+            continue
+        if ratio is not None:
+            ratios[name] = ratio
     return ratios
+
+
+def _experiment_id(name: str) -> str:
+    found = mlflow.MlflowClient().get_experiment_by_name(name)
+    if found is None:
+        raise ValueError(f"there is no experiment {name!r} in {mlflow.get_tracking_uri()}")
+    return str(found.experiment_id)
 
 
 def mark_best(run_id: str) -> str:
