@@ -278,8 +278,8 @@ def betas(setting: Setting, scores: Array) -> Estimates:
         y, run, task = replace(grid, scores=0.25 + table / 2).long
         fitted = beta.fit_beta(y, grid.curve[run], task)
         null = beta.fit_beta(y, grid.curve[run][:, :1], task)
-        p = stats.chi2.sf(max(0.0, 2 * (fitted.loglik - null.loglik)), 2)
-        found.append((fitted.coefficients[1:], fitted.covariance[1:, 1:], p))
+        chisq = max(0.0, 2 * (fitted.loglik - null.loglik))
+        found.append((fitted.coefficients[1:], fitted.covariance[1:, 1:], stats.chi2.sf(chisq, 2)))
     curve, covariance, p = map(np.array, zip(*found, strict=True))
     return Estimates(curve, covariance, np.zeros((len(curve), 4, 4)), {"likelihood ratio": p})
 
