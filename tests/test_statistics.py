@@ -346,3 +346,12 @@ def test_curves_by_model_are_compared():
     by_model = analysis.differences[1]
     assert by_model.levels == ["LLaMA1-7B", "LLaMA2-7B"]
     assert all(0 < test.p < 1 for test in by_model.tests)
+
+
+def test_data_sets_with_incomplete_runs_are_compared():
+    table = analyze.read_scores(STUDY)
+    table = table.drop(index=[table.index[5], table.index[300]])
+    grid = design.grid(table, "all", design.transform("power", table["plw"]), by="dataset")
+    found = questions.difference(grid, "dataset")
+    assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
+    assert "2 of 60 runs" in found.notes[0]
