@@ -250,13 +250,22 @@ def verdict(fit: Fit, equal: Equivalence | None = None) -> str:
     if equal is not None and equal.p is not None:
         start = " All differences" if equal.p < LEVEL else " Not all differences"
         nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
-    if fit.optimum_plw is not None and fit.optimum_interval is not None:
-        low, high = fit.optimum_interval
-        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {low:.3g} to {high:.3g})"
+    if fit.optimum_plw is not None:
+        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)})"
         found = f": scores peak at {where}." if matters else f"; the peak at {where} may be chance."
         return lead + found + nothing
     end = f"the curve is highest at PLW {highest_end(fit):.3g}, an end of the range tried"
     return lead + (f": no interior optimum; {end}." if matters else ", and no interior optimum.") + nothing
+
+
+def interval(fit: Fit) -> str:
+    """The 95 % interval of the optimum in words: Fieller's, whose coverage holds also where the bend is uncertain."""
+    if not fit.fieller:
+        return "none of the range"
+    low, high = fit.fieller[0][0], fit.fieller[-1][1]
+    ends = design.transform(fit.transform, fit.plws).ends
+    is_whole = len(fit.fieller) == 1 and (low, high) == tuple(design.transform(fit.transform, fit.plws).back(ends))
+    return "all of the range" if is_whole else " or ".join(f"{one:.3g} to {other:.3g}" for one, other in fit.fieller)
 
 
 def highest_end(fit: Fit) -> float:

@@ -31,6 +31,7 @@ from plw_mlflow.analyze import (
     Fit,
     check,
     highest_end,
+    interval,
     rescale,
     to_json,
 )
@@ -160,9 +161,9 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
     for kind, fit in answer.by_type:
         found += of_fit("Type of task", f"{kind} ({fit.model})", fit)
     for task in answer.by_task:
-        interval = [] if task.optimum_interval is None else [task.optimum_interval]
+        own = [] if task.optimum_interval is None else [task.optimum_interval]
         best = task.best_plw, task.optimum_plw
-        found.append(Estimate("Task", task.task, "delta", best[1], best[0], interval, False, task.interior_probability))
+        found.append(Estimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability))
     return found
 
 
@@ -241,6 +242,7 @@ def html(
         "share": figures.percent,
         "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
         "interval": interval_text,
+        "fieller": interval,
         "test": name_test,
         "highest": highest_end,
         "remarks": remarks,

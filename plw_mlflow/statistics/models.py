@@ -71,7 +71,9 @@ class Fit:
     vertex_wp_se: float | None  # delta method
     has_interior_optimum: bool  # a maximum inside 0..1, or inside the range of PLWs if that goes further
     optimum_plw: float | None  # None without an interior optimum, as is the interval
-    optimum_interval: list[float] | None  # 95 %: delta method and t on w_p, cut to the range, then mapped to PLW
+    optimum_interval: (
+        list[float] | None
+    )  # 95 %: delta method and t on w_p, cut to the range, then mapped to PLW (`fieller` holds better)
     fieller: list[list[float]]  # 95 % set of the turning point within the range, as intervals of PLW
     fieller_is_unbounded: bool  # the set goes on without end on w_p: the bend could be 0
     interior_probability: float  # of a maximum inside the range, by what the data leave of the coefficients
@@ -314,8 +316,6 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         assert reach is not None
         ends = np.clip(reach, low, high)
         optimum, interval = float(grid.transform.back(parabola.vertex)), grid.transform.back(ends).tolist()
-        if ends[0] == low and ends[1] == high:
-            notes.append("The optimum's interval covers the whole range: these scores do not locate it.")
         if not grid.w.min() <= parabola.vertex <= grid.w.max():
             tried = sorted(set(grid.runs["plw"]))
             notes.append(f"The optimum lies outside the PLWs tried ({tried[0]:g} to {tried[-1]:g}).")
@@ -324,6 +324,8 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
     else:
         notes.append(f"The curve {'falls' if (parabola.vertex or 0) <= low else 'rises'} over the whole range of PLW.")
     pairs, is_unbounded = parabola.fieller_set()
+    if optimum is not None and is_unbounded:
+        notes.append("The bend could be none, and the optimum then anywhere: these scores do not locate it.")
     assert np.isfinite([*b, *errors]).all()
     return Fit(
         model=model,
