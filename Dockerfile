@@ -24,6 +24,7 @@ COPY conda.yaml /code/
 COPY image/entrypoint.py /code/image/
 COPY entrypoints /code/entrypoints
 COPY plw_mlflow /code/plw_mlflow
+COPY paper /code/paper
 RUN chmod -R a+rX /code
 
 FROM ${BASE}

@@ -1,40 +1,61 @@
 """Fit score against prompt loss weight:  python -m entrypoints.analyze --scores FILE.csv --output DIR"""
 
+from __future__ import annotations
+
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plw_mlflow.cli import command
 from plw_mlflow.config import AnalyzeConfig, names
 
+if TYPE_CHECKING:
+    from plw_mlflow.planning import Planning
+    from plw_mlflow.tracking import Run
+
 
 @command(AnalyzeConfig)
 def main(config: AnalyzeConfig) -> None:
-    from plw_mlflow import analyze, report, tracking
+    from plw_mlflow import planning, tracking
 
+    assumed = None if config.assume is None else planning.assume(config.assume, config.width)
     with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
-        if config.scores is not None:
-            table = analyze.read_scores(config.scores)
-        else:
-            table, thin = analyze.fittable(tracking.score_table(sweep=config.run_id, experiment=config.experiment))
-            if thin:
-                print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
-        for one in table.attrs.get("left_out", []):
-            print(f"left out: {one}")
-        found = analyze.analyze(
-            table,
-            config.scale,
-            transform=config.transform,
-            margin=config.margin,
-            by=tuple(names(config.by or "")),
-            draws=config.bootstrap,
-        )
-        command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
         folder = config.output or Path(scratch)
-        run.log_files(report.write(found, table, folder, command))
-        run.log_regression(folder / "fit.json")
-        print(analyze.table_text(found))
+        planned = assumed or _analyse(config, run, folder)
+        run.log_files(planned.write(folder))
+        if text := planned.text():
+            print(f"\n{text}")
         print(f"\nrun {run.id}\n{run.address()}")
+
+
+def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
+    from plw_mlflow import analyze, planning, report, tracking
+
+    by = tuple(names(config.by or ""))
+    if config.scores is not None:
+        table = analyze.read_scores(config.scores, by)
+    else:
+        scored = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by)
+        table, thin = analyze.fittable(scored)
+        if thin:
+            print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
+    for one in table.attrs.get("left_out", []):
+        print(f"left out: {one}")
+    found = analyze.analyze(
+        table,
+        config.scale,
+        transform=config.transform,
+        margin=config.margin,
+        by=by,
+        draws=config.bootstrap,
+    )
+    command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
+    run.log_files(report.write(found, table, folder, command))
+    run.log_regression(folder / "fit.json")
+    print(analyze.table_text(found))
+    grids = analyze.grids(table, config.scale, config.transform, by)
+    return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ class Analysis:
     scale: str
     transform: str
     margin: float | None
+    by: tuple[str, ...]
 
 
 def analyze(
@@ -105,7 +106,7 @@ def analyze(
 
     Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
     """
-    checked = check(table).sort_values(SCORE)  # sums then round alike whatever the order of rows
+    checked = check(table, by).sort_values([*SCORE, *by])  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
     source = table.attrs.get("source", "score table")
     types = questions.task_types(checked)
@@ -114,7 +115,7 @@ def analyze(
     answers: list[Answer] = []
     for dataset, part in scaled.groupby("dataset"):
         tries = _Tries(str(dataset), refusals)
-        grid = _grid(part, str(dataset), transform)
+        grid = _grid(part, str(dataset), transform, also=by)
         here = tries.every((model, partial(models.fit, model, grid, scale)) for model in models.MODELS)
         fits += here
         by_model = {one.model: one for one in here}
@@ -138,14 +139,16 @@ def analyze(
                     if draws
                 ),
                 questions.each_task(grid, types),
-                _by_type(part, types, tries, transform, scale),
-                [_variant(checked, str(dataset), lead.model, other, transform, other) for other in SCALES],
-                [_variant(checked, str(dataset), lead.model, scale, other, other) for other in TRANSFORMS],
+                _by_type(part, types, tries, transform, scale, by),
+                [_variant(checked, str(dataset), lead.model, other, transform, other, by) for other in SCALES],
+                [_variant(checked, str(dataset), lead.model, scale, other, other, by) for other in TRANSFORMS],
             )
         )
     adjusted = questions.holm({answer.dataset: answer.lead.joint_p for answer in answers})
     answers = [replace(answer, holm_p=adjusted[answer.dataset]) for answer in answers]
-    return Analysis(fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin)
+    return Analysis(
+        fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin, by
+    )
 
 
 def _why_not_the_first(lead: str, refusals: list[Refusal], dataset: str) -> str:
@@ -178,7 +181,7 @@ class _Tries:
 
 
 def _by_type(
-    part: pd.DataFrame, types: dict[str, str], tries: _Tries, transform: str, scale: str
+    part: pd.DataFrame, types: dict[str, str], tries: _Tries, transform: str, scale: str, by: tuple[str, ...]
 ) -> list[tuple[str, Fit]]:
     """Each type's tasks by themselves, by the first of LEADS that so few allow."""
     found = []
@@ -187,7 +190,7 @@ def _by_type(
         of_kind = part[kinds == kind]
         if len(of_kind) == len(part):
             continue
-        grid = _grid(of_kind, part["dataset"].iloc[0], transform)
+        grid = _grid(of_kind, part["dataset"].iloc[0], transform, also=by)
         reasons: list[str] = []
         for model in LEADS:
             try:
@@ -201,15 +204,27 @@ def _by_type(
     return found
 
 
-def _grid(part: pd.DataFrame, dataset: str, transform: str, by: str | None = None) -> design.Grid:
-    return design.grid(part, dataset, design.transform(transform, part["plw"]), by=by)
+def grids(
+    table: pd.DataFrame, scale: str = "none", transform: str = "power", by: tuple[str, ...] = ()
+) -> list[design.Grid]:
+    """A table's data sets as the models take them. Raises ValueError as `analyze` does."""
+    scaled = rescale(check(table, by), scale)
+    return [_grid(part, str(dataset), transform, also=by) for dataset, part in scaled.groupby("dataset")]
 
 
-def _variant(checked: pd.DataFrame, dataset: str, model: str, scale: str, transform: str, name: str) -> Variant:
+def _grid(
+    part: pd.DataFrame, dataset: str, transform: str, by: str | None = None, also: tuple[str, ...] = ()
+) -> design.Grid:
+    return design.grid(part, dataset, design.transform(transform, part["plw"]), by=by, also=also)
+
+
+def _variant(
+    checked: pd.DataFrame, dataset: str, model: str, scale: str, transform: str, name: str, by: tuple[str, ...]
+) -> Variant:
     """The lead's answer under another scale or transform."""
     try:
         scaled = rescale(checked, scale)
-        found = models.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform), scale)
+        found = models.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform, also=by), scale)
     except ValueError as error:
         return Variant(name, None, None, None, str(error))
     return Variant(name, found.joint_p, found.optimum_plw, found.optimum_interval)
@@ -220,11 +235,9 @@ def _differences(
 ) -> list[Difference]:
     """The tests between the values of columns, over all data sets together."""
     asked = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
-    if unknown := [column for column in asked if column not in scaled]:
-        raise ValueError(f"by {unknown[0]}: the table has no such column; it has {', '.join(map(str, scaled))}")
 
     def compare(column: str) -> Difference:
-        return questions.difference(_grid(scaled, "all", transform, column), column)
+        return questions.difference(_grid(scaled, "all", transform, column, by), column)
 
     return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in asked)
 
@@ -258,7 +271,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
 
     `table.sha256` is of the sorted columns of the contract, so equal scores have it whatever their order or file.
     """
-    table = check(table)
+    table = check(table, analysis.by)
     canonical = table[COLUMNS].sort_values(SCORE).to_csv(index=False, lineterminator="\n")
     return {
         "schema": SCHEMA,
@@ -310,8 +323,10 @@ def table_text(analysis: Analysis) -> str:
     for one in analysis.differences:
         tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in one.tests)
         lines += ["", f"Does the curve differ by {one.by}? {tests}."]
+    refused: dict[tuple[str, str], list[str]] = {}
     for refusal in analysis.refusals:
-        lines.append(f"not done: {refusal.dataset}, {refusal.what}: {refusal.reason}")
+        refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
+    lines += [f"not done: {what} of {', '.join(datasets)}: {reason}" for (what, reason), datasets in refused.items()]
     return "\n".join(lines)
 
 
@@ -328,6 +343,7 @@ __all__ = [
     "analyze",
     "check",
     "fittable",
+    "grids",
     "missing_scores",
     "read_scores",
     "rescale",

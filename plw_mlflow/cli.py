@@ -69,9 +69,15 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
             type=_FieldType(hints[field.name], is_optional=field.default is None),
             default=None if field.default is None else spell(field.default),
             help=help_lines[field.name],
+            **_alone(hints[field.name]),
         )
         for field in fields(config_type)
     ]
+
+
+def _alone(hint: Any) -> dict[str, Any]:
+    """What makes --invert alone mean --invert true."""
+    return {"is_flag": False, "flag_value": "true"} if hint is bool else {}
 
 
 class _FieldType(click.ParamType):

@@ -467,16 +467,84 @@ class AnalyzeConfig(Checked):
     """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
+    power: bool = False
+    """Simulate how many tasks, seeds and PLWs find the optimum within width, scores being made as these seem to be."""
+    width: float = 0.2
+    """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
+    assume: str | None = None
+    """What makes the scores that power simulates, instead of a table, as power prints it (docs/power.md)."""
+    next: int | None = None
+    """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html and the figures (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        given = [value for value in (self.scores, self.run_id, self.experiment) if value is not None]
-        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap")
+        given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
+        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap") + _below(self, 1, "next")
         if self.margin is not None and not 0 < self.margin < math.inf:
             found.append(f"margin must be a number above 0, got {self.margin}")
-        return found if len(given) == 1 else [*found, "give one of scores, run-id or experiment"]
+        if len(given) != 1:
+            found.append("give one of scores, run-id or experiment (or assume, for power alone)")
+        if not 0 < self.width < math.inf:
+            found.append(f"width must be a number above 0, got {self.width}")
+        if not self.power:
+            for name in ("width", "assume"):
+                if (value := getattr(self, name)) != getattr(AnalyzeConfig, name):
+                    found.append(f"{name} is {spell(value)}, but that is for power: give --power")
+        if self.assume is not None and self.next is not None:
+            found.append("next needs scores, not assume")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig(Checked, DataOptions):
+    """Suggest a PLW for a data set from what is known of others, and from runs of one's own."""
+
+    ratio: float | None = None
+    """Generation ratio of the data set: its completion tokens over its prompt tokens (unset: measured on dataset)."""
+    dataset: str | None = None
+    """Data set asked about, as prepare takes it; with ratio, the name it has among the scores, and it is not read."""
+    model: str = "toy"
+    """Model whose tokenizer counts the tokens, unless tokenizer is set."""
+    task_types: str | None = None
+    """Types of task that matter, comma-separated, such as multiple-choice (unset: all); see docs/study.md."""
+    scores: Path | None = None
+    """Score table of one's own runs, as analyze reads it."""
+    experiment: str | None = None
+    """MLflow experiment (its name) of one's own runs, all of whose finished cells count."""
+    ratios: str | None = None
+    """Generation ratios of the data sets among one's own runs, as in mine=0.5,other=7 (unset: as their runs tell)."""
+    scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
+    """Scale of one's own scores, as in analyze."""
+
+    def asked(self) -> tuple[str, ...]:
+        """The names that the data set asked about may have among scores."""
+        if self.dataset is None:
+            return ()
+        return tuple(dict.fromkeys([data_name(self.dataset, self), data_name(self.dataset, self, short_name)]))
+
+    def given_ratios(self) -> dict[str, float]:
+        """The ratios of own data sets by name."""
+        pairs = [pair.rpartition("=") for pair in names(self.ratios or "")]
+        return {name.strip(): float(ratio) for name, _, ratio in pairs}
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, a phrase each."""
+        found = []
+        if self.ratio is None and self.dataset is None:
+            found.append("give the data set's generation ratio, or dataset to measure it on")
+        if self.ratio is not None and not 0 < self.ratio < math.inf:
+            found.append(f"ratio must be a number above 0, got {self.ratio}")
+        if self.scores is not None and self.experiment is not None:
+            found.append("give one of scores and experiment")
+        if self.ratios is not None and self.scores is None and self.experiment is None:
+            found.append("ratios are of one's own runs: give scores or experiment")
+        try:
+            is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in self.given_ratios().items())
+        except ValueError:
+            is_wrong = True
+        return [*found, f"ratios must be like mine=0.5,other=7, got {self.ratios}"] if is_wrong else found
 
 
 CONFIGS: dict[str, type[Checked]] = {
@@ -485,6 +553,7 @@ CONFIGS: dict[str, type[Checked]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "analyze": AnalyzeConfig,
+    "advise": AdviseConfig,
     "sweep": SweepConfig,
 }
 

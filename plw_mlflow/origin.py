@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_ROOT = Path("/plw_mlflow")  # Dockerfile's WORKDIR
-CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "plw_mlflow")
+CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
 
 
 def is_first_process() -> bool:

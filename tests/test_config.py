@@ -109,6 +109,34 @@ def test_a_number_may_be_spelt_as_one_likes(call, plw):
     assert got.plw == 0.01
 
 
+@pytest.mark.parametrize("given", [["--invert"], ["--invert", "--plw", "0.1"], ["--invert", "true"], ["--invert=1"]])
+def test_an_option_that_is_true_or_false_is_true_by_itself(call, given):
+    _, _, _, (got,) = call(TrainConfig, *given)
+    assert got.invert is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--width", "0.1"], "width is 0.1, but that is for power: give --power"),
+        (["--power", "--width", "0"], "width must be a number above 0, got 0.0"),
+        (["--next", "0"], "next must be 1 or more, got 0"),
+        (["--bootstrap", "-1"], "bootstrap must be 0 or more"),
+        (["--power", "--assume", "slope=1"], "give one of scores, run-id or experiment (or assume, for power alone)"),
+    ],
+)
+def test_a_mistake_in_what_to_analyse_is_told(call, arguments, expected):
+    status, _, error, got = call(AnalyzeConfig, "--run-id", "abc", *arguments)
+    assert (status, got) == (2, [])
+    assert is_one_line(error)
+    assert expected in error
+
+
+def test_what_is_assumed_is_for_power_alone(call):
+    _, _, error, _ = call(AnalyzeConfig, "--assume", "slope=1", "--next", "2")
+    assert "assume is slope=1, but that is for power: give --power; next needs scores, not assume" in error
+
+
 def test_an_empty_value_is_unset_where_a_field_may_be(call):
     optional = ("--tokenizer", "--max-records", "--template-weight", "--output", "--data-dir", "--limit")
     _, _, _, (got,) = call(MainConfig, *(part for flag in optional for part in (flag, "")))
@@ -251,6 +279,8 @@ def test_the_published_plws_are_the_default():
         (AnalyzeConfig, {}, False),
         (AnalyzeConfig, {"scores": Path("a.csv"), "experiment": "e"}, False),
         (AnalyzeConfig, {"experiment": "e"}, True),
+        (AnalyzeConfig, {"scores": Path("a.csv"), "power": True, "assume": "slope=1"}, False),
+        (AnalyzeConfig, {"power": True, "assume": "slope=1"}, True),
     ],
 )
 def test_what_to_look_at_is_said_once(config_type, options, is_enough):

@@ -34,7 +34,7 @@ class Project:
 
     def __init__(self, folder, uid):
         self.folder, self.uid = folder, uid
-        for part in ("plw_mlflow", "entrypoints"):
+        for part in ("plw_mlflow", "entrypoints", "paper"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "image").mkdir()
         for part in ("MLproject", "conda.yaml", "image/entrypoint.py"):

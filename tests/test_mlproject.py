@@ -36,7 +36,7 @@ def test_mlproject_passes_on_what_it_declares(project, name, config_type):
 @pytest.mark.parametrize("project", PROJECTS)
 def test_mlproject_has_the_entry_points(project):
     entries = read(project)["entry_points"]
-    assert set(entries) == {"main", "prepare", "train", "evaluate", "analyze", "sweep"}
+    assert set(entries) == {"main", "prepare", "train", "evaluate", "analyze", "advise", "sweep"}
     for name, entry in entries.items():
         assert entry["command"].startswith(f"{PROJECTS[project]}python -m entrypoints.{name} ")
 

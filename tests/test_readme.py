@@ -1,4 +1,4 @@
-"""Do README and docs/cloud.md tell of what is there?  (CI itself runs the two commands of README's first block.)"""
+"""Do README and the pages with commands tell of what is there?  (CI itself runs those of README's first block.)"""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "docs" / "cloud.md").read_text()
+PAGES = README + "".join((ROOT / "docs" / page).read_text() for page in ("cloud.md", "power.md"))
 COMMANDS = re.findall(
     r"^(?:make|python -m|mlflow run|source|mlflow ui)[^\n#]*", PAGES.replace("\\\n", ""), re.MULTILINE
 )

@@ -336,7 +336,7 @@ def test_weights_are_those_of_the_table():
 
 def test_an_unknown_column_to_compare_is_an_error():
     table = analyze.read_scores(STUDY)
-    with pytest.raises(ValueError, match=r"by learning_rate: the table has no such column; it has model, dataset"):
+    with pytest.raises(ValueError, match=r"no column learning_rate to compare by; it has model, dataset"):
         analyze.analyze(table, by=("learning_rate",), draws=0)
 
 
@@ -355,3 +355,24 @@ def test_data_sets_with_incomplete_runs_are_compared():
     found = questions.difference(grid, "dataset")
     assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
     assert "2 of 60 runs" in found.notes[0]
+
+
+def test_another_column_tells_runs_apart_and_is_compared():
+    """Two learning rates, at which PLW acts oppositely: one run a cell and rate, no rows taken for the same."""
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    other = table.assign(
+        learning_rate="high", score=table.groupby("task")["score"].transform("mean") * 2 - table["score"]
+    )
+    both = pd.concat([table.assign(learning_rate="low"), other], ignore_index=True)
+    with pytest.raises(ValueError, match="scores the same model, dataset, plw, seed, task as row"):
+        analyze.analyze(both, draws=0)
+    analysis = analyze.analyze(both, by=("learning_rate",), draws=0)
+    fit = next(fit for fit in analysis.fits if fit.model == "task-t")
+    assert (fit.n, fit.runs) == (320, 40)
+    assert "learning_rate[high]" in fit.coefficients
+    assert fit.coefficients["w_p"] == pytest.approx(0, abs=1e-12)
+    (found,) = analysis.differences
+    plain = models.fit("task-t", grid_of(table, "AlpacaDataShort"))
+    over, ratio = found.tests
+    assert over.p == pytest.approx(plain.joint_p, rel=0.3)  # half the difference is the curve itself
+    assert ratio.p < 1e-8

@@ -418,6 +418,16 @@ def test_the_score_table_holds_scored_cells_alone(store):
     assert set(found["model"]) == {"toy"}
 
 
+def test_a_data_sets_generation_ratio_is_what_a_run_of_it_measured(store):
+    scored(MainConfig(plw=0.0), ("a", 0.2))  # without a profile
+    run = scored(MainConfig(plw=1.0), ("a", 0.3))
+    scored(MainConfig(plw=1.0, dataset="toy-long"), ("a", 0.3))
+    store.log_dict(run.id, {"generation_ratio": 0.18}, "profile.json")
+    assert tracking.generation_ratios("Default") == {"toy-short": 0.18}
+    with pytest.raises(ValueError, match="there is no experiment 'none'"):
+        tracking.generation_ratios("none")
+
+
 def test_runs_without_scores_are_left_out_and_listed(store):
     scored(MainConfig(plw=0.0), ("a", 0.2))
     running = scored(MainConfig(plw=0.5), ("a", 0.3)).id
@@ -455,6 +465,16 @@ def test_cells_of_two_recipes_are_not_mixed(store):
         tracking.score_table(experiment="Default")
     assert first.id in str(error.value)
     assert second.id in str(error.value)
+
+
+def test_a_parameter_to_compare_by_is_a_column_and_tells_cells_apart(store):
+    scored(MainConfig(learning_rate=0.001), ("a", 0.2))
+    other = scored(MainConfig(learning_rate=0.002), ("a", 0.3))
+    store.set_tag(other.id, "plw.cell", "another rate")
+    table = tracking.score_table(experiment="Default", also=("learning_rate",))
+    assert dict(zip(table["learning_rate"].astype(float), table["score"], strict=True)) == {0.001: 0.2, 0.002: 0.3}
+    with pytest.raises(ValueError, match="has no parameter nothing to compare by"):
+        tracking.score_table(experiment="Default", also=("nothing",))
 
 
 def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkeypatch):

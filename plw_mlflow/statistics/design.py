@@ -159,19 +159,22 @@ class Grid:
         return tuple(dict.fromkeys(term.partition("[")[0] for term in of_levels))
 
 
-def grid(table: pd.DataFrame, dataset: str, transform: Transform, *, by: str | None = None) -> Grid:
+def grid(
+    table: pd.DataFrame, dataset: str, transform: Transform, *, by: str | None = None, also: tuple[str, ...] = ()
+) -> Grid:
     """The scores of a checked table on one scale, as a matrix.
 
     by: a column of the table, each of whose values gets a curve of its own: the difference to the mean curve.
+    also: columns that tell runs apart beside the table's own.
 
-    The fixed part is the curve and, where the table has several models (or data sets), what each adds to the mean of
-    them; a factor with one level has no column.
+    The fixed part is the curve and, where the table has several models (or data sets, or values of `also`), what each
+    adds to the mean of them; a factor with one level has no column.
     """
-    keys = [*RUN, *([by] if by and by not in RUN else [])]
+    keys = list(dict.fromkeys([*RUN, *([by] if by else []), *also]))
     table = table.sort_values([*RUN, "task"])
     scores = table.pivot_table(index=keys, columns="task", values="score", sort=True, dropna=True)
     runs = scores.index.to_frame(index=False)
-    x, terms = _columns(runs, transform, tuple(dict.fromkeys(("model", "dataset"))), by)
+    x, terms = _columns(runs, transform, ("model", "dataset", *also), by)
     weights = None
     for column in ("n", "stderr"):
         if column in table and (given := table[column]).notna().all() and (given > 0).all():

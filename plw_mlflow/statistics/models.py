@@ -154,7 +154,8 @@ def _slopes(grid: Grid) -> _Result:
     null = mixed.fit_random_slopes(grid.scores, grid.x[:, kept], grid.curve, reml=False, start=likely, **settings)
     f, df1, df2, p = mixed.f_test(restricted, grid.contrasts)
     chisq, df, lrt_p = mixed.likelihood_ratio(likely, null)
-    notes = [] if has_runs else ["No effect of runs: these scores cannot tell it from the rest."]
+    notes = [] if grid.runs["model"].nunique() > 1 else ["One model, so there is no effect of models."]
+    notes += [] if has_runs else ["No effect of runs: these scores cannot tell it from the rest."]
     notes += [f"At zero: the variance of {part}." for part in restricted.at_zero]
     variances = {f"task {term}": float(restricted.cov_task[i, i]) for i, term in enumerate(grid.terms[:3])}
     variances |= {"run": restricted.var_run, "residual": float(np.mean(restricted.var_residual))}

@@ -24,8 +24,11 @@ RUN = SCORE[:-1]
 SCALES = ("none", "fraction", "minmax", "zscore")
 
 
-def read_scores(path: Path) -> pd.DataFrame:
-    """Read a score table from CSV, checked; each row is labelled by its line in the file, the header being line 1."""
+def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read a score table from CSV, checked; each row is labelled by its line in the file, the header being line 1.
+
+    also: columns that tell runs apart beside the table's own, as a learning rate may.
+    """
     try:
         data = Path(path).read_bytes()
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
@@ -42,7 +45,7 @@ def read_scores(path: Path) -> pd.DataFrame:
             raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
     table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
     table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
-    return check(table)
+    return check(table, also)
 
 
 def first(mask: Any) -> Any:
@@ -50,9 +53,14 @@ def first(mask: Any) -> Any:
     return mask.index[np.argmax(mask)]
 
 
-def check(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of a score table with columns typed, or a ValueError that names its first fault and the row's label."""
+def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A copy of a score table with columns typed, or a ValueError that names its first fault and the row's label.
+
+    also: as for `read_scores`.
+    """
     source = table.attrs.get("source", "score table")
+    if unknown := [column for column in also if column not in table]:
+        raise ValueError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
 
     def refuse(bad: Any, column: str, demand: str) -> None:
         if bad.any():
@@ -87,11 +95,12 @@ def check(table: pd.DataFrame) -> pd.DataFrame:
         if len(metrics) > 1:
             both = " and ".join(sorted(metrics))
             raise ValueError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
-    if (again := typed.duplicated(SCORE)).any():
+    key = list(dict.fromkeys([*SCORE, *also]))
+    if (again := typed.duplicated(key)).any():
         row = first(again)
-        same = typed.groupby(SCORE).ngroup()
+        same = typed.groupby(key).ngroup()
         earlier = first(same == same[row])
-        raise ValueError(f"{source}, row {row}: scores the same {', '.join(SCORE)} as row {earlier}; keep one of them")
+        raise ValueError(f"{source}, row {row}: scores the same {', '.join(key)} as row {earlier}; keep one of them")
     for dataset, part in typed.groupby("dataset"):
         where = f"{source}: data set {dataset}"
         if (plws := part["plw"].nunique()) < MIN_PLWS:

@@ -14,7 +14,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.opening import child_environment, fail, open_run, open_sweep
 from plw_mlflow.tracking.run import NoRun, Run, load_registered
-from plw_mlflow.tracking.table import best_cells, mark_best, score_table
+from plw_mlflow.tracking.table import best_cells, generation_ratios, mark_best, score_table
 
 __all__ = [
     "NoRun",
@@ -22,6 +22,7 @@ __all__ = [
     "best_cells",
     "child_environment",
     "fail",
+    "generation_ratios",
     "load_registered",
     "mark_best",
     "open_run",

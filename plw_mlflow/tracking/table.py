@@ -7,13 +7,15 @@ from typing import Any
 import mlflow
 import pandas as pd
 
+from plw_mlflow.statistics.table import COLUMNS
 from plw_mlflow.tracking.connection import check_reachable, get_run
 from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns, parameters
 
 
-def score_table(*, sweep: str | None = None, experiment: str | None = None) -> pd.DataFrame:
+def score_table(*, sweep: str | None = None, experiment: str | None = None, also: tuple[str, ...] = ()) -> pd.DataFrame:
     """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
+    also: parameters of runs that become columns, and tell cells apart.
     With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of cells that have
     no scores, or are not finished. Raises ValueError where there is nothing.
     """
@@ -23,10 +25,8 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
         experiment_id = get_run(sweep).info.experiment_id
         wanted, what, ended = f"tags.`mlflow.parentRunId` = '{sweep}'", f"sweep {sweep}", None
     else:
-        found = client.get_experiment_by_name(str(experiment))
-        if found is None:
-            raise ValueError(f"there is no experiment {experiment!r} in {mlflow.get_tracking_uri()}")
-        experiment_id, wanted, what, ended = found.experiment_id, "", f"experiment {experiment}", "FINISHED"
+        experiment_id, wanted = _experiment_id(str(experiment)), ""
+        what, ended = f"experiment {experiment}", "FINISHED"
     runs = client.search_runs(
         [experiment_id], filter_string=wanted, order_by=["attributes.start_time DESC"], max_results=50_000
     )
@@ -39,7 +39,9 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
         else:
             # By value, as parameters keep their caller's spelling: 1e-2 and 0.01 are one PLW.
             params = parameters(run)
-            key = (*cell_columns(params).values(), params["method"])
+            if unknown := [name for name in also if name not in params and name not in COLUMNS]:
+                raise ValueError(f"{what}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
+            key = (*cell_columns(params).values(), params["method"], *(params.get(name) for name in also))
             other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
@@ -48,19 +50,21 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None) -> p
                 )
     if not newest:
         raise ValueError(f"{what} holds no scored cell")
-    tables = [
-        Run(run.info.run_id)
-        .scores()
-        .assign(dataset=cell_columns(parameters(run))["dataset"], method=parameters(run)["method"])
-        for run in newest.values()
-    ]
+    tables = [Run(run.info.run_id).scores().assign(**_columns(parameters(run), also)) for run in newest.values()]
     table = pd.concat(tables, ignore_index=True)
     if table["method"].nunique() > 1:
         table["model"] += " (" + table["method"] + ")"
-    table = table.drop(columns="method")
+    if "method" not in also:
+        table = table.drop(columns="method")
     table.attrs["source"] = what
     table.attrs["left_out"] = _left_out(others, set(newest))
     return table
+
+
+def _columns(params: dict[str, str], also: tuple[str, ...]) -> dict[str, str]:
+    """What a run's parameters add to the rows of its scores."""
+    own = {"dataset": cell_columns(params)["dataset"], "method": params["method"]}
+    return {name: params[name] for name in also if name not in COLUMNS} | own
 
 
 def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> list[str]:
@@ -74,13 +78,38 @@ def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> 
             cell = cell_columns(params)
         except ValueError:  # it failed for that
             continue
-        if (*cell.values(), params["method"]) not in scored:
+        if (*cell.values(), params["method"]) not in {key[: len(cell) + 1] for key in scored}:
             status = run.info.status if run.info.status != "FINISHED" else run.data.tags.get("plw.status", "FINISHED")
             found.append(
                 f"run {run.info.run_id} ({status.lower()}): {cell['model']} on {cell['dataset']}, "
                 f"PLW {cell['plw']:g}, seed {cell['seed']}"
             )
     return found
+
+
+def generation_ratios(experiment: str) -> dict[str, float]:
+    """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
+    check_reachable()
+    is_scored = "tags.`plw.status` = 'scored'"
+    ratios: dict[str, float] = {}
+    for run in mlflow.MlflowClient().search_runs([_experiment_id(experiment)], is_scored, max_results=50_000):
+        name = cell_columns(parameters(run))["dataset"]
+        if name in ratios:
+            continue
+        try:
+            ratio = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/profile.json")["generation_ratio"]
+        except mlflow.MlflowException:  # no profile: whoever asks can still be told the ratio
+            continue
+        if ratio is not None:
+            ratios[name] = ratio
+    return ratios
+
+
+def _experiment_id(name: str) -> str:
+    found = mlflow.MlflowClient().get_experiment_by_name(name)
+    if found is None:
+        raise ValueError(f"there is no experiment {name!r} in {mlflow.get_tracking_uri()}")
+    return str(found.experiment_id)
 
 
 def mark_best(run_id: str) -> str:

@@ -1,0 +1,421 @@
+"""The published study and WIT's runs analysed anew: every number and figure of docs/study.md.
+
+python -m benchmarks.study               prints its tables
+python -m benchmarks.study --write docs  puts them into docs/study.md, between the marks, and draws the figures
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+
+from plw_mlflow import advise, analyze, evidence
+from plw_mlflow.statistics import design, models, over_tasks, questions
+from plw_mlflow.statistics.models import Fit
+from plw_mlflow.statistics.questions import Difference
+from plw_mlflow.statistics.table import rescale
+
+SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
+DATASETS = (PLAIN, CLEANED, SHORT)
+WIT_SETS = ("Tulu-v2", "Alpaca-Cleaned", "LIMA")  # by generation ratio
+MARGIN = 0.01  # one point of accuracy or BLEU
+RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
+
+
+# ------------------------------------------------------------------------------------------------- the fits
+
+
+@cache
+def scores() -> pd.DataFrame:
+    """The study's 480 scores, as fractions."""
+    return analyze.read_scores(evidence.TABLES / "v1_scores.csv")
+
+
+@cache
+def analysis() -> analyze.Analysis:
+    """All that `python -m entrypoints.analyze --scores paper/tables/v1_scores.csv --margin 0.01` finds."""
+    return analyze.analyze(scores(), margin=MARGIN)
+
+
+def grid(table: pd.DataFrame, name: str = "", by: str | None = None, transform: str = "power") -> design.Grid:
+    """A checked table as the models take it."""
+    return design.grid(table, name, design.transform(transform, table["plw"]), by=by)
+
+
+@cache
+def fitted(dataset: str, model: str, scale: str = "none", transform: str = "power") -> Fit:
+    """One model of one of the study's data sets; the scale `mixed` has BLEU in 0..100 and the rest in 0..1."""
+    table = scores()
+    if scale == "mixed":
+        table = table.assign(score=table["score"].where(table["metric"] != "bleu", 100 * table["score"]))
+    else:
+        table = rescale(table, scale)
+    return models.fit(model, grid(table[table["dataset"] == dataset], dataset, transform=transform))
+
+
+@cache
+def wit(most: float) -> pd.DataFrame:
+    """WIT's runs of PLWs up to `most`."""
+    table = evidence.wit_scores()
+    return table[table["plw"] <= most]
+
+
+@cache
+def wit_fitted(dataset: str, model: str, most: float) -> Fit:
+    """One model of one of WIT's data sets, each language model playing a task."""
+    table = wit(most)
+    return models.fit(model, grid(table[table["dataset"] == dataset], dataset))
+
+
+def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
+    """The test of a difference between data sets."""
+    return questions.difference(grid(table[table["dataset"].isin(datasets)], by="dataset"), "dataset")
+
+
+@cache
+def evidence_points() -> tuple[evidence.Point, ...]:
+    """All published points."""
+    return tuple(evidence.published())
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def p_value(p: float) -> str:
+    """Two digits; small ones as powers of ten."""
+    return f"{p:.2g}" if p >= 0.001 else re.sub("e-0*", "e-", f"{p:.0e}")
+
+
+def span(low: float, high: float) -> str:
+    """An interval of PLWs."""
+    return f"{low:.2g} to {high:.2g}"
+
+
+def best(plw: float | None, interval: Sequence[float] | None) -> str:
+    """A best PLW with its interval."""
+    return "none inside" if plw is None or interval is None else f"{plw:.2g} ({span(*interval)})"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fieller(fit: Fit) -> str:
+    """Fieller's set within the range."""
+    return " and ".join(span(*pair) for pair in fit.fieller) + (", unbounded" if fit.fieller_is_unbounded else "")
+
+
+def error(fit: Fit, term: str) -> str:
+    """A coefficient and its standard error."""
+    return f"{fit.coefficients[term]:+.3f} ({fit.standard_errors[term]:.3f})"
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def table3() -> str:
+    """The printed Table 3 and what the study's figures give, on the scales it may have used."""
+    printed = pd.read_csv(evidence.TABLES / "v1_table3_regression.csv").set_index("dataset")
+    intercept, slope, bend = (float(printed[name][SHORT]) for name in ("intercept", "coef_wp", "coef_wp2"))
+    turn = -slope / (2 * bend)
+    rows = [["**as printed**", f"{intercept:.3f}", f"{slope:+.3f}", f"{bend:+.3f}"]]
+    rows[0].append(f"{turn:.2f}, PLW {turn ** (1 / design.EXPONENT):.3f}")
+    rows[0] += [f"{printed['p_value'][name]:.3f}" for name in reversed(DATASETS)]
+    names = {
+        "none": "all as fractions",
+        "mixed": "BLEU 0..100, the rest 0..1",
+        "minmax": "each task min-max",
+        "zscore": "each task z-scored",
+    }
+    for scale, name in names.items():
+        fit = fitted(SHORT, "lmm", scale)
+        assert fit.vertex_wp is not None
+        turns = (
+            f"{fit.vertex_wp:.2f}, PLW {fit.optimum_plw:.3f}" if fit.optimum_plw else f"{fit.vertex_wp:.2f}, outside"
+        )
+        coefficients = [f"{fit.coefficients['intercept']:.3f}", *(f"{fit.coefficients[t]:+.3f}" for t in design.CURVE)]
+        p = [p_value(fitted(other, "lmm", scale).joint_p) for other in reversed(DATASETS)]
+        rows.append([name, *coefficients, turns, *p])
+    head = ["scale", "intercept", "w_p", "w_p²", "turns at w_p", "p, Short", "p, Cleaned", "p, AlpacaData"]
+    return markdown(head, rows)
+
+
+def by_model() -> str:
+    """Joint p of every model for every data set."""
+    rows = []
+    for model in models.MODELS:
+        fits = [fitted(dataset, model) for dataset in DATASETS]
+        rows.append([f"`{model}`", fits[-1].joint_tests[0].test, *(p_value(fit.joint_p) for fit in fits)])
+        rows[-1] += [error(fits[-1], term) for term in design.CURVE]
+        rows[-1].append("" if fits[-1].aic is None else f"{fits[-1].aic:.0f}")
+    head = ["model", "test", *(f"p, {name}" for name in DATASETS), "Short: w_p (SE)", "w_p² (SE)", "AIC"]
+    return markdown(head, rows)
+
+
+def by_method() -> str:
+    """The best PLW of AlpacaDataShort by every model and method."""
+    rows = []
+    for model in models.MODELS:
+        fit = fitted(SHORT, model)
+        shown = [f"{fit.optimum_plw:.3f}", span(*(fit.optimum_interval or ())), fieller(fit)]
+        shown.append(f"{fit.interior_probability:.3f}")
+        rows.append([f"`{model}`", *shown])
+    (answer,) = [one for one in analysis().answers if one.dataset == SHORT]
+    (resampled,) = answer.bootstraps
+    rows.append(["bootstrap over tasks", "", span(*resampled.interval), "", f"{resampled.interior:.3f}"])
+    return markdown(["model", "best PLW", "95 %, delta", "95 %, Fieller", "chance of a peak inside"], rows)
+
+
+def by_task() -> str:
+    """Each task's own curve, and each type's."""
+    answers = {answer.dataset: answer for answer in analysis().answers}
+    rows = []
+    for number, curve in enumerate(answers[SHORT].by_task):
+        p = [p_value(answers[dataset].by_task[number].joint_p) for dataset in DATASETS]
+        where = best(curve.optimum_plw, curve.optimum_interval)
+        where += f"; highest at {curve.best_plw:.2g}" if curve.optimum_plw is None else ""
+        rows.append([curve.task, str(curve.task_type), *p, where])
+    types = {dataset: dict(answers[dataset].by_type) for dataset in DATASETS}
+    for kind, fit in types[SHORT].items():
+        p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]
+        where = best(fit.optimum_plw, fit.optimum_interval)
+        where += f"; highest at {analyze.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
+        rows.append([f"**{kind}**", f"{fit.tasks} task{'s' * (fit.tasks > 1)}, `{fit.model}`", *p, where])
+    return markdown(["task", "type", *(f"p, {name}" for name in DATASETS), "Short: best PLW (95 %, delta)"], rows)
+
+
+def by_scale() -> str:
+    """AlpacaDataShort under every scale and transform."""
+    names = {
+        ("none", "power"): "fractions, w_p = PLW^0.30103",
+        ("minmax", "power"): "each task min-max",
+        ("zscore", "power"): "each task z-scored",
+        ("none", "logit"): "logit of PLW",
+        ("none", "rank"): "rank of PLW",
+        ("none", "none"): "PLW itself",
+    }
+    rows = []
+    for (scale, transform), name in names.items():
+        shown = []
+        for model in ("crossed", "lmm"):
+            fit = fitted(SHORT, model, scale, transform)
+            shown += [p_value(fit.joint_p), best(fit.optimum_plw, fit.optimum_interval)]
+        rows.append([name, *shown])
+    return markdown(["scale or transform", "p, `crossed`", "best PLW (95 %)", "p, `lmm`", "best PLW (95 %)"], rows)
+
+
+def between() -> str:
+    """Direct tests between the study's data sets."""
+    return _between(scores(), DATASETS)
+
+
+def _between(table: pd.DataFrame, datasets: Sequence[str]) -> str:
+    pairs = [(one, other) for i, one in enumerate(datasets) for other in datasets[i + 1 :]]
+    rows = []
+    for group in [*pairs, tuple(datasets)]:
+        tests = {test.test: p_value(test.p) for test in compared(table, group).tests}
+        over = tests.get("Hotelling's T^2 over tasks", "too few tasks")
+        rows.append([" / ".join(group), over, tests["likelihood ratio, lmm"]])
+    return markdown(["data sets", "p, over tasks (Hotelling)", "p, likelihood ratio of `lmm`"], rows)
+
+
+def no_effect() -> str:
+    """Is PLW's effect as good as none?"""
+    rows = []
+    for answer in analysis().answers:
+        found = answer.equivalence
+        assert found is not None
+        pair = f"{found.largest_difference:.4f}, PLW {found.pair[0]:g} to {found.pair[1]:g}"
+        rows.append(
+            [answer.dataset, pair, p_value(found.p or 0), f"{found.smallest_margin:.4f}", f"{found.detectable:.4f}"]
+        )
+    head = ["data set", "largest difference", f"p of all within ±{MARGIN}", "smallest margin passed", "detectable"]
+    return markdown(head, rows)
+
+
+def wit_models() -> str:
+    """WIT's data sets by the models, with PLWs up to 5 and up to 1."""
+    rows = []
+    for most in (5.0, 1.0):
+        for dataset in WIT_SETS:
+            fits = {model: wit_fitted(dataset, model, most) for model in ("crossed", "lmm-slopes", "lmm")}
+            lead = fits["crossed"]
+            where = [best(fit.optimum_plw, fit.optimum_interval) for fit in (lead, fits["lmm"])]
+            rows.append([dataset, f"{lead.runs}, PLW to {most:g}", *(p_value(fit.joint_p) for fit in fits.values())])
+            rows[-1] += where
+    head = ["data set", "runs by model", "p, `crossed`", "p, `lmm-slopes`", "p, `lmm`", "best PLW, `crossed`"]
+    return markdown([*head, "best PLW, `lmm`"], rows)
+
+
+def wit_points() -> str:
+    """Where each of WIT's 15 grids is highest within 0..1."""
+    points = {(point.dataset, point.model): point for point in evidence_points() if point.study == evidence.WIT}
+    rows = []
+    for model in sorted({model for _, model in points}):
+        here = [points[dataset, model] for dataset in WIT_SETS]
+        told = [f"{point.plw:.2g} ({span(*point.interval)})" if point.is_located else "anywhere" for point in here]
+        rows.append([model, *(f"{place}, p = {p_value(one.p or 0)}" for place, one in zip(told, here, strict=True))])
+    return markdown(["model", *WIT_SETS], rows)
+
+
+def wit_between() -> str:
+    """Direct tests between WIT's data sets, PLWs up to 5."""
+    return _between(wit(5.0), WIT_SETS)
+
+
+def ratios() -> str:
+    """What the published evidence says of generation ratios."""
+    rows = []
+    for ratio in RATIOS:
+        advice = advise.advise(ratio, evidence_points())
+        assert advice.plw is not None
+        rows.append([f"{ratio:g}", f"{advice.plw:.2g}", span(*advice.mean_interval), span(*advice.interval)])
+    return markdown(["generation ratio", "best PLW, on average", "95 %", "95 %, one more data set and model"], rows)
+
+
+def slopes() -> str:
+    """Each study's slope, and all together, with Tulu-v2's ratio as guessed and elsewhere."""
+    rows = []
+    for guess in (1.0, 2.0, 4.0):
+        points = [replace(p, ratio=guess) if p.ratio_is == "guessed" else p for p in evidence_points()]
+        advice = advise.advise(1.0, points)
+        assert advice.line is not None
+        told = {one.study: f"{one.slope:+.2f} ({one.low:+.2f} to {one.high:+.2f})" for one in advice.slopes}
+        value, reach = advice.line.slope
+        together = f"{value:+.2f} ({value - reach:+.2f} to {value + reach:+.2f})"
+        rows.append([f"{guess:g}", told[evidence.STUDY], told[evidence.WIT], together])
+    return markdown(["Tulu-v2's ratio", "the study", "WIT", "all together"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        table3,
+        by_model,
+        by_method,
+        by_task,
+        by_scale,
+        between,
+        no_effect,
+        wit_models,
+        wit_points,
+        wit_between,
+        ratios,
+        slopes,
+    )
+}
+
+
+def headlines() -> dict[str, str]:
+    """The numbers of the page's prose, as it spells them, by what they are."""
+    crossed, lmm, beta = (fitted(SHORT, model) for model in ("crossed", "lmm", "beta"))
+    (gain,) = [
+        one.equivalence.largest_difference for one in analysis().answers if one.dataset == SHORT and one.equivalence
+    ]
+    datasets, between_models = advise.by_dataset(evidence_points())
+    of_wit = [one for one in datasets if one.study == evidence.WIT]
+    rank = models.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
+    printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
+    return {
+        "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",
+        "crossed": f"p = {p_value(crossed.joint_p)} with the runs' luck counted",
+        "lmm": f"`lmm` gives p = {p_value(lmm.joint_p)}",
+        "beta": f"`beta` p = {p_value(beta.joint_p)}",
+        "slopes": f"`lmm-slopes` p = {p_value(fitted(SHORT, 'lmm-slopes').joint_p)}",
+        "optimum": f"PLW {lmm.optimum_plw:.3f}",
+        "gain": f"{100 * gain:.1f} points",
+        "correlation, in print": f"prints a rank correlation of {printed['avg generation ratio']:+.1f}",
+        "correlation, here": f"it is {rank:+.1f}",
+        "between models": f"SD {math.sqrt(between_models):.2f}",
+    }
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def draw_tasks() -> bytes:
+    """Each task's curve and their mean, a panel per data set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    w = np.linspace(0, 1, 101)
+    rows = np.column_stack([w - w.mean(), w**2 - (w**2).mean()])  # about each curve's own mean
+    colours = ["#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#999999", "#6b4c9a"]
+    table = scores()
+    for axes, dataset in zip(panels, DATASETS, strict=True):
+        whole = grid(table[table["dataset"] == dataset], dataset)
+        curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
+        for colour, task, b in zip(colours, whole.tasks, curves.by_task, strict=True):
+            axes.plot(w, rows @ b[1:3], color=colour, linewidth=1.4, label=task)
+        contrasts = [np.pad(row, (1, len(whole.terms) - 3)) for row in rows]
+        mean, reach = [], []
+        for contrast in contrasts:
+            value, spread, freedom, _ = curves.t_test(contrast)
+            mean.append(value)
+            reach.append(models.stats.t.ppf(0.975, freedom) * spread)
+        low, high = np.array(mean) - reach, np.array(mean) + reach
+        axes.fill_between(w, low, high, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
+        axes.plot(w, mean, color="black", linewidth=2.4)
+        axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)
+        axes.set_xticks(
+            [plw**design.EXPONENT for plw in advise.TICKS], [f"{plw:g}" for plw in advise.TICKS], fontsize=8
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_xlabel("PLW")
+    panels[0].set_ylabel("fitted score less its task's mean")
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def draw_evidence() -> bytes:
+    """The figure of `python -m entrypoints.advise --ratio 1`."""
+    return advise.draw(advise.advise(1.0, evidence_points()))
+
+
+FIGURES: dict[str, Callable[[], bytes]] = {"study_tasks.png": draw_tasks, "advice.png": draw_evidence}
+
+
+def marked(name: str, table: str) -> str:
+    """A table between the marks by which the page's own is found."""
+    return f"<!-- {name} -->\n{table}\n<!-- end -->"
+
+
+@click.command()
+@click.option("--write", type=click.Path(path_type=Path), help="Folder of study.md, whose tables and figures are made.")
+def main(write: Path | None) -> None:
+    """Print the page's numbers."""
+    tables = {name: make() for name, make in TABLES.items()}
+    for name, table in tables.items():
+        print(f"{name}: {(TABLES[name].__doc__ or '').strip()}\n\n{table}\n")
+    for name, headline in headlines().items():
+        print(f"{name}: {headline}")
+    if write is not None:
+        page = (write / "study.md").read_text()
+        for name, table in tables.items():
+            before, mark, after = page.partition(f"<!-- {name} -->\n")
+            _, end, after = after.partition("<!-- end -->")
+            if not (mark and end):
+                raise ValueError(f"{write}/study.md has no place for the table {name}")
+            page = before + marked(name, table) + after
+        (write / "study.md").write_text(page)
+        for name, draw in FIGURES.items():
+            (write / name).write_bytes(draw())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Suggest a PLW for a data set, and say how sure that is:  python -m entrypoints.advise --ratio 0.08"""
+
+import tempfile
+from pathlib import Path
+
+from plw_mlflow.cli import command
+from plw_mlflow.config import AdviseConfig, names
+
+
+@command(AdviseConfig)
+def main(config: AdviseConfig) -> None:
+    from plw_mlflow import advise, analyze, evidence, tracking
+
+    with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
+        types = advise.check_types(names(config.task_types or ""))
+        ratio = config.ratio
+        if ratio is None:
+            from plw_mlflow import models, prepare
+
+            prepared = prepare.run(str(config.dataset), models.load_tokenizer(config.model, config.tokenizer), config)
+            run.log_data(prepared.sources, prepared.profile)
+            ratio = advise.measured_ratio(prepared.profile)
+        points = evidence.published(types)
+        if config.scores is not None or config.experiment is not None:
+            measured = dict.fromkeys(config.asked(), ratio)
+            if config.scores is not None:
+                table = analyze.read_scores(config.scores)
+            else:
+                table, thin = analyze.fittable(tracking.score_table(experiment=config.experiment))
+                if thin:
+                    print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
+                for one in table.attrs.get("left_out", []):
+                    print(f"left out: {one}")
+                measured = {**tracking.generation_ratios(str(config.experiment)), **measured}
+            points += evidence.own(table, config.scale, config.given_ratios(), measured, types)
+        advice = advise.advise(ratio, points, dataset=config.asked(), task_types=types)
+        run.log_files(advise.write(advice, config.output or Path(scratch)))
+        print(advise.text(advice))
+        print(f"\nrun {run.id}\n{run.address()}")
+
+
+if __name__ == "__main__":
+    main()
