@@ -96,15 +96,18 @@ def terms(w: Array) -> Array:
     return np.column_stack([np.ones_like(w), w, w**2])
 
 
-def centred(fit: Fit, table: pd.DataFrame) -> Array:
+def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
     """Each score's distance from the mean of its task and model, about the mean of the curve.
+
+    by: further columns whose values have a level of their own, as in the analysis.
 
     Where a task lacks a PLW its mean is that of the PLWs it has; the curve's own mean over these is given back.
     """
     contrast = terms(transform_of(fit, table)(table["plw"])) - fit.centre
     curve = contrast @ _coefficients(fit)
     residual = pd.Series(table["score"].to_numpy(float) - curve)
-    residual -= residual.groupby([table["task"].to_numpy(), table["model"].to_numpy()]).transform("mean")
+    levels = [table[column].to_numpy() for column in dict.fromkeys(["task", "model", *by])]
+    residual -= residual.groupby(levels).transform("mean")
     return curve + residual.to_numpy()
 
 
@@ -126,11 +129,11 @@ def band(fit: Fit | TaskCurve, contrast: Array) -> tuple[Array, Array]:
 # ------------------------------------------------------------------------------------------------- the curves
 
 
-def draw_curve(fit: Fit, table: pd.DataFrame) -> Figure:
+def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """One fit over the scores it came from (the rows of its data set, on its scale), its optimum above them."""
     figure = _figure(10, 4.8)
     axes = figure.add_subplot()
-    _curve(axes, fit, table)
+    _curve(axes, fit, table, by)
     transform = transform_of(fit, table)
     _plw_axis(axes, transform)
     axes.set_ylabel("score minus its mean", fontsize=9.5)
@@ -156,14 +159,14 @@ def draw_curve(fit: Fit, table: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_overview(leads: Sequence[Fit], table: pd.DataFrame) -> Figure:
+def draw_overview(leads: Sequence[Fit], table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """The curves of several data sets side by side, on one axis of scores; `table` is on their scale."""
     columns = min(3, len(leads))
     figure = _figure(10.5, 3.1 * math.ceil(len(leads) / columns))
     for axes, fit in zip(_panels(figure, len(leads), columns), leads, strict=True):
         mine = table[table["dataset"] == fit.dataset]
         transform = transform_of(fit, mine)
-        _curve(axes, fit, mine, with_tasks=False)
+        _curve(axes, fit, mine, by, with_tasks=False)
         _plw_axis(axes, transform, width=1.3 / columns, label="PLW")
         if fit.optimum_plw is not None and fit.optimum_interval is not None:
             colour = SURE if fit.joint_p < LEVEL else UNSURE
@@ -174,10 +177,12 @@ def draw_overview(leads: Sequence[Fit], table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, *, with_tasks: bool = True) -> None:
+def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, with_tasks: bool = True) -> None:
     """A fit's curve with its band over the means of the scores at each PLW."""
     transform = transform_of(fit, table)
-    means = pd.DataFrame({"distance": centred(fit, table), "w": transform(table["plw"]), "task": table["task"].array})
+    means = pd.DataFrame(
+        {"distance": centred(fit, table, by), "w": transform(table["plw"]), "task": table["task"].array}
+    )
     _bare(axes)
     axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
     if with_tasks:
@@ -194,11 +199,11 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, *, with_tasks: bool = True
     axes.plot(at.index, at, "o", color="black", markersize=5.5, zorder=6, label="mean of all scores")
 
 
-def draw_tasks(answer: Answer, table: pd.DataFrame) -> Figure:
+def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """A panel per task, on one axis of scores: its scores, its own curve and peak, and the curve of all tasks."""
     fit = answer.lead
     transform, own = transform_of(fit, table), {curve.task: curve for curve in answer.by_task}
-    table = table.assign(w=transform(table["plw"]), distance=centred(fit, table))
+    table = table.assign(w=transform(table["plw"]), distance=centred(fit, table, by))
     tasks, models = sorted(table["task"].unique())[:MOST_TASKS], sorted(table["model"].unique())
     colours = {model: COLOURS[i % len(COLOURS)] if len(models) > 1 else "#7d8590" for i, model in enumerate(models)}
     columns = min(4, len(tasks))
@@ -329,12 +334,12 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
 # ------------------------------------------------------------------------------------------------ the residuals
 
 
-def residuals(fit: Fit, table: pd.DataFrame) -> pd.DataFrame:
+def residuals(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
     """What each task's own curve leaves of its scores: task, fitted, residual, standardised by the task's SD, sd.
 
     Tasks with too few runs for residuals are left out.
     """
-    grid = design.grid(table, fit.dataset, transform_of(fit, table))
+    grid = design.grid(table, fit.dataset, transform_of(fit, table), also=by)
     found = [pd.DataFrame(columns=["task", "fitted", "residual", "standardised", "sd"], dtype=float)]
     for column, task in enumerate(grid.tasks):
         scored = ~np.isnan(grid.scores[:, column])

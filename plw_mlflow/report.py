@@ -37,7 +37,7 @@ from plw_mlflow.analyze import (
 )
 from plw_mlflow.figures import Estimate
 from plw_mlflow.statistics.models import JointTest
-from plw_mlflow.statistics.table import RUN
+from plw_mlflow.statistics.table import RUN, SCORE
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 MISSING_SHOWN = 100  # rows; fit.json has them all
@@ -273,8 +273,8 @@ def html(
         models=MODELS,
         scales=SCALES,
         transforms=TRANSFORMS,
-        profile=profile(table),
-        account=account(table),
+        profile=profile(table, analysis.by),
+        account=account(table, analysis.by),
         missing=list(cells.items()),
         missing_scores=len(described["table"]["missing"]),
         missing_shown=MISSING_SHOWN,
@@ -297,7 +297,7 @@ def _rows(found: list[Estimate]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def profile(table: pd.DataFrame) -> dict[str, Any]:
+def profile(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a table of scores holds, before anything is fitted."""
 
     def listed(part: pd.DataFrame, column: str) -> list[Any]:
@@ -305,7 +305,7 @@ def profile(table: pd.DataFrame) -> dict[str, Any]:
 
     columns = ["model", "plw", "seed", "task"]
     datasets = [
-        {"name": name, "runs": len(part.drop_duplicates(RUN)), "scores": len(part)}
+        {"name": name, "runs": len(part.drop_duplicates(list(dict.fromkeys([*RUN, *by])))), "scores": len(part)}
         | {column: listed(part, column) for column in columns}
         for name, part in table.groupby("dataset")
     ]
@@ -319,12 +319,15 @@ def profile(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def account(table: pd.DataFrame) -> dict[str, Any]:
-    """How many scores each (data set, model) has at each PLW, and how many a full grid has."""
-    counts = table.pivot_table(index=["dataset", "model"], columns="plw", values="score", aggfunc="size", fill_value=0)
+def account(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """How many scores each data set and model (and value of `by`) has at each PLW, and how many are all."""
+    names = ["dataset", "model", *(column for column in by if column not in SCORE)]
+    counts = table.pivot_table(index=names, columns="plw", values="score", aggfunc="size", fill_value=0)
     return {
+        "names": names,
         "plws": counts.columns.tolist(),
-        "rows": [(*names, row) for names, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)],
+        "rows": list(zip(counts.index, counts.to_numpy().tolist(), strict=True)),
+        "distinct": len(table.drop_duplicates(SCORE)),
         "full": table["seed"].nunique() * table["task"].nunique(),
     }
 
@@ -344,20 +347,20 @@ def versions() -> dict[str, str]:
 def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], Figure]:
     """Every figure, by what it shows and the data set (empty for all together); `scaled` is on the analysis' scale."""
     drawn: dict[tuple[str, str], Figure] = {}
-    answers = analysis.answers
+    answers, by = analysis.answers, analysis.by
     if len(answers) > 1:
-        drawn["overview", ""] = figures.draw_overview([answer.lead for answer in answers], scaled)
+        drawn["overview", ""] = figures.draw_overview([answer.lead for answer in answers], scaled, by)
     if any(answer.equivalence is not None for answer in answers):
         drawn["no-effect", ""] = figures.draw_no_effect(answers)
     for answer in answers:
         mine = scaled[scaled["dataset"] == answer.dataset]
-        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine)
-        drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine)
+        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine, by)
+        drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine, by)
         shown = estimates(answer, _of(analysis, answer))
         if len(answer.by_task) > figures.MOST_TASKS:
             shown = [one for one in shown if one.group != "Task"]
         drawn["optimum", answer.dataset] = figures.draw_optima(shown, figures.transform_of(answer.lead, mine))
-        if len(left := figures.residuals(answer.lead, mine)):
+        if len(left := figures.residuals(answer.lead, mine, by)):
             drawn["residuals", answer.dataset] = figures.draw_residuals(left)
     return drawn
 
@@ -444,7 +447,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; --output takes a directory")
-    table = check(table)
+    table = check(table, analysis.by)
     drawn = drawings(analysis, rescale(table, analysis.scale))
     names = file_names(list(drawn))
     svgs = {key: figures.svg(figure) for key, figure in drawn.items()}
@@ -471,12 +474,11 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
 
 def _command(analysis: Analysis, table: pd.DataFrame) -> str:
     """The command that makes an analysis of a file again."""
-    by = [one.by for one in analysis.differences if one.by != "dataset"]
     options = {
         "--scores": shlex.quote(table.attrs.get("source", "FILE.csv")),
         "--scale": "" if analysis.scale == "none" else analysis.scale,
         "--transform": "" if analysis.transform == "power" else analysis.transform,
-        "--by": shlex.quote(",".join(by)) if by else "",
+        "--by": shlex.quote(",".join(analysis.by)) if analysis.by else "",
         "--margin": "" if analysis.margin is None else f"{analysis.margin:g}",
         "--output": "DIR",
     }

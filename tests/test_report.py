@@ -294,6 +294,24 @@ def test_other_transforms_and_scales_are_drawn_and_told(tmp_path, transform):
     assert f"--scale zscore --transform {transform} --output DIR" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_column_that_tells_runs_apart_is_compared_and_counted(tmp_path):
+    table = pd.concat(
+        [simulate().assign(learning_rate="low"), simulate(seed=2, b=(0.2, 0.0, 0.0)).assign(learning_rate="high")],
+        ignore_index=True,
+    ).drop(index=7)
+    analysis = analyze.analyze(table, by=("learning_rate",), draws=0)
+    page = page_of(analysis, table, tmp_path)
+    counts = next(table for table in page.tables if table[0][:3] == ["data set", "model", "learning_rate"])
+    assert [row[:4] for row in counts[1:]] == [["short", "m", "high", "12"], ["short", "m", "low", "12"]]
+    assert counts[2].count("11") == 1
+    assert "By learning_rate: high, low" in page.shown
+    assert "--by learning_rate --output DIR" in page.shown
+    lead = analysis.answers[0].lead
+    distance = pd.Series(figures.centred(lead, table, ("learning_rate",)))
+    assert distance.groupby(table["learning_rate"].to_numpy()).mean().abs().max() < 0.001  # their levels differ by 0.3
+
+
 # ------------------------------------------------------------------------------------------------ safe to open
 
 

@@ -348,6 +348,15 @@ def test_curves_by_model_are_compared():
     assert all(0 < test.p < 1 for test in by_model.tests)
 
 
+def test_data_sets_with_incomplete_runs_are_compared():
+    table = analyze.read_scores(STUDY)
+    table = table.drop(index=[table.index[5], table.index[300]])
+    grid = design.grid(table, "all", design.transform("power", table["plw"]), by="dataset")
+    found = questions.difference(grid, "dataset")
+    assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
+    assert "2 of 60 runs" in found.notes[0]
+
+
 def test_another_column_tells_runs_apart_and_is_compared():
     """Two learning rates, at which PLW acts oppositely: one run a cell and rate, no rows taken for the same."""
     table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
