@@ -183,7 +183,8 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, *, with_tasks: bool = True
     if with_tasks:
         for number, (_, mine) in enumerate(means.groupby("task")):
             at = mine.groupby("w")["distance"].mean()
-            label = "" if number else f"each of {table['task'].nunique()} tasks"
+            tasks = table["task"].nunique()
+            label = "" if number else f"each of {tasks} tasks" if tasks > 1 else "the task"
             axes.plot(at.index, at, "-", color="#aab0ba", linewidth=0.9, alpha=0.8, zorder=2, label=label)
     w = np.linspace(*transform.ends, 201)
     height, reach = band(fit, terms(w) - fit.centre)
@@ -369,6 +370,7 @@ def draw_residuals(left: pd.DataFrame) -> Figure:
     if len(sds) <= MOST_TASKS:
         sizes.barh(range(len(sds)), sds, height=0.6, color=CURVE, alpha=0.7)
         sizes.set_yticks(range(len(sds)), [plain(task, 22) for task in sds.index], fontsize=7.5)
+        sizes.set_ylim(-0.8, max(len(sds), 4) - 0.2)  # a lone bar keeps its width
         sizes.grid(axis="y", visible=False)
     else:
         sizes.hist(sds, bins=20, color=CURVE, alpha=0.7)

@@ -209,7 +209,7 @@ def stability(answer: Answer) -> str:
     else:
         text += "is the same under every scale and transform that could be fitted."
     peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
-    if len(peaks) == len(tried) and min(peaks) < max(peaks):
+    if peaks and len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
     elif peaks and len(peaks) < len(tried):
         text += f" A peak inside the range is found under {len(peaks)} of {len(tried)}."
