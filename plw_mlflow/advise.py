@@ -237,12 +237,13 @@ def _row(ratio: float) -> Array:
 def sentences(advice: Advice) -> list[str]:
     """The advice in words: first what to do, then how sure that is and why."""
     low, high = advice.interval
-    if not advice.is_located:
+    if advice.w is None:
+        told = ["There is no evidence of a best PLW: any PLW from 0 to 1 will do; 0 is fine."]
+    elif not advice.is_located:
         told = [
-            "The evidence does not tell which PLW is best for such a data set: any PLW from 0 to 1 may be; 0 is fine."
+            "The evidence does not tell which PLW is best for such a data set: any PLW from 0 to 1 may be.",
+            f"The middle of what is known is {advice.plw:.2g}, which is worth little.",
         ]
-        if advice.w is not None:
-            told.append(f"The middle of what is known is {advice.plw:.2g}, which is worth little.")
     else:
         told = [f"Suggested PLW {advice.plw:.2g}, 95 % interval {low:.2g} to {high:.2g}."]
         if advice.width >= WHOLE:

@@ -38,7 +38,12 @@ def test_what_the_page_claims_in_words():
         assert answers[dataset].equivalence.p < 0.05
     for group in [(study.PLAIN, study.SHORT), (study.CLEANED, study.SHORT), study.DATASETS]:
         assert study.compared(study.scores(), group).tests[0].p > 0.05
-    assert answers[study.PLAIN].lead.optimum_interval == [0, 1]
+    for model in study.models.MODELS:
+        plain, cleaned = (study.fitted(dataset, model) for dataset in (study.PLAIN, study.CLEANED))
+        assert plain.optimum_interval == plain.fieller[0] == [0, 1]
+        assert 0.33 < plain.optimum_plw < 0.35
+        assert cleaned.coefficients["w_p^2"] > 0
+    assert answers[study.PLAIN].bootstraps[0].interval == [0, 1]
 
 
 def test_figures_are_drawn():
