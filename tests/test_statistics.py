@@ -376,12 +376,3 @@ def test_another_column_tells_runs_apart_and_is_compared():
     over, ratio = found.tests
     assert over.p == pytest.approx(plain.joint_p, rel=0.3)  # half the difference is the curve itself
     assert ratio.p < 1e-8
-
-
-def test_data_sets_with_incomplete_runs_are_compared():
-    table = analyze.read_scores(STUDY)
-    table = table.drop(index=[table.index[5], table.index[300]])
-    grid = design.grid(table, "all", design.transform("power", table["plw"]), by="dataset")
-    found = questions.difference(grid, "dataset")
-    assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
-    assert "2 of 60 runs" in found.notes[0]
