@@ -49,6 +49,7 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         margin=config.margin,
         by=by,
         draws=config.bootstrap,
+        refits=config.parametric,
     )
     command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
     run.log_files(report.write(found, table, folder, command))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from plw_mlflow.statistics import design, models, questions
+from plw_mlflow.statistics import design, models, parametric, questions
 from plw_mlflow.statistics.design import EXPONENT, TERMS, TRANSFORMS
 from plw_mlflow.statistics.models import Fit
 from plw_mlflow.statistics.optimum import LEVEL
@@ -97,12 +97,14 @@ def analyze(
     margin: float | None = None,
     by: tuple[str, ...] = (),
     draws: int = 2000,
+    refits: int = 0,
     seed: int = 1234,
 ) -> Analysis:
     """Check a table, bring it to one scale, and ask it everything.
 
     margin: a difference of scores that is as good as none, for the test of no effect. by: columns between whose values
-    curves are compared; `dataset` always is. draws: of each bootstrap, 0 for none.
+    curves are compared; `dataset` always is. draws: of each bootstrap of the optimum, 0 for none. refits: of the
+    parametric bootstraps of the mixed models' likelihood ratios, 0 for none.
 
     Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
     """
@@ -117,6 +119,8 @@ def analyze(
         tries = _Tries(str(dataset), refusals)
         grid = _grid(part, str(dataset), transform, also=by)
         here = tries.every((model, partial(models.fit, model, grid, scale)) for model in models.MODELS)
+        if refits:
+            here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in here]
         fits += here
         by_model = {one.model: one for one in here}
         lead = next((by_model[model] for model in LEADS if model in by_model), None)
@@ -149,6 +153,14 @@ def analyze(
     return Analysis(
         fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin, by
     )
+
+
+def _bootstrapped(fit: Fit, grid: design.Grid, draws: int, seed: int, tries: _Tries) -> Fit:
+    """The fit with one joint test more, if it is of a model that has it."""
+    if fit.model not in parametric.RATIOS:
+        return fit
+    test = partial(parametric.joint_test, grid, fit.model, draws, seed)
+    return replace(fit, joint_tests=[*fit.joint_tests, *tries.every([(f"{fit.model}, parametric bootstrap", test)])])
 
 
 def _why_not_the_first(lead: str, refusals: list[Refusal], dataset: str) -> str:

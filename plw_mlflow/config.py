@@ -467,6 +467,8 @@ class AnalyzeConfig(Checked):
     """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
+    parametric: int = 0
+    """Draws of the parametric bootstraps of the mixed models' likelihood ratios (0: none; 999 take a minute or so)."""
     power: bool = False
     """Simulate how many tasks, seeds and PLWs find the optimum within width, scores being made as these seem to be."""
     width: float = 0.2
@@ -481,7 +483,7 @@ class AnalyzeConfig(Checked):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
-        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap") + _below(self, 1, "next")
+        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap", "parametric") + _below(self, 1, "next")
         if self.margin is not None and not 0 < self.margin < math.inf:
             found.append(f"margin must be a number above 0, got {self.margin}")
         if len(given) != 1:

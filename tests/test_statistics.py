@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from plw_mlflow import analyze
-from plw_mlflow.statistics import design, models, over_tasks, questions
+from plw_mlflow.statistics import design, models, over_tasks, parametric, questions
 from plw_mlflow.statistics.optimum import Parabola, maximisers
 
 FIXTURES = Path(__file__).parent / "fixtures" / "r"
@@ -338,6 +338,8 @@ def test_an_unknown_column_to_compare_is_an_error():
     table = analyze.read_scores(STUDY)
     with pytest.raises(ValueError, match=r"no column learning_rate to compare by; it has model, dataset"):
         analyze.analyze(table, by=("learning_rate",), draws=0)
+    with pytest.raises(ValueError, match="task_type tells no runs apart"):
+        analyze.analyze(table, by=("task_type",), draws=0)
 
 
 def test_curves_by_model_are_compared():
@@ -376,3 +378,35 @@ def test_another_column_tells_runs_apart_and_is_compared():
     over, ratio = found.tests
     assert over.p == pytest.approx(plain.joint_p, rel=0.3)  # half the difference is the curve itself
     assert ratio.p < 1e-8
+
+
+# ------------------------------------------------------------------------------------- parametric bootstrap
+
+
+def test_of_a_balanced_table_the_parametric_bootstrap_of_lmm_is_its_f_test():
+    """The ratio is then a function of F, whose distribution under the null depends on nothing."""
+    grid = study_grid("AlpacaData")
+    found = parametric.joint_test(grid, "lmm", 400)
+    ratio, f = models.fit("lmm", grid).joint_tests
+    assert found.statistic == pytest.approx(ratio.statistic)
+    assert found.p == pytest.approx(f.p, abs=4 * math.sqrt(f.p * (1 - f.p) / 400))
+    assert found == parametric.joint_test(grid, "lmm", 400)
+    assert found != parametric.joint_test(grid, "lmm", 400, seed=2)
+
+
+def test_a_plain_effect_is_beyond_all_draws():
+    assert parametric.joint_test(study_grid(), "lmm", 49).p == 1 / 50
+
+
+def test_the_parametric_bootstrap_of_slopes_draws_from_its_null():
+    grid = study_grid()
+    found = parametric.joint_test(grid, "lmm-slopes", 60)
+    f, ratio = models.fit("lmm-slopes", grid).joint_tests
+    assert found.statistic == pytest.approx(ratio.statistic, rel=1e-4)
+    assert ratio.p < found.p < 0.5  # chi^2 takes too much for an effect
+    analysis = analyze.analyze(analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'"), draws=0, refits=5)
+    tests = {fit.model: [test.test for test in fit.joint_tests] for fit in analysis.fits}
+    assert tests["lmm-slopes"] == [f.test, ratio.test, found.test]
+    assert found.test not in tests["crossed"]
+    with pytest.raises(ValueError, match="must be one of lmm, lmm-slopes"):
+        parametric.joint_test(grid, "beta", 1)

@@ -417,7 +417,7 @@ def has_run_information(scores: Array, x: Array) -> bool:
     Where each run is scored on one task, or the design fits each run's mean, an effect of runs cannot be estimated.
     """
     several = (~np.isnan(scores)).sum(axis=1) > 1
-    return bool(several.any()) and int(several.sum()) > np.linalg.matrix_rank(x[several])
+    return bool(several.any() and several.sum() > np.linalg.matrix_rank(x[several]))
 
 
 def _check(scores: Array, x: Array, z: Array, weights: Array, run_effect: bool) -> None:

@@ -52,7 +52,7 @@ class Fit:
     n: int  # scores
     runs: int
     tasks: int
-    plws: list[float]  # distinct, ascending
+    plws: list[float]  # tried, ascending: what the transform goes by
     coefficients: dict[str, float]  # for `beta` of the logit
     standard_errors: dict[str, float]
     degrees_of_freedom: dict[str, float | None]  # of the t tests; None where they are infinite
@@ -148,7 +148,7 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
         raise ValueError(f"random slopes by task need 4 tasks or more, there are {len(grid.tasks)}")
-    has_runs = bool(mixed.has_run_information(grid.scores, grid.x))
+    has_runs = mixed.has_run_information(grid.scores, grid.x)
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
     likely = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, reml=False, start=restricted, **settings)
@@ -335,7 +335,7 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         n=int((~np.isnan(grid.scores)).sum()),
         runs=len(grid.scores),
         tasks=len(grid.tasks),
-        plws=sorted(set(grid.runs["plw"].tolist())),
+        plws=list(grid.transform.plws),
         coefficients=dict(zip(result.terms, b.tolist(), strict=True)),
         standard_errors=dict(zip(result.terms, errors.tolist(), strict=True)),
         degrees_of_freedom={

@@ -21,6 +21,7 @@ NAMES = ["model", "dataset", "task", "metric"]
 COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
 SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
 RUN = SCORE[:-1]
+WITHIN_RUNS = ("task", "metric", "task_type", "score", "stderr", "n", "plw")
 SCALES = ("none", "fraction", "minmax", "zscore")
 
 
@@ -61,6 +62,10 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
     source = table.attrs.get("source", "score table")
     if unknown := [column for column in also if column not in table]:
         raise ValueError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
+    if within := [column for column in also if column in WITHIN_RUNS]:
+        raise ValueError(
+            f"{source}: runs are compared, and {within[0]} tells no runs apart; the report has each task and type of task"
+        )
 
     def refuse(bad: Any, column: str, demand: str) -> None:
         if bad.any():
