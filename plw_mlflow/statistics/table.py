@@ -64,7 +64,7 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
         raise ValueError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
     if within := [column for column in also if column in WITHIN_RUNS]:
         raise ValueError(
-            f"{source}: runs are compared, and {within[0]} tells no runs apart; the report has each task and type of task"
+            f"{source}: {within[0]} tells no runs apart, and runs are compared; tasks are told one by one anyway"
         )
 
     def refuse(bad: Any, column: str, demand: str) -> None:
