@@ -306,7 +306,10 @@ def _named(point: Point) -> str:
 
 
 def _p(point: Point) -> str:
-    return "" if point.p is None else f" (p = {point.p:.2g} for no effect)"
+    if point.p is None:
+        return ""
+    alone = ", of these tasks alone" if point.fit in ("lmm", "ols-task") else ""
+    return f" (p = {point.p:.2g} for no effect by {point.fit}{alone})"
 
 
 def _best(point: Point) -> str:

@@ -135,7 +135,7 @@ def analyze(
                 str(dataset),
                 lead,
                 math.nan,
-                verdict(lead, *equal),
+                "",
                 equal[0] if equal else None,
                 tries.every(
                     (f"bootstrap over {over}", partial(questions.bootstrap, grid, over, draws, seed))
@@ -149,7 +149,14 @@ def analyze(
             )
         )
     adjusted = questions.holm({answer.dataset: answer.lead.joint_p for answer in answers})
-    answers = [replace(answer, holm_p=adjusted[answer.dataset]) for answer in answers]
+    answers = [
+        replace(
+            answer,
+            holm_p=adjusted[answer.dataset],
+            verdict=verdict(answer.lead, answer.equivalence, adjusted[answer.dataset]),
+        )
+        for answer in answers
+    ]
     return Analysis(
         fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin, by
     )
@@ -254,10 +261,14 @@ def _differences(
     return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in asked)
 
 
-def verdict(fit: Fit, equal: Equivalence | None = None) -> str:
-    """The answer of a fit in one sentence or two."""
-    matters = fit.joint_p < LEVEL
-    lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
+def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = None) -> str:
+    """The answer of a fit in one sentence or two; holm_p: its p where several data sets are looked at."""
+    p = fit.joint_p if holm_p is None else holm_p
+    matters = p < LEVEL
+    if matters or fit.joint_p >= LEVEL:
+        lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
+    else:
+        lead = f"PLW may matter here (p = {fit.joint_p:.2g} by itself, {p:.2g} corrected for the other data sets)"
     nothing = ""
     if equal is not None and equal.p is not None:
         start = " All differences" if equal.p < LEVEL else " Not all differences"

@@ -142,7 +142,7 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figur
         best = float(transform(fit.optimum_plw))
         low, high = fit.optimum_interval
         axes.axvline(best, color=colour, linewidth=1.4, linestyle=DASHED, zorder=3)
-        label = f"{name} PLW {fit.optimum_plw:.3g}\n95 %: {low:.3g} to {high:.3g}"
+        label = f"{name} PLW {fit.optimum_plw:.3g}\n95 %, delta: {low:.3g} to {high:.3g}"
         above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": colour}
         axes.plot(transform(fit.optimum_interval), [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
         axes.plot(best, 1.03, "D", markersize=7, **above)
@@ -245,7 +245,14 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
         axes.plot([], [], "o", color=colours[model], markersize=5, label=plain(model))
     axes.plot([], [], color=CURVE, linewidth=1.7, label="the task's own curve, 95 % band")
     axes.plot([], [], color="black", linewidth=1, linestyle=(0, (1, 1.5)), label="curve of all tasks")
-    axes.plot([], [], "D-", color=UNSURE, markersize=4.5, label="the task's peak, 95 % interval (red where p < 0.05)")
+    axes.plot(
+        [],
+        [],
+        "D-",
+        color=UNSURE,
+        markersize=4.5,
+        label="the task's peak, 95 % by the delta method (red where p < 0.05)",
+    )
     figure.legend(loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)
     figure.supylabel("score minus its mean", fontsize=9)
     return figure

@@ -358,6 +358,7 @@ def test_names_and_ratios_of_a_config():
     assert config.asked() == ("folder/mine.json inverted", "mine inverted")
 
 
+@pytest.mark.slow
 def test_the_command_advises_from_a_table_and_logs_what_it_found(tmp_path):
     place = Place(tmp_path)
     table = simulate(0.3, -0.3)

@@ -278,6 +278,7 @@ def curve(place):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(new_place):
     """A run each, all from the first process."""
     small = ["--max-records", "80", "--epochs", "2"]

@@ -415,6 +415,7 @@ def test_nothing_asked_gives_nothing(study, tmp_path):
     assert planned.write(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_command_plans_from_scores(tmp_path):
     place = Place(tmp_path)
     table = pd.read_csv(STUDY).query("dataset == 'AlpacaDataShort'")
@@ -429,6 +430,7 @@ def test_the_command_plans_from_scores(tmp_path):
     assert {"power.csv", "next.json", "report.html"} <= logged
 
 
+@pytest.mark.slow
 def test_the_command_plans_without_scores(tmp_path):
     place = Place(tmp_path)
     out, _ = place.run("analyze", "--power", "--assume", TRUTH.spelled(), "--output", "out")

@@ -1,5 +1,6 @@
 """The statistics of PLW: against R's answers, against the tables' own arithmetic, and by their laws."""
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -410,3 +411,75 @@ def test_the_parametric_bootstrap_of_slopes_draws_from_its_null():
     assert found.test not in tests["crossed"]
     with pytest.raises(ValueError, match="must be one of lmm, lmm-slopes"):
         parametric.joint_test(grid, "beta", 1)
+
+
+# --------------------------------------------------------------------------------------------- found in review
+
+
+def made_up(runs, tasks, seed=0):
+    """A table of these runs (model, dataset, plw, seed) with noise alone."""
+    draw = np.random.default_rng(seed)
+    table = pd.DataFrame(runs, columns=["model", "dataset", "plw", "seed"])
+    table = table.merge(pd.DataFrame({"task": [f"t{i}" for i in range(tasks)]}), how="cross").assign(metric="acc")
+    return table.assign(score=draw.uniform(0.4, 0.6, len(table)))
+
+
+def test_no_run_on_every_task_is_a_reason():
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    runs = table.groupby(["model", "plw"], sort=False).ngroup()
+    tasks = table.groupby("task").ngroup()
+    analysis = analyze.analyze(table[tasks != runs % 8])
+    assert analysis.answers[0].lead.model == "lmm-slopes"
+    reasons = {one.what: one.reason for one in analysis.refusals}
+    assert "no run is scored on every task" in reasons["crossed"]
+    assert "fewer than 3 PLWs" in reasons["bootstrap over tasks"]
+    assert analysis.answers[0].bootstraps == []
+
+
+def test_too_little_for_a_joint_test_is_said_and_leaves_no_nan():
+    """Many coefficients, few tasks: the covariance's freedom falls below their number in some of these tables."""
+    models_ = ("a", "b", "c", "d")
+    notes, ps = [], []
+    for seed in range(30):
+        table = made_up([(m, "d", plw, 0) for m in models_ for plw in (0, 0.1, 0.3, 0.6, 1)], 8, seed)
+        analysis = analyze.analyze(table, by=("model",), draws=0)
+        (found,) = analysis.differences
+        notes += found.notes
+        ps += [test.p for test in found.tests]
+        json.dumps(analyze.to_json(analysis, table), allow_nan=False)
+    assert any("too few to test 6 coefficients together" in note for note in notes)
+    assert np.isfinite(ps).all()
+
+
+def test_a_colon_in_a_name_is_no_interaction():
+    runs = [(m, "d", plw, 0) for m in ("llama:7b", "llama:13b", "x") for plw in PLWS]
+    (found,) = analyze.analyze(made_up(runs, 13), by=("model",), draws=0).differences
+    assert [test.df1 for test in found.tests] == [4, 4]
+
+
+def test_values_of_a_column_are_not_seeds():
+    runs = [("m", "d", plw, 0) for plw in PLWS]
+    both = pd.concat([made_up(runs, 8, seed).assign(rate=rate) for seed, rate in enumerate(("2e-5", "0.0001"))])
+    analysis = analyze.analyze(both.reset_index(drop=True), by=("rate",), draws=10)
+    assert "two seeds or more" in {one.what: one.reason for one in analysis.refusals}["bootstrap over seeds"]
+    same = both.assign(rate=both["rate"].replace("0.0001", "0.00002")).reset_index(drop=True)
+    with pytest.raises(ValueError, match="scores the same model, dataset, plw, seed, task, rate as row"):
+        analyze.analyze(same, by=("rate",))
+    with pytest.raises(ValueError, match="rate is '', but runs differ by it"):
+        analyze.analyze(both.assign(rate=both["rate"].replace("2e-5", "")).reset_index(drop=True), by=("rate",))
+
+
+def test_a_set_narrower_than_the_grid_is_found():
+    narrow = parabola(slope=0.0500123, scale=1e-6)
+    ((low, high),), is_unbounded = narrow.fieller_set()
+    assert low < narrow.vertex < high
+    assert high - low < 1e-3
+    assert not is_unbounded
+
+
+def test_a_verdict_counts_the_data_sets_looked_at():
+    fit = models.fit("lmm", study_grid())
+    assert analyze.verdict(fit, None, fit.joint_p).startswith("PLW matters here (p = 4.2e-06)")
+    hint = analyze.verdict(fit, None, 0.07)
+    assert hint.startswith("PLW may matter here (p = 4.2e-06 by itself, 0.07 corrected for the other data sets)")
+    assert "may be chance" in hint

@@ -85,6 +85,11 @@ def transform(name: str, plws: ArrayLike) -> Transform:
     return Transform(name, tried)
 
 
+def is_of_curve(term: str) -> bool:
+    """Whether a term is the curve's, or what a level of a factor adds to it."""
+    return term in CURVE or term.startswith(tuple(f"{part}:" for part in CURVE))
+
+
 @dataclass(frozen=True)
 class Grid:
     """The scores of one data set (or of several, under `by`), as the models take them. R runs, T tasks, P terms."""

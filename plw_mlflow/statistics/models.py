@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from plw_mlflow.statistics import beta, mixed, over_tasks
-from plw_mlflow.statistics.design import CURVE, Grid, is_close_together
+from plw_mlflow.statistics.design import Grid, is_close_together, is_of_curve
 from plw_mlflow.statistics.optimum import Parabola
 
 Array = NDArray[np.float64]
@@ -152,7 +152,7 @@ def _slopes(grid: Grid) -> _Result:
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
     likely = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, reml=False, start=restricted, **settings)
-    kept = [i for i, term in enumerate(grid.terms) if not term.startswith(CURVE)]
+    kept = [i for i, term in enumerate(grid.terms) if not is_of_curve(term)]
     null = mixed.fit_random_slopes(grid.scores, grid.x[:, kept], grid.curve, reml=False, start=likely, **settings)
     f, df1, df2, p = mixed.f_test(restricted, grid.contrasts)
     chisq, df, lrt_p = mixed.likelihood_ratio(likely, null)

@@ -68,10 +68,12 @@ class Parabola:
         By inverting the t test of the slope at w, whose degrees of freedom may depend on w.
         """
         grid = np.linspace(self.low, self.high, STEPS + 1)
+        if self.vertex is not None and self.low < self.vertex < self.high:  # which the set holds, however narrow it is
+            grid = np.sort(np.append(grid, self.vertex))
         values = [self.excess(w) for w in grid]
         borders = [
             float(optimize.brentq(self.excess, grid[i], grid[i + 1]))
-            for i in range(STEPS)
+            for i in range(len(grid) - 1)
             if values[i] * values[i + 1] < 0
         ]
         if values[0] <= 0:

@@ -70,6 +70,7 @@ class Curves:
 
         Hotelling's T^2. With run noise the covariance is a sum, to which a Wishart distribution is fitted
         (Krishnamoorthy and Yu 2004, doi:10.1016/j.spl.2003.10.012), so that nothing depends on the units of w_p.
+        Raises ValueError where too little is known of the covariance.
         """
         estimate, k = contrasts @ self.coefficients, len(contrasts)
         inverse = np.linalg.inv(contrasts @ self.covariance @ contrasts.T)
@@ -79,6 +80,8 @@ class Curves:
             spread += (np.trace(share @ share) + np.trace(share) ** 2) / part.degrees_of_freedom
         freedom = (k + k**2) / spread
         denominator = freedom - k + 1
+        if denominator <= 0:
+            raise ValueError(f"tasks and runs are too few to test {k} coefficients together")
         statistic = estimate @ inverse @ estimate * denominator / (freedom * k)
         return float(statistic), float(k), float(denominator), float(stats.f.sf(statistic, k, denominator))
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plw_mlflow.statistics import mixed
-from plw_mlflow.statistics.design import CURVE, Grid
+from plw_mlflow.statistics.design import Grid, is_of_curve
 from plw_mlflow.statistics.models import JointTest
 
 Array = NDArray[np.float64]
@@ -52,7 +52,7 @@ def _intercepts(grid: Grid, random: np.random.Generator) -> Iterator[float]:
 
 def _slopes(grid: Grid, random: np.random.Generator) -> Iterator[float]:
     """The same of `lmm-slopes`; refits begin at the fits of the scores."""
-    kept = [i for i, term in enumerate(grid.terms) if not term.startswith(CURVE)]
+    kept = [i for i, term in enumerate(grid.terms) if not is_of_curve(term)]
     has_runs = mixed.has_run_information(grid.scores, grid.x)
 
     def fit(scores: Array, x: Array, start: mixed.RandomSlopes | None = None) -> mixed.RandomSlopes:

@@ -25,6 +25,7 @@ from plw_mlflow.statistics.design import Grid, Transform
 from plw_mlflow.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.statistics.over_tasks import COUNTED
 from plw_mlflow.statistics.questions import POWER
+from plw_mlflow.statistics.table import RUN
 
 Array = NDArray[np.float64]
 
@@ -293,7 +294,7 @@ class Outcome:
 def simulate(truth: Truth, design: Design, width: float, draws: int = 10_000, seed: int = 1234) -> Outcome:
     """Run a study so many times.
 
-    width: of the 95 % interval of PLW*, wanted at most. It is in PLW, as the report's interval is and a person thinks;
+    width: of the delta method's 95 % interval of PLW*, wanted at most. It is in PLW, as a person thinks;
     equal widths there are not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval
     beside the optimum has not found it: those do not count as found.
     """
@@ -395,8 +396,8 @@ class Plan:
         if lists := [f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown if len(plws) <= 8]:
             lines.append(f"  PLWs on w_p are equally spaced there: {'; '.join(lists)}.")
         lines.append(
-            "  found: the 95 % interval is no wider than that and holds PLW*. width, error: medians of the interval's "
-            "width and of the estimate's error, in PLW."
+            "  found: the delta method's 95 % interval is no wider than that and holds PLW*. width, error: medians of "
+            "its width and of the estimate's error, in PLW. Fieller's interval takes more to be as narrow."
         )
         return "\n".join(lines)
 
@@ -459,6 +460,8 @@ def design_of(grid: Grid) -> Design | None:
     cells = runs.groupby(["model", "plw"]).size()
     names = runs["model"].nunique()
     plws = tuple(sorted(set(runs["plw"])))
+    if set(runs) - set(RUN):  # other columns tell runs apart, and a design knows none
+        return None
     if np.isnan(grid.scores).any() or cells.nunique() > 1 or len(cells) < names * len(plws):
         return None
     return Design(len(grid.tasks), int(cells.iloc[0]), plws, names)

@@ -93,6 +93,11 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
         if column != "score":
             refuse(numbers < 0, column, "but must be 0 or more; mend the row")
         typed[column] = numbers
+    for column in also:
+        refuse(table[column].isna() | (table[column].astype(str).str.strip() == ""), column, "but runs differ by it")
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        if column not in NAMES and numbers.notna().all():  # 2e-5 and 0.00002 are one number
+            typed[column] = numbers
     refuse(typed["seed"] % 1 != 0, "seed", "but must be a whole number; mend the row")
     typed["seed"] = typed["seed"].astype("int64")
 

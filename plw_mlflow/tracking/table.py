@@ -41,7 +41,7 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None, also
             params = parameters(run)
             if unknown := [name for name in also if name not in params and name not in COLUMNS]:
                 raise ValueError(f"{what}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
-            key = (*cell_columns(params).values(), params["method"], *(params.get(name) for name in also))
+            key = _key(params, also)
             other = newest.setdefault(key, run)
             if other.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
                 raise ValueError(
@@ -57,17 +57,30 @@ def score_table(*, sweep: str | None = None, experiment: str | None = None, also
     if "method" not in also:
         table = table.drop(columns="method")
     table.attrs["source"] = what
-    table.attrs["left_out"] = _left_out(others, set(newest))
+    table.attrs["left_out"] = _left_out(others, set(newest), also)
     return table
 
 
-def _columns(params: dict[str, str], also: tuple[str, ...]) -> dict[str, str]:
+def _key(params: dict[str, str], also: tuple[str, ...]) -> tuple[Any, ...]:
+    """What tells a cell apart."""
+    return (*cell_columns(params).values(), params["method"], *(_value(params.get(name)) for name in also))
+
+
+def _value(spelled: str | None) -> str | float | None:
+    """A parameter by its value, as 2e-5 and 0.00002 are one number."""
+    try:
+        return spelled if spelled is None else float(spelled)
+    except ValueError:
+        return spelled
+
+
+def _columns(params: dict[str, str], also: tuple[str, ...]) -> dict[str, Any]:
     """What a run's parameters add to the rows of its scores."""
     own = {"dataset": cell_columns(params)["dataset"], "method": params["method"]}
-    return {name: params[name] for name in also if name not in COLUMNS} | own
+    return {name: _value(params[name]) for name in also if name not in COLUMNS} | own
 
 
-def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> list[str]:
+def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]], also: tuple[str, ...]) -> list[str]:
     """The runs of cells that no other run has scored, in words."""
     found = []
     for run in runs:
@@ -78,7 +91,7 @@ def _left_out(runs: list[mlflow.entities.Run], scored: set[tuple[Any, ...]]) -> 
             cell = cell_columns(params)
         except ValueError:  # it failed for that
             continue
-        if (*cell.values(), params["method"]) not in {key[: len(cell) + 1] for key in scored}:
+        if _key(params, also) not in scored:
             status = run.info.status if run.info.status != "FINISHED" else run.data.tags.get("plw.status", "FINISHED")
             found.append(
                 f"run {run.info.run_id} ({status.lower()}): {cell['model']} on {cell['dataset']}, "
