@@ -323,7 +323,8 @@ def headlines() -> dict[str, str]:
     whole = grid(scores()[scores()["dataset"] == SHORT], SHORT)
     w = crossed.vertex_wp or 0.0
     rise = np.array([w, w**2]) @ whole.contrasts  # from PLW 0 to the peak
-    gain, _, _, p_gain = over_tasks.fit(whole.scores, whole.x, runs_differ=True).t_test(rise)
+    curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
+    gain, _, _, p_gain = map(float, curves.t_test(rise))
     datasets, between_models = advise.by_dataset(evidence_points())
     of_wit = [one for one in datasets if one.study == evidence.WIT]
     rank = models.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
@@ -357,17 +358,13 @@ def draw_tasks() -> bytes:
     table = scores()
     for axes, dataset in zip(panels, DATASETS, strict=True):
         whole = grid(table[table["dataset"] == dataset], dataset)
-        curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
-        for colour, task, b in zip(colours, whole.tasks, curves.by_task, strict=True):
-            axes.plot(w, rows @ b[1:3], color=colour, linewidth=1.4, label=task)
-        contrasts = [np.pad(row, (1, len(whole.terms) - 3)) for row in rows]
-        mean, reach = [], []
-        for contrast in contrasts:
-            value, spread, freedom, _ = curves.t_test(contrast)
-            mean.append(value)
-            reach.append(models.stats.t.ppf(0.975, freedom) * spread)
-        low, high = np.array(mean) - reach, np.array(mean) + reach
-        axes.fill_between(w, low, high, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
+        curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
+        for colour, task in zip(colours, questions.each_task(whole), strict=True):
+            b = [task.coefficients[term] for term in design.CURVE]
+            axes.plot(w, rows @ b, color=colour, linewidth=1.4, label=task.task)
+        mean, error, freedom, _ = curves.t_test(rows @ whole.contrasts)
+        reach = models.stats.t.ppf(0.975, freedom) * error
+        axes.fill_between(w, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
         axes.plot(w, mean, color="black", linewidth=2.4)
         axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)
         axes.set_xticks(

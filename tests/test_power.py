@@ -14,7 +14,7 @@ from plw_mlflow import analyze, planning
 from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import models, over_tasks, power
 from plw_mlflow.statistics.design import Transform
-from plw_mlflow.statistics.power import Design, Summaries, Truth
+from plw_mlflow.statistics.power import Design, Truth
 from tests.stores import Place
 
 STUDY = Path(__file__).parents[1] / "paper" / "tables" / "v1_scores.csv"
@@ -61,15 +61,21 @@ def grid_of(scores, plws, of_models=1, dataset="made"):
     return grid
 
 
-def summaries_of(all_curves, tasks):
-    """What `over_tasks.fit` found of tables, as summaries."""
-    noise = np.array([curves.var_residual for curves in all_curves])
-    return Summaries(
-        np.array([curves.coefficients[1:3] for curves in all_curves]),
-        np.array([np.cov(curves.by_task[:, 1:3].T) for curves in all_curves]),
-        np.array([curves.var_run for curves in all_curves]) + noise / tasks,
-        noise,
+def curve_of(curves):
+    """What `over_tasks.fit` found of tables, of slope and bend alone."""
+    kept = slice(1, 3)
+    return replace(
+        curves,
+        coefficients=curves.coefficients[..., kept],
+        between=curves.between[..., kept, kept],
+        bread=curves.bread[kept, kept],
+        contrasts=np.eye(2),
     )
+
+
+def scores_in(grids):
+    """Scores of tables of one design as their grids have them, [N, R, T]."""
+    return np.stack([grid.scores for grid in grids])
 
 
 # --------------------------------------------------------------------------- against the analysis of real tables
@@ -82,18 +88,21 @@ def test_answers_are_those_of_the_lead_model_table_by_table(design, run_sd):
     scores, plws = scores_of(truth, design, 12)
     grids = [grid_of(one, plws, design.models) for one in scores]
     fits = [models.fit("crossed", grid) for grid in grids]
-    seen = summaries_of([over_tasks.fit(grid.scores, grid.x, runs_differ=True) for grid in grids], design.tasks)
-    answers = power.answer(seen, design, truth.transform)
+    seen = curve_of(over_tasks.fit(scores_in(grids), grids[0].x, grids[0].contrasts, runs_differ=True))
+    answers = power.answer(seen, truth.transform)
     np.testing.assert_allclose(answers.joint_p, [fit.joint_p for fit in fits])
     assert answers.has_optimum.tolist() == [fit.has_interior_optimum for fit in fits]
     assert 0 < answers.has_optimum.sum() < 12
-    for fit, best, interval in zip(fits, answers.best, answers.interval, strict=True):
+    assert answers.is_located.tolist() == [fit.has_interior_optimum and not fit.fieller_is_unbounded for fit in fits]
+    for fit, best, interval, is_located in zip(fits, answers.best, answers.interval, answers.is_located, strict=True):
         if fit.has_interior_optimum:
             assert truth.transform.back(best) == pytest.approx(fit.optimum_plw)
-            np.testing.assert_allclose(truth.transform.back(interval), fit.optimum_interval, atol=1e-12)
+        else:
+            assert truth.transform.back(best) == (fit.plws[0] if best == 0 else fit.plws[-1])
+        if is_located:
+            np.testing.assert_allclose([truth.transform.back(interval)], fit.fieller, rtol=1e-3)
         else:
             assert interval.tolist() == [0, 1]
-            assert truth.transform.back(best) == (fit.plws[0] if best == 0 else fit.plws[-1])
 
 
 def test_both_kinds_of_table_were_among_those_compared():
@@ -103,7 +112,7 @@ def test_both_kinds_of_table_were_among_those_compared():
     for run_sd in (0.0, 0.01):
         scores, plws = scores_of(replace(TRUTH, run_sd=run_sd), design, 12)
         grids = [grid_of(one, plws, 2) for one in scores]
-        counted |= {over_tasks.fit(grid.scores, grid.x, runs_differ=True).counts_runs for grid in grids}
+        counted |= set(over_tasks.fit(scores_in(grids), grids[0].x, grids[0].contrasts, runs_differ=True).counts_runs)
     assert counted == {True, False}
 
 
@@ -112,19 +121,19 @@ def test_drawn_summaries_are_distributed_as_those_of_tables():
     scores, plws = scores_of(TRUTH, design, 4000, seed=2)
     w = TRUTH.transform(plws)
     x = np.column_stack([np.ones_like(w), w, w**2])
-    told = summaries_of([over_tasks.fit(one, x, runs_differ=True) for one in scores], design.tasks)
+    told = curve_of(over_tasks.fit(scores, x, np.eye(3)[1:], runs_differ=True))
     drawn = power.draw(TRUTH, design, 30_000, seed=2)
     looks = [
-        lambda s: s.curves[:, 0],
-        lambda s: s.curves[:, 1],
-        lambda s: s.curves.sum(1),
-        lambda s: s.spread[:, 0, 0],
-        lambda s: s.spread[:, 0, 1],
-        lambda s: np.linalg.det(s.spread),
+        lambda s: s.coefficients[:, 0],
+        lambda s: s.coefficients[:, 1],
+        lambda s: s.coefficients.sum(1),
+        lambda s: s.between[:, 0, 0],
+        lambda s: s.between[:, 0, 1],
+        lambda s: np.linalg.det(s.between),
         lambda s: s.of_runs,
         lambda s: s.of_noise,
-        lambda s: power.answer(s, design, TRUTH.transform).joint_p,
-        lambda s: power.answer(s, design, TRUTH.transform).interval[:, 1],
+        lambda s: power.answer(s, TRUTH.transform).joint_p,
+        lambda s: power.answer(s, TRUTH.transform).interval[:, 1],
     ]
     assert min(stats.ks_2samp(look(told), look(drawn)).pvalue for look in looks) > 0.01
 
@@ -251,7 +260,9 @@ def test_a_plan_names_the_smallest_designs_that_suffice(plan):
     for one, other in itertools.pairwise(kept):
         assert one.runs < other.runs
         assert one.tasks > other.tasks
-    assert "4 on w_p" in plan.text()
+    assert all(
+        f"  {one.design.runs:4}{one.power.value:8.3f}{one.found.value:8.3f}" in plan.text() for one in plan.enough
+    )
     assert "<- as it was run" in plan.text()
     assert "With its 8 tasks none does" in plan.text()
 
@@ -353,7 +364,7 @@ def test_the_next_plws_locate_an_optimum_better_than_equally_spaced_ones(first):
 
     def error(more):
         design = Design(8, 1, (*first, *more))
-        answers = power.answer(power.draw(truth, design, 5000, 1), design, truth.transform)
+        answers = power.answer(power.draw(truth, design, 5000, 1), truth.transform)
         return np.sqrt(np.mean((answers.best - truth.best) ** 2))
 
     begun = [scores_of(truth, Design(8, 1, first), 1, seed) for seed in range(4)]

@@ -120,29 +120,34 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
         raise ValueError(f"a joint test over tasks needs 4 tasks or more, there are {len(whole.tasks)}")
     if len(set(whole.runs["plw"])) < 3:
         raise ValueError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
-    curves = over_tasks.fit(whole.scores, whole.x, runs_differ=runs_differ)
+    curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=runs_differ)
     if not np.linalg.matrix_rank(whole.contrasts @ curves.covariance @ whole.contrasts.T) == 2:
         raise ValueError("all tasks have the same curve; nothing can be tested over them")
-    f, df1, df2, p = curves.joint_test(whole.contrasts)
+    joint = hotelling(curves)
     notes = [f"Left out: {', '.join(left_out)}."] if left_out else []
     if runs_differ:
         notes.append(
             "Runs differ by more than their tasks' noise, which is counted."
             if curves.counts_runs
-            else "Runs differ no more than their tasks' noise, so this is task-t."
+            else "Runs do not clearly differ by more than their tasks' noise, so that is not counted."
         )
-    between = np.cov(curves.by_task.T)
     return _Result(
         whole,
         whole.terms,
         curves.coefficients,
         curves.covariance,
-        curves.degrees_of_freedom,
-        [JointTest("Hotelling's T^2 over tasks", f, df1, df2, p)],
-        {f"task {term}": float(between[i, i]) for i, term in enumerate(whole.terms[:3])}
-        | {"run": max(0.0, curves.var_run), "residual": curves.var_residual},
+        lambda contrast: float(curves.degrees_of_freedom(contrast)),
+        [joint],
+        {f"task {term}": float(curves.between[i, i]) for i, term in enumerate(whole.terms[:3])}
+        | {"run": max(0.0, float(curves.var_run)), "residual": float(curves.of_noise)},
         notes=tuple(notes),
     )
+
+
+def hotelling(curves: over_tasks.Curves) -> JointTest:
+    """The joint test over tasks, of one table. Raises ValueError as it does."""
+    f, df1, df2, p = curves.joint_test()
+    return JointTest("Hotelling's T^2 over tasks", float(f), df1, float(df2), float(p))
 
 
 def _slopes(grid: Grid) -> _Result:

@@ -5,113 +5,199 @@ holds for tasks at large, of which these are some. What tasks have in common by 
 checkpoint is scored on them all: it moves all curves alike, so the curves' spread does not show it. `crossed` adds it
 where the residuals do; `task-t` is the textbook's test without it.
 
-Letters: R runs, T tasks, P columns of the design.
+Letters: R runs, T tasks, P columns of the design, K contrasts. "..." is nothing for one table, [N] for N of one design.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
-# Run noise is counted where its F test rejects at this level: always counting it makes the test too strict by half,
-# as an estimate near 0 is then cut off below; never counting it is wrong where there is any.
-COUNTED = 0.2
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a covariance: an estimate and its degrees of freedom."""
-
-    covariance: Array  # [P, P]; subtracted where it is negative
-    degrees_of_freedom: float
+# Luck is estimated without bias, below 0 in every second table that has none. Counting it where it is above 0 and
+# nothing else makes the test too strict by half; never counting it is wrong where there is any. So it counts where its
+# F test rejects at this level, and below 0 down to this part of the curves' spread, which must not come near 0. The
+# two were chosen by simulation (benchmarks/analysis.py).
+COUNTED = 0.3
+DEDUCTED = 0.15
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The mean of the tasks' curves, and how sure it is."""
+    """What one table or N show of the mean of the tasks' curves, and how sure it is."""
 
-    coefficients: Array  # [P]
-    by_task: Array  # [T, P]
-    parts: tuple[Part, ...]  # of the coefficients' covariance, which is their sum
-    var_run: float  # of runs' common luck, as estimated; below 0 where the residuals show none
-    counts_runs: bool  # whether it is a part of the covariance
-    var_residual: float
+    coefficients: Array  # [..., P], mean over tasks
+    between: Array  # [..., P, P], covariance of tasks' curves
+    bread: Array  # [P, P], covariance of a task's curve under residuals of variance 1
+    of_runs: Array  # [...], mean square of the residuals' means over tasks: luck, and a T-th of the noise
+    of_noise: Array  # [...], mean square of what is left of the residuals
+    tasks: int
+    free: int  # degrees of freedom of a task's residuals
+    contrasts: Array  # [K, P], of the coefficients; what the joint test is of
+    runs_differ: bool  # whether luck is looked for
+
+    @property
+    def var_run(self) -> Array:
+        """Of runs' common luck, as estimated: [...]; below 0 where the residuals show none."""
+        return self.of_runs - self.of_noise / self.tasks
+
+    @cached_property
+    def counts_runs(self) -> NDArray[np.bool_]:
+        """Whether luck is a part of the covariance: [...]. If not, what lies below 0 is deducted in part."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.of_runs * self.tasks / self.of_noise
+        p = special.fdtrc(self.free, self.free * (self.tasks - 1), ratio)
+        return np.asarray(self.runs_differ & (self.of_noise > 0) & (p < COUNTED))
+
+    @cached_property
+    def parts(self) -> Array:
+        """Independent estimates whose sum is the coefficients' covariance, [3, ..., P, P].
+
+        Of the tasks' curves; of the means of residuals, where luck is counted; and of the noise in these, below 0.
+        """
+        of_tasks = self.between / self.tasks
+        counted = np.where(self.counts_runs, 1.0, 0.0)
+        luck, noise = (
+            (counted * part)[..., None, None] * self.bread for part in (self.of_runs, -self.of_noise / self.tasks)
+        )
+        return np.stack([of_tasks - self._deduction(of_tasks), luck, noise])
+
+    def _deduction(self, of_tasks: Array) -> Array:
+        """Luck below 0, as far as it is deducted: from what is tested, and what varies with it, [..., P, P]."""
+        tested, bread = (self.contrasts @ part @ self.contrasts.T for part in (of_tasks, self.bread))
+        whiten = np.linalg.inv(np.linalg.cholesky(bread))
+        smallest = np.linalg.eigvalsh(whiten @ tested @ whiten.T)[..., 0]
+        below = np.where(self.runs_differ & ~self.counts_runs, -self.var_run, 0.0)
+        variance = np.clip(below, 0, DEDUCTED * np.maximum(smallest, 0))[..., None, None]
+        tested = np.where(variance > 0, tested, np.eye(len(bread)))
+        follow = np.linalg.solve(tested, self.contrasts @ of_tasks)  # [..., K, P]
+        return np.asarray(variance * (follow.swapaxes(-1, -2) @ bread @ follow))
 
     @property
     def covariance(self) -> Array:
-        """Of the coefficients: [P, P]."""
-        return np.sum([part.covariance for part in self.parts], axis=0)
+        """Of the coefficients: [..., P, P]."""
+        return np.asarray(self.parts.sum(0))
 
-    def degrees_of_freedom(self, contrast: Array) -> float:
-        """Of the variance of a contrast of the coefficients, [P] (Satterthwaite 1946, doi:10.2307/3002019)."""
-        variances = [contrast @ part.covariance @ contrast for part in self.parts]
-        spread = sum(v**2 / part.degrees_of_freedom for v, part in zip(variances, self.parts, strict=True))
-        return float(sum(variances) ** 2 / spread)
+    @property
+    def freedoms(self) -> Array:
+        """Degrees of freedom of the parts, [3]."""
+        return np.array([self.tasks - 1, self.free, self.free * (self.tasks - 1)], float)
 
-    def t_test(self, contrast: Array) -> tuple[float, float, float, float]:
-        """Estimate, standard error, degrees of freedom and two-sided p of a contrast, [P]."""
-        estimate, variance = contrast @ self.coefficients, contrast @ self.covariance @ contrast
+    def degrees_of_freedom(self, contrast: Array) -> Array:
+        """Of the variance of a contrast, [P] or [..., P] (Satterthwaite 1946, doi:10.2307/3002019): [...]."""
+        variances = np.einsum("...i,p...ij,...j->p...", contrast, self.parts, contrast)
+        return np.asarray(variances.sum(0) ** 2 / np.tensordot(1 / self.freedoms, variances**2, 1))
+
+    def t_test(self, contrast: Array) -> tuple[Array, Array, Array, Array]:
+        """Estimate, standard error, degrees of freedom and two-sided p of a contrast, [P] or [..., P]: [...] each."""
+        estimate = np.einsum("...i,...i->...", contrast, self.coefficients)
+        error = np.sqrt(np.einsum("...i,...ij,...j->...", contrast, self.covariance, contrast))
         freedom = self.degrees_of_freedom(contrast)
-        return (
-            float(estimate),
-            math.sqrt(variance),
-            freedom,
-            float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom)),
-        )
+        return estimate, error, freedom, 2 * special.stdtr(freedom, -np.abs(estimate) / error)
 
-    def joint_test(self, contrasts: Array) -> tuple[float, float, float, float]:
-        """F, its two degrees of freedom, and p: are all contrasts, [K, P], 0?
+    def joint_test(self) -> tuple[Array, int, Array, Array]:
+        """F, its two degrees of freedom, and p: are all contrasts 0? [...] each.
 
-        Hotelling's T^2. With run noise the covariance is a sum, to which a Wishart distribution is fitted
-        (Krishnamoorthy and Yu 2004, doi:10.1016/j.spl.2003.10.012), so that nothing depends on the units of w_p.
+        Hotelling's T^2, or with run noise, by the moments of Kenward and Roger (1997, doi:10.2307/2533558), what lies
+        between that and the F of a covariance known but for a factor. Nothing depends on the units of w_p.
         Raises ValueError where too little is known of the covariance.
         """
-        estimate, k = contrasts @ self.coefficients, len(contrasts)
-        inverse = np.linalg.inv(contrasts @ self.covariance @ contrasts.T)
-        spread = 0.0
-        for part in self.parts:
-            share = contrasts @ part.covariance @ contrasts.T @ inverse
-            spread += (np.trace(share @ share) + np.trace(share) ** 2) / part.degrees_of_freedom
-        freedom = (k + k**2) / spread
-        denominator = freedom - k + 1
-        if denominator <= 0:
-            raise ValueError(f"tasks and runs are too few to test {k} coefficients together")
-        statistic = estimate @ inverse @ estimate * denominator / (freedom * k)
-        return float(statistic), float(k), float(denominator), float(stats.f.sf(statistic, k, denominator))
+        k = len(self.contrasts)
+        too_few = ValueError(f"tasks and runs are too few to test {k} coefficients together")
+        if self.tasks <= k:
+            raise too_few
+        estimate, parts = self.coefficients @ self.contrasts.T, self.contrasts @ self.parts @ self.contrasts.T
+        total = parts.sum(0)
+        # How sure the covariance is depends on what it is made of. One that came out too small would seem less sure
+        # than it is; without differences between curves it is the run noise's.
+        least = np.where(self.counts_runs[..., None, None], parts[1], total)
+        shares = parts @ np.linalg.inv(_at_least(total, least))
+        of_square, squared = _trace(shares @ shares), _trace(shares) ** 2
+        # E (tr D)^2 and E tr D^2 of the covariance's relative error D. All of the first part is estimated (a Wishart
+        # matrix), of the others a factor.
+        first = 2 * np.tensordot(1 / self.freedoms, np.stack([of_square[0], squared[1], squared[2]]), 1)
+        second = 2 * np.tensordot(
+            1 / self.freedoms, np.stack([(of_square[0] + squared[0]) / 2, of_square[1], of_square[2]]), 1
+        )
+        factor, denominator = reference(k, first, second)
+        if np.any(denominator <= 0):
+            raise too_few
+        wald = np.einsum("...i,...i->...", estimate, np.linalg.solve(total, estimate[..., None])[..., 0])
+        statistic = factor * wald / k
+        return statistic, k, denominator, special.fdtrc(k, denominator, statistic)
 
 
-def fit(scores: Array, x: Array, *, runs_differ: bool) -> Curves:
+def _trace(matrices: Array) -> Array:
+    return np.asarray(np.trace(matrices, axis1=-2, axis2=-1))
+
+
+def _at_least(covariance: Array, least: Array) -> Array:
+    """A covariance, [..., K, K], and in the directions in which another one is larger, that one."""
+    root = np.linalg.cholesky(least)
+    half = np.linalg.solve(root, covariance)
+    values, vectors = np.linalg.eigh(np.linalg.solve(root, half.swapaxes(-1, -2)))
+    axes = root @ vectors
+    return np.asarray((axes * np.maximum(values, 1)[..., None, :]) @ axes.swapaxes(-1, -2))
+
+
+def reference(k: int, first: Array, second: Array) -> tuple[Array, Array]:
+    """What a Wald F of k contrasts is to be multiplied with, and its denominator's degrees of freedom: [...] each.
+
+    first, second: [...], E (tr D)^2 and E tr D^2 of the covariance's relative error D: A1 and A2 of Kenward and Roger.
+    Where such an F has no mean, which is so with few tasks, whose curves are then the covariance, the factor and the
+    degrees of freedom are those of Hotelling's T^2.
+    """
+    freedom = (k + k**2) / second
+    alone = (freedom - k + 1) / freedom, freedom - k + 1
+    b = (first + 6 * second) / (2 * k)
+    g = ((k + 1) * first - (k + 4) * second) / ((k + 2) * second)
+    c1, c2, c3 = (part / (3 * k + 2 * (1 - g)) for part in (g, k - g, k + 2 - g))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = 1 / (1 - second / k)
+        variance = 2 / k * (1 + c1 * b) / ((1 - c2 * b) ** 2 * (1 - c3 * b))
+        denominator = 4 + (k + 2) / (k * variance / (2 * mean**2) - 1)
+        factor = denominator / (mean * (denominator - 2))
+    has_mean = second <= 0.99 * k
+    return np.where(has_mean, factor, alone[0]), np.where(has_mean, denominator, alone[1])
+
+
+def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curves:
     """Fit each task's scores by least squares, and average.
 
-    scores: [R, T], none missing; x: [R, P] of full rank. runs_differ: whether a run's common luck is looked for.
+    scores: [..., R, T], none missing; x: [R, P] of full rank; contrasts: [K, P] of the coefficients, what is tested
+    together. runs_differ: whether a run's common luck is looked for.
 
     The residuals' means over tasks vary by a run's luck and a T-th of the noise; what is left varies by the noise
     alone. Their difference is the luck's variance (a random effect crossed with tasks).
 
     Raises ValueError for fewer than 2 tasks, or fewer runs than a curve and its residuals need.
     """
-    (runs, tasks), p = scores.shape, x.shape[1]
+    *_, runs, tasks = scores.shape
+    p = x.shape[1]
     if tasks < 2:
         raise ValueError("a test over tasks needs 2 tasks or more")
     if runs <= p:
         raise ValueError(f"{runs} runs are too few for {p} coefficients and a residual")
     q, r = np.linalg.qr(x)
-    by_task = np.linalg.solve(r, q.T @ scores).T  # [T, P]
-    bread = np.linalg.inv(r.T @ r)
-    residuals = scores - x @ by_task.T
-    luck = residuals.mean(1)
+    by_task = np.linalg.solve(r, q.T @ scores)  # [..., P, T]
+    residuals = scores - x @ by_task
+    luck = residuals.mean(-1)
     free = runs - p
-    of_runs = float(luck @ luck) / free
-    of_noise = float(((residuals - luck[:, None]) ** 2).sum()) / (free * (tasks - 1))
-    var_run = of_runs - of_noise / tasks
-    parts = [Part(np.cov(by_task.T) / tasks, tasks - 1)]
-    is_seen = of_noise > 0 and stats.f.sf(of_runs * tasks / of_noise, free, free * (tasks - 1)) < COUNTED
-    if counted := bool(runs_differ and is_seen):
-        parts += [Part(of_runs * bread, free), Part(-of_noise / tasks * bread, free * (tasks - 1))]
-    return Curves(by_task.mean(0), by_task, tuple(parts), var_run, counted, of_noise)
+    coefficients = by_task.mean(-1)
+    apart = by_task - coefficients[..., None]
+    return Curves(
+        coefficients,
+        apart @ apart.swapaxes(-1, -2) / (tasks - 1),
+        np.linalg.inv(r.T @ r),
+        (luck**2).sum(-1) / free,
+        ((residuals - luck[..., None]) ** 2).sum((-1, -2)) / (free * (tasks - 1)),
+        tasks,
+        free,
+        contrasts,
+        runs_differ,
+    )

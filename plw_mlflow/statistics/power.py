@@ -23,7 +23,7 @@ from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import models, over_tasks
 from plw_mlflow.statistics.design import Grid, Transform
 from plw_mlflow.statistics.optimum import LEVEL, maximisers
-from plw_mlflow.statistics.over_tasks import COUNTED
+from plw_mlflow.statistics.over_tasks import Curves
 from plw_mlflow.statistics.questions import POWER
 from plw_mlflow.statistics.table import RUN
 
@@ -32,6 +32,7 @@ Array = NDArray[np.float64]
 TASKS = (4, 5, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50, 70, 100)  # those of the designs that a plan compares
 SEEDS = (1, 2, 3, 5, 10)
 SPACED = (4, 5, 6, 8, 12, 16, 24)  # numbers of PLWs, equally spaced on w_p
+ROUNDS = 3  # of looking for a border of Fieller's set, after which one that ends well inside the range stays
 CANDIDATES = 101  # PLWs, equally spaced on w_p, among which the next ones are looked for
 
 
@@ -125,10 +126,10 @@ def estimated(grid: Grid) -> Truth:
     return _moments(*_lead(grid))
 
 
-def _moments(whole: Grid, curves: over_tasks.Curves) -> Truth:
-    root = np.linalg.cholesky(curves.var_residual * _bread(whole))
+def _moments(whole: Grid, curves: Curves) -> Truth:
+    root = np.linalg.cholesky(curves.of_noise * curves.bread[1:3, 1:3])
     inverse = np.linalg.inv(root)
-    values, vectors = np.linalg.eigh(inverse @ np.cov(curves.by_task[:, 1:3].T) @ inverse.T)
+    values, vectors = np.linalg.eigh(inverse @ curves.between[1:3, 1:3] @ inverse.T)
     half = root @ vectors * np.sqrt(np.maximum(values - 1, 0))
     covariance = half @ half.T
     slope_sd, bend_sd = np.sqrt(np.diag(covariance))
@@ -139,24 +140,19 @@ def _moments(whole: Grid, curves: over_tasks.Curves) -> Truth:
         task_slope_sd=float(slope_sd),
         task_bend_sd=float(bend_sd),
         task_correlation=float(np.clip(covariance[0, 1] / joint, -1, 1)) if joint > 0 else 0.0,
-        run_sd=math.sqrt(max(0.0, curves.var_run)),
-        residual_sd=math.sqrt(curves.var_residual),
+        run_sd=math.sqrt(max(0.0, float(curves.var_run))),
+        residual_sd=math.sqrt(float(curves.of_noise)),
         transform=whole.transform,
     )
 
 
-def _lead(grid: Grid) -> tuple[Grid, over_tasks.Curves]:
+def _lead(grid: Grid) -> tuple[Grid, Curves]:
     models.fit("crossed", grid)  # refuses what cannot be fitted
     whole, _ = grid.complete
-    curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
-    if curves.var_residual <= 1e-24 * float(np.abs(whole.scores).max()) ** 2:
+    curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
+    if curves.of_noise <= 1e-24 * float(np.abs(whole.scores).max()) ** 2:
         raise ValueError("scores follow a curve exactly; without residuals nothing can be planned, check the scores")
     return whole, curves
-
-
-def _bread(grid: Grid) -> Array:
-    """Covariance of a task's slope and bend under residuals of variance 1, [2, 2]."""
-    return np.asarray(np.linalg.inv(grid.x.T @ grid.x)[1:3, 1:3])
 
 
 # ------------------------------------------------------------------------------------------------- simulation
@@ -196,27 +192,18 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Summaries:
-    """All that the lead model sees of N tables of one design."""
-
-    curves: Array  # [N, 2], mean over tasks
-    spread: Array  # [N, 2, 2], covariance of tasks' curves
-    of_runs: Array  # [N], mean square of the residuals' means over tasks
-    of_noise: Array  # [N], mean square of what is left of the residuals
-
-
-@dataclass(frozen=True)
 class Answers:
     """What the lead model says of N tables, as `models.fit` does."""
 
     joint_p: Array  # [N]
     best: Array  # [N], w_p of the highest point within the range: the optimum, or an end
     has_optimum: NDArray[np.bool_]  # [N]
-    interval: Array  # [N, 2], on w_p, cut to the range; the whole range without an optimum
+    interval: Array  # [N, 2], Fieller's on w_p, cut to the range
+    is_located: NDArray[np.bool_]  # [N], whether there is an optimum and its interval ends; if not, it is the range
 
 
-def draw(truth: Truth, design: Design, draws: int, seed: int) -> Summaries:
-    """Summaries of so many tables."""
+def draw(truth: Truth, design: Design, draws: int, seed: int) -> Curves:
+    """What the lead model sees of so many tables, of slope and bend alone."""
     random = np.random.default_rng(seed)
     tasks, free, bread = design.tasks, design.free, design.bread(truth.transform)
     noise, luck = truth.residual_sd**2, truth.run_sd**2
@@ -232,42 +219,45 @@ def draw(truth: Truth, design: Design, draws: int, seed: int) -> Summaries:
     spread = half @ half.swapaxes(1, 2) / (tasks - 1)
     of_runs = (luck + noise / tasks) * random.chisquare(free, draws) / free
     of_noise = noise * random.chisquare(free * (tasks - 1), draws) / (free * (tasks - 1))
-    return Summaries(curves, spread, of_runs, of_noise)
+    return Curves(curves, spread, bread, of_runs, of_noise, tasks, free, np.eye(2), runs_differ=True)
 
 
-def answer(seen: Summaries, design: Design, transform: Transform) -> Answers:
-    """The lead model's joint test and optimum: `over_tasks` and the delta method for all tables at once."""
-    tasks, free, bread = design.tasks, design.free, design.bread(transform)
-    ratio = seen.of_runs * tasks / seen.of_noise
-    counts_runs = special.fdtrc(free, free * (tasks - 1), ratio) < COUNTED
-    parts = np.stack(  # [3, N, 2, 2]
-        [
-            seen.spread / tasks,
-            (counts_runs * seen.of_runs)[:, None, None] * bread,
-            (counts_runs * -seen.of_noise / tasks)[:, None, None] * bread,
-        ]
-    )
-    freedoms = np.array([tasks - 1, free, free * (tasks - 1)], float)[:, None]
-    covariance = parts.sum(0)
-
-    inverse = np.linalg.inv(covariance)
-    shares = parts @ inverse
-    traces = np.trace(shares @ shares, axis1=2, axis2=3) + np.trace(shares, axis1=2, axis2=3) ** 2
-    freedom = 6 / (traces / freedoms).sum(0)
-    hotelling = np.einsum("ni,nij,nj->n", seen.curves, inverse, seen.curves)
-    joint_p = special.fdtrc(2, freedom - 1, hotelling * (freedom - 1) / (2 * freedom))
-
+def answer(seen: Curves, transform: Transform) -> Answers:
+    """The lead model's joint test and optimum of N tables."""
     low, high = transform.ends
-    slope, bend = seen.curves.T
+    slope, bend = seen.coefficients.T
     vertex = -slope / (2 * bend)
     has_optimum = (bend < 0) & (low < vertex) & (vertex < high)
-    gradient = np.column_stack([-1 / (2 * bend), slope / (2 * bend**2)])
-    variances = np.einsum("ni,pnij,nj->pn", gradient, parts, gradient)
-    variance = variances.sum(0)
-    reach = np.sqrt(variance) * special.stdtrit(variance**2 / (variances**2 / freedoms).sum(0), 1 - LEVEL / 2)
-    interval = np.clip(np.column_stack([vertex - reach, vertex + reach]), low, high)
-    interval[~has_optimum] = low, high
-    return Answers(joint_p, maximisers(slope, bend, low, high), has_optimum, interval)
+    interval, is_open = _fieller(seen)
+    is_located = has_optimum & ~is_open
+    interval = np.where(is_located[:, None], np.clip(interval, low, high), [low, high])
+    return Answers(seen.joint_test()[3], maximisers(slope, bend, low, high), has_optimum, interval, is_located)
+
+
+def _fieller(seen: Curves) -> tuple[Array, NDArray[np.bool_]]:
+    """`Parabola.fieller_set` of N tables, [N, 2]; and whether it goes on without end, where the borders mean nothing.
+
+    A border solves a quadratic equation, but for its quantile of t, whose degrees of freedom depend on the border: so
+    they are found in turn.
+    """
+    slope, bend = seen.coefficients.T
+    (of_slope, mixed), (_, of_bend) = np.moveaxis(seen.covariance, 0, -1)
+
+    def square(freedom: Array) -> Array:
+        return np.asarray(special.stdtrit(freedom, 1 - LEVEL / 2) ** 2)
+
+    is_open = bend**2 <= square(seen.degrees_of_freedom(np.array([0.0, 1.0]))) * of_bend
+    borders = np.stack([-slope / (2 * bend)] * 2)
+    side = np.array([[-1.0], [1.0]])
+    for _ in range(ROUNDS):
+        freedom = seen.degrees_of_freedom(np.stack([np.ones_like(borders), 2 * borders], axis=-1))
+        t = np.ones_like(borders)
+        t[:, ~is_open] = square(freedom[:, ~is_open])
+        a, b, c = bend**2 - t * of_bend, slope * bend - t * mixed, slope**2 - t * of_slope
+        with np.errstate(divide="ignore", invalid="ignore"):
+            borders = (-b + side * np.sqrt(np.maximum(b**2 - a * c, 0))) / (2 * a)
+        borders = np.where(is_open, 0, borders)
+    return borders.T, is_open
 
 
 @dataclass(frozen=True)
@@ -284,30 +274,31 @@ class Outcome:
 
     design: Design
     power: Estimate  # share of tables whose joint test rejects at 0.05
-    interior: Estimate  # share of tables with an optimum inside the range, and so an interval
+    interior: Estimate  # share of tables with an optimum inside the range
     found: Estimate  # share with an interval no wider than wanted that holds the true optimum
-    coverage: Estimate  # of the intervals
-    median_width: Estimate  # of the interval, in PLW; without one, of the range
+    coverage: Estimate  # share of Fieller's sets that hold the true optimum
+    median_width: Estimate  # of the interval, in PLW; of the range where the optimum is not located
     median_error: Estimate  # distance of the best PLW to the true one
 
 
 def simulate(truth: Truth, design: Design, width: float, draws: int = 10_000, seed: int = 1234) -> Outcome:
     """Run a study so many times.
 
-    width: of the delta method's 95 % interval of PLW*, wanted at most. It is in PLW, as a person thinks;
-    equal widths there are not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval
-    beside the optimum has not found it: those do not count as found.
+    width: of Fieller's 95 % interval of PLW*, wanted at most. It is in PLW, as a person thinks; equal widths there are
+    not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval beside the optimum has not
+    found it: those do not count as found.
     """
-    found = answer(draw(truth, design, draws, seed), design, truth.transform)
+    seen = draw(truth, design, draws, seed)
+    found = answer(seen, truth.transform)
     ends = truth.transform.back(found.interval)
     widths = ends[:, 1] - ends[:, 0]
-    holds = (found.interval[:, 0] <= truth.best) & (truth.best <= found.interval[:, 1])
+    holds = seen.t_test(np.array([1, 2 * truth.best]))[3] >= LEVEL  # whether the slope there may be 0
     return Outcome(
         design,
         _share(found.joint_p < LEVEL),
         _share(found.has_optimum),
-        _share(found.has_optimum & holds & (widths <= width) & truth.has_optimum),
-        _share(holds[found.has_optimum]),
+        _share(found.is_located & holds & (widths <= width) & truth.has_optimum),
+        _share(holds),
         _median(widths),
         _median(np.abs(truth.transform.back(found.best) - truth.best_plw)),
     )
@@ -396,8 +387,8 @@ class Plan:
         if lists := [f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown if len(plws) <= 8]:
             lines.append(f"  PLWs on w_p are equally spaced there: {'; '.join(lists)}.")
         lines.append(
-            "  found: the delta method's 95 % interval is no wider than that and holds PLW*. width, error: medians of "
-            "its width and of the estimate's error, in PLW. Fieller's interval takes more to be as narrow."
+            "  found: Fieller's 95 % interval is no wider than that and holds PLW*. width, error: medians of its width "
+            "and of the estimate's error, in PLW."
         )
         return "\n".join(lines)
 

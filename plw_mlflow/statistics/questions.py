@@ -16,7 +16,7 @@ from scipy import stats
 
 from plw_mlflow.statistics import mixed, over_tasks
 from plw_mlflow.statistics.design import CURVE, Grid, is_of_curve
-from plw_mlflow.statistics.models import JointTest
+from plw_mlflow.statistics.models import JointTest, hotelling
 from plw_mlflow.statistics.optimum import LEVEL, Parabola, maximisers
 
 Array = NDArray[np.float64]
@@ -49,7 +49,7 @@ def equivalence(grid: Grid, margin: float | None = None) -> Equivalence:
     if margin is not None and not 0 < margin < math.inf:
         raise ValueError(f"margin must be a number above 0, got {margin}")
     whole, _ = grid.complete
-    curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
+    curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
     plws = sorted(set(whole.runs["plw"]))
     w = whole.transform(plws)
     worst_p, smallest, detectable = 0.0, 0.0, 0.0
@@ -57,7 +57,7 @@ def equivalence(grid: Grid, margin: float | None = None) -> Equivalence:
     for i in range(len(w)):
         for j in range(i):
             contrast = (w[i] - w[j]) * whole.contrasts[0] + (w[i] ** 2 - w[j] ** 2) * whole.contrasts[1]
-            difference, error, freedom, _ = curves.t_test(contrast)
+            difference, error, freedom, _ = map(float, curves.t_test(contrast))
             if margin is not None:
                 worst_p = max(worst_p, float(stats.t.sf((margin - abs(difference)) / error, freedom)))
             smallest = max(smallest, abs(difference) + stats.t.ppf(1 - LEVEL, freedom) * error)
@@ -103,9 +103,8 @@ def difference(grid: Grid, by: str) -> Difference:
         notes.append(f"Over tasks, left out: {', '.join(left_out)}.")
     contrasts = np.eye(len(grid.terms))[is_tested]
     if len(whole.tasks) > len(contrasts) + 1 and whole.terms == grid.terms and len(whole.scores) > len(grid.terms):
-        curves = over_tasks.fit(whole.scores, whole.x, runs_differ=True)
         try:
-            tests.append(JointTest("Hotelling's T^2 over tasks", *curves.joint_test(contrasts)))
+            tests.append(hotelling(over_tasks.fit(whole.scores, whole.x, contrasts, runs_differ=True)))
         except ValueError as error:
             notes.append(f"Not tested over tasks: {error}.")
     else:
