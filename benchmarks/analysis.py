@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from plw_mlflow.statistics import beta, design, mixed, models, over_tasks, questions
+from plw_mlflow import analyze
+from plw_mlflow.statistics import beta, design, mixed, models, over_tasks, parametric, questions
 from plw_mlflow.statistics.design import Grid
 from plw_mlflow.statistics.optimum import LEVEL
 
@@ -46,6 +49,7 @@ Found = dict[tuple[str, ...], Array]  # of each table: (test,) its p; (interval,
 
 PLWS = (0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1)  # arXiv:2401.13586v1
 CURVE = np.array([0.05, -0.038])  # slope and bend on w_p that the study's short data show; vertex 0.66, PLW 0.25
+VERTEX = float(-CURVE[0] / (2 * CURVE[1]))
 EFFECTS = (1, 4)
 SD_RESIDUAL = 0.01
 SD_SLOPES = 0.06
@@ -54,6 +58,7 @@ UNEQUAL = 5.0  # largest residual SD of a task over the smallest
 SEED = 1234
 CHUNK = 250  # tables at a time
 DRAWS = 199
+POINTS = 200  # at which the width of a set is measured
 
 
 # ------------------------------------------------------------------------------------------------ the tables
@@ -81,11 +86,17 @@ class Setting:
         return pd.DataFrame(list(rows), columns=["model", "dataset", "plw", "seed"])
 
 
-MAIN = [Setting(t, slopes, run) for t, slopes, run in product((8, 13, 40), ("none", "free"), (0.0, 0.001, 0.005))]
-FURTHER = [
-    Setting(t, slopes, run, unequal)
-    for t, (slopes, unequal), run in product((8, 13, 40), (("tied", False), ("none", True)), (0.0, 0.001, 0.005))
-]
+def main_settings(tasks: Sequence[int]) -> list[Setting]:
+    """With and without slopes and run noise."""
+    return [Setting(*values) for values in product(tasks, ("none", "free"), (0.0, 0.001, 0.005))]
+
+
+def further_settings(tasks: Sequence[int]) -> list[Setting]:
+    """With slopes that are tied, and with residuals that differ."""
+    kinds = ("tied", False), ("none", True)
+    return [
+        Setting(t, slopes, run, unequal) for t, (slopes, unequal), run in product(tasks, kinds, (0.0, 0.001, 0.005))
+    ]
 
 
 @cache
@@ -145,7 +156,7 @@ class Estimates:
         return special.stdtrit(freedom, 1 - LEVEL / 2) * np.sqrt(variance)
 
     def excess(self, w: Array) -> Array:
-        """How far the slope at w, [..., B] or [..., 1], is from 0 beyond its reach; below 0 in Fieller's set."""
+        """Distance of the slope at w, [..., B] or [..., 1], from 0, less its reach: below 0 in Fieller's set."""
         ones = np.ones(np.broadcast_shapes(w.shape, (len(self.curve),)))
         return np.abs(self.curve[:, 0] + 2 * self.curve[:, 1] * w) - self.reach(np.stack([ones, 2 * w * ones], axis=-1))
 
@@ -154,46 +165,20 @@ class Estimates:
         return -self.curve[:, 0] / (2 * self.curve[:, 1])
 
 
-def _of_parts(curve: Array, parts: Sequence[tuple[Array, float]], p: dict[str, Array]) -> Estimates:
-    """Estimates whose covariance is a sum of independent estimates ([B, 2, 2], degrees of freedom)."""
-    flat = [(covariance.reshape(-1, 4), freedom) for covariance, freedom in parts]
-    spread = sum(2 / freedom * np.einsum("bi,bj->bij", part, part) for part, freedom in flat)
-    return Estimates(curve, np.sum([covariance for covariance, _ in parts], axis=0), np.asarray(spread), p)
-
-
-def _hotelling(curve: Array, parts: Sequence[tuple[Array, float]]) -> Array:
-    inverse = np.linalg.inv(np.sum([covariance for covariance, _ in parts], axis=0))
-    spread = np.zeros(len(curve))
-    for covariance, freedom in parts:
-        share = covariance @ inverse
-        spread += (np.einsum("bij,bji->b", share, share) + np.einsum("bii->b", share) ** 2) / freedom
-    denominator = 6 / spread - 1
-    statistic = np.einsum("bi,bij,bj->b", curve, inverse, curve) * denominator / (denominator + 1) / 2
-    return np.asarray(stats.f.sf(statistic, 2, denominator))
+def _of_parts(curve: Array, parts: Array, freedoms: Array, p: dict[str, Array]) -> Estimates:
+    """Estimates whose covariance is a sum of independent ones, [S, B, 2, 2], of so many degrees of freedom, [S]."""
+    flat = parts.reshape(*parts.shape[:2], 4)
+    spread = np.einsum("s,sbi,sbj->bij", 2 / freedoms, flat, flat)
+    return Estimates(curve, np.asarray(parts.sum(0)), spread, p)
 
 
 def over(setting: Setting, scores: Array, runs_differ: bool) -> Estimates:
     """`crossed` and `task-t`."""
-    x, tasks = empty(setting).x, setting.tasks
-    hat = np.linalg.pinv(x)
-    by_task = scores.transpose(0, 2, 1) @ hat.T  # [B, T, P]
-    residuals = scores - x @ by_task.transpose(0, 2, 1)
-    luck, free = residuals.mean(2), len(x) - x.shape[1]
-    of_runs = (luck**2).sum(1) / free
-    of_noise = ((residuals - luck[:, :, None]) ** 2).sum((1, 2)) / (free * (tasks - 1))
-    slopes = by_task[:, :, 1:3]
-    curve = slopes.mean(1)
-    apart = slopes - curve[:, None]
-    parts = [(apart.transpose(0, 2, 1) @ apart / (tasks * (tasks - 1)), float(tasks - 1))]
-    if runs_differ:
-        p = stats.f.sf(of_runs * tasks / of_noise, free, free * (tasks - 1))
-        counted = np.where(p < over_tasks.COUNTED, 1.0, 0.0)[:, None, None]
-        bread = (hat @ hat.T)[1:3, 1:3]
-        parts += [
-            (counted * of_runs[:, None, None] * bread, float(free)),
-            (-counted * of_noise[:, None, None] / tasks * bread, float(free * (tasks - 1))),
-        ]
-    return _of_parts(curve, parts, {"T^2": _hotelling(curve, parts)})
+    grid = empty(setting)
+    curves = over_tasks.fit(scores, grid.x, grid.contrasts, runs_differ=runs_differ)
+    kept = slice(1, 3)
+    p = {"T^2": curves.joint_test()[3]}
+    return _of_parts(curves.coefficients[:, kept], curves.parts[..., kept, kept], curves.freedoms, p)
 
 
 def pooled(setting: Setting, scores: Array, *, model_term: bool) -> tuple[Array, Array, Array, float]:
@@ -230,7 +215,7 @@ def ols(setting: Setting, scores: Array) -> Estimates:
     freedom = setting.tasks * (scores.shape[1] - 1) - rank
     covariance = (full / freedom)[:, None, None] * _bread(setting, True)
     p = stats.f.sf((null - full) / 2 / (full / freedom), 2, freedom)
-    return _of_parts(curve, [(covariance, freedom)], {"F": p})
+    return _of_parts(curve, covariance[None], np.array([freedom]), {"F": p})
 
 
 def lmm(setting: Setting, scores: Array) -> Estimates:
@@ -244,7 +229,7 @@ def lmm(setting: Setting, scores: Array) -> Estimates:
         "F": stats.f.sf((null - full) / 2 / (full / freedom), 2, freedom),
     }
     assert (runs * scores.mean(1).var(1) > 2 * full / freedom).all()  # else a task's variance may be 0
-    return _of_parts(curve, [(covariance, freedom)], p)
+    return _of_parts(curve, covariance[None], np.array([freedom]), p)
 
 
 def slopes(setting: Setting, scores: Array) -> Estimates:
@@ -272,163 +257,332 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
 
 def betas(setting: Setting, scores: Array) -> Estimates:
     """`beta`, of the middle half of 0..1, since scores outside have no likelihood."""
-    grid = empty(setting)
-    found = []
-    for table in scores:
-        y, run, task = replace(grid, scores=0.25 + table / 2).long
-        fitted = beta.fit_beta(y, grid.curve[run], task)
-        null = beta.fit_beta(y, grid.curve[run][:, :1], task)
-        chisq = max(0.0, 2 * (fitted.loglik - null.loglik))
-        found.append((fitted.coefficients[1:], fitted.covariance[1:, 1:], stats.chi2.sf(chisq, 2)))
-    curve, covariance, p = map(np.array, zip(*found, strict=True))
-    return Estimates(curve, covariance, np.zeros((len(curve), 4, 4)), {"likelihood ratio": p})
+    grid, found, lower = empty(setting), [], []
+    for table in 0.25 + scores / 2:
+        y, run, task = replace(grid, scores=table).long
+        found.append(beta.fit_beta(y, grid.curve[run], task))
+        lower.append(beta.fit_beta(y, grid.curve[run][:, :1], task).loglik)
+    ratio = 2 * (np.array([fit.loglik for fit in found]) - lower)
+    return Estimates(
+        np.array([fit.coefficients[1:] for fit in found]),
+        np.array([fit.covariance[1:, 1:] for fit in found]),
+        np.zeros((len(found), 4, 4)),
+        {"likelihood ratio": stats.chi2.sf(np.maximum(ratio, 0), 2)},
+    )
 
 
-ESTIMATES: dict[str, Callable[[Setting, Array], Estimates]] = {
+CLOSED: dict[str, Callable[[Setting, Array], Estimates]] = {
     "crossed": lambda setting, scores: over(setting, scores, runs_differ=True),
     "task-t": lambda setting, scores: over(setting, scores, runs_differ=False),
     "ols-task": ols,
     "lmm": lmm,
-    "lmm-slopes": slopes,
-    "beta": betas,
+}
+ESTIMATES = CLOSED | {"lmm-slopes": slopes, "beta": betas}
+BOOTSTRAPS: dict[str, questions.Resampled] = {
+    "bootstrap-tasks": "tasks",
+    "bootstrap-seeds": "seeds",
+    "bootstrap-both": "both",
+}
+PARAMETRIC = {"lmm-parametric": "lmm", "lmm-slopes-parametric": "lmm-slopes"}
+TABLES = {
+    **dict.fromkeys(CLOSED, 10_000),
+    "lmm-slopes": 1000,
+    "beta": 1000,
+    **dict.fromkeys(BOOTSTRAPS, 500),
+    **dict.fromkeys(PARAMETRIC, 500),
 }
 
-# ------------------------------------------------------------------------------------------------- the counts
+
+# --------------------------------------------------------------------------------------- what becomes of them
 
 
-def tallies(method: str, setting: Setting, first: int, last: int) -> dict[str, float]:
-    """Sums over tables: rejections at 0.05 of each test, and of each interval what became of it."""
-    scores = tables(setting, first, last)
-    if method == "bootstrap":
-        return _bootstrapped(setting, scores)
-    found = ESTIMATES[method](setting, scores)
-    sums = {f"type I, {test}": float((p < LEVEL).sum()) for test, p in found.p.items()}
-    curve = empty(setting).curve[:, 1:]
+def outcomes(method: str, setting: Setting, first: int, last: int) -> Found:
+    """What a method makes of tables `first` to before `last` of a setting."""
+    scores, grid = tables(setting, first, last), empty(setting)
+    if method in BOOTSTRAPS:
+        return {key: row for effect in EFFECTS for key, row in _bootstrapped(method, setting, scores, effect).items()}
+    if method in PARAMETRIC:
+        rejects = [
+            _rejects(PARAMETRIC[method], replace(grid, scores=table), seed) for seed, table in enumerate(scores, first)
+        ]
+        return {("likelihood ratio",): np.where(rejects, 0.0, 1.0)}
+    estimates = ESTIMATES[method](setting, scores)
+    rows: Found = {(test,): p for test, p in estimates.p.items()}
     for effect in EFFECTS:
-        there = effect * CURVE
-        # No added curve just shifts logits.
-        estimates = betas(setting, scores + (curve @ there)[:, None]) if method == "beta" else found.moved(there)
-        vertex, true = estimates.vertex(), -there[0] / (2 * there[1])
-        gradient = np.stack([-1 / (2 * estimates.curve[:, 1]), -vertex / estimates.curve[:, 1]], axis=-1)
-        reach = estimates.reach(gradient)
-        is_inside = (estimates.curve[:, 1] < 0) & (vertex > 0) & (vertex < 1)
-        ends = np.clip([vertex - reach, vertex + reach], 0, 1)
-        is_open = np.abs(estimates.curve[:, 1]) <= estimates.reach(np.array([0.0, 1.0])[None].repeat(len(vertex), 0))
-        holds = estimates.excess(np.array([true])) <= 0
-        sums |= {
-            f"delta x{effect}, covers": float((~is_inside | (np.abs(vertex - true) <= reach)).sum()),
-            f"delta x{effect}, open": float((~is_inside).sum()),
-            f"delta x{effect}, width": float(np.where(is_inside, ends[1] - ends[0], 1.0).sum()),
-            f"Fieller x{effect}, covers": float((is_open | holds).sum()),
-            f"Fieller x{effect}, holds": float(holds.sum()),
-            f"Fieller x{effect}, open": float(is_open.sum()),
+        if method == "beta":  # a curve added to scores is no curve added to logits
+            moved = betas(setting, scores + (grid.curve[:, 1:] @ (effect * CURVE))[:, None])
+        else:
+            moved = estimates.moved(effect * CURVE)
+        for interval, row in (("Fieller", fieller(moved)), ("delta", delta(moved))):
+            rows |= {(interval, str(effect), name): values for name, values in row.items()}
+    return rows
+
+
+def fieller(estimates: Estimates) -> dict[str, Array]:
+    """Fieller's sets of the vertex: whether they hold the true one and are open, and the width within the range."""
+    b = np.broadcast_to([0.0, 1.0], estimates.curve.shape)
+    points = (np.arange(POINTS) + 0.5) / POINTS
+    return {
+        "holds": estimates.excess(np.array([VERTEX])) <= 0,
+        "open": np.abs(estimates.curve[:, 1]) <= estimates.reach(b),
+        "width": (estimates.excess(points[:, None]) <= 0).mean(0),
+    }
+
+
+def delta(estimates: Estimates) -> dict[str, Array]:
+    """The same of intervals by the delta method; without a maximum inside the range none is given, which is 1 wide."""
+    slope, bend = estimates.curve.T
+    vertex = -slope / (2 * bend)
+    reach = estimates.reach(np.stack([np.ones_like(vertex), 2 * vertex], axis=1)) / (2 * np.abs(bend))
+    is_open = ~((bend < 0) & (vertex > 0) & (vertex < 1))
+    return {
+        "holds": np.abs(vertex - VERTEX) <= reach,
+        "open": is_open,
+        "width": np.where(is_open, 1, np.clip(vertex + reach, 0, 1) - np.clip(vertex - reach, 0, 1)),
+    }
+
+
+def _rejects(model: str, grid: Grid, seed: int) -> bool:
+    """Whether `parametric.joint_test` by DRAWS gives p <= 0.05; it stops drawing where that is no longer possible."""
+    ratios = parametric.RATIOS[model](grid, np.random.default_rng(seed))
+    seen, as_large = next(ratios), 0
+    for _ in range(DRAWS):
+        as_large += next(ratios) >= seen
+        if (1 + as_large) / (1 + DRAWS) > LEVEL + 1e-12:
+            return False
+    return True
+
+
+def _bootstrapped(method: str, setting: Setting, scores: Array, effect: int) -> Found:
+    grid = empty(setting)
+    curve = (grid.curve[:, 1:] @ (effect * CURVE))[:, None]
+    ends = []
+    for seed, table in enumerate(scores):
+        resampled = questions.bootstrap(replace(grid, scores=table + curve), BOOTSTRAPS[method], DRAWS, seed)
+        ends.append(grid.transform(resampled.interval))
+    low, high = np.array(ends).T
+    key = "percentile", str(effect)
+    return {
+        (*key, "holds"): (low <= VERTEX) & (high >= VERTEX),
+        (*key, "open"): np.zeros(len(low), bool),
+        (*key, "width"): high - low,
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the printed table: what tables of a setting show of a method's test or interval."""
+
+    setting: str
+    method: str
+    of: str  # the test; or the interval and how many times the curve
+    tables: int
+    rate: float  # of rejections; or of intervals that hold the vertex or are open
+    holds: float | None = None  # the rest is of intervals alone
+    open: float | None = None
+    whole: float | None = None
+    width: float | None = None  # median
+
+    @property
+    def error(self) -> float:
+        """Standard error of the rate, were the nominal one true."""
+        return math.sqrt(LEVEL * (1 - LEVEL) / self.tables)
+
+    def __str__(self) -> str:
+        line = f"{self.setting:<52}{self.method:<22}{self.of:<20}{self.tables:>6}{self.rate:>8.3f} ±{self.error:.3f}"
+        if self.holds is None:
+            return line
+        return f"{line}{self.holds:>8.3f}{self.open:>8.3f}{self.whole:>8.3f}{self.width:>8.3f}"
+
+    def row(self) -> dict[str, Any]:
+        """As all benchmarks write it, and what else is known; the ratio is of what is promised to what is missed."""
+        is_test = self.holds is None
+        return {
+            "case": f"{self.setting}: {self.method}",
+            "metric": f"{'type-I error' if is_test else 'coverage'}, {self.of}",
+            "ours": self.rate,
+            "peer": "nominal",
+            "peer_value": LEVEL if is_test else 1 - LEVEL,
+            "ratio": LEVEL / max(self.rate if is_test else 1 - self.rate, 1 / self.tables),
+            **{name: value for name, value in asdict(self).items() if value is not None},
         }
-    return sums
 
 
-def _bootstrapped(setting: Setting, scores: Array) -> dict[str, float]:
-    """Percentile intervals of the best PLW of resampled tasks; an interval from end to end is open."""
-    grid, sums = empty(setting), dict[str, float]()
-    for effect in EFFECTS:
-        there = effect * CURVE
-        true, moved = -there[0] / (2 * there[1]), scores + (grid.curve[:, 1:] @ there)[:, None]
-        found = [questions.bootstrap(replace(grid, scores=table), "tasks", DRAWS) for table in moved]
-        low, high = np.array([grid.transform(one.interval) for one in found]).T
-        sums[f"percentile x{effect}, covers"] = float(((low <= true) & (true <= high)).sum())
-        sums[f"percentile x{effect}, open"] = float(((low <= 0) & (high >= 1)).sum())
-        sums[f"percentile x{effect}, width"] = float((high - low).sum())
-    return sums
+HEADER = (
+    f"{'setting':<52}{'method':<22}{'test or interval':<20}{'tables':>6}{'rate':>8} ±error"
+    f"{'holds':>8}{'open':>8}{'whole':>8}{'width':>8}"
+)
 
 
-def simulate(
-    method: str, setting: Setting, count: int, chunk: Callable[..., dict[str, float]] = tallies
-) -> dict[str, float]:
-    """Shares of tables, of a method in a setting."""
-    whole: dict[str, float] = {}
-    for first in range(0, count, CHUNK):
-        for name, value in chunk(method, setting, first, min(first + CHUNK, count)).items():
-            whole[name] = whole.get(name, 0.0) + value / count
-    return whole
+def summary(setting: Setting, method: str, rows: Found) -> Iterator[Row]:
+    """A line per test and interval."""
+    for key, p in rows.items():
+        if len(key) == 1:
+            yield Row(str(setting), method, key[0], len(p), float((p < LEVEL + 1e-12).mean()))
+    for interval, effect in dict.fromkeys(key[:2] for key in rows if len(key) == 3):
+        holds, is_open, width = (rows[interval, effect, name] for name in ("holds", "open", "width"))
+        yield Row(
+            str(setting),
+            method,
+            f"{interval}, curve x{effect}",
+            len(holds),
+            float(np.logical_or(holds, is_open).mean()),
+            float(holds.mean()),
+            float(is_open.mean()),
+            float((width > 1 - 1e-9).mean()),
+            float(np.median(width)),
+        )
 
 
-def compare(setting: Setting, count: int = 5) -> float:
-    """The largest relative difference of the closed forms from `models.fit`, over some tables."""
-    worst = 0.0
-    scores = tables(setting, 0, count)
-    for method in ("crossed", "task-t", "lmm", "ols-task"):
-        found = ESTIMATES[method](setting, scores)
-        for number, table in enumerate(scores):
-            fit = models.fit(method, replace(empty(setting), scores=table))
-            theirs = [fit.coefficients["w_p"], fit.coefficients["w_p^2"], fit.covariance[1][1], fit.covariance[2][2]]
-            theirs += [one.p for one in fit.joint_tests]
-            ours = [*found.curve[number], *np.diag(found.covariance[number]), *(p[number] for p in found.p.values())]
-            worst = max(worst, float(np.max(np.abs(np.array(ours) / theirs - 1))))
-    return worst
+def differences(setting: Setting, method: str, number: int) -> float:
+    """The largest difference between our numbers and `models.fit`'s of one table: estimates, p, ends of intervals."""
+    grid = empty(setting)
+    curve = (grid.curve[:, 1:] @ CURVE)[:, None]
+    scores = tables(setting, number, number + 1) + curve
+    fitted = models.fit(method, replace(grid, scores=scores[0] if method != "beta" else 0.25 + scores[0] / 2))
+    ours = ESTIMATES[method](setting, scores)
+    p = {
+        test.test.partition(",")[0].removeprefix("Hotelling's ").removesuffix(" over tasks"): test.p
+        for test in fitted.joint_tests
+    }
+    pairs = [(ours.p[test][0], value) for test, value in p.items()]
+    pairs += zip(ours.curve[0], (fitted.coefficients["w_p"], fitted.coefficients["w_p^2"]), strict=True)
+    pairs += zip(ours.covariance[0].flat, np.array(fitted.covariance)[1:3, 1:3].flat, strict=True)
+    pairs.append((float(fieller(ours)["open"][0]), float(fitted.fieller_is_unbounded)))
+    if fitted.optimum_interval:
+        vertex = float(-ours.curve[0, 0] / (2 * ours.curve[0, 1]))
+        reach = float(ours.reach(np.array([[1, 2 * vertex]]))[0] / (2 * abs(ours.curve[0, 1])))
+        ends = grid.transform.back(np.clip([vertex - reach, vertex + reach], 0, 1))
+        pairs += zip(ends, fitted.optimum_interval, strict=True)
+    return float(max(abs(a - b) for a, b in pairs))
 
 
-# -------------------------------------------------------------------------------------------------- the speed
+def settings(method: str, tasks: Sequence[int]) -> list[Setting]:
+    """What a method is tried on."""
+    chosen = main_settings(tasks)
+    if method in CLOSED:
+        chosen += further_settings(tasks)
+    if method in PARAMETRIC:
+        chosen = [setting for setting in chosen if setting.sd_run != 0.001]
+    if method in ("bootstrap-seeds", "bootstrap-both"):
+        chosen = [replace(setting, seeds=3) for setting in chosen]
+    return chosen
 
 
-def speeds() -> Iterator[dict[str, Any]]:
-    """Seconds of fits beside the limits set for them, on two cores."""
-    small, large = Setting(13, "free", 0.001, seeds=3), Setting(50, "free", 0.001, seeds=50)
-    for setting, limit in ((small, 2.0), (large, 30.0)):
-        grid = replace(empty(setting), scores=0.25 + draw(setting, 0) / 2)
-        size = f"{len(grid.scores)} runs x {setting.tasks} tasks"
-        total = 0.0
-        for model in models.MODELS:
-            started = time.perf_counter()
-            models.fit(model, grid)
-            total += (seconds := time.perf_counter() - started)
-            yield {"what": f"{size}, {model}", "seconds": seconds, "limit": None}
-        yield {"what": f"{size}, every model", "seconds": total, "limit": limit}
-    grid = replace(empty(small), scores=0.25 + draw(small, 0) / 2)
-    started = time.perf_counter()
-    for over_what in ("tasks", "seeds", "both"):
-        questions.bootstrap(grid, over_what, 2000)
-    yield {"what": "2,000 bootstrap fits of each kind", "seconds": time.perf_counter() - started, "limit": 60.0}
-    start = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, reml=False)
-    random = np.random.default_rng(SEED)
-    started = time.perf_counter()
-    for _ in range(2000):
-        noise = random.normal(0, SD_RESIDUAL / 2, grid.scores.shape)
-        mixed.fit_random_slopes(grid.scores + noise, grid.x, grid.curve, reml=False, start=start)
-    yield {"what": "2,000 refits of lmm-slopes by ML", "seconds": time.perf_counter() - started, "limit": 60.0}
+def simulate(methods: Sequence[str], tasks: Sequence[int], most: int | None, processes: int) -> Iterator[Row]:
+    """The lines of the table, as they come."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by each new process: all work is in small matrices
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        waiting = []
+        for method in methods:
+            number = min(TABLES[method], most or TABLES[method])
+            chunk = CHUNK if method in CLOSED else max(1, number // 20)
+            ends = [*range(0, number, chunk), number]
+            for setting in settings(method, tasks):
+                parts = [pool.submit(outcomes, method, setting, *between) for between in pairwise(ends)]
+                waiting.append((setting, method, parts))
+        for setting, method, parts in waiting:
+            done = [part.result() for part in parts]
+            yield from summary(setting, method, {key: np.concatenate([one[key] for one in done]) for key in done[0]})
 
 
-COUNTS = {"crossed": 10_000, "task-t": 10_000, "ols-task": 10_000, "lmm": 10_000, "lmm-slopes": 300, "beta": 200}
-COUNTS["bootstrap"] = 500
+# ------------------------------------------------------------------------------------------------------ speed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long something took, beside its limit."""
+
+    case: str
+    what: str
+    seconds: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.case:<24}{self.what:<58}{self.seconds:>8.2f} s  limit {self.limit:g} s"
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "metric": f"seconds, {self.what}",
+            "ours": self.seconds,
+            "peer": "limit",
+            "peer_value": self.limit,
+            "ratio": self.limit / self.seconds,
+        }
+
+
+def speed() -> Iterator[Timing]:
+    """Times of fits and bootstraps, by the clock."""
+
+    def timed(case: str, what: str, limit: float, call: Callable[[], object]) -> Timing:
+        started = time.perf_counter()
+        call()
+        return Timing(case, what, time.perf_counter() - started, limit)
+
+    draws = 2000
+    models.fit("lmm", _filled(Setting(8)))  # imports, and what else the first call brings
+    for setting, limit in ((Setting(13, "free", 0.005, seeds=3), 2.0), (Setting(50, "free", 0.005, seeds=50), 30.0)):
+        grid = _filled(setting)
+        case = "{} runs x {} tasks".format(*grid.scores.shape)
+        one_by_one = [timed(case, model, limit, partial(models.fit, model, grid)) for model in models.MODELS]
+        yield from one_by_one
+        yield Timing(case, "all six models", sum(one.seconds for one in one_by_one), limit)
+        if limit > 2:
+            table = _table(grid)
+            yield timed(case, "a whole analysis, bootstraps among it", limit, partial(analyze.analyze, table))
+            continue
+        for over in BOOTSTRAPS.values():
+            yield timed(
+                case, f"{draws} bootstrap fits over {over}", 60, partial(questions.bootstrap, grid, over, draws)
+            )
+        for model in PARAMETRIC.values():
+            what = f"{draws} parametric bootstrap fits of {model} and its null"
+            yield timed(case, what, 60, partial(parametric.joint_test, grid, model, draws))
+
+
+def _filled(setting: Setting) -> Grid:
+    """A table of a setting as a grid, within 0..1 for `beta`."""
+    return replace(empty(setting), scores=0.25 + draw(setting, 0) / 2)
+
+
+def _table(grid: Grid) -> pd.DataFrame:
+    wide = grid.runs.assign(**dict(zip(grid.tasks, grid.scores.T, strict=True)))
+    return wide.melt(list(grid.runs), var_name="task", value_name="score").assign(metric="acc")
 
 
 @click.command(help=__doc__)
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
-@click.option("--methods", default=",".join(COUNTS), show_default=True)
-@click.option("--tables", "count", type=int, help="Tables a setting (unset: as many as a method's cost allows).")
-@click.option("--further", is_flag=True, help="Slopes that are tied to each other, and tasks of unequal noise.")
-@click.option("--speed", is_flag=True, help="How long fits take, instead.")
+@click.option("--speed", "is_speed", is_flag=True, help="Measure times instead.")
+@click.option("--methods", "named", default=",".join(TABLES), show_default=True, help="Comma-separated.")
+@click.option("--tasks", "counts", default="8,13,40", show_default=True, help="Numbers of tasks, comma-separated.")
+@click.option("--tables", type=click.IntRange(1), help="At most so many of each setting (unset: as the report has it).")
 @click.option("--processes", default=2, show_default=True)
-def main(file: Path, methods: str, count: int | None, further: bool, speed: bool, processes: int) -> None:
+def main(file: Path, is_speed: bool, named: str, counts: str, tables: int | None, processes: int) -> None:
     rows: list[dict[str, Any]] = []
 
-    def tell(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(
-            "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True
-        )
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+    def write(lines: Iterator[Row] | Iterator[Timing]) -> None:
+        for line in lines:
+            print(line, flush=True)
+            rows.append(line.row())
+            file.write_text(json.dumps(rows, indent=2) + "\n")
 
-    if speed:
-        for row in speeds():
-            tell(row)
-        return
-    settings = FURTHER if further else MAIN
-    print(f"closed forms differ from models.fit by {max(map(compare, settings)):.1e} at most (relative)", flush=True)
-    jobs = [(method, setting, count or COUNTS[method]) for method in methods.split(",") for setting in settings]
-    with ProcessPoolExecutor(processes) as pool:
-        waiting = [(job, pool.submit(simulate, *job)) for job in jobs]
-        for (method, setting, tables_of), future in waiting:
-            shares = {name: value for name, value in future.result().items()}
-            tell({"method": method, "setting": str(setting), "tables": tables_of} | shares)
+    if is_speed:
+        return write(speed())
+    methods, tasks = named.split(","), [int(count) for count in counts.split(",")]
+    if unknown := [method for method in methods if method not in TABLES]:
+        raise click.UsageError(f"no method {unknown[0]}; there are {', '.join(TABLES)}")
+    apart = [
+        differences(setting, method, number)
+        for method in methods
+        if method in ESTIMATES
+        for setting in settings(method, tasks)
+        for number in range(2)
+    ]
+    if apart:
+        print(f"closed forms and models.fit differ by {max(apart):.1e} at most on {len(apart)} tables")
+    print(HEADER, flush=True)
+    write(simulate(methods, tasks, tables, processes))
 
 
 if __name__ == "__main__":
