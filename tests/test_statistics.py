@@ -292,12 +292,51 @@ def test_an_unknown_column_to_compare_is_an_error():
         analyze.analyze(table, by=("task_type",), draws=0)
 
 
-def test_curves_by_model_are_compared():
-    analysis = analyze.analyze(analyze.read_scores(STUDY), by=("model",), draws=0)
-    assert [one.by for one in analysis.differences] == ["dataset", "model"]
-    by_model = analysis.differences[1]
-    assert by_model.levels == ["LLaMA1-7B", "LLaMA2-7B"]
-    assert all(0 < test.p < 1 for test in by_model.tests)
+def test_curves_by_model_are_compared(monkeypatch):
+    """Without luck, by Hotelling's test of the differences between two models' curves, task by task."""
+    monkeypatch.setattr(over_tasks, "COUNTED", 0.0)
+    monkeypatch.setattr(over_tasks, "DEDUCTED", 0.0)
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    (found,) = analyze.analyze(table, by=("model",), draws=0).differences
+    assert (found.by, found.levels, found.notes) == ("model", ["LLaMA1-7B", "LLaMA2-7B"], [])
+    w = np.array(PLWS) ** design.EXPONENT
+    x = np.column_stack([np.ones(10), w, w**2])
+    one, other = (
+        np.linalg.lstsq(x, table[table["model"] == level].pivot(index="plw", columns="task", values="score"))[0][1:]
+        for level in found.levels
+    )
+    apart = (one - other).T
+    squared = 8 * apart.mean(0) @ np.linalg.solve(np.cov(apart.T), apart.mean(0))
+    over, ratio = found.tests
+    assert (over.df1, over.df2, over.p) == pytest.approx((2, 6, stats.f.sf(squared * 6 / (7 * 2), 2, 6)))
+    assert ratio.df1 == 2
+    assert 0.05 < ratio.p < 1
+
+
+def test_columns_that_part_runs_alike_are_named():
+    table = made_up([(f"model of {d}", d, plw, 0) for d in ("a", "b") for plw in PLWS], 8)
+    by_dataset, by_model = analyze.analyze(table, by=("model",), draws=0).differences
+    assert by_dataset.notes == ["Each of them has its own model, so this is as much about model."]
+    assert by_model.notes == ["Each of them has its own dataset, so this is as much about dataset."]
+    assert by_model.tests == by_dataset.tests
+
+
+def test_numbers_of_questions_given_for_some_scores_only_are_said_not_to_be_used():
+    table = made_up([("m", "d", plw, 0) for plw in PLWS], 8).assign(n=100.0)
+    assert not any("is not used" in note for note in models.fit("crossed", grid_of(table, "d")).notes)
+    table.loc[[3, 4], "n"] = np.nan, 0.0
+    grid = grid_of(table, "d")
+    assert grid.weights is None
+    assert "n is not above 0 for 2 of 80 scores, so it is not used." in models.fit("lmm-slopes", grid).notes
+
+
+def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
+    table = made_up([("m", "d", plw, 0) for plw in (0.05, 0.1, 0.3, 0.8)], 2)
+    rise = {"t0": 1.0, "t1": -1.0}
+    table["score"] = 0.5 + table["task"].map(rise) * table["plw"] ** design.EXPONENT / 10 + 0.001 * np.sin(table.index)
+    found = questions.each_task(grid_of(table, "d"))
+    assert [task.optimum_plw for task in found] == [None, None]
+    assert [task.best_plw for task in found] == pytest.approx([0.8, 0.05])
 
 
 def test_data_sets_with_incomplete_runs_are_compared():

@@ -180,9 +180,13 @@ def grid(
     scores = table.pivot_table(index=keys, columns="task", values="score", sort=True, dropna=True)
     runs = scores.index.to_frame(index=False)
     x, terms = _columns(runs, transform, ("model", "dataset", *also), by)
-    weights = None
+    weights, notes = None, []
     for column in ("n", "stderr"):
-        if column in table and (given := table[column]).notna().all() and (given > 0).all():
+        if column not in table or not (given := table[column]).notna().any():
+            continue
+        if not (is_given := given.notna() & (given > 0)).all():
+            notes.append(f"{column} is not above 0 for {(~is_given).sum()} of {len(table)} scores, so it is not used.")
+        else:
             amount = given if column == "n" else 1 / given**2
             weights = table.assign(weight=amount).pivot_table(index=keys, columns="task", values="weight").to_numpy()
             weights = np.where(np.isnan(weights), 1.0, weights)
@@ -197,7 +201,7 @@ def grid(
         tuple(scores.columns),
         x,
         terms,
-        (),
+        tuple(notes),
         by,
     )
 

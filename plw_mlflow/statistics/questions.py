@@ -96,7 +96,7 @@ def difference(grid: Grid, by: str) -> Difference:
     is_tested = [is_of_curve(term) and term not in CURVE for term in grid.terms]
     if sum(is_tested) < 2 * (len(levels) - 1):
         raise ValueError(f"by {by}: not every level has PLWs enough for a curve of its own")
-    notes = []
+    notes = [f"Each of them has its own {other}, so this is as much about {other}." for other in _equal(grid.runs, by)]
     tests: list[JointTest] = []
     whole, left_out = grid.complete
     if left_out:
@@ -115,6 +115,13 @@ def difference(grid: Grid, by: str) -> Difference:
     chisq, df, p = mixed.likelihood_ratio(full, null)
     tests.append(JointTest("likelihood ratio, lmm", chisq, df, None, p))
     return Difference(by, levels, tests, notes)
+
+
+def _equal(runs: pd.DataFrame, by: str) -> list[str]:
+    """Which other columns part the runs as `by` does."""
+    others = [column for column in runs if column not in (by, "plw", "seed")]
+    pairs = {column: len(runs[[by, column]].drop_duplicates()) for column in others}
+    return [str(column) for column in others if runs[by].nunique() == runs[column].nunique() == pairs[column]]
 
 
 # ----------------------------------------------------------------------------------------------- bootstrap
@@ -183,7 +190,7 @@ class TaskCurve:
     joint_p: float  # F of the curve
     optimum_plw: float | None  # None without an interior maximum
     optimum_interval: list[float] | None  # 95 %, delta method, cut to the range
-    best_plw: float  # where the curve is highest within the range: the optimum, or an end
+    best_plw: float  # where the curve is highest: the optimum, or an end of the PLWs tried
     interior_probability: float
 
 
@@ -214,7 +221,8 @@ def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve
         if parabola.has_interior_maximum and (reach := parabola.delta_interval()) is not None:
             optimum = float(grid.transform.back(parabola.vertex or 0.0))
             interval = grid.transform.back(np.clip(reach, low, high)).tolist()
-        best = maximisers(b[1:2], b[2:3], low, high)
+        tried = grid.transform([grid.runs["plw"][scored].min(), grid.runs["plw"][scored].max()])
+        best = float(grid.transform.back(maximisers(b[1:2], b[2:3], *tried)[0])) if optimum is None else optimum
         found.append(
             TaskCurve(
                 task,
@@ -225,7 +233,7 @@ def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve
                 float(stats.f.sf(f, 2, n - p)),
                 optimum,
                 interval,
-                float(grid.transform.back(best)[0]),
+                best,
                 parabola.interior_probability(),
             )
         )
