@@ -69,20 +69,27 @@ class Setting:
     """What a table is drawn from."""
 
     tasks: int
-    slopes: str = "none"  # none, free, or tied: correlated by TIED
+    slopes: str = "none"  # none, free, tied: correlated by TIED, or small: a tenth of free ones
     sd_run: float = 0.0
     unequal: bool = False  # whether tasks' residual SDs differ
     seeds: int = 1
+    few: bool = False  # whether there are 4 PLWs only
 
     def __str__(self) -> str:
         words = [f"{self.tasks} tasks", f"slopes {self.slopes}", f"run SD {self.sd_run:g}"]
         words += ["unequal residuals"] * self.unequal + [f"{self.seeds} seeds"] * (self.seeds > 1)
+        words += ["4 PLWs"] * self.few
         return ", ".join(words)
+
+    @property
+    def plws(self) -> tuple[float, ...]:
+        """Those tried."""
+        return PLWS[::3] if self.few else PLWS
 
     @property
     def runs(self) -> pd.DataFrame:
         """One row per run: model, dataset, plw, seed."""
-        rows = product(("model-1", "model-2"), ("simulated",), map(float, PLWS), range(self.seeds))
+        rows = product(("model-1", "model-2"), ("simulated",), map(float, self.plws), range(self.seeds))
         return pd.DataFrame(list(rows), columns=["model", "dataset", "plw", "seed"])
 
 
@@ -92,11 +99,9 @@ def main_settings(tasks: Sequence[int]) -> list[Setting]:
 
 
 def further_settings(tasks: Sequence[int]) -> list[Setting]:
-    """With slopes that are tied, and with residuals that differ."""
-    kinds = ("tied", False), ("none", True)
-    return [
-        Setting(t, slopes, run, unequal) for t, (slopes, unequal), run in product(tasks, kinds, (0.0, 0.001, 0.005))
-    ]
+    """With slopes that are tied or small, with residuals that differ, and with 8 runs instead of 20."""
+    kinds: list[dict[str, Any]] = [{"slopes": "tied"}, {"unequal": True}, {"slopes": "small"}, {"few": True}]
+    return [Setting(t, sd_run=run, **kind) for t, kind, run in product(tasks, kinds, (0.0, 0.001, 0.005))]
 
 
 @cache
@@ -110,14 +115,15 @@ def empty(setting: Setting) -> Grid:
 
 def draw(setting: Setting, number: int) -> Array:
     """The scores of one table, [R, T], under a mean curve of nothing; the same whatever else is drawn."""
-    kind = ("none", "free", "tied").index(setting.slopes)
+    kind = ("none", "free", "tied", "small").index(setting.slopes)
     random = np.random.default_rng(
         [SEED, setting.tasks, kind, round(1e6 * setting.sd_run), setting.unequal, setting.seeds, number]
     )
     grid, tasks = empty(setting), setting.tasks
     level = random.random(tasks)
     correlation = TIED if setting.slopes == "tied" else 0.0
-    root = np.linalg.cholesky([[1, correlation], [correlation, 1]]) * SD_SLOPES * (setting.slopes != "none")
+    sd = SD_SLOPES * {"none": 0, "small": 0.1}.get(setting.slopes, 1)
+    root = np.linalg.cholesky([[1, correlation], [correlation, 1]]) * sd
     slopes = root @ random.normal(size=(2, tasks))
     spread = math.log(UNEQUAL) / 2 * np.linspace(-1, 1, tasks) * setting.unequal
     noise = random.normal(size=grid.scores.shape) * SD_RESIDUAL * np.exp(spread)

@@ -12,7 +12,9 @@ from benchmarks.analysis import Setting
 from plw_mlflow.statistics import parametric
 
 
-@pytest.mark.parametrize("setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied")])
+@pytest.mark.parametrize(
+    "setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied"), Setting(4, few=True)]
+)
 @pytest.mark.parametrize("method", ["crossed", "task-t", "ols-task", "lmm"])
 def test_closed_forms_equal_the_models(setting, method):
     assert max(analysis.differences(setting, method, number) for number in range(4)) < 1e-8
@@ -79,7 +81,7 @@ def test_the_command_writes_what_it_prints(tmp_path):
     result = CliRunner().invoke(analysis.main, [*options, "--methods", "task-t,bootstrap-tasks"])
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())
-    assert len(rows) == 12 * 5 + 6 * 2
+    assert len(rows) == 18 * 5 + 6 * 2
     assert {"case", "metric", "ours", "peer", "peer_value", "ratio"} <= set(rows[0])
     assert rows[0]["case"] == "8 tasks, slopes none, run SD 0: task-t"
     assert len(result.output.splitlines()) == 2 + len(rows)
