@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Shared machines make time limits a matter of luck; a fixed draw makes every run the same test.
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("steady")
+
+# A shell's background jobs ignore interrupts, and so would the entry points that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BOS, EOS = 0, 1
 BYTES = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=2)}
