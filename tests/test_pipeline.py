@@ -242,6 +242,25 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_place):
     assert not list(checkpoints.iterdir())
 
 
+@pytest.mark.slow
+def test_a_killed_evaluation_given_again_says_the_same(new_place):
+    command = ("evaluate", "--model", "toy", "--tasks", "toy_choice,toy_short", "--limit", "40")
+    new_place.run(*command)
+    (whole,) = new_place.runs()
+    process = new_place.start(*command)
+    answers = new_place.folder / "checkpoints"
+    wait_until(lambda: any(file.stat().st_size for file in answers.rglob("answers-*.jsonl")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (file,) = answers.rglob("answers-*.jsonl")
+    assert file.read_bytes()
+    new_place.run(*command)
+    again = new_place.runs()[0]
+    assert again.info.status == "FINISHED"
+    assert again.data.metrics == whole.data.metrics
+    assert not list(answers.rglob("answers-*.jsonl"))
+
+
 def test_a_loss_that_is_not_finite_leaves_the_curve_up_to_it(new_place):
     options = ("--learning-rate", "30", "--max-grad-norm", "1e9", "--max-records", "600")
     _, err = new_place.run("train", *options, status=1)
