@@ -74,11 +74,12 @@ class Setting:
     unequal: bool = False  # whether tasks' residual SDs differ
     seeds: int = 1
     few: bool = False  # whether there are 4 PLWs only
+    models: int = 2
 
     def __str__(self) -> str:
         words = [f"{self.tasks} tasks", f"slopes {self.slopes}", f"run SD {self.sd_run:g}"]
         words += ["unequal residuals"] * self.unequal + [f"{self.seeds} seeds"] * (self.seeds > 1)
-        words += ["4 PLWs"] * self.few
+        words += ["4 PLWs"] * self.few + ["1 model"] * (self.models == 1)
         return ", ".join(words)
 
     @property
@@ -89,7 +90,7 @@ class Setting:
     @property
     def runs(self) -> pd.DataFrame:
         """One row per run: model, dataset, plw, seed."""
-        rows = product(("model-1", "model-2"), ("simulated",), map(float, self.plws), range(self.seeds))
+        rows = product(("model-1", "model-2")[: self.models], ("simulated",), map(float, self.plws), range(self.seeds))
         return pd.DataFrame(list(rows), columns=["model", "dataset", "plw", "seed"])
 
 
@@ -99,8 +100,9 @@ def main_settings(tasks: Sequence[int]) -> list[Setting]:
 
 
 def further_settings(tasks: Sequence[int]) -> list[Setting]:
-    """With slopes that are tied or small, with residuals that differ, and with 8 runs instead of 20."""
+    """With slopes that are tied or small, with residuals that differ, and with 8 runs or 4 instead of 20."""
     kinds: list[dict[str, Any]] = [{"slopes": "tied"}, {"unequal": True}, {"slopes": "small"}, {"few": True}]
+    kinds.append({"few": True, "models": 1})
     return [Setting(t, sd_run=run, **kind) for t, kind, run in product(tasks, kinds, (0.0, 0.001, 0.005))]
 
 
@@ -395,7 +397,7 @@ class Row:
         return math.sqrt(LEVEL * (1 - LEVEL) / self.tables)
 
     def __str__(self) -> str:
-        line = f"{self.setting:<52}{self.method:<22}{self.of:<20}{self.tables:>6}{self.rate:>8.3f} ±{self.error:.3f}"
+        line = f"{self.setting:<60}{self.method:<22}{self.of:<20}{self.tables:>6}{self.rate:>8.3f} ±{self.error:.3f}"
         if self.holds is None:
             return line
         return f"{line}{self.holds:>8.3f}{self.open:>8.3f}{self.whole:>8.3f}{self.width:>8.3f}"
@@ -415,7 +417,7 @@ class Row:
 
 
 HEADER = (
-    f"{'setting':<52}{'method':<22}{'test or interval':<20}{'tables':>6}{'rate':>8} ±error"
+    f"{'setting':<60}{'method':<22}{'test or interval':<20}{'tables':>6}{'rate':>8} ±error"
     f"{'holds':>8}{'open':>8}{'whole':>8}{'width':>8}"
 )
 

@@ -59,7 +59,8 @@ TRANSFORMS = {
 MODELS = {
     "crossed": (
         "A curve per task by least squares; the mean curve is tested with the tasks as the sample. What a run's luck "
-        "adds to all its tasks is counted where residuals show it.",
+        "adds to all its tasks is counted where residuals show it, and deducted in part where they show less than "
+        "none.",
         "For tasks like these, however they differ. Needs four tasks and runs scored on every task; with few tasks it "
         "finds only clear effects.",
     ),

@@ -143,6 +143,53 @@ def test_many_tables_at_once_are_each_of_them():
     np.testing.assert_allclose(np.transpose(together.t_test(CURVE[0])), [one.t_test(CURVE[0]) for one in apart])
 
 
+@pytest.mark.parametrize("sd_run", [0, 0.005])
+@pytest.mark.parametrize("sd_slopes", [0, 0.06])
+def test_differences_between_three_groups_are_found_as_often_as_they_say(sd_slopes, sd_run):
+    """Four coefficients together, of eight tasks: 3,000 tables, whose three standard errors are 0.012."""
+    random = np.random.default_rng(1)
+    group, w = np.repeat(np.eye(3)[:, :2] - np.eye(3)[:, 2:], 10, axis=0), np.tile(PLWS**0.30103, 3)
+    curve = np.column_stack([np.ones(30), w, w**2])
+    x = np.column_stack([curve, group, *(group[:, [i]] * curve[:, 1:] for i in range(2))])
+    own = random.normal(0, 1, (3000, 3, 2, 8)) * sd_slopes  # a curve per group and task
+    tables = sum(curve[:, [1 + i]] * np.repeat(own[:, :, i], 10, axis=1) for i in range(2))
+    tables = tables + random.normal(0, 1, (3000, 30, 1)) * sd_run + random.normal(0, 0.01, (3000, 30, 8))
+    p = over_tasks.fit(tables, x, np.eye(9)[5:], runs_differ=True).joint_test()[3]
+    assert (p < 0.05).mean() == pytest.approx(0.05, abs=0.015)
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+@pytest.mark.parametrize("free", [1, 2, 3, 5])
+def test_p_is_a_probability_however_little_is_known(k, free):
+    random = np.random.default_rng(k)
+    runs = 3 + k + free
+    x = np.column_stack([np.vander(np.linspace(0, 1, runs), 3, increasing=True), random.normal(size=(runs, k))])
+    seen = [0, 0]
+    for sd_run in (0.002, 0.02, 0.2):
+        tables = x[:, :3] @ random.normal(0, 0.1, (500, 3, k + 2))
+        tables = tables + random.normal(0, sd_run, (500, len(x), 1)) + random.normal(0, 0.01, (500, len(x), k + 2))
+        for table in tables:
+            try:
+                f, _, freedom, p = over_tasks.fit(table, x, np.eye(3 + k)[3:], runs_differ=True).joint_test()
+            except ValueError:
+                seen[0] += 1
+                continue
+            seen[1] += 1
+            assert f >= 0
+            assert freedom > 0
+            assert 0 <= p <= 1
+    assert seen[1] > 300
+
+
+def test_refuses_what_does_not_vary():
+    level, one = np.linspace(0, 0.5, 8), simulate(6)[:, [0]]
+    with pytest.raises(ValueError, match="all tasks have the same curve"):
+        fit(level + one)
+    curves = fit(np.column_stack([simulate(7)[:, :1], level[1:] + one]), runs_differ=False)
+    with pytest.raises(ValueError, match="too much alike to test 2 coefficients"):
+        curves.joint_test()
+
+
 def test_refuses_what_it_cannot_fit():
     with pytest.raises(ValueError, match="2 tasks"):
         fit(simulate(5)[:, :1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -191,6 +192,37 @@ def test_equivalence_is_of_the_worst_pair(monkeypatch):
         questions.equivalence(grid, -1)
 
 
+def test_equivalence_counts_luck():
+    grid = study_grid("AlpacaDataShort")
+    luck = np.random.default_rng(0).normal(0, 0.01, (len(grid.scores), 1))
+    lucky = replace(grid, scores=grid.scores + luck)
+    curves = over_tasks.fit(lucky.scores, lucky.x, lucky.contrasts, runs_differ=True)
+    assert curves.counts_runs
+    w = lucky.transform(PLWS)
+    pairs = [(w[i] - w[j], w[i] ** 2 - w[j] ** 2) for i in range(10) for j in range(i)]
+    estimate, error, freedom, _ = curves.t_test(np.array(pairs) @ lucky.contrasts)
+    expected = stats.t.sf((0.05 - np.abs(estimate)) / error, freedom).max()
+    assert questions.equivalence(lucky, 0.05).p == pytest.approx(expected)
+
+
+def test_what_does_not_vary_between_tasks_is_no_evidence():
+    """Data sets of equal scores, and tasks of equal curves."""
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    both = pd.concat([table, table.assign(dataset="again")], ignore_index=True)
+    (found,) = analyze.analyze(both, draws=0).differences
+    assert [test.test for test in found.tests] == ["likelihood ratio, lmm"]
+    assert found.tests[0].p == pytest.approx(1)
+    assert found.notes == ["Not tested over tasks: all tasks have the same curve; nothing can be tested over them."]
+    alike = table.assign(score=table["plw"].map(dict(zip(PLWS, np.linspace(0.3, 0.5, 10), strict=True))))
+    alike["score"] += 0.01 * np.sin(7 * alike.groupby(["model", "plw"]).ngroup()) + alike.groupby("task").ngroup() / 50
+    analysis = analyze.analyze(alike, margin=0.01, draws=0)
+    assert {one.what for one in analysis.refusals if "all tasks have the same curve" in one.reason} >= {
+        "crossed",
+        "task-t",
+    }
+    assert analysis.answers[0].equivalence is None
+
+
 def test_bootstraps_resample_what_they_say():
     table = pd.concat([analyze.read_scores(STUDY).assign(seed=seed) for seed in (1, 2)])
     draw = np.random.default_rng(0)
@@ -349,10 +381,10 @@ def test_data_sets_with_incomplete_runs_are_compared():
 
 
 def test_another_column_tells_runs_apart_and_is_compared():
-    """Two learning rates, at which PLW acts oppositely: one run a cell and rate, no rows taken for the same."""
+    """Two learning rates, at which PLW acts oppositely, half as much at one: no rows are taken for the same."""
     table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
     other = table.assign(
-        learning_rate="high", score=table.groupby("task")["score"].transform("mean") * 2 - table["score"]
+        learning_rate="high", score=(table.groupby("task")["score"].transform("mean") * 3 - table["score"]) / 2
     )
     both = pd.concat([table.assign(learning_rate="low"), other], ignore_index=True)
     with pytest.raises(ValueError, match="scores the same model, dataset, plw, seed, task as row"):
@@ -361,9 +393,9 @@ def test_another_column_tells_runs_apart_and_is_compared():
     fit = next(fit for fit in analysis.fits if fit.model == "task-t")
     assert (fit.n, fit.runs) == (320, 40)
     assert "learning_rate[high]" in fit.coefficients
-    assert fit.coefficients["w_p"] == pytest.approx(0, abs=1e-12)
-    (found,) = analysis.differences
     plain = models.fit("task-t", grid_of(table, "AlpacaDataShort"))
+    assert fit.coefficients["w_p"] == pytest.approx(plain.coefficients["w_p"] / 4)
+    (found,) = analysis.differences
     over, ratio = found.tests
     assert over.p == pytest.approx(plain.joint_p, rel=0.3)  # half the difference is the curve itself
     assert ratio.p < 1e-8

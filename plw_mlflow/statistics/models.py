@@ -121,16 +121,14 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     if len(set(whole.runs["plw"])) < 3:
         raise ValueError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=runs_differ)
-    if not np.linalg.matrix_rank(whole.contrasts @ curves.covariance @ whole.contrasts.T) == 2:
-        raise ValueError("all tasks have the same curve; nothing can be tested over them")
     joint = hotelling(curves)
     notes = [f"Left out: {', '.join(left_out)}."] if left_out else []
-    if runs_differ:
-        notes.append(
-            "Runs differ by more than their tasks' noise, which is counted."
-            if curves.counts_runs
-            else "Runs do not clearly differ by more than their tasks' noise, so that is not counted."
-        )
+    if curves.counts_runs:
+        notes.append("Runs differ by more than their tasks' noise, which is counted.")
+    elif curves.deducts:
+        notes.append("Runs differ by less than their tasks' noise would make them, which is deducted in part.")
+    elif runs_differ:
+        notes.append("Runs do not clearly differ by more than their tasks' noise, so that is not counted.")
     return _Result(
         whole,
         whole.terms,

@@ -3,7 +3,7 @@
 Nothing is assumed of how tasks differ: not in level, not in how PLW moves them, not in noise. So a test over tasks
 holds for tasks at large, of which these are some. What tasks have in common by chance is a run's luck, since one
 checkpoint is scored on them all: it moves all curves alike, so the curves' spread does not show it. `crossed` adds it
-where the residuals do; `task-t` is the textbook's test without it.
+where the residuals do, which takes all tasks' noise as alike; `task-t` is the textbook's test without it.
 
 Letters: R runs, T tasks, P columns of the design, K contrasts. "..." is nothing for one table, [N] for N of one design.
 """
@@ -70,13 +70,17 @@ class Curves:
     def _deduction(self, of_tasks: Array) -> Array:
         """Luck below 0, as far as it is deducted: from what is tested, and what varies with it, [..., P, P]."""
         tested, bread = (self.contrasts @ part @ self.contrasts.T for part in (of_tasks, self.bread))
-        whiten = np.linalg.inv(np.linalg.cholesky(bread))
-        smallest = np.linalg.eigvalsh(whiten @ tested @ whiten.T)[..., 0]
-        below = np.where(self.runs_differ & ~self.counts_runs, -self.var_run, 0.0)
+        smallest = _whitened(tested, bread)[..., 0]
+        below = np.where(self.deducts, -self.var_run, 0.0)
         variance = np.clip(below, 0, DEDUCTED * np.maximum(smallest, 0))[..., None, None]
         tested = np.where(variance > 0, tested, np.eye(len(bread)))
         follow = np.linalg.solve(tested, self.contrasts @ of_tasks)  # [..., K, P]
         return np.asarray(variance * (follow.swapaxes(-1, -2) @ bread @ follow))
+
+    @property
+    def deducts(self) -> NDArray[np.bool_]:
+        """Whether luck below 0 is deducted: [...]."""
+        return np.asarray(self.runs_differ & ~self.counts_runs & (self.var_run < 0))
 
     @property
     def covariance(self) -> Array:
@@ -113,10 +117,16 @@ class Curves:
             raise too_few
         estimate, parts = self.coefficients @ self.contrasts.T, self.contrasts @ self.parts @ self.contrasts.T
         total = parts.sum(0)
-        # How sure the covariance is depends on what it is made of. One that came out too small would seem less sure
-        # than it is; without differences between curves it is the run noise's.
-        least = np.where(self.counts_runs[..., None, None], parts[1], total)
-        shares = parts @ np.linalg.inv(_at_least(total, least))
+        values = _whitened(total, self.contrasts @ self.bread @ self.contrasts.T)
+        if np.any(values[..., 0] <= 1e-12 * values[..., -1]):
+            raise ValueError(f"tasks' curves are too much alike to test {k} coefficients together")
+        # How sure the covariance is depends on what it is made of. By chance the curves' spread is small in some
+        # direction, which there would seem all luck: half of what that takes on average is given back. And one that
+        # came out too small would seem less sure than it is; without differences between curves it is the luck's.
+        parts[0] /= 1 - (k + 1) / (2 * (self.tasks - 1)) if k > 1 else 1
+        judged = parts.sum(0)
+        least = np.where(self.counts_runs[..., None, None], parts[1], judged)
+        shares = parts @ np.linalg.inv(_at_least(judged, least))
         of_square, squared = _trace(shares @ shares), _trace(shares) ** 2
         # E (tr D)^2 and E tr D^2 of the covariance's relative error D. All of the first part is estimated (a Wishart
         # matrix), of the others a factor.
@@ -130,6 +140,12 @@ class Curves:
         wald = np.einsum("...i,...i->...", estimate, np.linalg.solve(total, estimate[..., None])[..., 0])
         statistic = factor * wald / k
         return statistic, k, denominator, special.fdtrc(k, denominator, statistic)
+
+
+def _whitened(covariance: Array, unit: Array) -> Array:
+    """Eigenvalues of a covariance, [..., K, K], beside another one, [K, K], ascending: [..., K]."""
+    whiten = np.linalg.inv(np.linalg.cholesky(unit))
+    return np.asarray(np.linalg.eigvalsh(whiten @ covariance @ whiten.T))
 
 
 def _trace(matrices: Array) -> Array:
@@ -149,8 +165,8 @@ def reference(k: int, first: Array, second: Array) -> tuple[Array, Array]:
     """What a Wald F of k contrasts is to be multiplied with, and its denominator's degrees of freedom: [...] each.
 
     first, second: [...], E (tr D)^2 and E tr D^2 of the covariance's relative error D: A1 and A2 of Kenward and Roger.
-    Where such an F has no mean, which is so with few tasks, whose curves are then the covariance, the factor and the
-    degrees of freedom are those of Hotelling's T^2.
+    Where such an F has no mean, with few tasks or few runs, and where the moments fit none, the factor and the degrees
+    of freedom are those of Hotelling's T^2, which are on the safe side.
     """
     freedom = (k + k**2) / second
     alone = (freedom - k + 1) / freedom, freedom - k + 1
@@ -162,8 +178,8 @@ def reference(k: int, first: Array, second: Array) -> tuple[Array, Array]:
         variance = 2 / k * (1 + c1 * b) / ((1 - c2 * b) ** 2 * (1 - c3 * b))
         denominator = 4 + (k + 2) / (k * variance / (2 * mean**2) - 1)
         factor = denominator / (mean * (denominator - 2))
-    has_mean = second <= 0.99 * k
-    return np.where(has_mean, factor, alone[0]), np.where(has_mean, denominator, alone[1])
+        fits = (second <= 0.99 * k) & (denominator > 2) & (alone[0] <= factor * (1 + 1e-9)) & (factor <= 1 + 1e-9)
+    return np.where(fits, factor, alone[0]), np.where(fits, denominator, alone[1])
 
 
 def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curves:
@@ -175,7 +191,8 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curv
     The residuals' means over tasks vary by a run's luck and a T-th of the noise; what is left varies by the noise
     alone. Their difference is the luck's variance (a random effect crossed with tasks).
 
-    Raises ValueError for fewer than 2 tasks, or fewer runs than a curve and its residuals need.
+    Raises ValueError for fewer than 2 tasks, fewer runs than a curve and its residuals need, or tasks that do not
+    differ in what is tested.
     """
     *_, runs, tasks = scores.shape
     p = x.shape[1]
@@ -190,10 +207,14 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curv
     free = runs - p
     coefficients = by_task.mean(-1)
     apart = by_task - coefficients[..., None]
+    between, bread = apart @ apart.swapaxes(-1, -2) / (tasks - 1), np.linalg.inv(r.T @ r)
+    spread = _whitened(contrasts @ between @ contrasts.T, contrasts @ bread @ contrasts.T)[..., -1]
+    if np.any(spread <= 1e-24 * np.abs(scores).max((-1, -2)) ** 2):
+        raise ValueError("all tasks have the same curve; nothing can be tested over them")
     return Curves(
         coefficients,
-        apart @ apart.swapaxes(-1, -2) / (tasks - 1),
-        np.linalg.inv(r.T @ r),
+        between,
+        bread,
         (luck**2).sum(-1) / free,
         ((residuals - luck[..., None]) ** 2).sum((-1, -2)) / (free * (tasks - 1)),
         tasks,
