@@ -283,7 +283,7 @@ def _own_words(advice: Advice) -> list[str]:
         return []
     if not own.is_located:
         assert own.p is not None
-        seen = "an effect of PLW, but not which is best" if own.p < LEVEL else "no effect of PLW, so by them 0 is fine"
+        seen = "an effect of PLW, but not which is best" if own.p < LEVEL else "no clear effect of PLW"
         return [f"Your own runs on {own.dataset} show {seen} (p = {own.p:.2g}); what is suggested rests on other data."]
     return [f"Your own runs on {own.dataset} put it at {_best(own)} and have {advice.own_share:.0%} of the weight."]
 

@@ -35,7 +35,8 @@ from plw_mlflow.statistics.table import (
 T = TypeVar("T")
 
 SCHEMA = "plw_mlflow.fit/2"
-LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted is the answer
+LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted, to most scores, is the answer
+MOST = 0.75
 BOOTSTRAPS: tuple[questions.Resampled, ...] = ("tasks", "seeds", "both")
 
 
@@ -122,13 +123,10 @@ def analyze(
         if refits:
             here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in here]
         fits += here
-        by_model = {one.model: one for one in here}
-        lead = next((by_model[model] for model in LEADS if model in by_model), None)
-        if lead is None:
+        if not here:
             reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
             raise ValueError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
-        if lead.model != LEADS[0]:
-            lead = replace(lead, notes=[_why_not_the_first(lead.model, refusals, str(dataset)), *lead.notes])
+        lead = _lead(here, len(part), refusals)
         equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin))])
         answers.append(
             Answer(
@@ -170,12 +168,28 @@ def _bootstrapped(fit: Fit, grid: design.Grid, draws: int, seed: int, tries: _Tr
     return replace(fit, joint_tests=[*fit.joint_tests, *tries.every([(f"{fit.model}, parametric bootstrap", test)])])
 
 
-def _why_not_the_first(lead: str, refusals: list[Refusal], dataset: str) -> str:
-    reason = next(one.reason for one in refusals if (one.dataset, one.what) == (dataset, LEADS[0]))
+def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
+    """The fit of the first of LEADS that converged and uses most of the scores, if there is one; why it is not first.
+
+    `crossed` takes runs that are scored on every task alone: where that leaves little, `lmm-slopes` knows more.
+    """
+    by_model = {one.model: one for one in fits}
+    there = [by_model[model] for model in LEADS if model in by_model] or fits
+    sound = [one for one in there if one.converged]
+    lead = next((one for one in sound if one.n >= MOST * scores), (sound or there)[0])
+    if lead.model == LEADS[0]:
+        return lead
+    if LEADS[0] in by_model:
+        why = f"{LEADS[0]} can use {by_model[LEADS[0]].n} of {scores} scores only"
+    else:
+        reason = next(one.reason for one in refusals if (one.dataset, one.what) == (lead.dataset, LEADS[0]))
+        why = f"{LEADS[0]} cannot be fitted ({reason})"
     meaning = (
-        "" if lead == "lmm-slopes" else ", and it takes all tasks as moved alike, so it speaks of these tasks alone"
+        ""
+        if lead.model == "lmm-slopes"
+        else ", and it takes all tasks as moved alike, so it speaks of these tasks alone"
     )
-    return f"{lead} leads, as {LEADS[0]} cannot be fitted ({reason}){meaning}."
+    return replace(lead, notes=[f"{lead.model} leads, as {why}{meaning}.", *lead.notes])
 
 
 class _Tries:
@@ -274,7 +288,8 @@ def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = N
         start = " All differences" if equal.p < LEVEL else " Not all differences"
         nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
     if fit.optimum_plw is not None:
-        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)})"
+        unsure = "; where is not settled" if fit.fieller_is_unbounded and matters else ""
+        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)}{unsure})"
         found = f": scores peak at {where}." if matters else f"; the peak at {where} may be chance."
         return lead + found + nothing
     end = f"the curve is highest at PLW {highest_end(fit):.3g}, an end of the range tried"

@@ -66,7 +66,7 @@ MODELS = {
     ),
     "task-t": (
         "The same without the runs' luck: t and Hotelling's T² over tasks.",
-        "Exact where runs differ by no more than noise; elsewhere its p-values are too small.",
+        "Exact where runs differ by no more than noise; elsewhere its p-values are mostly too small.",
     ),
     "lmm-slopes": (
         "score ~ w_p + w_p² + model + (w_p + w_p² | task) + (1 | run), a residual variance per task, by REML.",
@@ -109,6 +109,13 @@ def claim(answer: Answer, looks: int) -> Claim:
                 "effect",
                 f"An effect{within}, no best value inside",
                 "The scores change along PLW, but have no peak inside the range: look at its ends.",
+            )
+        if lead.fieller_is_unbounded:
+            return Claim(
+                "effect",
+                f"An effect{within}, its peak not settled",
+                "The scores change along PLW and the curve peaks inside the range. But it might as well not bend, and "
+                "be highest elsewhere.",
             )
         return Claim(
             "effect",

@@ -151,7 +151,7 @@ def test_the_published_points():
     assert [len([p for p in points if p.study == study]) for study in (STUDY, WIT, evidence.VAUGHN)] == [12, 15, 1]
     whole, *kinds = [p for p in points if p.dataset == "AlpacaDataShort"]
     assert whole.plw == pytest.approx(0.2434, abs=1e-4)
-    assert (whole.ratio, whole.p, whole.is_located) == (0.082, pytest.approx(0.154, abs=5e-4), False)
+    assert (whole.ratio, whole.p, whole.is_located) == (0.082, pytest.approx(0.157, abs=5e-4), False)
     assert {p.scores.partition(":")[0]: p.plw for p in kinds if p.is_located} == {
         "multiple-choice": pytest.approx(0.167, abs=1e-3),
         "short-generation": 1,
@@ -265,9 +265,7 @@ def test_own_flat_runs_say_that_they_are_and_leave_it_to_others():
     advice = advise.advise(1.0, [*lined(), mine], dataset=["mine"])
     assert advice.own_share == 0
     assert advice.w == pytest.approx(0.5)
-    assert "Your own runs on mine show no effect of PLW, so by them 0 is fine (p = 0.7)" in " ".join(
-        advise.sentences(advice)
-    )
+    assert "Your own runs on mine show no clear effect of PLW (p = 0.7)" in " ".join(advise.sentences(advice))
 
 
 def test_own_runs_alone_are_evidence():

@@ -221,12 +221,14 @@ def test_what_kind_of_claim_it_is(study, case):
     test = dataclasses.replace(answer.lead.joint_tests[0], p=joint_p)
     answer = dataclasses.replace(
         answer,
-        lead=dataclasses.replace(answer.lead, joint_tests=[test]),
+        lead=dataclasses.replace(answer.lead, joint_tests=[test], fieller_is_unbounded=False),
         holm_p=holm_p,
         equivalence=dataclasses.replace(answer.equivalence, p=equal_p),
     )
     claim = report.claim(answer, 2)
     assert (claim.kind, claim.title) == (kind, title)
+    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, fieller_is_unbounded=True))
+    assert ("its peak not settled" in report.claim(unsettled, 2).title) == (kind == "effect")
     flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
     assert ("no best value inside" in report.claim(flat, 2).title) == (kind == "effect")
 

@@ -131,7 +131,8 @@ class Grid:
     def complete(self) -> tuple[Grid, tuple[str, ...]]:
         """The runs that have a score on every task, and what was left out for that.
 
-        Tasks that fewer than half of the runs have are left out first.
+        Tasks that fewer than half of the runs have are left out first. Raises ValueError where some runs are left, but
+        none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5
@@ -142,6 +143,9 @@ class Grid:
         if not left_out:
             return self, ()
         kept = self.runs.loc[runs].reset_index(drop=True)
+        if len(kept) and (lost := sorted(set(self.runs["plw"]) - set(kept["plw"]))):
+            listed = ", ".join(f"{plw:g}" for plw in lost)
+            raise ValueError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
         x, terms = _columns(kept, self.transform, self._factors, self.by)
         smaller = Grid(
             self.dataset,

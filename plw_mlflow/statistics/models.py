@@ -29,6 +29,8 @@ from plw_mlflow.statistics.optimum import Parabola
 
 Array = NDArray[np.float64]
 
+FEW = 4  # degrees of freedom that runs must leave for their luck to be seen
+
 
 @dataclass(frozen=True)
 class JointTest:
@@ -124,7 +126,7 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     joint = hotelling(curves)
     notes = [f"Left out: {', '.join(left_out)}."] if left_out else []
     if curves.counts_runs:
-        notes.append("Runs differ by more than their tasks' noise, which is counted.")
+        notes.append("Runs seem to differ by more than their tasks' noise, which is counted.")
     elif curves.deducts:
         notes.append("Runs differ by less than their tasks' noise would make them, which is deducted in part.")
     elif runs_differ:
@@ -314,6 +316,11 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         notes.append("Singular fit: tasks differ no more than residual noise.")
     if not result.converged:
         notes.append("The fit did not converge; do not use it.")
+    if len(grid.scores) - len(grid.terms) < FEW:
+        notes.append(
+            f"{len(grid.scores)} runs are too few to tell a run's luck from an effect: tables like these without an "
+            "effect show one in up to 4 of 10 cases."
+        )
     if parabola.has_interior_maximum and parabola.vertex is not None:
         reach = parabola.delta_interval()
         assert reach is not None

@@ -28,7 +28,7 @@ def joint_test(grid: Grid, model: str, draws: int, seed: int = 1234) -> JointTes
     ratios = RATIOS[model](grid, np.random.default_rng(seed))
     seen = next(ratios)
     as_large = sum(next(ratios) >= seen for _ in range(draws))
-    return JointTest("likelihood ratio, parametric bootstrap", seen, 2, None, (1 + as_large) / (1 + draws))
+    return JointTest(f"likelihood ratio, parametric bootstrap of {draws}", seen, 2, None, (1 + as_large) / (1 + draws))
 
 
 def _intercepts(grid: Grid, random: np.random.Generator) -> Iterator[float]:

@@ -98,17 +98,16 @@ def difference(grid: Grid, by: str) -> Difference:
         raise ValueError(f"by {by}: not every level has PLWs enough for a curve of its own")
     notes = [f"Each of them has its own {other}, so this is as much about {other}." for other in _equal(grid.runs, by)]
     tests: list[JointTest] = []
-    whole, left_out = grid.complete
-    if left_out:
-        notes.append(f"Over tasks, left out: {', '.join(left_out)}.")
     contrasts = np.eye(len(grid.terms))[is_tested]
-    if len(whole.tasks) > len(contrasts) + 1 and whole.terms == grid.terms and len(whole.scores) > len(grid.terms):
-        try:
-            tests.append(hotelling(over_tasks.fit(whole.scores, whole.x, contrasts, runs_differ=True)))
-        except ValueError as error:
-            notes.append(f"Not tested over tasks: {error}.")
-    else:
-        notes.append(f"Too few tasks to test {len(contrasts)} coefficients over them.")
+    try:
+        whole, left_out = grid.complete
+        if left_out:
+            notes.append(f"Over tasks, left out: {', '.join(left_out)}.")
+        if len(whole.tasks) <= len(contrasts) + 1 or whole.terms != grid.terms or len(whole.scores) <= len(grid.terms):
+            raise ValueError(f"too little is scored to test {len(contrasts)} coefficients")
+        tests.append(hotelling(over_tasks.fit(whole.scores, whole.x, contrasts, runs_differ=True)))
+    except ValueError as error:
+        notes.append(f"Not tested over tasks: {error}.")
     y, run, task = grid.long
     full = mixed.fit_random_intercept(y, grid.x[run], task, reml=False)
     null = mixed.fit_random_intercept(y, grid.x[run][:, [not tested for tested in is_tested]], task, reml=False)
@@ -142,8 +141,8 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
 
     With two seeds a cell, those over seeds are too narrow, by about 1.4: resampling 2 of 2 halves a variance.
 
-    Raises ValueError for seeds where no cell has two, for fewer than 4 tasks over tasks, and where too few runs are
-    scored on every task for a curve.
+    Raises ValueError for seeds where a cell has less than two, for fewer than 4 tasks over tasks, and where too few
+    runs are scored on every task for a curve.
     """
     whole, _ = grid.complete
     if len(set(whole.runs["plw"])) < 3:
@@ -161,8 +160,8 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
         coefficients = counts @ (hat @ scores).T / tasks
     else:
         cell = whole.runs.groupby([column for column in whole.runs if column != "seed"]).ngroup().to_numpy()
-        if np.bincount(cell).max() < 2:
-            raise ValueError("resampling seeds needs cells that were run with two seeds or more")
+        if np.bincount(cell).min() < 2:
+            raise ValueError("resampling seeds needs every model and PLW to be run with two seeds or more")
         order = np.argsort(cell, kind="stable")
         size = np.bincount(cell)[cell[order]]
         start = np.concatenate([[0], np.cumsum(np.bincount(cell))[:-1]])[cell[order]]
