@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         draws=config.bootstrap,
         refits=config.parametric,
     )
-    command = " ".join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
     run.log_files(report.write(found, table, folder, command))
     run.log_regression(folder / "fit.json")
     print(analyze.table_text(found))

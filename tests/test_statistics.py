@@ -473,6 +473,16 @@ def test_few_runs_are_warned_of():
     assert not any("too few to tell" in note for note in analyze.analyze(enough, draws=0).answers[0].lead.notes)
 
 
+def test_types_of_tasks_are_one_each_and_blanks_are_none():
+    table = analyze.read_scores(STUDY)
+    types = questions.task_types(table)
+    blank = table.assign(task_type=table["task_type"].where(table["task"] != "piqa", " "))
+    assert questions.task_types(blank) == {task: kind for task, kind in types.items() if task != "piqa"}
+    both = table.assign(task_type=table["task_type"].where(table.index > table.index[0], "other"))
+    with pytest.raises(ValueError, match="has the types .*other.*; keep one"):
+        questions.task_types(both)
+
+
 def test_no_run_on_every_task_is_a_reason():
     table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
     runs = table.groupby(["model", "plw"], sort=False).ngroup()

@@ -250,8 +250,13 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def task_types(table: pd.DataFrame) -> dict[str, str]:
-    """The type of each task, where the table has a column task_type."""
+    """The type of each task, where the table has a column task_type. Raises ValueError for a task of two types."""
     if "task_type" not in table:
         return {}
-    given = table.dropna(subset=["task_type"]).drop_duplicates("task")
-    return dict(zip(given["task"], given["task_type"].astype(str), strict=True))
+    given = table[table["task_type"].notna() & (table["task_type"].astype(str).str.strip() != "")]
+    kinds = given["task_type"].astype(str).groupby(given["task"]).unique()
+    for task, several in kinds.items():
+        if len(several) > 1:
+            source = table.attrs.get("source", "score table")
+            raise ValueError(f"{source}: task {task} has the types {' and '.join(sorted(several))}; keep one")
+    return {str(task): kind[0] for task, kind in kinds.items()}
