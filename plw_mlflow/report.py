@@ -211,12 +211,11 @@ def stability(answer: Answer) -> str:
     ]
     tried = [(name, one) for name, one in named if one.joint_p is not None]
     other = [name for name, one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
-    said = "a significant effect" if is_significant else "no significant effect"
-    text = f"The conclusion by {answer.lead.model}, {said}, "
+    text = f"p by {answer.lead.model}, of this data set alone, is {'' if is_significant else 'not '}below {LEVEL}"
     if other:
-        text += f"is another under {len(other)} of {len(tried)}: {', '.join(other)}."
+        text += f"; it is otherwise under {len(other)} of {len(tried)}: {', '.join(other)}."
     else:
-        text += "is the same under every scale and transform that could be fitted."
+        text += " under every scale and transform that could be fitted."
     peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
     if peaks and len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."

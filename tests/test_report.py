@@ -254,7 +254,7 @@ def test_a_conclusion_that_turns_is_named(study):
     other = dataclasses.replace(answer.scales[2], joint_p=1.0 if answer.lead.joint_p < 0.05 else 0.0)
     turned = dataclasses.replace(answer, scales=[*answer.scales[:2], other, *answer.scales[3:]])
     assert report.SCALES["minmax"] in report.stability(turned)
-    assert "is another under" in report.stability(turned)
+    assert "is otherwise under" in report.stability(turned)
 
 
 # ------------------------------------------------------------------------------------ whatever there is of it

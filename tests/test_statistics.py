@@ -479,7 +479,7 @@ def test_types_of_tasks_are_one_each_and_blanks_are_none():
     blank = table.assign(task_type=table["task_type"].where(table["task"] != "piqa", " "))
     assert questions.task_types(blank) == {task: kind for task, kind in types.items() if task != "piqa"}
     both = table.assign(task_type=table["task_type"].where(table.index > table.index[0], "other"))
-    with pytest.raises(ValueError, match="has the types .*other.*; keep one"):
+    with pytest.raises(ValueError, match=r"has the types .*other.*; keep one"):
         questions.task_types(both)
 
 
