@@ -184,6 +184,7 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
     else:
         reason = next(one.reason for one in refusals if (one.dataset, one.what) == (lead.dataset, LEADS[0]))
         why = f"{LEADS[0]} cannot be fitted ({reason})"
+    why += "".join(f" and {one.model} did not converge" for one in there[: there.index(lead)] if not one.converged)
     meaning = (
         ""
         if lead.model == "lmm-slopes"

@@ -466,6 +466,22 @@ def test_the_lead_uses_most_of_the_scores():
     assert answer.lead.notes[0] == "lmm-slopes leads, as crossed can use 80 of 220 scores only."
 
 
+def test_a_fit_that_did_not_converge_does_not_lead(monkeypatch):
+    def fit(model, grid, scale="none"):
+        if model == "crossed":
+            raise ValueError("it is not to be")
+        return replace(real(model, grid, scale), converged=model != "lmm-slopes")
+
+    real = models.fit
+    monkeypatch.setattr(models, "fit", fit)
+    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    lead = analyze.analyze(table, draws=0).answers[0].lead
+    assert lead.model == "lmm"
+    assert lead.notes[0].startswith(
+        "lmm leads, as crossed cannot be fitted (it is not to be) and lmm-slopes did not converge, and it takes"
+    )
+
+
 def test_few_runs_are_warned_of():
     words = "3 runs are too few to tell a run's luck from an effect"
     few, enough = (made_up([("m", "d", plw, 0) for plw in plws], 8) for plws in ((0, 0.1, 1), PLWS))
