@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from plw_mlflow import analyze
+from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import beta, design, mixed, models, over_tasks, parametric, questions
 from plw_mlflow.statistics.design import Grid
 from plw_mlflow.statistics.optimum import LEVEL
@@ -47,7 +48,6 @@ from plw_mlflow.statistics.optimum import LEVEL
 Array = NDArray[np.float64]
 Found = dict[tuple[str, ...], Array]  # of each table: (test,) its p; (interval, effect, quantity) what became of it
 
-PLWS = (0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1)  # arXiv:2401.13586v1
 CURVE = np.array([0.05, -0.038])  # slope and bend on w_p that the study's short data show; vertex 0.66, PLW 0.25
 VERTEX = float(-CURVE[0] / (2 * CURVE[1]))
 EFFECTS = (1, 4)
@@ -85,12 +85,12 @@ class Setting:
     @property
     def plws(self) -> tuple[float, ...]:
         """Those tried."""
-        return PLWS[::3] if self.few else PLWS
+        return PUBLISHED_PLWS[::3] if self.few else PUBLISHED_PLWS
 
     @property
     def runs(self) -> pd.DataFrame:
         """One row per run: model, dataset, plw, seed."""
-        rows = product(("model-1", "model-2")[: self.models], ("simulated",), map(float, self.plws), range(self.seeds))
+        rows = product(("model-1", "model-2")[: self.models], ("simulated",), self.plws, range(self.seeds))
         return pd.DataFrame(list(rows), columns=["model", "dataset", "plw", "seed"])
 
 
@@ -167,10 +167,6 @@ class Estimates:
         """Distance of the slope at w, [..., B] or [..., 1], from 0, less its reach: below 0 in Fieller's set."""
         ones = np.ones(np.broadcast_shapes(w.shape, (len(self.curve),)))
         return np.abs(self.curve[:, 0] + 2 * self.curve[:, 1] * w) - self.reach(np.stack([ones, 2 * w * ones], axis=-1))
-
-    def vertex(self) -> Array:
-        """[B]"""
-        return -self.curve[:, 0] / (2 * self.curve[:, 1])
 
 
 def _of_parts(curve: Array, parts: Array, freedoms: Array, p: dict[str, Array]) -> Estimates:

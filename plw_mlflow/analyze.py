@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 SCHEMA = "plw_mlflow.fit/2"
 LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted, to most scores, is the answer
-MOST = 0.75
+MOST = 0.75  # of the scores
 BOOTSTRAPS: tuple[questions.Resampled, ...] = ("tasks", "seeds", "both")
 
 

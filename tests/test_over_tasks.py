@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import over_tasks
 
-PLWS = np.array([0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1])
+PLWS = np.array(PUBLISHED_PLWS)
 W = np.tile(PLWS**0.30103, 2)
 X = np.column_stack([np.ones(20), W, W**2, np.repeat([1.0, -1.0], 10)])
 CURVE = np.eye(4)[1:3]

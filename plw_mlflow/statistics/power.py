@@ -251,7 +251,7 @@ def _border(seen: Curves, vertex: Array, end: float) -> Array:
 
 
 def _quantile(freedom: Array) -> Array:
-    """Of t, for a two-sided test; interpolated, which takes a tenth of the time."""
+    """Of t, for a two-sided test; interpolated, as a plan by exact ones (`Curves.t_test`) takes 1.8 times as long."""
     known, values = _quantiles()
     return np.exp(np.interp(np.log(freedom), known, values))
 
