@@ -1,16 +1,19 @@
 """Asking: what the harness wants of a language model, as distinct requests that are each answered once, and kept.
 
-Texts are tokenised, and cut to the model's window, as lm-evaluation-harness does it in HFLM. Requests for
-log-likelihoods become pieces, pairs of input tokens and the targets that follow the last of them; requests for texts
-become prompts. A language model of this package says in which batches it answers them, and how.
+Texts are cut to the model's window as lm-evaluation-harness does it in HFLM. The harness's own prompts are tokenised as
+there, too; prompts in a template as they were in training (prompting.py). Requests for log-likelihoods become pieces,
+pairs of input tokens and the targets that follow the last of them; requests for texts become prompts. A language model
+of this package says in which batches it answers them, and how.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from tqdm import tqdm
 
 from plw_mlflow import answers
 from plw_mlflow.answers import Answers
+from plw_mlflow.prompting import TemplatedPrompt, Wrapping
+from plw_mlflow.tokens import Encoder, added_around
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[list[int], Callable[[], list[Any]]]  # the numbers of its requests, and what answers them in that order
@@ -38,12 +43,14 @@ class Prompt:
     until: tuple[str, ...]  # the answer ends before any of these
     most: int  # tokens of the answer
     other: str  # further settings, as JSON
+    ends: tuple[int, ...]  # tokens that end the answer too, beside those that the model's own settings name
     request: Any  # the harness's
 
     @property
     def key(self) -> str:
         """The request's key."""
-        return answers.key("generation", self.tokens.tobytes(), self.most, self.other, *self.until)
+        ends = ",".join(map(str, self.ends))
+        return answers.key("generation", self.tokens.tobytes(), self.most, self.other, ends, *self.until)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class Asking(TemplateLM):
         """Batches of prompts; each is answered with its text."""
         raise NotImplementedError
 
+    def generate_by_the_harness(self, prompts: list[Prompt]) -> list[str]:
+        """The texts of prompts whose settings the harness's own code has to follow, drawn at random for one."""
+        raise NotImplementedError
+
     def halve(self, reason: str) -> None:
         """Make batches smaller from here on, as the device's memory is too short for them."""
         raise NotImplementedError
@@ -98,6 +109,7 @@ class Asking(TemplateLM):
         that is itself longer is scored window by window, as the harness scores whole texts; HFLM stops there. Both
         are counted.
         """
+        self._check_templated(requests)
         pieces: list[list[Piece]] = []
         for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
             if not len(continuation):  # it would be certain, and win every question
@@ -128,12 +140,13 @@ class Asking(TemplateLM):
         A context is cut from the left so that the answer fits the window, as HFLM does; this is counted. Raises
         ValueError where the window has no room for a context at all.
         """
+        self._check_templated(requests)
         prompts = [
             self._prompt(request, tokens)
             for request, tokens in zip(requests, self._encode([r.args[0] for r in requests]), strict=True)
         ]
         if any(json.loads(prompt.other)["do_sample"] for prompt in prompts):  # no two answers need be the same
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return self.generate_by_the_harness(prompts)
         keys = [prompt.key for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
         found = self._answer(distinct, self.plan_generation, "generations", disable_tqdm)
@@ -141,21 +154,76 @@ class Asking(TemplateLM):
 
     # From texts to pieces and prompts.
 
+    def _check_templated(self, requests: list[Any]) -> None:
+        """Raise ValueError where a task has made another string of a prompt in a template, whose tokens are then lost.
+
+        An empty context is none: some metrics ask for the likelihood of an answer without its question.
+        """
+        if isinstance(getattr(self, "apply_chat_template", None), Wrapping):
+            for request in requests:
+                if request.args[0] and not isinstance(request.args[0], TemplatedPrompt):
+                    raise ValueError(
+                        f"task {request.task_name} changes its prompts after the template was put around them, so that "
+                        "they are not what training saw; leave apply-template out for it"
+                    )
+
+    def tok_encode(
+        self, string: Any, left_truncate_len: int | None = None, add_special_tokens: bool | None = None, **_: Any
+    ) -> Any:
+        """Tokens of a text, or of each of several, for the harness's own code.
+
+        add_special_tokens: where it is not False, the tokenizer's beginning is added to a text that lacks it.
+        """
+        special = {"add_special_tokens": False} if add_special_tokens is False else {}
+        several = self._encode([string] if isinstance(string, str) else string, **special)
+        cut = [tokens[-(left_truncate_len or 0) :].tolist() for tokens in several]
+        return cut[0] if isinstance(string, str) else cut
+
     def _encode(self, strings: Sequence[str], **special: bool) -> list[Array]:
-        """Tokens of each string, as HFLM's `tok_encode` gives them; the same string is tokenised once."""
+        """Tokens of each string; the same string is tokenised once.
+
+        Of the harness's own prompts, as HFLM's `tok_encode` gives them, but for what a tokenizer adds at the end of a
+        text: a prompt has not ended.
+        """
+        keys = [text.pieces if isinstance(text, TemplatedPrompt) else text for text in strings]
+        distinct = dict(zip(keys, strings, strict=True))
+        known: dict[Any, Array] = {}
+        for encoder, some in _by_encoder([text for text in distinct.values() if isinstance(text, TemplatedPrompt)]):
+            several = [prompt.pieces for prompt in some]
+            known.update(zip(several, encoder.prompts(several), strict=True))
         begin = self.tokenizer.decode(self.prefix_token_id)
-        found: dict[str, Array] = {}
         for has_begin in (False, True):
             settings = special or ({"add_special_tokens": False} if has_begin else {})
-            distinct = [text for text in dict.fromkeys(strings) if has_bos_prefix(text, begin) == has_begin]
-            for start in range(0, len(distinct), STRINGS):
-                some = distinct[start : start + STRINGS]
-                for text, tokens in zip(some, self.tokenizer(some, verbose=False, **settings).input_ids, strict=True):
-                    found[text] = np.array(tokens, dtype=np.int32)
-        return [found[text] for text in strings]
+            added = self._added_after if settings.get("add_special_tokens", True) else 0
+            texts = [key for key in distinct if isinstance(key, str) and has_bos_prefix(key, begin) == has_begin]
+            for start in range(0, len(texts), STRINGS):
+                part = texts[start : start + STRINGS]
+                for text, tokens in zip(part, self.tokenizer(part, verbose=False, **settings).input_ids, strict=True):
+                    known[text] = np.array(tokens[: len(tokens) - added], dtype=np.int32)
+        return [known[key] for key in keys]
+
+    @cached_property
+    def _added_after(self) -> int:
+        """How many tokens the tokenizer adds at the end of a text."""
+        return len(added_around(self.tokenizer)[1])
 
     def _pairs(self, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:
-        """Context and continuation of each pair of texts, cut as the harness's `_encode_pair` cuts them."""
+        """Context and continuation of each pair of texts.
+
+        In a template, they are the prompt and the completion of a record as training has them. Others are cut as the
+        harness's `_encode_pair` cuts them, where white space at the end of a context belongs to the continuation.
+        """
+        templated = self._templated_pairs([pair for pair in texts if isinstance(pair[0], TemplatedPrompt)])
+        plain = self._plain_pairs([pair for pair in texts if not isinstance(pair[0], TemplatedPrompt)])
+        for context, _ in texts:
+            yield next(templated if isinstance(context, TemplatedPrompt) else plain)
+
+    def _templated_pairs(self, texts: Sequence[tuple[Any, str]]) -> Iterator[tuple[Array, Array]]:
+        for encoder, some in _by_encoder([prompt for prompt, _ in texts]):
+            part, texts = texts[: len(some)], texts[len(some) :]
+            yield from encoder.continuations([prompt.pieces for prompt, _ in part], [text for _, text in part])
+
+    def _plain_pairs(self, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:
         moved = [(context.rstrip(), context[len(context.rstrip()) :] + rest, context == "") for context, rest in texts]
         contexts = iter(self._encode([context for context, _, is_empty in moved if not is_empty]))
         wholes = iter(self._encode([context + rest for context, rest, is_empty in moved if not is_empty]))
@@ -197,7 +265,9 @@ class Asking(TemplateLM):
             )
         if len(tokens) > room:
             self.truncated[request.task_name] += 1
-        return Prompt(tokens[-room:], tuple(until), most, json.dumps(settings, sort_keys=True, default=str), request)
+        ends = getattr(request.args[0], "ends", ())
+        other = json.dumps(settings, sort_keys=True, default=str)
+        return Prompt(tokens[-room:], tuple(until), most, other, ends, request)
 
     # From requests to answers.
 
@@ -244,6 +314,14 @@ class Asking(TemplateLM):
             todo = [number for number in todo if keys[number] not in self.answers]
         bar.close()
         return self.answers
+
+
+def _by_encoder(prompts: Sequence[TemplatedPrompt]) -> Iterator[tuple[Encoder, list[TemplatedPrompt]]]:
+    """Prompts in their order, as many together as one encoder is to tokenise at once."""
+    for encoder, group in itertools.groupby(prompts, lambda prompt: prompt.encoder):
+        some = list(group)
+        for start in range(0, len(some), STRINGS):
+            yield encoder, some[start : start + STRINGS]
 
 
 def _sum(pieces: Sequence[tuple[float, bool]]) -> tuple[float, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +41,7 @@ from plw_mlflow.config import (
 from plw_mlflow.origin import is_first_process
 from plw_mlflow.prepare import Prepared
 from plw_mlflow.prompting import Wrapping
+from plw_mlflow.tokens import Example, answer_ends
 from plw_mlflow.tracking import Run
 
 
@@ -57,7 +58,9 @@ def run(config: MainConfig, run: Run) -> None:
         if done is None:
             return
         model, tokenizer, folder = done
-        wrapping = prompting.wrapping(config.template, tokenizer) if config.apply_template else None
+        wrapping = (
+            prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
+        )
         evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
         rows = evaluate.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
@@ -76,7 +79,8 @@ def wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | Non
     if config.run_id is None:
         return prompting.own_wrapping(str(config.model), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        return prompting.wrapping(run.told(Path(folder))["template"], tokenizer)
+        told = run.told(Path(folder))
+        return prompting.wrapping(told["template"], tokenizer, told.get("prompt_border", "offsets"))
 
 
 def measure(
@@ -168,12 +172,27 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
             print(f"trained to step {done.steps}, {done.tokens_per_second:.0f} tokens per second")
         with tempfile.TemporaryDirectory() as adapter:
             merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
+            end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
             run.log_folder(Path(adapter), export.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)
         run.log_checkpoint(merged, tokenizer, config)
         yield merged, tokenizer, folder
         run.drop_checkpoints()
         shutil.rmtree(folder)
+
+
+def end_generation(model: Any, ends: Sequence[int]) -> None:
+    """Have a model's generation settings name further tokens that end a text, beside those that they name."""
+    settings = model.generation_config
+    known = settings.eos_token_id
+    before = set(known if isinstance(known, list) else [known]) - {None}
+    if not before.issuperset(ends):
+        settings.eos_token_id = sorted(before.union(ends))
+
+
+def _some(prepared: Prepared) -> Iterator[Example]:
+    """Training examples enough to see how answers end."""
+    return (prepared.training[index] for index in range(min(100, len(prepared.training))))
 
 
 def _check_fit(model: Any, prepared: Prepared, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ class Endpoint(Asking, LocalCompletionsAPI):
         numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].tokens.astype(">u4").tobytes())
         yield from self._batches(numbers, prompts, self._generate)
 
+    def generate_by_the_harness(self, prompts: list[Prompt]) -> list[str]:
+        """Texts that the server draws at random."""
+        return self._ask(self._generate, prompts)
+
     def _batches(
         self, numbers: Sequence[int], asked: Sequence[Any], run: Callable[[list[Any]], list[Any]]
     ) -> Iterator[Batch]:
@@ -78,7 +83,21 @@ class Endpoint(Asking, LocalCompletionsAPI):
         return LocalCompletionsAPI._loglikelihood_tokens(self, [piece.pair for piece in pieces])
 
     def _generate(self, prompts: list[Prompt]) -> list[str]:
-        return LocalCompletionsAPI.generate_until(self, [prompt.request for prompt in prompts], disable_tqdm=True)
+        requests = [self._ending(prompt) for prompt in prompts]
+        return LocalCompletionsAPI.generate_until(self, requests, disable_tqdm=True)
+
+    def _ending(self, prompt: Prompt) -> Any:
+        """A prompt's request that ends where the template's answers end, if that is not the tokenizer's end of text.
+
+        The tokens go by vLLM's name for them; their spellings are for a server that writes special tokens out.
+        """
+        ends = sorted({*prompt.ends} - {self.tokenizer.eos_token_id})
+        if not ends:
+            return prompt.request
+        context, settings = prompt.request.args
+        spelled = self.tokenizer.convert_ids_to_tokens(ends)
+        changed = settings | {"until": [*prompt.until, *spelled], "stop_token_ids": ends}
+        return replace(prompt.request, arguments=(context, changed))
 
 
 def _window(root: str, model: str) -> int:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from plw_mlflow import models, prepare
 from plw_mlflow.config import DataOptions
 from plw_mlflow.templates import Segment
-from plw_mlflow.tokens import Example
+from plw_mlflow.tokens import Example, answer_ends
 
 BATCH_EXAMPLES = 16  # that generate together
 
@@ -156,10 +156,12 @@ def memorisation(model: Any, tokenizer: Any, examples: Sequence[Example], max_to
 def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> list[tuple[list[int], bool]]:
     """What a model writes, greedily, after the prompt of each example: its tokens, and whether it ended by itself.
 
-    The end of text is not among them. An answer may take what the prompt leaves of `max_tokens`, as in training.
+    Its end is not among them: the end of text, or the special token by which the examples' answers end. An answer may
+    take what the prompt leaves of `max_tokens`, as in training.
     """
     settings = model.generation_config.eos_token_id if model.generation_config else None
     ends = {tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
+    ends.update(answer_ends(examples, tokenizer, max_tokens))
     found: dict[int, tuple[list[int], bool]] = {}
     for numbers in _batches([len(prompt(example)) for example in examples]):
         prompts = [prompt(examples[number]) for number in numbers]

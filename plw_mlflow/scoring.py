@@ -117,19 +117,46 @@ class Scorer(Asking, HFLM):
     def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, prompt in enumerate(prompts):
-            kinds.setdefault((prompt.until, prompt.most, prompt.other), []).append(number)
+            kinds.setdefault((prompt.until, prompt.most, prompt.other, prompt.ends), []).append(number)
         config = self.model.generation_config
         own = {name for name, value in (config.to_diff_dict() if config else {}).items() if value not in (None, False)}
-        for (_, most, other), kind in kinds.items():
+        for (_, most, other, _), kind in kinds.items():
             is_greedy = self.shares and own <= GREEDY and json.loads(other).keys() <= {"do_sample", "temperature"}
             lengths = [len(prompts[number].tokens) + most for number in kind]
             for numbers in _padded(kind, lengths, GENERATION * self.batch_tokens):
-                run = self._generate if is_greedy else self._generate_otherwise
+                run = self._generate if is_greedy else self.generate_by_the_harness
                 yield numbers, partial(run, [prompts[number] for number in numbers])
 
-    def _generate_otherwise(self, prompts: Sequence[Prompt]) -> list[str]:
-        self.batch_size_per_gpu = len(prompts)
-        return HFLM.generate_until(self, [prompt.request for prompt in prompts], disable_tqdm=True)
+    def generate_by_the_harness(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Texts by HFLM's own code, a few at a time."""
+        self.batch_size_per_gpu = min(len(prompts), SAMPLED)
+        settings = self.model.generation_config
+        before = settings.eos_token_id
+        settings.eos_token_id = sorted(self._ends(prompts))
+        try:
+            return HFLM.generate_until(self, [prompt.request for prompt in prompts], disable_tqdm=True)
+        finally:
+            settings.eos_token_id = before
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of texts and where there are any, both [B, T], padded; for HFLM's own code."""
+        several = self._encode(strings)
+        longest = max(map(len, several))
+        padded = np.full((len(several), longest), self.tokenizer.pad_token_id or 0)
+        mask = np.zeros_like(padded)
+        for row, tokens in enumerate(several):
+            place = slice(longest - len(tokens), None) if padding_side == "left" else slice(len(tokens))
+            padded[row, place], mask[row, place] = tokens, 1
+        start = -(left_truncate_len or 0)
+        return self._tensor(padded[:, start:]), self._tensor(mask[:, start:])
+
+    def _ends(self, prompts: Sequence[Prompt]) -> set[int]:
+        """The tokens that end the texts of prompts: by the tokenizer, the model's own settings, and the template."""
+        settings = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        own = settings if isinstance(settings, list) else [settings]
+        return {self.eot_token_id, *own, *(end for prompt in prompts for end in prompt.ends)} - {None}
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy texts of prompts with the same settings; padded on the left, as `generate` has them."""
@@ -140,8 +167,7 @@ class Scorer(Asking, HFLM):
             padded[:, row, longest - len(prompt.tokens) :] = prompt.tokens, np.ones_like(prompt.tokens)
         tokens, mask = self._tensor(padded)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        stops = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ends = {self.eot_token_id, *(stops if isinstance(stops, list) else [stops])}
+        ends = self._ends(prompts)
         # Two more than the stop sequence itself has, as the harness looks back: it may be spelled in other tokens.
         tail = 2 + max(len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in until)
         texts: list[list[int]] = [[] for _ in prompts]

@@ -140,8 +140,12 @@ def contents(record: Record, completion_turns: Turns) -> list[tuple[str, Segment
 
 def prompt(record: Record, template: Template) -> str:
     """The text that a model is given to complete."""
-    pieces = itertools.takewhile(lambda piece: piece.segment != Segment.COMPLETION, template.render(record))
-    return "".join(piece.text for piece in pieces)
+    return "".join(piece.text for piece in prompt_pieces(template.render(record)))
+
+
+def prompt_pieces(rendered: Sequence[Piece]) -> list[Piece]:
+    """The pieces of a rendered record that a model is given to complete: all before the first completion."""
+    return list(itertools.takewhile(lambda piece: piece.segment != Segment.COMPLETION, rendered))
 
 
 class TextTemplate:

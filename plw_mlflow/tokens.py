@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from plw_mlflow.templates import Misfit, Piece, Segment, Template, contents
 # How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as
 # noncharacters, which no text should hold.
 SPECIAL = "\ufdd0{}\ufdd1"
+SPELLS_SPECIALS = "holds the noncharacters U+FDD0 and U+FDD1 around a number"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +111,55 @@ class Encoder:
 
         A Fault stands in place of a record that the template cannot hold. Raises ValueError where there is no template.
         """
-        found = [self._rendered(record) for record in records]
+        found = [self.render(record) for record in records]
         examples = iter(self._encoded([pieces for pieces in found if not isinstance(pieces, Fault)]))
         return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in found]
 
-    def _rendered(self, record: Record) -> list[Piece] | Fault:
+    def prompts(self, prompts: Sequence[Sequence[Piece]]) -> list[NDArray[np.int32]]:
+        """The tokens of prompts that a model is to go on from, int32 [T] each; a prompt is the pieces before an answer.
+
+        They are those before the completion of the same record in training, unless one of those straddles the border:
+        of such a token the prompt alone has a part.
+        """
+        texts = ["".join(self._spelled(pieces)) for pieces in prompts]
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [np.array([*self._opening, *encoding.ids], dtype=np.int32) for encoding in encodings]
+
+    def continuations(
+        self, prompts: Sequence[Sequence[Piece]], texts: Sequence[str]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """The tokens of each prompt, and of the text that follows it, as training has a record's prompt and completion.
+
+        The end of the text is not among them. Raises ValueError for a text that spells what stands for special tokens.
+        """
+        rendered = [[*pieces, Piece(text, Segment.COMPLETION)] for pieces, text in zip(prompts, texts, strict=True)]
+        if any(self._spells_specials(pieces[-1]) for pieces in rendered):
+            raise ValueError(f"the text to be scored {SPELLS_SPECIALS}")
+        found = []
+        for example in self._encoded(rendered):
+            tokens = example.tokens[: len(example.tokens) - len(self._closing)]
+            is_completion = example.segment[: len(tokens)] == Segment.COMPLETION
+            border = int(is_completion.argmax()) if is_completion.any() else len(tokens)
+            found.append((tokens[:border], tokens[border:]))
+        return found
+
+    def render(self, record: Record) -> list[Piece] | Fault:
+        """A record's text in the template, in pieces; a Fault where the template cannot hold it."""
         try:
             pieces = self.template.render(record)
         except Misfit as misfit:
             return misfit.fault
-        for piece in pieces:
-            if SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values()):
-                return Fault("holds the noncharacters U+FDD0 and U+FDD1 around a number")
-        return pieces
+        return Fault(SPELLS_SPECIALS) if any(map(self._spells_specials, pieces)) else pieces
+
+    def _spells_specials(self, piece: Piece) -> bool:
+        return SPECIAL[0] in piece.text and any(special in piece.text for special in self._specials.values())
+
+    def _spelled(self, pieces: Sequence[Piece]) -> list[str]:
+        """The texts of pieces, special tokens as the encoder's own copy of the tokenizer spells them."""
+        return [self._specials[piece.text] if piece.is_special else piece.text for piece in pieces]
 
     def _encoded(self, rendered: Sequence[Sequence[Piece]]) -> list[Example]:
-        parts = [[self._specials[piece.text] if piece.is_special else piece.text for piece in p] for p in rendered]
+        parts = [self._spelled(pieces) for pieces in rendered]
         encodings = self._backend.encode_batch(["".join(texts) for texts in parts], add_special_tokens=False)
         borders = [_completion_starts(pieces) for pieces in rendered]
         prompt_tokens: Iterator[int] | None = None
@@ -185,11 +219,34 @@ class Encoder:
         )
 
 
+def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer adds before and after a text of one sequence."""
+    encoded = tokenizer(tokenizer.eos_token or "a", return_special_tokens_mask=True)
+    is_added = encoded["special_tokens_mask"]
+    start, end = is_added.index(0), len(is_added) - is_added[::-1].index(0)
+    return encoded["input_ids"][:start], encoded["input_ids"][end:]
+
+
+def answer_ends(examples: Iterable[Example | Fault], tokenizer: Any, max_tokens: int | None = None) -> list[int]:
+    """The special tokens by which training on examples ends an answer, in ascending order.
+
+    max_tokens: an example as long as this may have been truncated, and then shows no end.
+    """
+    specials = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    specials.add(tokenizer.eos_token_id)
+    ends = set()
+    for example in examples:
+        if isinstance(example, Fault):
+            continue
+        (places,) = np.nonzero(example.segment == Segment.COMPLETION)
+        if len(places) and (max_tokens is None or len(example.tokens) < max_tokens):
+            ends.add(int(example.tokens[places[-1]]))
+    return sorted(ends & specials)
+
+
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens with which a tokenizer opens and closes a text, EOS among the latter."""
-    encoded = tokenizer(tokenizer.eos_token, return_special_tokens_mask=True)
-    tokens, place = encoded["input_ids"], encoded["special_tokens_mask"].index(0)
-    opening, closing = tokens[:place], tokens[place + 1 :]
+    """The tokens with which training opens and closes a text: those that the tokenizer adds, and EOS in any case."""
+    opening, closing = added_around(tokenizer)
     return opening, closing if tokenizer.eos_token_id in closing else [*closing, tokenizer.eos_token_id]
 
 
