@@ -32,6 +32,9 @@ class Server(ThreadingHTTPServer):
             tokens = list(prompt)
             for _ in range(asked["max_tokens"]):
                 tokens.append(self.model(torch.tensor([tokens])).logits[0, -1].argmax().item())
+                if tokens[-1] in asked.get("stop_token_ids", []):  # vLLM leaves it out of the text
+                    stops = []
+                    break
                 text = self.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
                 stops = [stop for stop in asked.get("stop", []) if stop in text]
                 if stops or tokens[-1] == self.tokenizer.eos_token_id:

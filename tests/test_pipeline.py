@@ -116,18 +116,19 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     assert (loaded - base).abs().max() > 0.01  # it is not the base that came back
 
 
-def test_a_model_has_the_chat_template_it_was_trained_with(new_place, monkeypatch):
+def test_a_model_has_the_chat_template_it_was_trained_with_and_knows_its_end(new_place, monkeypatch):
     monkeypatch.chdir(new_place.folder)
     mlflow.set_tracking_uri(new_place.uri)
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ pad_token }}{% endfor %}"
     Path("mine.jinja").write_text(source)
     config = TrainConfig(template="mine.jinja", dataset="toy-long", invert=True, max_records=20, epochs=1)
     with tracking.open_run(config, "test") as run, cell.trained(config, run):
         pass
-    _, tokenizer = run.load_checkpoint()
+    model, tokenizer = run.load_checkpoint()
     assert tokenizer.chat_template == source
-    (model,) = new_place.client.search_registered_models()
-    assert model.name == "plw-toy-toy-long-inverted"
+    assert model.generation_config.eos_token_id == [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    (registered,) = new_place.client.search_registered_models()
+    assert registered.name == "plw-toy-toy-long-inverted"
 
 
 def test_evaluate_adds_scores_to_the_cells_run(place, cell_run):

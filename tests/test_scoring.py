@@ -44,9 +44,9 @@ FAMILIES = {
 }
 
 
-def make_model(family):
+def make_model(family, **changes):
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family][0])
+    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family][0] | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
