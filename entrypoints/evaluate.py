@@ -19,7 +19,8 @@ def main(config: EvaluateConfig) -> None:
         if config.endpoint is not None:
             from plw_mlflow.endpoint import Endpoint
 
-            endpoint = Endpoint(config.endpoint, str(config.model), config.tokenizer, unfinished)
+            names = config.tokenizer, unfinished, config.endpoint_key_env
+            endpoint = Endpoint(config.endpoint, str(config.model), *names)
             wrapping = cell.wrapping(config, run, endpoint.tokenizer)
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:

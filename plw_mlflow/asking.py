@@ -92,8 +92,8 @@ class Asking(TemplateLM):
         """Batches of prompts; each is answered with its text."""
         raise NotImplementedError
 
-    def generate_by_the_harness(self, prompts: list[Prompt]) -> list[str]:
-        """The texts of prompts whose settings the harness's own code has to follow, drawn at random for one."""
+    def generate_otherwise(self, prompts: list[Prompt]) -> list[str]:
+        """The texts of prompts that are not to be answered greedily, but drawn at random, say."""
         raise NotImplementedError
 
     def halve(self, reason: str) -> None:
@@ -146,7 +146,7 @@ class Asking(TemplateLM):
             for request, tokens in zip(requests, self._encode([r.args[0] for r in requests]), strict=True)
         ]
         if any(json.loads(prompt.other)["do_sample"] for prompt in prompts):  # no two answers need be the same
-            return self.generate_by_the_harness(prompts)
+            return self.generate_otherwise(prompts)
         keys = [prompt.key for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
         found = self._answer(distinct, self.plan_generation, "generations", disable_tqdm)

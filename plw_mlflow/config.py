@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from plw_mlflow.presets import PRESETS
 
@@ -355,6 +356,8 @@ class EvaluateConfig(Checked, ScoreOptions):
     """Model to score where there is no run: toy, a folder (of LoRA adapters, too), a hub id, models:/NAME/VERSION."""
     endpoint: str | None = None
     """OpenAI-compatible completions server that has the model, by its name there, such as http://127.0.0.1:8000/v1."""
+    endpoint_key_env: str | None = None
+    """Environment variable that holds the endpoint's key, sent to https or this machine alone (unset: none is sent)."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id of an endpoint's model (unset: the model's name)."""
     checkpoint_dir: Path = Path("checkpoints")
@@ -369,6 +372,10 @@ class EvaluateConfig(Checked, ScoreOptions):
             found.append("give either run-id or model")
         if self.endpoint is not None and self.model is None:
             found.append("endpoint needs the model's name there")
+        if self.endpoint is not None:
+            found += _wrong_address(self.endpoint)
+        if self.endpoint_key_env is not None and self.endpoint is None:
+            found.append("endpoint-key-env names an endpoint's key: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
             found.append("tokenizer is of an endpoint's model; other models have their own")
         if self.measures is not None and self.run_id is None:
@@ -596,6 +603,19 @@ def digest(values: dict[str, Any]) -> str:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _wrong_address(address: str) -> list[str]:
+    """What is wrong with a server's address, which is logged as it is."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return ["endpoint must be an address like http://127.0.0.1:8000/v1"]
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return [
+            "endpoint must hold no user name, password or query; put a key into an environment variable, and name that "
+            "one: --endpoint-key-env NAME"
+        ]
+    return []
 
 
 def _not_a_folder(config: object, *fields_: str) -> list[str]:

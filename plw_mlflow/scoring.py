@@ -124,10 +124,10 @@ class Scorer(Asking, HFLM):
             is_greedy = self.shares and own <= GREEDY and json.loads(other).keys() <= {"do_sample", "temperature"}
             lengths = [len(prompts[number].tokens) + most for number in kind]
             for numbers in _padded(kind, lengths, GENERATION * self.batch_tokens):
-                run = self._generate if is_greedy else self.generate_by_the_harness
+                run = self._generate if is_greedy else self.generate_otherwise
                 yield numbers, partial(run, [prompts[number] for number in numbers])
 
-    def generate_by_the_harness(self, prompts: Sequence[Prompt]) -> list[str]:
+    def generate_otherwise(self, prompts: Sequence[Prompt]) -> list[str]:
         """Texts by HFLM's own code, a few at a time."""
         self.batch_size_per_gpu = min(len(prompts), SAMPLED)
         settings = self.model.generation_config

@@ -1,6 +1,7 @@
 """Does a model behind a server get the scores it gets when it is loaded here?"""
 
 import json
+import math
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from plw_mlflow.config import EvaluateConfig
 from plw_mlflow.endpoint import Endpoint
 from plw_mlflow.scoring import Scorer
 from tests.test_scoring import FEW_SHOT, PAIRS, WINDOW, byte_tokenizer, instances, make_model
@@ -19,7 +21,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, model, tokenizer, window=WINDOW):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.tokenizer, self.window = model, tokenizer, window
-        self.prompts, self.lock = [], threading.Lock()
+        self.prompts, self.headers, self.lock = [], [], threading.Lock()
+        self.lie = lambda answer: answer
 
     @property
     def address(self):
@@ -29,11 +32,10 @@ class Server(ThreadingHTTPServer):
         (prompt,) = asked["prompt"]
         with self.lock, torch.inference_mode():  # torch's threads are few
             self.prompts.append(prompt)
-            tokens = list(prompt)
+            tokens, stops = list(prompt), []
             for _ in range(asked["max_tokens"]):
                 tokens.append(self.model(torch.tensor([tokens])).logits[0, -1].argmax().item())
                 if tokens[-1] in asked.get("stop_token_ids", []):  # vLLM leaves it out of the text
-                    stops = []
                     break
                 text = self.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
                 stops = [stop for stop in asked.get("stop", []) if stop in text]
@@ -50,17 +52,20 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    status = 200  # of an answer to a POST
+
     def do_GET(self):
         self.answer({"data": [{"id": "served", "max_model_len": self.server.window}]})
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == "served"
-        self.answer({"choices": [self.server.complete(asked)]})
+        self.server.headers.append(dict(self.headers))
+        self.answer(self.server.lie({"choices": [self.server.complete(asked)]}))
 
     def answer(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(200)
+        body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(self.status if self.command == "POST" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -116,7 +121,7 @@ def test_what_does_not_fit_the_window_is_cut_and_counted(tmp_path):
     assert long[0] < 40 * short[0] < 0
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_told(tmp_path, monkeypatch):
     model, tokenizer = make_model("llama"), byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     with serving(model, tokenizer) as server:
@@ -128,6 +133,158 @@ def test_mistakes_are_told(tmp_path):
             endpoint = Endpoint(address, "served", str(tmp_path))
     with pytest.raises(ConnectionError, match="no server answers at http://127"):
         Endpoint(address, "served", str(tmp_path))
-    endpoint.max_retries = 1
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match="gives no answer"):
         endpoint.loglikelihood(instances("loglikelihood", ("a", "b")), True)
+
+
+# What a server may answer, and what must not become of it.
+
+
+def changed(**parts):
+    """A lie: some parts of the log-probabilities, changed."""
+
+    def lie(answer):
+        logprobs = answer["choices"][0]["logprobs"]
+        for name, change in parts.items():
+            logprobs[name] = change(logprobs[name])
+        return answer
+
+    return lie
+
+
+def only_what_is_new(answer):
+    """What a server answers that does not know echo."""
+    logprobs = answer["choices"][0]["logprobs"]
+    return {"choices": [{"index": 0, "text": "x", "logprobs": {name: part[-1:] for name, part in logprobs.items()}}]}
+
+
+LIES = {
+    "no echo": (only_what_is_new, "does not echo the prompt: for 13 tokens it gives 1 log-probabilities"),
+    "too long": (
+        changed(token_logprobs=lambda own: [*own, -1.0], top_logprobs=lambda top: [*top, {"a": -1.0}]),
+        "does not echo the prompt: for 13 tokens it gives 15",
+    ),
+    "positive": (changed(token_logprobs=lambda own: [None, *(0.5 for _ in own[1:])]), "0.5 is no log-probability"),
+    "not a number": (changed(token_logprobs=lambda own: [None, *(math.nan for _ in own[1:])]), "nan is no log-prob"),
+    "without end": (changed(token_logprobs=lambda own: [None, *(-math.inf for _ in own[1:])]), "-inf is no log-prob"),
+    "text": (changed(token_logprobs=lambda own: [None, *("-1" for _ in own[1:])]), "-1 is no log-probability"),
+    "truth": (changed(token_logprobs=lambda own: [None, *(False for _ in own[1:])]), "False is no log-probability"),
+    "repeated": (
+        changed(token_logprobs=lambda own: [None] + [-1.0] * (len(own) - 1)),
+        "gives every token the log-probability -1|is above the largest one",
+    ),
+    "all alike": (
+        changed(
+            token_logprobs=lambda own: [None] + [-1.0] * (len(own) - 1),
+            top_logprobs=lambda top: [None] + [{"a": -0.5}] * (len(top) - 1),
+        ),
+        "gives every token the log-probability -1",
+    ),
+    "above the largest": (changed(top_logprobs=lambda top: [None] + [{"a": -99.0}] * (len(top) - 1)), "is above the"),
+    "no largest": (changed(top_logprobs=lambda top: [None] * len(top)), "does not name the likeliest token"),
+    "no probabilities": (lambda answer: {"choices": [{"index": 0, "text": "a"}]}, "gives no log-probabilities"),
+    "two choices": (lambda answer: {"choices": answer["choices"] * 2}, "does not hold one choice"),
+    "a list": (lambda answer: [1], "does not hold one choice"),
+    "no JSON": (lambda answer: "<html>", "is no JSON"),
+    "control characters": (
+        lambda answer: {
+            "choices": [{"logprobs": {"token_logprobs": [0] * 14, "top_logprobs": [{"a": "\x1b[2J"}] * 14}}]
+        },
+        r"\?\[2J is no log-probability",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A server, and the folder of its tokenizer."""
+    model, tokenizer, folder = make_model("llama"), byte_tokenizer(), tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    with serving(model, tokenizer) as server:
+        yield server, str(folder)
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_answer_that_can_be_no_score_is_refused(served, name):
+    server, folder = served
+    server.lie, message = LIES[name]
+    endpoint = Endpoint(server.address, "served", folder)
+    with pytest.raises(ValueError, match=f"cannot give scores: .*({message})"):
+        endpoint.loglikelihood(instances("loglikelihood", ("Is it so?", " yes")), True)
+
+
+def test_a_generation_without_a_text_is_refused(served):
+    server, folder = served
+    server.lie = lambda answer: {"choices": [{"index": 0, "text": None}]}
+    endpoint = Endpoint(server.address, "served", folder)
+    with pytest.raises(ValueError, match="its answer holds no text"):
+        endpoint.generate_until(instances("generate_until", ("Is it so?", {"until": ["e"], "max_gen_toks": 4})), True)
+
+
+def test_an_answer_is_bounded_in_size_and_in_time(served, monkeypatch):
+    server, folder = served
+    server.lie = lambda answer: "x" * 5000
+    endpoint = Endpoint(server.address, "served", folder)
+    asked = instances("loglikelihood", ("Is it so?", " yes"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("plw_mlflow.endpoint.ANSWER_BYTES", 4000)
+    with pytest.raises(ConnectionError, match="an answer of more than 0 MiB"):
+        endpoint.loglikelihood(asked, True)
+    monkeypatch.setattr("plw_mlflow.endpoint.ANSWER_BYTES", 9000)
+    clock = iter(range(0, 10**9, 200))  # each look at the clock is 200 s later
+    monkeypatch.setattr("plw_mlflow.endpoint.time.monotonic", lambda: next(clock))
+    with pytest.raises(ConnectionError, match="an answer that takes longer than 300 s"):
+        endpoint._ask("POST", "completions", {"model": "served", "prompt": [[5]], "max_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (401, ValueError, "refuses access .*--endpoint-key-env NAME"),
+        (400, ValueError, "refuses the request: status 400"),
+        (404, ValueError, "refuses the request: status 404"),
+        (302, ValueError, "sends to another address"),
+        (500, ConnectionError, "gives no answer: status 500"),
+    ],
+)
+def test_a_refusal_is_told_without_the_key(served, monkeypatch, capfd, status, error, message):
+    server, folder = served
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-of-the-environment")
+    monkeypatch.setenv("MY_KEY", "canary-of-mine")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    endpoint = Endpoint(server.address, "served", folder, key_env="MY_KEY")
+    monkeypatch.setattr(Handler, "status", status)
+    server.headers.clear()
+    with pytest.raises(error, match=message) as refused:
+        endpoint.loglikelihood(instances("loglikelihood", ("Is it so?", " yes")), True)
+    assert "canary" not in str(refused.value) + "".join(capfd.readouterr())
+    assert {sent["Authorization"] for sent in server.headers} == {"Bearer canary-of-mine"}
+
+
+def test_no_key_is_sent_that_was_not_asked_for(served, monkeypatch, tmp_path):
+    server, folder = served
+    server.lie = lambda answer: answer
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password canary\n")
+    endpoint = Endpoint(server.address, "served", folder)
+    server.headers.clear()
+    endpoint.loglikelihood(instances("loglikelihood", ("Is it so?", " yes")), True)
+    assert server.headers
+    assert all("Authorization" not in sent for sent in server.headers)
+
+
+def test_a_key_is_sent_to_https_or_this_machine_alone(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "canary")
+    with pytest.raises(ValueError, match="a key is sent to https or to this machine alone, not to http://server/v1"):
+        Endpoint("http://server/v1", "served", "toy", key_env="MY_KEY")
+    with pytest.raises(ValueError, match="the environment variable NONE that is to hold the endpoint's key is not set"):
+        Endpoint("https://server/v1", "served", "toy", key_env="NONE")
+
+
+@pytest.mark.parametrize("address", ["ftp://server", "server:8000", "http://", "http://me:canary@server/v1"])
+def test_an_address_that_cannot_be_used_is_refused_without_being_shown(address):
+    with pytest.raises(ValueError, match=r"endpoint must (be an address|hold no user name)") as refused:
+        EvaluateConfig(model="served", endpoint=address)
+    assert "canary" not in str(refused.value)
