@@ -1,7 +1,8 @@
 """Benchmark documents from local files, in the field format of the hub's data sets.
 
 Only where a task's documents come from changes: its prompts, its metrics and its version stay its own. So every reader
-here ends in what the hub gives, whatever the file looks like.
+here ends in what the hub gives, whatever the file looks like. What is wrong with a file is found as it is read, before
+a model is trained, and not when it is scored.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plw_mlflow.errors import first_line
+
+MOST_BYTES = 1 << 28  # of a file, unpacked; the largest of those that are known has 2 MB
 
 Document = dict[str, Any]
 Reader = Callable[[Sequence[str]], list[Document]]
@@ -46,11 +50,11 @@ def find(task: str, folder: Path) -> Documents:
     scored = [_locate(task, name, folder) for name in local.files]
     examples = [path for name in local.examples if (path := _nearest(name, folder)) is not None]
     has_examples = bool(local.examples) and len(examples) == len(local.examples)
-    read = [*scored, *(examples if has_examples else [])]
+    contents = {path: _content(path) for path in [*scored, *(examples if has_examples else [])]}
     return Documents(
-        _read(task, scored, local.read),
-        _read(task, examples, local.read) if has_examples else None,
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in read},
+        _read(task, {path: contents[path] for path in scored}, local.read),
+        _read(task, {path: contents[path] for path in examples}, local.read) if has_examples else None,
+        {path.name: hashlib.sha256(content).hexdigest() for path, content in contents.items()},
     )
 
 
@@ -97,25 +101,76 @@ def _nearest(name: str, folder: Path) -> Path | None:
     return None
 
 
-def _read(task: str, paths: Sequence[Path], read: Reader) -> list[Document]:
+def _content(path: Path) -> bytes:
+    """A file's bytes, as they lie on the disk."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+    return _bounded(path, content)
+
+
+def _bounded(path: Path, content: bytes) -> bytes:
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} holds more than {MOST_BYTES >> 20} MiB, which no file of a benchmark here does")
+    return content
+
+
+def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document]:
     texts = []
-    for path in paths:
+    for path, content in contents.items():
         try:
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            texts.append(data.decode("utf-8-sig"))
-        except (OSError, EOFError, UnicodeDecodeError) as error:  # the first two are also those of a damaged .gz
+            if path.suffix == ".gz":
+                with gzip.open(io.BytesIO(content)) as file:
+                    content = _bounded(path, file.read(MOST_BYTES + 1))
+            texts.append(content.decode("utf-8-sig"))
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # but for the last, of a damaged .gz
             raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+    named = " with ".join(map(str, contents))
     try:
         documents = read(texts)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, csv.Error) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError, csv.Error) as error:
         told = f"field {error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(f"{' with '.join(map(str, paths))} is not what task {task} reads: {told}") from None
+        raise ValueError(f"{named} is not what task {task} reads: {told}") from None
     if not documents:
-        raise ValueError(f"{' with '.join(map(str, paths))} holds no document for task {task}")
+        raise ValueError(f"{named} holds no document for task {task}")
     return documents
 
 
 # Readers.
+
+
+def _json(text: str) -> Any:
+    """A JSON value. Raises ValueError where an object has one key twice, as a later label would win over an earlier."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _text(row: Any, name: str) -> str:
+    """A field that must hold a text."""
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"its {name} must be a text, and is {value!r}"[:200])
+    value.encode()  # half a surrogate pair would stop the tokenizer
+    return value
+
+
+def _options(texts: Any) -> list[str]:
+    """The options of a question: two at least, no two alike, as one of them is right and another wrong."""
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise ValueError("its options must be a list of two texts or more")
+    options = [_text(texts, place) for place in range(len(texts))]  # type: ignore[arg-type]
+    if len(set(options)) < len(options):
+        raise ValueError(f"its option {next(one for one in options if options.count(one) > 1)!r} occurs twice")
+    return options
 
 
 def _lines(text: str) -> list[str]:
@@ -127,10 +182,10 @@ def _json_lines(text: str, read: Callable[[Any], Document]) -> list[Document]:
     documents = []
     for number, line in enumerate(_lines(text), start=1):
         try:
-            documents.append(read(json.loads(line)))
+            documents.append(read(_json(line)))
         except KeyError as error:
             raise ValueError(f"line {number}: field {error} is missing") from None
-        except (TypeError, IndexError, AttributeError, ValueError) as error:
+        except (TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {first_line(error)}") from None
     return documents
 
@@ -138,15 +193,19 @@ def _json_lines(text: str, read: Callable[[Any], Document]) -> list[Document]:
 def _chosen(row: Any, question: str) -> Document:
     """A question with lettered options. `question`: the field's name on the hub, which has number labels in places."""
     if isinstance(row["choices"], dict):  # as the hub has it
-        if row["answerKey"].strip() not in row["choices"]["label"]:
+        options, labels = _options(row["choices"]["text"]), _options(row["choices"]["label"])
+        if len(labels) != len(options):
+            raise ValueError(f"it has {len(options)} options, but {len(labels)} labels")
+        if row["answerKey"].strip() not in labels:
             raise ValueError(f"answerKey {row['answerKey']!r} is none of its labels")
-        return {question: row[question], "choices": row["choices"], "answerKey": row["answerKey"].strip()}
-    labels = [chr(ord("A") + number) for number in range(len(row["choices"]))]
-    if row["answer"] not in range(len(labels)):
+        return {question: _text(row, question), "choices": row["choices"], "answerKey": row["answerKey"].strip()}
+    options = _options(row["choices"])
+    labels = [chr(ord("A") + number) for number in range(len(options))]
+    if type(row["answer"]) is not int or row["answer"] not in range(len(labels)):
         raise ValueError(f"answer {row['answer']!r} is not the index of one of {len(labels)} choices")
     return {
-        question: row["question"],
-        "choices": {"text": row["choices"], "label": labels},
+        question: _text(row, "question"),
+        "choices": {"text": options, "label": labels},
         "answerKey": labels[row["answer"]],
     }
 
@@ -166,13 +225,18 @@ def _winogrande(texts: Sequence[str]) -> list[Document]:
             raise ValueError(f"answer {row['answer']!r} is neither 1 nor 2")
         if row["sentence"].count("_") != 1:
             raise ValueError("the sentence does not have one _")
-        return {name: row[name] for name in ("sentence", "option1", "option2")} | {"answer": answer}
+        _options([row["option1"], row["option2"]])
+        return {name: _text(row, name) for name in ("sentence", "option1", "option2")} | {"answer": answer}
 
     return _json_lines(texts[0], read)
 
 
 def _piqa(texts: Sequence[str]) -> list[Document]:
-    rows = _json_lines(texts[0], lambda row: {name: row[name] for name in ("goal", "sol1", "sol2")})
+    def question(row: Any) -> Document:
+        _options([row["sol1"], row["sol2"]])
+        return {name: _text(row, name) for name in ("goal", "sol1", "sol2")}
+
+    rows = _json_lines(texts[0], question)
     labels = _lines(texts[1])
     if len(labels) != len(rows):
         raise ValueError(f"{len(rows)} questions, but {len(labels)} labels")
@@ -186,8 +250,8 @@ def _truthful_choice(*targets: str) -> Reader:
 
     def read(texts: Sequence[str]) -> list[Document]:
         documents = []
-        for number, row in enumerate(json.loads(texts[0]), start=1):
-            document = {"question": row["question"]}
+        for number, row in enumerate(_json(texts[0]), start=1):
+            document: Document = {"question": _text(row, "question")}
             for name in targets:
                 labels = list(row[name].values())
                 if not {0, 1} == set(labels):
@@ -195,7 +259,7 @@ def _truthful_choice(*targets: str) -> Reader:
                 if name != "mc2_targets" and labels != [1] + [0] * (len(labels) - 1):
                     # The harness takes the first option for the true one.
                     raise ValueError(f"question {number}: the first of {name}, and no other, must be labelled 1")
-                document[name] = {"choices": list(row[name]), "labels": labels}
+                document[name] = {"choices": _options(list(row[name])), "labels": labels}
             documents.append(document)
         return documents
 
@@ -210,8 +274,8 @@ def _truthful_generation(texts: Sequence[str]) -> list[Document]:
         {
             "type": row["Type"],
             "category": row["Category"],
-            "question": row["Question"],
-            "best_answer": row["Best Answer"],
+            "question": _text(row, "Question"),
+            "best_answer": _text(row, "Best Answer"),
             "correct_answers": several(row["Correct Answers"]),
             "incorrect_answers": several(row["Incorrect Answers"]),
             "source": row["Source"],
@@ -221,7 +285,7 @@ def _truthful_generation(texts: Sequence[str]) -> list[Document]:
 
 
 def _lambada(texts: Sequence[str]) -> list[Document]:
-    return _json_lines(texts[0], lambda row: {"text": f"{row['context']} {row['continuation']}"})
+    return _json_lines(texts[0], lambda row: {"text": f"{_text(row, 'context')} {_text(row, 'continuation')}"})
 
 
 def _pairs(first: str, second: str) -> Reader:

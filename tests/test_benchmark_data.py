@@ -1,6 +1,7 @@
 """Does a local file become what the hub gives?"""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -134,6 +135,36 @@ def test_examples_come_from_their_own_files(tmp_path):
             {"TruthfulQA_mc_task.json": '[{"question": "?", "mc1_targets": {"No.": 0, "So.": 1}}]'},
             "question 1: the first of mc1_targets, and no other, must be labelled 1",
         ),
+        ("arc_easy", {"arc_easy_test.jsonl": ARC.replace("fire", "ice")}, "line 1: its option 'ice' occurs twice"),
+        ("arc_easy", {"arc_easy_test.jsonl": ARC.replace('"fire"', "7")}, "line 1: its 1 must be a text, and is 7"),
+        (
+            "arc_easy",
+            {"arc_easy_test.jsonl": ARC.replace('"Hot?"', "null")},
+            "its question must be a text, and is None",
+        ),
+        ("arc_easy", {"arc_easy_test.jsonl": ARC.replace("1}", "true}")}, "answer True is not the index"),
+        ("arc_easy", {"arc_easy_test.jsonl": ARC.replace("Hot?", "\\ud800")}, "line 1: 'utf-8' codec can't encode"),
+        (
+            "arc_easy",
+            {"arc_easy_test.jsonl": ARC.replace("{", '{"answer": 0, ')},
+            "the key 'answer' occurs twice in one",
+        ),
+        ("arc_easy", {"arc_easy_test.jsonl": "[" * 100_000}, "line 1: maximum recursion depth"),
+        (
+            "piqa",
+            {"piqa_valid.jsonl": PIQA.replace("Cook", "Chew"), "piqa_valid-labels.lst": "1\n"},
+            "'Chew.' occurs tw",
+        ),
+        (
+            "winogrande",
+            {"winogrande_dev.jsonl": '{"sentence": "He _.", "option1": "a", "option2": "a", "answer": 1}'},
+            "its option 'a' occurs twice",
+        ),
+        (
+            "truthfulqa_mc1",
+            {"TruthfulQA_mc_task.json": '[{"question": "?", "mc1_targets": {"So.": 1, "No.": 0, "So.": 0}}]'},
+            "the key 'So.' occurs twice in one object",
+        ),
         ("truthfulqa_gen", {"TruthfulQA.csv": "Question\nWhy?\n"}, "field 'Type' is missing"),
         ("wmt16-de-en", {"newstest2016.en-de.en": "a\nb\n", "newstest2016.en-de.de": "a\n"}, "2 lines in en, but 1 in"),
     ],
@@ -149,13 +180,44 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, task, files, message):
 
 @pytest.mark.parametrize(
     "content",
-    [gzip.compress(ARC.encode())[:-9], b"no gzip", gzip.compress(b"\xff")],
-    ids=["cut off", "no gzip", "not UTF-8"],
+    [
+        gzip.compress(ARC.encode())[:-9],
+        b"no gzip",
+        gzip.compress(b"\xff"),
+        gzip.compress(ARC.encode())[:20] + b"x" * 30,
+    ],
+    ids=["cut off", "no gzip", "not UTF-8", "damaged inside"],
 )
 def test_a_damaged_packed_file_is_named(tmp_path, content):
     (tmp_path / "arc_easy_test.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl\.gz cannot be read"):
         benchmark_data.find("arc_easy", tmp_path)
+
+
+def test_a_file_that_unpacks_to_more_than_any_benchmark_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_data, "MOST_BYTES", 1000)
+    (tmp_path / "arc_easy_test.jsonl.gz").write_bytes(gzip.compress(b" " * 1001))
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl\.gz holds more than 0 MiB"):
+        benchmark_data.find("arc_easy", tmp_path)
+    (tmp_path / "arc_easy_test.jsonl").write_bytes(b" " * 1001)
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl holds more than 0 MiB"):
+        benchmark_data.find("arc_easy", tmp_path)
+
+
+def test_the_digest_is_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    """Even if the file changes meanwhile: each is opened once."""
+    path = tmp_path / "arc_easy_test.jsonl"
+    path.write_text(ARC)
+    opened = Path.open
+
+    def once(self, *how):
+        file = opened(self, *how)
+        self.unlink()
+        return file
+
+    monkeypatch.setattr(Path, "open", once)
+    found = benchmark_data.find("arc_easy", tmp_path)
+    assert found.sha256 == {path.name: hashlib.sha256(ARC.encode()).hexdigest()}
 
 
 def test_the_real_files_are_read_whole(shared):
