@@ -35,6 +35,22 @@ def check(method: Method) -> None:
         raise ValueError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
 
 
+# The page of an adapter's folder where the base alone does not do; `name` is whatever the adapter's own settings name.
+PAGE = """# Adapters with an added token
+
+They hold embeddings and head of {rows} tokens, so the base has to be given as many before peft can load them:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({name!r}{revision})
+base.resize_token_embeddings({rows}, mean_resizing=False)
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+
+
 def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
     """The model as `method` trains it: as it is, or frozen and with adapters that begin by changing nothing.
 
@@ -92,7 +108,8 @@ def targets(model: Any, told: str) -> dict[str, nn.Module]:
 def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
     """A trained model as plain transformers gives it; its adapters, if any, are saved to a folder, then merged.
 
-    with_embeddings: save embeddings and head with the adapters, as they are not the base's (`padding.py`).
+    with_embeddings: save embeddings and head with the adapters, as they are not the base's (`padding.py`), and a page
+        that says how peft loads them.
 
     A base in 4 bits is first brought back to float32, as what was trained is what the adapters do to the rounded
     weights; peft's own merging would round the sum anew.
@@ -103,6 +120,11 @@ def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
 
     # peft's own choice would ask the hub.
     model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)
+    if with_embeddings:
+        settings, rows = model.active_peft_config, model.get_input_embeddings().num_embeddings
+        revision = f", revision={settings.revision!r}" if settings.revision else ""
+        page = PAGE.format(rows=rows, name=settings.base_model_name_or_path, revision=revision)
+        (folder / "README.md").write_text(page, encoding="utf-8")
     if getattr(model.get_base_model(), "is_quantized", False):
         base: Any = model.unload()
         model = PeftModel.from_pretrained(base.dequantize(dtype=torch.float32), str(folder))

@@ -6,13 +6,16 @@ length on CUDA (by FlashAttention 3 where that is installed, by torch's own Flas
 example elsewhere.
 
 A model may keep more than attention from one token to the next (a state-space model), or need what is not passed here.
-So whether packing is right for a model is tried on the model, not looked up.
+So whether packing is right for a model is tried on the model, not looked up. A window of thousands of tokens does not
+show in a trial of a few. So the trial also compares the windows of the masks that the model asks for with those that
+its attention functions are given: packed rows have no masks, so a window that is in a mask alone would be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import activate_flash_attention_impl
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-NAME = "packed"  # among transformers' attention functions
+from plw_mlflow import models
+
+NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
 
 
 def context(borders: Tensor, longest: int, positions: Tensor) -> dict[str, Any]:
@@ -37,12 +42,12 @@ def context(borders: Tensor, longest: int, positions: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def over_examples(model: Any) -> Iterator[None]:
+def over_examples(model: Any, name: str = NAME) -> Iterator[None]:
     """Within the block, the transformers model takes packed rows; then it is as it was."""
     if torch.cuda.is_available() and find_spec("flash_attn_interface"):
         activate_flash_attention_impl("FA3")
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -63,20 +68,40 @@ def _compare(model: Any) -> str | None:
     tokens = torch.arange(12, device=model.device).unsqueeze(0)  # any do
     parts, borders = [7, 5], torch.tensor([0, 7, 12], dtype=torch.int32, device=model.device)
     positions = torch.cat([torch.arange(length, device=model.device) for length in parts]).unsqueeze(0)
+    windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
+    watching = _windows.set(windows)
+    body = models.body(model)
     with torch.no_grad():
-        alone = [model.base_model(part, use_cache=False).last_hidden_state for part in tokens.split(parts, 1)]
+        alone = [body(part, use_cache=False).last_hidden_state for part in tokens.split(parts, 1)]
         try:
-            with over_examples(model):
+            with over_examples(model, WATCHED):
                 told = context(borders, max(parts), positions)
-                packed = model.base_model(tokens, use_cache=False, **told).last_hidden_state
-        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+                packed = body(tokens, use_cache=False, **told).last_hidden_state
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"it takes no packed rows ({type(error).__name__})"
+        finally:
+            _windows.reset(watching)
     expected = torch.cat(alone, 1)
     # A leak changes the second example by a good part of itself; a base in 4 bits calculates in bfloat16.
     tolerance = 2e-2 if getattr(model, "is_quantized", False) else 1e-3
-    if (packed - expected).abs().max() > tolerance * expected.abs().max():
+    if not (packed - expected).abs().max() <= tolerance * expected.abs().max():  # nor where it is no number
         return "an example packed behind another comes out differently than alone"
+    if lost := {window for window in windows["masks"] - windows["attention"] if window}:
+        return f"it attends to {min(lost)} tokens at most by its masks alone, and packed rows have no masks"
     return None
+
+
+# What the trial has seen: the windows of the masks that a model asks for, and those that its attention is given.
+_windows: ContextVar[dict[str, set[int | None]]] = ContextVar("windows")
+
+
+def _watch_mask(*_: Any, local_size: int | None = None, **__: Any) -> None:
+    _windows.get()["masks"].add(local_size)
+
+
+def _watch_attention(*args: Any, sliding_window: int | None = None, **context: Any) -> tuple[Tensor, None]:
+    _windows.get()["attention"].add(sliding_window)
+    return _attend(*args, sliding_window=sliding_window, **context)
 
 
 def _attend(
@@ -97,7 +122,11 @@ def _attend(
     """Causal attention of a packed row, as transformers calls it.
 
     query: [1, heads, T, D]; key, value: [1, key heads, T, D]. Returns [1, T, heads, D], and no attention weights.
+
+    Raises ValueError for a mask that the model itself has made (Doge's, say), as it would have no effect.
     """
+    if attention_mask is not None:
+        raise ValueError("the model makes attention masks of its own, which packed rows do not have")
     if query.device.type == "cuda":
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         if kind in (torch.bfloat16, torch.float16) and not dropout and not softcap:
@@ -110,7 +139,7 @@ def _attend(
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     done = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat(done, 2).transpose(1, 2), None
+    return torch.cat(done, 2).transpose(1, 2).contiguous(), None  # some models view it in another shape
 
 
 def _varlen(
@@ -162,3 +191,5 @@ def _attend_one(
 
 
 AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(WATCHED, _watch_attention)
+AttentionMaskInterface.register(WATCHED, _watch_mask)

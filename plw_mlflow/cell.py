@@ -126,6 +126,8 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     adapters.check(config.method)
     base = models.locate(config.model)
     export.check(config.output, Path(base.path) if base.is_folder else None)
+    settings = models.load_config(config.model)
+    _check_recipe(settings, config)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(
         config.dataset,
@@ -137,13 +139,16 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if models.length_limit(settings) is not None:  # few models have one, and all examples are read for it
+        longest = max(len(example.tokens) for part in (prepared.training, prepared.validation) for example in part)
+        models.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
     print(prepare.text(prepared.profile))
     is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
     arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
     model = models.load(config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None)
-    _check_fit(model, prepared, config)
+    _check_vocabulary(model, prepared, config)
     has_new_token = config.add_pad_token and padding.add(model, tokenizer)
     contents = {
         "data": ",".join(source.sha256 for source in prepared.sources),
@@ -195,11 +200,22 @@ def _some(prepared: Prepared) -> Iterator[Example]:
     return (prepared.training[index] for index in range(min(100, len(prepared.training))))
 
 
-def _check_fit(model: Any, prepared: Prepared, config: TrainConfig) -> None:
-    """Raise ValueError where the examples do not fit the model: too long, or of another vocabulary."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+def _check_recipe(settings: Any, config: TrainConfig) -> None:
+    """Raise ValueError where a model's config (`models.load_config`) shows that it cannot be trained as told."""
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ValueError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
+    stored = getattr(settings, "quantization_config", None)
+    if stored is not None and config.method == "full":
+        kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        raise ValueError(
+            f"{config.model} is stored in fewer bits ({kind}), which method full cannot train; name the model that it "
+            f"was made of, or use --method lora"
+        )
+
+
+def _check_vocabulary(model: Any, prepared: Prepared, config: TrainConfig) -> None:
+    """Raise ValueError where the examples are of another vocabulary than the model's."""
     vocabulary = model.get_input_embeddings().num_embeddings
     if prepared.largest_token >= vocabulary:
         raise ValueError(

@@ -230,11 +230,8 @@ def run_adapters(
 ) -> Iterator[tuple[Path, Evaluation]]:
     """Score folders of LoRA adapters one after another, each on the one loaded base, which ends as it was."""
     for folder in adapters:
-        adapted = models.load_adapter(base, folder)
-        try:
+        with models.adapted(base, folder) as adapted:
             yield folder, run(adapted, tokenizer, tasks, options, seed)
-        finally:
-            adapted.unload()
 
 
 def score(

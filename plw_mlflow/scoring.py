@@ -55,7 +55,10 @@ class Scorer(Asking, HFLM):
         self._room = min(max(128, 2 * config.hidden_size), 1024)
         # Trees know no sliding windows or chunks of attention: what is longer than one is scored without them.
         local = ("sliding_window", "attention_chunk_size", "window_size")
-        self._tree_tokens = min(getattr(config, name, None) or self.max_length for name in local)
+        windows = [getattr(config, name, None) or self.max_length for name in local]
+        # Beyond this many tokens, a text changes what is computed for shorter ones beside it.
+        self._limit = models.length_limit(self._causal.config) or self.max_length
+        self._tree_tokens = min(*windows, self._limit)
         self.shares = self._can_share()
         if not self.shares:
             warnings.warn(
@@ -81,8 +84,15 @@ class Scorer(Asking, HFLM):
             numbers = [within[number] for row in batch for number in row.paths]
             yield numbers, partial(self._score_trees, batch, [pieces[number] for number in numbers])
         alone = [number for number, fit in enumerate(fits) if not fit]
-        for numbers in _padded(alone, [len(pieces[number].inputs) for number in alone], self.batch_tokens):
+        lengths = [len(pieces[number].inputs) for number in alone]
+        for numbers in self._padded(alone, lengths, self.batch_tokens):
             yield numbers, partial(self._score_alone, [pieces[number] for number in numbers])
+
+    def _padded(self, numbers: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+        """Numbers in batches as `_padded` makes them, in none of which a long text changes a short one."""
+        for is_long in (True, False):
+            part = [pair for pair in zip(numbers, lengths, strict=True) if (pair[1] > self._limit) == is_long]
+            yield from _padded([number for number, _ in part], [length for _, length in part], tokens)
 
     def _score_trees(self, batch: Sequence[trees.Row], pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
         """pieces: those of the batch's rows, in order."""
@@ -123,7 +133,7 @@ class Scorer(Asking, HFLM):
         for (_, most, other, _), kind in kinds.items():
             is_greedy = self.shares and own <= GREEDY and json.loads(other).keys() <= {"do_sample", "temperature"}
             lengths = [len(prompts[number].tokens) + most for number in kind]
-            for numbers in _padded(kind, lengths, GENERATION * self.batch_tokens):
+            for numbers in self._padded(kind, lengths, GENERATION * self.batch_tokens):
                 run = self._generate if is_greedy else self.generate_otherwise
                 yield numbers, partial(run, [prompts[number] for number in numbers])
 
@@ -175,7 +185,7 @@ class Scorer(Asking, HFLM):
         going = set(rows)
         cache = DynamicCache(config=self._causal.config)
         for _ in range(most):
-            hidden = self._causal.base_model(
+            hidden = models.body(self._causal)(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
             chosen = self._logits(hidden).argmax(-1)

@@ -25,6 +25,7 @@ SETTINGS = {
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 32},
     "gptj": {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4},  # its head has a bias
     "granite": {"logits_scaling": 4.0},
+    "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2},
     "mamba": {"state_size": 4, "intermediate_size": 32},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
     "qwen2": {"tie_word_embeddings": True},

@@ -15,10 +15,12 @@ from tests.families import tiny
 WEIGHTS = Weights(prompt=0.25, template=0.5, completion=1.0)
 # Windows and caps that show in examples of so few tokens, and grouped heads (SIZES has two heads for one key).
 PACKED = {
+    "afmoe": {"head_dim": 8, "sliding_window": 3, "num_experts": 4, "moe_intermediate_size": 8, "num_dense_layers": 1},
     "gemma2": {"head_dim": 8, "sliding_window": 3, "attn_logit_softcapping": 0.5, "num_hidden_layers": 2},
     "gemma3_text": {"head_dim": 8, "sliding_window": 3, "num_hidden_layers": 2, "layer_types": None},
     "gpt2": {},
     "gpt_neox": {},
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4},
     "llama": {},
     "mistral": {"sliding_window": 3},
     "opt": {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
@@ -26,7 +28,16 @@ PACKED = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
 }
-NOT_PACKED = {"bloom": {"n_head": 2, "n_layer": 1}, "falcon": {}, "mamba": {}, "stablelm": {}}
+# The last three attend to windows that are longer than the examples of the trial.
+NOT_PACKED = {
+    "bloom": {"n_head": 2, "n_layer": 1},
+    "falcon": {},
+    "mamba": {},
+    "stablelm": {},
+    "doge": {"keep_window_size": 1000},
+    "llama4_text": {"attention_chunk_size": 1000},
+    "phimoe": {"sliding_window": 1000, "num_local_experts": 4},
+}
 
 
 def examples():
@@ -64,6 +75,17 @@ def test_models_that_cannot_be_packed_are_found_out(family):
     before = model.config._attn_implementation
     assert attention.why_not(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_window_that_only_masks_have_is_told():
+    expected = "it attends to 1000 tokens at most by its masks alone, and packed rows have no masks"
+    assert attention.why_not(tiny("phimoe", **NOT_PACKED["phimoe"])) == expected
+
+
+def test_outputs_that_are_no_numbers_are_not_taken_for_equal():
+    model = tiny("llama")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    assert attention.why_not(model) == "an example packed behind another comes out differently than alone"
 
 
 def test_the_model_is_as_it_was_afterwards():

@@ -399,5 +399,8 @@ def test_adapters_that_cannot_be_used_are_told(tmp_path, adapters):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config\.json names no base model: KeyError"):
         models.load_for_scoring(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match=r"names no base model: base_model_name_or_path is empty"):
+        models.load_for_scoring(str(tmp_path))
     with pytest.raises(ValueError, match=r"the adapter of .* cannot be loaded"):
         models.load_adapter(models.load("toy"), tmp_path)

@@ -8,14 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    CLIPConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from plw_mlflow import models
-from tests.conftest import byte_tokenizer, tiny_llama
+from plw_mlflow import attention, batches, models
+from plw_mlflow.batches import Weights
+from tests.conftest import byte_tokenizer, make_example, tiny_llama
 from tests.families import tiny
 
 
@@ -26,7 +34,7 @@ def tiny_gpt2():
 
 
 # Families by how they make logits of hidden states.
-MAKERS_OF_LOGITS = ("cohere", "gemma2", "gemma3_text", "gpt2", "gptj", "granite", "mistral", "qwen2")
+MAKERS_OF_LOGITS = ("cohere", "gemma2", "gemma3_text", "gpt2", "gptj", "granite", "llama4_text", "mistral", "qwen2")
 FAMILIES = {"llama, untied": tiny_llama, "llama, tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
 
 
@@ -142,17 +150,79 @@ def _cut_short(folder):
     (folder / "model.safetensors").write_bytes(content[:1000])
 
 
+def _with(**settings):
+    """Damage that changes a folder's config."""
+
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text()) | settings
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def _not_a_number(name, value):
+    """Damage to one number of a weight."""
+
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights[name][5, 3] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def _in_shards(folder):
+    tiny_llama().save_pretrained(folder, max_shard_size="8KB")
+    (folder / "model.safetensors").unlink()
+
+
+def _lacking_a_shard(folder):
+    _in_shards(folder)
+    (folder / "model-00002-of-00007.safetensors").unlink()
+
+
+def _of_a_damaged_index(folder):
+    _in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def _pickled(content):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return damage
+
+
+def _gguf(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.gguf").touch()
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (_lacking_head, "lacks weights, among them lm_head.weight"),
-        (_of_another_shape, "cannot be loaded"),
-        (_cut_short, "cannot be loaded"),
+        (_of_another_shape, "its weights have other shapes than its config.json says"),
+        (_cut_short, "a file of its weights is damaged or cut short"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "a file of its weights is damaged or cut"),
+        (_not_a_number("model.embed_tokens.weight", torch.nan), "1 numbers of model.embed_tokens.weight are NaN or"),
+        (_not_a_number("lm_head.weight", -torch.inf), "1 numbers of lm_head.weight are NaN or infinite"),
+        (_lacking_a_shard, "lacks 1 of the 7 files of its weights: model-00002-of-00007.safetensors"),
+        (_of_a_damaged_index, "holds a damaged model.safetensors.index.json"),
+        (_pickled(b"hello"), "cannot be loaded: KeyError"),
+        (_pickled(b""), "cannot be loaded: EOFError"),
+        (_gguf, "it has no config.json; GGUF files are not read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "cannot be loaded: .*`model_type` key"),
+        (_with(num_attention_heads=0), "cannot be loaded: ZeroDivisionError"),
+        (_with(hidden_act="nonsense"), "cannot be loaded: KeyError"),
+        (_with(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "code of its own, which is never run here"),
+        (_with(quantization_config={"quant_method": "gptq", "bits": 4}), "cannot be loaded: .*GPTQ"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: .*no file named"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded: .*not a valid JSON"),
         (
             lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "x"})),
-            "cannot be loaded: .*`x`",
+            "cannot be loaded: .*`x`.* This is transformers 5",
         ),
         (lambda folder: (folder / "config.json").unlink(), "holds no model: it has no config.json"),
     ],
@@ -164,6 +234,134 @@ def test_a_damaged_model_folder_is_refused_in_one_line(damage, expected, tmp_pat
         models.load(str(tmp_path))
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_in_shards_loads(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 7
+    models.load(str(tmp_path))
+
+
+SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "expected"),
+    [
+        (BertConfig(**SMALL), BertForMaskedLM, "is BertForMaskedLM, which is no causal language model"),
+        (LlamaConfig(**SMALL), LlamaForSequenceClassification, "is LlamaForSequenceClassification, which is no causal"),
+        (CLIPConfig(), None, "is of type clip, which is no causal language model"),
+        (T5Config(**SMALL), T5ForConditionalGeneration, "t5 is an encoder-decoder model"),
+    ],
+)
+def test_a_model_for_another_task_is_refused_before_its_weights_are_read(config, architecture, expected, tmp_path):
+    config.architectures = architecture and [architecture.__name__]
+    config.save_pretrained(tmp_path)  # and there are no weights
+    with pytest.raises(ValueError, match=expected):
+        models.load(str(tmp_path))
+
+
+def test_a_model_that_sees_what_follows_is_refused(tmp_path):
+    torch.manual_seed(0)
+    BertLMHeadModel(BertConfig(**SMALL)).save_pretrained(tmp_path)  # its config says nothing of it
+    with pytest.raises(ValueError, match="bert lets the tokens that follow change what it says of a token"):
+        models.load(str(tmp_path))
+
+
+def test_a_model_that_padding_changes_is_refused(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    projected = models.project
+
+    def without_mask(model, tokens, attention_mask):
+        hidden, projection = projected(model, tokens)
+        return hidden + (1 - attention_mask).sum(1)[:, None, None], projection
+
+    monkeypatch.setattr(models, "project", without_mask)
+    with pytest.raises(ValueError, match="llama lets padding change what it says of a token"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model", "lm_head"])
+def test_a_model_whose_parts_have_unknown_names_is_refused_in_one_line(name):
+    model = tiny_llama()
+    part = model._modules.pop(name)
+    model.another_name = part
+    model.get_output_embeddings = lambda: model._modules.get("lm_head")
+    with pytest.raises(ValueError, match=r"llama has no (part of a known name|head)"):
+        models.project(model, torch.arange(4).unsqueeze(0))
+
+
+def test_an_adapters_folder_is_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/base", "revision": "abc"})
+    )
+    tiny_llama().save_pretrained(tmp_path)  # with a config, transformers would load the base and train what is on it
+    with pytest.raises(ValueError, match="holds adapters on org/base@abc, which can be scored, but not be a base"):
+        models.load(str(tmp_path))
+
+
+def _rope(kind, **changes):
+    """A random model whose positions are scaled, with a limit of 16 tokens where there is one."""
+    scaling = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0] * 3, "long_factor": [4.0] * 3, "original_max_position_embeddings": 16}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 16
+    positions = 16 if kind == "dynamic" else 64
+    return tiny_llama(rope_parameters=scaling | changes, max_position_embeddings=positions)
+
+
+def _examples(*lengths):
+    random = torch.Generator().manual_seed(1)
+    return [
+        make_example(torch.randint(2, 200, (length,), generator=random).tolist(), [3] * length) for length in lengths
+    ]
+
+
+def _losses_of_the_first(model, examples):
+    """The losses of an example alone, padded beside the others, and packed before them."""
+    learner, weights = models.Learner(model).eval(), Weights(1, 1, 1)
+    several = [batches.collate(examples[:1], weights), batches.collate(examples, weights)]
+    with torch.no_grad():
+        found = [learner(batch.tokens, batch.weights, **batch.context)[1] for batch in several]
+        batch = batches.pack(examples, weights)
+        with attention.over_examples(model):
+            found.append(learner(batch.tokens, batch.weights, **batch.context)[1])
+    return [nll[0, : len(examples[0].tokens) - 1] for nll in found]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_an_example_that_would_change_the_losses_of_others_is_refused(kind):
+    model = _rope(kind)
+    assert models.length_limit(model.config) == 16
+    alone, padded, packed = _losses_of_the_first(model, _examples(9, 16, 5))
+    torch.testing.assert_close(padded, alone)
+    torch.testing.assert_close(packed, alone)
+    expected = "an example has 17 tokens, but beyond 16 tokens the position frequencies of this llama"
+    with pytest.raises(ValueError, match=f"{expected}.*; set --max-tokens to 16 or less"):
+        _losses_of_the_first(model, _examples(9, 17, 5))
+    # The refusal is not for nothing.
+    tokens = torch.arange(2, 19).unsqueeze(0)
+    with torch.no_grad():
+        part, whole = model.model(tokens[:, :9]).last_hidden_state, model.model(tokens).last_hidden_state
+    assert (whole[:, :9] - part).norm() > 0.005 * part.norm()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn"])
+def test_frequencies_that_stay_the_same_have_no_limit(kind):
+    model = _rope(kind)
+    assert models.length_limit(model.config) is None
+    alone, padded, packed = _losses_of_the_first(model, _examples(9, 40, 5))
+    torch.testing.assert_close(padded, alone)
+    torch.testing.assert_close(packed, alone)
+
+
+def test_the_limit_is_that_of_whichever_layers_have_one():
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    parts = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": scaling}
+    config = AutoConfig.for_model("gemma3_text", rope_parameters=parts, max_position_embeddings=48)
+    assert models.length_limit(config) == 48
+    assert models.length_limit(tiny_gpt2().config) is None
 
 
 @pytest.mark.parametrize("load", [models.load, models.load_tokenizer])
@@ -179,6 +377,24 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer .* cannot be loaded"):
         models.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("tokenizer.json", "{", "one of its files is not JSON"),
+        ("tokenizer.json", "[]", "TypeError"),
+        ("tokenizer.json", "{}", "KeyError"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": 3, "merges": []}}', ""),
+        ("tokenizer_config.json", "[]", "AttributeError"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(file, content, expected, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=f"the tokenizer of model .* cannot be loaded: .*{expected}") as raised:
+        models.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 def test_another_tokenizer_may_be_named(tmp_path):
