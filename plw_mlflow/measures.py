@@ -163,7 +163,9 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens
     ends = {tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
     ends.update(answer_ends(examples, tokenizer, max_tokens))
     found: dict[int, tuple[list[int], bool]] = {}
-    for numbers in _batches([len(prompt(example)) for example in examples]):
+    # Where a long text changes what is computed for others, each has a batch of its own.
+    together = BATCH_EXAMPLES if models.length_limit(model.config) is None else 1
+    for numbers in _batches([len(prompt(example)) for example in examples], together):
         prompts = [prompt(examples[number]) for number in numbers]
         longest = max(map(len, prompts))
         tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id, dtype=torch.long)
@@ -188,8 +190,8 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens
     return [found[number] for number in range(len(examples))]
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers in batches of like length."""
+def _batches(lengths: Sequence[int], together: int) -> Iterator[list[int]]:
+    """Numbers in batches of like length, so many together."""
     order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-    for start in range(0, len(order), BATCH_EXAMPLES):
-        yield order[start : start + BATCH_EXAMPLES]
+    for start in range(0, len(order), together):
+        yield order[start : start + together]

@@ -85,14 +85,16 @@ class Scorer(Asking, HFLM):
             yield numbers, partial(self._score_trees, batch, [pieces[number] for number in numbers])
         alone = [number for number, fit in enumerate(fits) if not fit]
         lengths = [len(pieces[number].inputs) for number in alone]
-        for numbers in self._padded(alone, lengths, self.batch_tokens):
+        # Beyond the limit, models know one set of position frequencies.
+        for numbers in self._padded(alone, lengths, self.batch_tokens, beyond=self.batch_tokens):
             yield numbers, partial(self._score_alone, [pieces[number] for number in numbers])
 
-    def _padded(self, numbers: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-        """Numbers in batches as `_padded` makes them, in none of which a long text changes a short one."""
-        for is_long in (True, False):
-            part = [pair for pair in zip(numbers, lengths, strict=True) if (pair[1] > self._limit) == is_long]
-            yield from _padded([number for number, _ in part], [length for _, length in part], tokens)
+    def _padded(self, numbers: Sequence[int], lengths: Sequence[int], tokens: int, beyond: int) -> Iterator[list[int]]:
+        """Numbers in batches of so many tokens; texts longer than the limit apart, in batches of `beyond` tokens."""
+        pairs = list(zip(numbers, lengths, strict=True))
+        long, short = ([pair for pair in pairs if (pair[1] > self._limit) is kind] for kind in (True, False))
+        for part, most in ((long, beyond), (short, tokens)):
+            yield from _padded([number for number, _ in part], [length for _, length in part], most)
 
     def _score_trees(self, batch: Sequence[trees.Row], pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
         """pieces: those of the batch's rows, in order."""
@@ -133,7 +135,8 @@ class Scorer(Asking, HFLM):
         for (_, most, other, _), kind in kinds.items():
             is_greedy = self.shares and own <= GREEDY and json.loads(other).keys() <= {"do_sample", "temperature"}
             lengths = [len(prompts[number].tokens) + most for number in kind]
-            for numbers in self._padded(kind, lengths, GENERATION * self.batch_tokens):
+            # One that grows beyond the limit changes its frequencies then, and those of the others with them.
+            for numbers in self._padded(kind, lengths, GENERATION * self.batch_tokens, beyond=0):
                 run = self._generate if is_greedy else self.generate_otherwise
                 yield numbers, partial(run, [prompts[number] for number in numbers])
 

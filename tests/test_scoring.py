@@ -192,6 +192,34 @@ def test_an_answer_longer_than_the_window_is_scored_window_by_window(family):
     assert not scorer.truncated
 
 
+def test_a_long_request_changes_no_short_one():
+    """Of a model whose position frequencies follow the longest text of its batch."""
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+    longrope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    model, tokenizer = make_model("llama", rope_parameters=longrope), byte_tokenizer()
+    pairs = [
+        ("Is it?", " yes"),
+        ("Is it?", " no"),
+        ("long " * 12, "text"),
+        ("Why is that?", " so"),
+        ("more " * 10, "s"),
+    ]
+    settings = {"until": ["e"], "max_gen_toks": 8}
+    texts = [("Is it?", settings), ("long " * 12, settings), ("more " * 3, settings), ("Why?", settings)]
+
+    def answers(scorer, pairs, texts):
+        scored = scorer.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+        return [ll for ll, _ in scored], scorer.generate_until(instances("generate_until", *texts), disable_tqdm=True)
+
+    together = answers(Scorer(model, tokenizer), pairs, texts)
+    alone = (
+        [answers(Scorer(model, tokenizer), [pair], []) for pair in pairs],
+        [answers(Scorer(model, tokenizer), [], [text]) for text in texts],
+    )
+    assert together[0] == pytest.approx([lls[0] for lls, _ in alone[0]], rel=1e-5)
+    assert together[1] == [written[0] for _, written in alone[1]]
+
+
 def test_requests_share_their_beginnings(monkeypatch):
     """The work, in tokens that go through the model: every distinct prefix once."""
     model, tokenizer = make_model("llama"), byte_tokenizer()
