@@ -25,6 +25,7 @@ FIELDS = {  # of each format: what must be there, and, for those of three texts,
     "dolly": ("instruction", "context", "response"),
     "prompt-completion": ("prompt", None, "completion"),
 }
+OWN = {format: frozenset(field for field in fields if field) for format, fields in FIELDS.items()}
 CONVERSATIONS = ("messages", "conversations")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -175,7 +176,7 @@ def _csv(path: Path, stream: io.BufferedReader, parting: str) -> Iterator[Any]:
     number = 0
     try:
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True, delimiter=parting)
-        header = next(reader, [])
+        header = next(filter(None, reader), [])
         if len(header) == 1 and (other := next((one for one in ";\t," if one in header[0]), None)):
             must = "a tab, as the file is called TSV" if parting == "\t" else "a comma"
             must += "; call it .tsv" if other == "\t" else ""
@@ -398,12 +399,13 @@ def record(
         lacking = next((field for field in _needed(format) if field not in row), None)
         lacking = "messages" if lacking is None else lacking
         return Fault(f"lacks the field {lacking!r} (it has {_listed(row)})")
-    if fault := _unusable_fields(row):
+    has_more = not _is_plain(row, format)  # most rows have not, which saves most of the time that looking takes
+    if has_more and (fault := _unusable_fields(row)):
         return fault
     found = _chat(row, id) if format == "chat" else _three_texts(row, id, format)
     if isinstance(found, Fault):
         return found
-    if not is_given and (field := _left_out(row, found, format)):
+    if has_more and not is_given and (field := _left_out(row, found, format)):
         return Fault(
             f"has text in the field {field!r}, and how it belongs to a record of format {format} is not certain "
             f"(--format {format} leaves it out and counts it)"
@@ -418,8 +420,10 @@ def record(
 
 def unread(row: dict[str, Any], format: str, completion_turns: Literal["last", "every"] = "last") -> list[str]:
     """The fields of a usable row that hold something and are not read; those of its turns as `messages[].NAME`."""
-    read = READ[format] if format == "chat" else READ[format] | {_input_field(row, format)}
-    names = [field for field, value in row.items() if value is not None and field not in read]
+    names: list[str] = []
+    if not _is_plain(row, format):
+        read = READ[format] if format == "chat" else READ[format] | {_input_field(row, format)}
+        names += [field for field, value in row.items() if value is not None and field not in read]
     if format == "chat":
         field = _conversation_field(row)
         names += dict.fromkeys(f"{field}[].{name}" for name in _unread_of_turns(row[field], completion_turns))
@@ -428,7 +432,8 @@ def unread(row: dict[str, Any], format: str, completion_turns: Literal["last", "
 
 def _unread_of_turns(turns: list[dict[str, Any]], completion_turns: str) -> Iterator[str]:
     for number, turn in enumerate(turns, start=1):
-        if turn.keys() <= PLAIN and all(isinstance(turn.get(name), str) for name in turn):
+        content = _either(turn, "content", "value")
+        if turn.keys() <= PLAIN and isinstance(content, str):
             continue
         is_answer = ROLES[_either(turn, "role", "from")] == "assistant"
         is_completion = is_answer and (completion_turns == "every" or number == len(turns))
@@ -437,7 +442,6 @@ def _unread_of_turns(turns: list[dict[str, Any]], completion_turns: str) -> Iter
             is_followed = name in MARKS and is_answer and (is_completion or not _mark(value))
             if value is not None and name not in PLAIN and name not in REFUSED and not is_followed:
                 yield name
-        content = _either(turn, "content", "value")
         for part in content if isinstance(content, list) else ():
             yield from (f"content[].{name}" for name, value in part.items() if value and name not in ("type", "text"))
 
@@ -477,6 +481,11 @@ def _has(fields: Container[str], format: str) -> bool:
     return all(field in fields for field in _needed(format))
 
 
+def _is_plain(row: dict[str, Any], format: str) -> bool:
+    """Whether a row has its format's own texts and no other field."""
+    return len(row) == 1 if format == "chat" else row.keys() <= OWN[format]
+
+
 def _holds(value: Any) -> bool:
     """Whether a field's value is anything but nothing."""
     return bool(value.strip() if isinstance(value, str) else value)
@@ -487,9 +496,10 @@ def _holds_any(value: Any) -> bool:
     return _holds(value) and value not in ("[]", "{}")
 
 
-def _either(row: dict[str, Any], *names: str) -> Any:
-    """The value of the first of some fields that has one."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _either(row: dict[str, Any], name: str, other: str) -> Any:
+    """The value of the first of two fields that has one."""
+    value = row.get(name)
+    return row.get(other) if value is None else value
 
 
 def _mark(value: Any) -> bool | None:
@@ -539,7 +549,9 @@ def _input_field(row: dict[str, Any], format: str) -> str | None:
     In the format prompt-completion there is none, as a prompt may have its input within.
     """
     own = FIELDS[format][1]
-    return own and next((field for field in (own, *INPUTS) if _holds(row.get(field))), own)
+    if own is None or _holds(row.get(own)):
+        return own
+    return next((field for field in INPUTS if _holds(row.get(field))), own)
 
 
 def _left_out(row: dict[str, Any], found: Record, format: str) -> str | None:
@@ -636,11 +648,13 @@ def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
     role = _either(turn, "role", "from")
     if not isinstance(role, str) or role not in ROLES:
         return Fault(f"has the role {role!r} in turn {number}, where only {', '.join(ROLES)} are known")
+    is_trained: bool | Fault = True
     if not turn.keys() <= PLAIN:
         for name, why in REFUSED.items():
             if _holds_any(turn.get(name)):
                 return Fault(f"has {name} in turn {number}, {why}")
-    is_trained = _marked(turn, MARKS, f" in turn {number}") if ROLES[role] == "assistant" else True
+        if ROLES[role] == "assistant":
+            is_trained = _marked(turn, MARKS, f" in turn {number}")
     if isinstance(is_trained, Fault):
         return is_trained
     content = _content(_either(turn, "content", "value"), number)
@@ -648,14 +662,11 @@ def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
         return content
     if not _is_text(content):
         return Fault(f"has half a surrogate pair in its turn {number}, which is no character")
-    for names in TURN:
-        values = [
-            ROLES.get(value, value) if names == TURN[0] and isinstance(value, str) else value
-            for value in (turn.get(name) for name in names)
-            if value is not None
-        ]
+    for one, other in TURN if len(turn) > 2 else ():
+        values = [turn[name] for name in (one, other) if turn.get(name) is not None]
+        values = [ROLES.get(value, value) if one == "role" and isinstance(value, str) else value for value in values]
         if len(values) == 2 and values[0] != values[1]:
-            return Fault(f"has both {' and '.join(names)} in turn {number}, which differ")
+            return Fault(f"has both {one} and {other} in turn {number}, which differ")
     return Message(ROLES[role], content, is_trained)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -268,6 +268,10 @@ ROWS = {
 def test_a_format_is_known_by_its_fields(format, rows):
     for row in rows:
         assert formats.detect([{}, row, row, None, {"prompt": "other"}], "data") == format
+
+
+def test_blank_lines_before_the_names_of_columns_are_no_names(tmp_path):
+    assert read(tmp_path / "data.csv", b"\n\r\n" + as_csv([GOOD])) == [GOOD]
 
 
 def test_a_file_whose_name_shouts_is_csv_too(tmp_path):
@@ -554,6 +558,7 @@ BAD = [
     (GOOD | {"loss_mask": [0, 1]}, "alpaca", "has loss_mask, by which parts of a text are chosen"),
     (GOOD | {"input_ids": [5, 6], "labels": [-100, 6]}, "alpaca", "has labels, by which parts of a text are chosen"),
     ({"messages": [CHAT[0] | {"from": "gpt"}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
+    ({"messages": [CHAT[0] | {"from": ["gpt"]}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
     ({"messages": [CHAT[0], CHAT[1] | {"value": "5"}]}, "chat", "has both content and value in turn 2, which differ"),
     (
         {"messages": [turn("user", [{"type": "image_url"}]), CHAT[1]]},
@@ -575,6 +580,45 @@ def test_an_unusable_record_is_told_what_it_lacks(row, format, fault):
     found = formats.record(row, "f:1", format)
     assert isinstance(found, Fault)
     assert found.text.startswith(fault)
+
+
+words = st.sampled_from(["", " ", *(f"<{number}>" for number in range(40))])
+marks = st.sampled_from([0, 1, True, False, None, 0.5, "1"])
+odd_turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant"]), "content": words},
+        optional={
+            **dict.fromkeys(["value", "name", "thinking", "tool_calls", "refusal", "topic"], words),
+            **dict.fromkeys(["weight", "train"], marks),
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+odd_rows = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys([*formats.OWN["alpaca"], *formats.OWN["dolly"], *formats.OWN["prompt-completion"]], words),
+        **dict.fromkeys(["system", "system_prompt", "tools", "thinking", "text", "rejected", "topic"], words),
+        **dict.fromkeys(formats.CONVERSATIONS, odd_turns),
+        "weight": marks,
+    },
+)
+
+
+@settings(max_examples=200)
+@given(odd_rows, st.sampled_from(["alpaca", "dolly", "prompt-completion", "chat"]), st.booleans())
+def test_no_text_of_a_usable_row_is_lost_unsaid(row, format, is_given):
+    """It is in the record, or in a field that is known not to be read."""
+    found = formats.record(row, "f:1", format, is_given=is_given, keep_empty=True)
+    if isinstance(found, Fault):
+        return
+    kept = repr(found)
+    told = formats.unread(row, format)
+    for field, value in row.items():
+        turns = value if isinstance(value, list) and field not in told else []
+        parts = [(field, value), *((f"{field}[].{name}", text) for turn in turns for name, text in turn.items())]
+        assert all(name in told or text.strip() in kept for name, text in parts if isinstance(text, str))
 
 
 def test_an_empty_completion_may_be_kept():
