@@ -136,6 +136,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         template_weight=config.template_weight,
         completion_weight=config.completion_weight,
     )
+    measures.check(names(getattr(config, "measures", None) or ""), len(prepared.validation))
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")

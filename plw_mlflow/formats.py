@@ -9,13 +9,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plw_mlflow.records import Fault, Message, Record
 
@@ -24,14 +25,60 @@ FIELDS = {  # of each format: what must be there, and, for those of three texts,
     "dolly": ("instruction", "context", "response"),
     "prompt-completion": ("prompt", None, "completion"),
 }
+OWN = {format: frozenset(field for field in fields if field) for format, fields in FIELDS.items()}
 CONVERSATIONS = ("messages", "conversations")
+SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-READ = {format: {*fields, "system", "history", *TOOLS} for format, fields in FIELDS.items()}  # fields, by format
-READ["chat"] = {*CONVERSATIONS, "system", *TOOLS}
+INPUTS = ("input", "context")
+# Fields that hold text of a prompt or an answer. Where the format does not say how such a field belongs to a record, it
+# is not left out unasked. A `prompt` beside an instruction or a conversation is no such field: it repeats them.
+TEXTS = (
+    *("instruction", *INPUTS, "output", "response", "completion", "history", *CONVERSATIONS),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+# Marks by which trainers choose what to train on: OpenAI's and OpenChat's, axolotl's (two), ms-swift's.
+MARKS = ("weight", "train", "train_on_turn", "loss")
+RECORD_MARKS = ("weight", "train")
+TOKEN_MARKS = ("loss_mask", "train_detail")
+READ = {  # fields, by format
+    format: {*fields, *SYSTEMS, "history", *TOOLS, *RECORD_MARKS, *TOKEN_MARKS} for format, fields in FIELDS.items()
+}
+READ["chat"] = {*CONVERSATIONS, *SYSTEMS, *TOOLS, *RECORD_MARKS, *TOKEN_MARKS}
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+TURN = (("role", "from"), ("content", "value"))  # the fields of a turn, by both of their names
+REFUSED = {  # other fields of a turn, and why a turn that has one cannot be used
+    **dict.fromkeys(("tool_calls", "function_call", *TOOLS), "which no template here is given"),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking", "refusal"),
+        "which is text of the turn outside its content; put it into the content or remove it",
+    ),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "which is no text"),
+    **dict.fromkeys(TOKEN_MARKS, "but an answer is trained on as a whole or not at all"),
+}
+PLAIN = {*itertools.chain.from_iterable(TURN)}  # fields of a turn that are always read
 
-ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PACKED = (".gz", ".zst")
+# Endings of file names, by which a missing file is told from a hub id.
+ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".parquet", *DELIMITERS, *PACKED),
+    *(".txt", ".xls", ".xlsx", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"),
+)
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+UNREADABLE = {  # what a file is that begins like this, and what to do
+    b"PK\x03\x04": "a ZIP archive, as Excel's .xlsx files are; unpack it, or save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel file; save the table as CSV",
+    b"BZh": "packed by bzip2; unpack it, or pack it by gzip or zstd",
+    b"\xfd7zXZ": "packed by xz; unpack it, or pack it by gzip or zstd",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it",
+    b"ARROW1": "an Arrow file; save it as Parquet or JSON Lines",
+    b"\xff\xff\xff\xff": "an Arrow stream, as the library datasets saves; write it by to_parquet or to_json",
+    b"SQLite format 3": "an SQLite database; write the table out as CSV",
+    b"version https://git-lfs": "a pointer that Git LFS has left in place of the file; get the file by git lfs pull",
+    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<!doctype": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
 CHUNK = 1 << 20  # bytes read at a time
 
 
@@ -55,25 +102,41 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
             raise ValueError(f"{path} is a damaged {kind} file ({error}); get it again") from None
 
 
-def is_csv(path: Path) -> bool:
-    """Whether a file is CSV, which its name alone can say."""
-    return ".csv" in map(str.lower, path.suffixes)
+def delimiter(path: Path) -> str | None:
+    """What parts the columns of a CSV or TSV file, which its name alone can tell; None for a file of another kind."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return DELIMITERS.get(suffixes[-1]) if suffixes else None
+
+
+def check_kind(path: Path, start: bytes) -> None:
+    """Raise ValueError for a file that begins (`start`) as one that cannot be read begins."""
+    kind = next((kind for magic, kind in UNREADABLE.items() if start.startswith(magic)), None)
+    if start[257:262] == b"ustar":
+        kind = "a tar archive; unpack it"
+    if kind:
+        raise ValueError(f"{path} is {kind}")
 
 
 def rows(path: Path) -> Iterator[Any]:
-    """A file's rows, a Fault in place of a line that cannot be read.
+    """A file's rows, a Fault in place of a line that cannot be read or a JSON object that has a field twice.
 
-    Parquet is known by its first bytes, CSV by the file's name; anything else is JSON: a list, or one value a line.
-    Raises ValueError for a fault beyond which nothing can be read.
+    Parquet is known by its first bytes, CSV and TSV by the file's name; anything else is JSON: a list, or one value
+    after another. Raises ValueError for a fault beyond which nothing can be read.
     """
     with unpacked(path) as stream:
-        if stream.peek(4)[:4] == b"PAR1":
+        start = stream.peek(512)
+        check_kind(path, start)
+        if start[:4] == b"PAR1":
             with path.open("rb") as file:
                 if file.read(4) != b"PAR1":
                     raise ValueError(f"{path}: Parquet is not read packed; unpack it")
             yield from _parquet(path)
-        elif is_csv(path):
-            yield from _csv(path, stream)
+        elif parting := delimiter(path):
+            if _LIKE_JSON.match(start):
+                raise ValueError(f"{path} is JSON by its content, but CSV or TSV by its name; rename it")
+            yield from _csv(path, stream, parting)
         else:
             yield from _json(path, stream)
 
@@ -84,22 +147,44 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            if twice := _repeated_column(file.schema_arrow):
+                raise ValueError(f"{path} has the column {twice!r} twice; rename or remove one")
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is a damaged Parquet file ({error}); get it again") from None
 
 
-def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
+def _repeated_column(columns: Any) -> str | None:
+    """A name that two columns of an Arrow schema, or two fields of a struct within it, have; None if there is none."""
+    import pyarrow as pa
+
+    children = list(columns)
+    names = [child.name for child in children]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        return repeated
+    for kind in (child.type for child in children):
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind) and (repeated := _repeated_column(kind)):
+            return repeated
+    return None
+
+
+def _csv(path: Path, stream: io.BufferedReader, parting: str) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)  # characters; a text may be long
     number = 0
     try:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-        header = next(reader, [])
-        if len(header) == 1 and (delimiter := next((one for one in ";\t" if one in header[0]), None)):
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True, delimiter=parting)
+        header = next(filter(None, reader), [])
+        if len(header) == 1 and (other := next((one for one in ";\t," if one in header[0]), None)):
+            must = "a tab, as the file is called TSV" if parting == "\t" else "a comma"
+            must += "; call it .tsv" if other == "\t" else ""
             raise ValueError(
-                f"{path}: its first line is a single field, which holds {delimiter!r}; the delimiter must be a comma"
+                f"{path}: its first line is a single field, which holds {other!r}; the delimiter must be {must}"
             )
+        if repeated := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename or remove one")
         for number, texts in enumerate(filter(None, reader), start=1):  # noqa: B007 (named by what is raised below)
             if len(texts) == len(header):
                 yield dict(zip(header, texts, strict=True))
@@ -110,7 +195,7 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
             f"{path} is not UTF-8 text, soon after record {number} ({error.reason}); save it as UTF-8"
         ) from None
     except csv.Error as error:
-        raise ValueError(f"{path}: record {number + 1} is not CSV: {error}") from None
+        raise ValueError(f"{path}: record {number + 1} is not {'CSV' if parting == ',' else 'TSV'}: {error}") from None
 
 
 def _json(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
@@ -122,14 +207,39 @@ def _json(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
     if ahead.lstrip().startswith(b"["):
         yield from _json_list(_Text(path, stream, offset))
         return
+    if _is_over_lines(path, ahead):
+        text = _Text(path, stream, offset)
+        while text.next():
+            yield text.value()
+        return
     for line in stream:  # of bytes, which a newline alone ends: JSON strings may hold U+2028 and the like
         if line.strip():
             try:
-                yield json.loads(line.decode())
+                yield _DECODER.decode(line.decode())
             except UnicodeDecodeError as error:
                 yield Fault(f"is not UTF-8 text: its byte {error.start} cannot be read")
             except (ValueError, RecursionError) as error:
                 yield Fault(f"is not JSON: {error}")
+
+
+def _is_over_lines(path: Path, ahead: bytes) -> bool:
+    """Whether a file that begins so begins with an object that goes on over several lines."""
+    line, newline, _ = ahead.lstrip().partition(b"\n")
+    if not (newline and line.startswith(b"{")):
+        return False
+    try:
+        _DECODER.decode(line.decode())
+        return False
+    except (ValueError, RecursionError):
+        pass
+    with unpacked(path) as stream:
+        if stream.peek(3).startswith(codecs.BOM_UTF8):
+            stream.read(3)
+        try:
+            _Text(path, stream, 0).value()
+        except ValueError:
+            return False
+    return True
 
 
 def _json_list(text: _Text) -> Iterator[Any]:
@@ -214,7 +324,19 @@ class _Text:
 
 
 _BLANK = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
+_LIKE_JSON = re.compile(rb'\s*(\[\s*)?\{\s*"')
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
+    """A JSON object, or a Fault where a later value would take the place of an earlier one."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    return Fault(f"has the field {next(name for name in names if names.count(name) > 1)!r} twice")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 # Records: what a row says.
@@ -237,10 +359,16 @@ def detect(first: Iterable[Any], name: str) -> str:
     if not faults:
         raise ValueError(f"{name} holds no record")
     if faults[0] and all(faults):
-        raise ValueError(f"{name}: record 1 {faults[0].text}")
+        kind = "" if delimiter(Path(name)) else _OTHER_KINDS
+        raise ValueError(f"{name}: record 1 {faults[0].text}" + kind * faults[0].text.startswith(_NO_JSON))
     if not found:
+        if len(faults) == 1 and (wrapped := _wrapped(row)):
+            raise ValueError(
+                f"{name} is one JSON object, which holds its records in the list {wrapped!r}; a file must hold the "
+                "list itself: write it into a file of its own"
+            )
         raise ValueError(
-            f"{name} has records of no known format (the first has the fields {', '.join(map(repr, seen)) or 'none'}): "
+            f"{name} has records of no known format (the first has the fields {_listed(seen)}): "
             + "; ".join(f"{format} needs {' and '.join(map(repr, _needed(format)))}" for format in FIELDS)
             + f"; chat needs {' or '.join(map(repr, CONVERSATIONS))}. Rename the fields"
         )
@@ -250,41 +378,93 @@ def detect(first: Iterable[Any], name: str) -> str:
     return best
 
 
-def record(row: Any, id: str, format: str, *, keep_empty: bool = False) -> Record | Fault:
+def record(
+    row: Any,
+    id: str,
+    format: str,
+    *,
+    is_given: bool = False,
+    keep_empty: bool = False,
+    completion_turns: Literal["last", "every"] = "last",
+) -> Record | Fault:
     """A row as a record, or what makes it unusable as one.
 
+    is_given: the caller has chosen the format, so that text in fields of other formats is left out.
     keep_empty: an empty completion is no fault.
+    completion_turns: which answers of a conversation are completions.
     """
     if fault := _not_an_object(row):
         return fault
     if not _has(row, format):
         lacking = next((field for field in _needed(format) if field not in row), None)
         lacking = "messages" if lacking is None else lacking
-        return Fault(f"lacks the field {lacking!r} (it has {', '.join(map(repr, row)) or 'none'})")
-    if any((row.get(field) or "[]") != "[]" for field in TOOLS):
-        return Fault("has tools, which no template here is given")
-    if not isinstance(row.get("system") or "", str):
-        return Fault("has something other than text as its system")
+        return Fault(f"lacks the field {lacking!r} (it has {_listed(row)})")
+    has_more = not _is_plain(row, format)  # most rows have not, which saves most of the time that looking takes
+    if has_more and (fault := _unusable_fields(row)):
+        return fault
     found = _chat(row, id) if format == "chat" else _three_texts(row, id, format)
     if isinstance(found, Fault):
         return found
-    completion = FIELDS[format][2] if format in FIELDS else "last assistant turn"
-    if not keep_empty and not found.output.strip():
-        return Fault(f"has an empty completion ({completion})")
+    if has_more and not is_given and (field := _left_out(row, found, format)):
+        return Fault(
+            f"has text in the field {field!r}, and how it belongs to a record of format {format} is not certain "
+            f"(--format {format} leaves it out and counts it)"
+        )
+    empty = _empty_completion(found, format, completion_turns)
+    if empty and not keep_empty:
+        return Fault(f"has an empty completion ({empty})")
     if not found.instruction.strip():
         return Fault("has an empty instruction")
     return found
 
 
-def unread(row: dict[str, Any], format: str) -> list[str]:
-    """The fields of a row that hold something and are not read."""
-    return [field for field, value in row.items() if value is not None and field not in READ[format]]
+def unread(row: dict[str, Any], format: str, completion_turns: Literal["last", "every"] = "last") -> list[str]:
+    """The fields of a usable row that hold something and are not read; those of its turns as `messages[].NAME`."""
+    names: list[str] = []
+    if not _is_plain(row, format):
+        read = READ[format] if format == "chat" else READ[format] | {_input_field(row, format)}
+        names += [field for field, value in row.items() if value is not None and field not in read]
+    if format == "chat":
+        field = _conversation_field(row)
+        names += dict.fromkeys(f"{field}[].{name}" for name in _unread_of_turns(row[field], completion_turns))
+    return names
+
+
+def _unread_of_turns(turns: list[dict[str, Any]], completion_turns: str) -> Iterator[str]:
+    for number, turn in enumerate(turns, start=1):
+        content = _either(turn, "content", "value")
+        if turn.keys() <= PLAIN and isinstance(content, str):
+            continue
+        is_answer = ROLES[_either(turn, "role", "from")] == "assistant"
+        is_completion = is_answer and (completion_turns == "every" or number == len(turns))
+        for name, value in turn.items():
+            # The mark of an earlier answer, by which it would be trained on, is not followed if only the last one is.
+            is_followed = name in MARKS and is_answer and (is_completion or not _mark(value))
+            if value is not None and name not in PLAIN and name not in REFUSED and not is_followed:
+                yield name
+        for part in content if isinstance(content, list) else ():
+            yield from (f"content[].{name}" for name, value in part.items() if value and name not in ("type", "text"))
 
 
 def _not_an_object(row: Any) -> Fault | None:
     if isinstance(row, dict | Fault):
         return row if isinstance(row, Fault) else None
     return Fault(f"is a JSON {type(row).__name__}, not an object")
+
+
+def _listed(fields: Iterable[str]) -> str:
+    """The first of some names, as they are listed in a message."""
+    names = [*map(repr, itertools.islice(fields, 21))]
+    return ", ".join([*names[:20], "..."] if len(names) > 20 else names) or "none"
+
+
+def _wrapped(row: Any) -> str | None:
+    """The field of a file's only row that holds a list of records."""
+    for field, value in row.items() if isinstance(row, dict) else ():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and any(_has(first, format) for format in (*FIELDS, "chat")):
+            return str(field)
+    return None
 
 
 def _needed(format: str) -> list[str]:
@@ -301,9 +481,104 @@ def _has(fields: Container[str], format: str) -> bool:
     return all(field in fields for field in _needed(format))
 
 
+def _is_plain(row: dict[str, Any], format: str) -> bool:
+    """Whether a row has its format's own texts and no other field."""
+    return len(row) == 1 if format == "chat" else row.keys() <= OWN[format]
+
+
+def _holds(value: Any) -> bool:
+    """Whether a field's value is anything but nothing."""
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _holds_any(value: Any) -> bool:
+    """The same of a list or an object, which may be spelled as text."""
+    return _holds(value) and value not in ("[]", "{}")
+
+
+def _either(row: dict[str, Any], name: str, other: str) -> Any:
+    """The value of the first of two fields that has one."""
+    value = row.get(name)
+    return row.get(other) if value is None else value
+
+
+def _mark(value: Any) -> bool | None:
+    """What a mark says of training on something; None if it is neither 0 and 1 nor false and true."""
+    if isinstance(value, str):
+        return {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}.get(value.lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def _marked(fields: dict[str, Any], names: Iterable[str], where: str = "") -> bool | Fault:
+    """Whether something is to be trained on by its marks, of those called `names`."""
+    marks = {name: fields[name] for name in names if fields.get(name) not in (None, "")}
+    says = {_mark(value) for value in marks.values()}
+    for name, value in marks.items():
+        if _mark(value) is None:
+            return Fault(
+                f"has the {name} {value!r}{where}, where only 0 and 1 (or false and true) can be followed; change it, "
+                f"or rename the field if it means something else"
+            )
+    if len(says) > 1:
+        return Fault(f"has marks that contradict each other{where}: {', '.join(marks)}")
+    return says != {False}
+
+
+def _unusable_fields(row: dict[str, Any]) -> Fault | None:
+    """What in the fields beside the texts makes a row unusable."""
+    if any(_holds_any(row.get(field)) for field in TOOLS):
+        return Fault("has tools, which no template here is given")
+    masks = [*TOKEN_MARKS, *(["labels"] if _holds_any(row.get("input_ids")) else [])]
+    if field := next((field for field in masks if _holds_any(row.get(field))), None):
+        return Fault(f"has {field}, by which parts of a text are chosen to be trained on; nothing here follows it")
+    systems = {field: row[field] for field in SYSTEMS if row.get(field)}
+    for field, text in systems.items():
+        if not isinstance(text, str):
+            return Fault(f"has something other than text as its {field}")
+    if len({*systems.values()}) > 1:
+        return Fault(f"has two system texts ({' and '.join(systems)}), which differ; remove one")
+    is_trained = _marked(row, RECORD_MARKS)
+    if isinstance(is_trained, Fault):
+        return is_trained
+    return None if is_trained else Fault("is marked as not to be trained on (by its weight, or train)")
+
+
+def _input_field(row: dict[str, Any], format: str) -> str | None:
+    """The field that holds a row's input: the format's own, or, where that has nothing, the one of another format.
+
+    In the format prompt-completion there is none, as a prompt may have its input within.
+    """
+    own = FIELDS[format][1]
+    if own is None or _holds(row.get(own)):
+        return own
+    return next((field for field in INPUTS if _holds(row.get(field))), own)
+
+
+def _left_out(row: dict[str, Any], found: Record, format: str) -> str | None:
+    """A field with text of a prompt or an answer that a row's record does not have, in whatever place."""
+    texts = {found.instruction, found.input, found.output, *(message.content for message in found.messages)}
+    read = READ[format] if format == "chat" else {*FIELDS[format], _input_field(row, format), "history"}
+    for field in TEXTS:
+        value = row.get(field)
+        if value and field not in read and _holds(value) and (not isinstance(value, str) or value not in texts):
+            return field
+    return None
+
+
+def _empty_completion(found: Record, format: str, completion_turns: str) -> str | None:
+    """What a record calls the first of its completions that is empty; None if none is."""
+    for number, message in enumerate(found.messages[:-1] if completion_turns == "every" else (), start=1):
+        if message.role == "assistant" and message.is_trained and not message.content.strip():
+            return f"turn {number}"
+    if found.output.strip():
+        return None
+    return str(FIELDS[format][2]) if format in FIELDS else "last assistant turn"
+
+
 def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
     texts = []
-    for field in FIELDS[format]:
+    instruction_field, _, output_field = FIELDS[format]
+    for field in (instruction_field, _input_field(row, format), output_field):
         text = row.get(field) if field else None
         if text is not None and not isinstance(text, str):
             return Fault(f"has something other than text as its {field}")
@@ -311,7 +586,7 @@ def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
             return Fault(f"has half a surrogate pair in its {field}, which is no character")
         texts.append(text or "")
     instruction, input, output = texts
-    system, history = row.get("system"), row.get("history") or []
+    system, history = _system(row), row.get("history") or []
     if not (system or history):
         return Record(id, instruction, input, output)
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -323,33 +598,93 @@ def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
     return _conversation(turns, id)
 
 
+def _system(row: dict[str, Any]) -> str:
+    """The system text beside the other fields of a row; empty if there is none."""
+    return next((row[field] for field in SYSTEMS if row.get(field)), "")
+
+
+def _conversation_field(row: dict[str, Any]) -> str:
+    """The field that holds a row's conversation: one that has any turn, if there is one."""
+    fields = sorted(CONVERSATIONS, key=lambda field: (not row.get(field), row.get(field) is None))
+    return fields[0]
+
+
 def _chat(row: dict[str, Any], id: str) -> Record | Fault:
-    turns = next((row[field] for field in CONVERSATIONS if row.get(field) is not None), None)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if all(row.get(field) for field in CONVERSATIONS) and row[CONVERSATIONS[0]] != row[CONVERSATIONS[1]]:
+        return Fault(f"has both {' and '.join(CONVERSATIONS)}, which differ; remove one")
+    turns = row[_conversation_field(row)]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict | Fault) for turn in turns):
         return Fault("has something other than a list of turns as its conversation")
     found = _conversation(turns, id)
-    if isinstance(found, Record) and row.get("system") and found.messages[0].role != "system":
-        return _conversation([{"role": "system", "content": row["system"]}, *turns], id)
-    return found
+    if isinstance(found, Fault) or not (system := _system(row)):
+        return found
+    own = [message.content for message in found.messages if message.role == "system"]
+    if not own:
+        return _conversation([{"role": "system", "content": system}, *turns], id)
+    return found if own == [system] else Fault("has a system text beside a system turn that differs; remove one")
 
 
 def _conversation(turns: list[dict[str, Any]], id: str) -> Record | Fault:
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            return Fault(f"has the role {role!r} in turn {number}, where only {', '.join(ROLES)} are known")
-        if not isinstance(content, str):
-            return Fault(f"has something other than text as its turn {number}")
-        if not _is_text(content):
-            return Fault(f"has half a surrogate pair in its turn {number}, which is no character")
-        messages.append(Message(ROLES[role], content))  # type: ignore[arg-type]
+        message = _message(turn, number)
+        if isinstance(message, Fault):
+            return message
+        messages.append(message)
     if not messages or messages[-1].role != "assistant":
         return Fault("does not end with a turn of the assistant")
+    if not messages[-1].is_trained:
+        return Fault("ends with an answer that is marked as not to be trained on; end it with one that is")
     asked = [message.content for message in messages if message.role == "user"]
     if not asked:
         return Fault("has no turn of the user")
     return Record(id, asked[-1], "", messages[-1].content, tuple(messages))
+
+
+def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
+    """One turn, or what makes it unusable; number: of the turn, from 1."""
+    if isinstance(turn, Fault):
+        return Fault(f"{turn.text} in turn {number}")
+    role = _either(turn, "role", "from")
+    if not isinstance(role, str) or role not in ROLES:
+        return Fault(f"has the role {role!r} in turn {number}, where only {', '.join(ROLES)} are known")
+    is_trained: bool | Fault = True
+    if not turn.keys() <= PLAIN:
+        for name, why in REFUSED.items():
+            if _holds_any(turn.get(name)):
+                return Fault(f"has {name} in turn {number}, {why}")
+        if ROLES[role] == "assistant":
+            is_trained = _marked(turn, MARKS, f" in turn {number}")
+    if isinstance(is_trained, Fault):
+        return is_trained
+    content = _content(_either(turn, "content", "value"), number)
+    if isinstance(content, Fault):
+        return content
+    if not _is_text(content):
+        return Fault(f"has half a surrogate pair in its turn {number}, which is no character")
+    for one, other in TURN if len(turn) > 2 else ():
+        values = [turn[name] for name in (one, other) if turn.get(name) is not None]
+        values = [ROLES.get(value, value) if one == "role" and isinstance(value, str) else value for value in values]
+        if len(values) == 2 and values[0] != values[1]:
+            return Fault(f"has both {one} and {other} in turn {number}, which differ")
+    return Message(ROLES[role], content, is_trained)  # type: ignore[arg-type]
+
+
+def _content(content: Any, number: int) -> str | Fault:
+    """The text of a turn's content, whose parts follow one another without a space, as chat templates write them."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content:
+        for part in content:
+            if not isinstance(part, dict):
+                break
+            if part.get("type") != "text":
+                return Fault(f"has a part of type {part.get('type')!r} in turn {number}, where only text can be read")
+            if not isinstance(part.get("text"), str):
+                break
+        else:
+            return "".join(part["text"] for part in content)
+    return Fault(f"has something other than text as its turn {number}")
 
 
 def _is_text(text: str) -> bool:
@@ -359,3 +694,7 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+_NO_JSON = ("is not JSON", "is not UTF-8")
+_OTHER_KINDS = " (a file is read as JSON unless its name ends in .csv or .tsv, or its content is Parquet's)"

@@ -41,6 +41,7 @@ def run(
     model: the trained one, its adapters merged. base: the name of the one it was trained from. prompts: how many of the
     data set's are used. curve: the training loss of every step.
     """
+    check(wanted, len(_data(dataset, tokenizer, options).validation))
     found: dict[str, float] = {}
     if "stability" in wanted:
         found["stability"] = relative_deviation(curve)
@@ -61,6 +62,16 @@ def run(
         found["length"] = statistics.fmean(len(tokens) for tokens, _ in answers)
         found["length_cut"] = statistics.fmean(not has_ended for _, has_ended in answers)
     return found
+
+
+def check(wanted: Sequence[str], validation_examples: int) -> None:
+    """Raise ValueError for the measures of `wanted` that so many validation examples do not allow."""
+    lacking = [name for name in wanted if name in ("kl", "length")]
+    if lacking and not validation_examples:
+        raise ValueError(
+            f"measures: {' and '.join(lacking)} would be of validation examples, of which there are none, as all "
+            "records are the same one; leave such measures out, or give more records"
+        )
 
 
 def _data(dataset: str, tokenizer: Any, options: DataOptions) -> prepare.Prepared:

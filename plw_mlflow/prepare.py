@@ -214,7 +214,7 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
     here = Path(__file__).parent
     decides = {
         "data": source.sha256,
-        "is_csv": formats.is_csv(Path(source.location)),
+        "delimiter": formats.delimiter(Path(source.location)),
         "encoder": encoder.digest,
         "tokenizers": tokenizers.__version__,
         "invert": invert,
@@ -222,6 +222,7 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
         "max_records": options.max_records,
         "on_bad_record": options.on_bad_record,
         "empty_completion": options.empty_completion,
+        "completion_turns": options.completion_turns,
         "code": [hashlib.sha256((here / f"{module}.py").read_bytes()).hexdigest() for module in CODE],
     }
     return cache / "examples" / digest(decides), partial(_tokenise, source, invert, encoder, options)
@@ -288,13 +289,20 @@ class _Unread:
 
 def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tuple[int, Record]]:
     """The records with their numbers."""
-    source, keep_empty = unread.source, unread.options.empty_completion == "keep"
+    source, options = unread.source, unread.options
     for number, row in enumerate(tqdm(rows, f"reading {source.name}", unit=" records", disable=None), start=1):
-        record = formats.record(row, f"{source.prefix}:{number}", format, keep_empty=keep_empty)
+        record = formats.record(
+            row,
+            f"{source.prefix}:{number}",
+            format,
+            is_given=options.format != "auto",
+            keep_empty=options.empty_completion == "keep",
+            completion_turns=options.completion_turns,
+        )
         if isinstance(record, Fault):
             unread.add(number, record)
         else:
-            unread.fields.update(formats.unread(row, format))
+            unread.fields.update(formats.unread(row, format, options.completion_turns))
             yield number, record
 
 

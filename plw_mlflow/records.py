@@ -16,6 +16,7 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+    is_trained: bool = True  # false for an answer that is never a completion, only what later ones follow from
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class Record:
     messages: tuple[Message, ...] = ()  # the whole conversation, where the record came as one
 
     def key(self) -> bytes:
-        """16 bytes that stand for the text: records have the same key if and only if all their text is the same."""
+        """16 bytes that stand for the text: records have the same key if and only if all their text is the same.
+
+        An answer that is marked as not to be trained on is not the same as one that is not marked.
+        """
         texts = [self.instruction, self.input, self.output]
         for message in self.messages:
-            texts += [message.role, message.content]
+            texts += [message.role if message.is_trained else f"{message.role}, not trained on", message.content]
         # NUL between the texts; one inside a text is told from it by the \x01 before it.
         escaped = (text.replace("\x01", "\x01\x01").replace("\x00", "\x01\x00") for text in texts)
         return hashlib.sha256("\x00".join(escaped).encode("utf-8", "surrogatepass")).digest()[:16]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +27,7 @@ from plw_mlflow import formats
 from plw_mlflow.errors import first_line
 
 TOY = ("toy-short", "toy-long")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
     Raises ValueError where there is none or its content is not what it must be, ConnectionError where the network is
     needed and does not answer.
     """
+    check(dataset, data_dir)
     if dataset in TOY:
         return _toy(dataset)
     if dataset in NAMED:
@@ -108,12 +112,79 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
         sha256 = _sha256(path)
         licence = next((pinned.licence for pinned in NAMED.values() if pinned.sha256 == sha256), "")
         return _file(path, dataset, sha256, licence, inverted=False)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) and not dataset.lower().endswith(formats.ENDINGS):
-        return _hub(dataset)
+    return _hub(dataset, data_dir)
+
+
+def check(dataset: str, data_dir: Path | None = None) -> None:
+    """Raise ValueError for what cannot be a data set, as far as its name and the first bytes of a file tell.
+
+    It imports nothing large, asks no network, and makes no folder: whatever is to be told early is told by it.
+    """
+    if dataset in (*TOY, *NAMED):
+        return
+    path = Path(dataset)
+    try:
+        if path.is_dir():
+            raise ValueError(_of_folder(dataset))
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(512)
+            if not start:
+                raise ValueError(f"{dataset} is empty")
+            formats.check_kind(path, start)
+            return
+        if path.exists():
+            raise ValueError(f"data set {dataset!r} is no regular file, so it cannot be read twice; save it as one")
+    except OSError as error:
+        raise ValueError(f"data set {dataset!r} cannot be read: {error.strerror}") from None
+    if HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(formats.ENDINGS):
+        if "@" not in dataset and (begun := _begun(path, _files(path.parent))):
+            raise ValueError(
+                f"data set {dataset!r} is no file; did you mean {path.parent / begun[0]}? The data set of this name on "
+                "the hub needs its @REVISION"
+            )
+        return
+    if "://" in dataset:
+        raise ValueError(f"data set {dataset!r} is an address; download the file, and give its path")
     raise ValueError(
         f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "
         + ", ".join([*TOY, *NAMED])
+        + (_hint(dataset, data_dir) if path.parent.is_dir() else f"; there is no folder {path.parent}")
     )
+
+
+def _of_folder(dataset: str) -> str:
+    """What to say of a folder."""
+    names = _files(Path(dataset))
+    inside = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    also = "; the data set of this name on the hub needs its @REVISION" if HUB_ID.fullmatch(dataset) else ""
+    return f"data set {dataset!r} is a folder; name one file in it{inside}{also}"
+
+
+def _hint(dataset: str, data_dir: Path | None) -> str:
+    """What may have been meant by a name that means nothing; empty if there is nothing like it."""
+    path = Path(dataset)
+    known = {name.lower(): name for name in (*TOY, *NAMED)}
+    near = [known[name] for name in get_close_matches(dataset.lower(), known, n=2)]
+    for folder in dict.fromkeys([path.parent, *([data_dir] if data_dir else [])]):
+        names = _files(folder)
+        likely = dict.fromkeys([*_begun(path, names), *get_close_matches(path.name, names, n=2, cutoff=0.75)])
+        near += [str(folder / name) for name in likely]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of a folder's files that may hold data; none where it cannot be read."""
+    try:
+        found = sorted(one.name for one in itertools.islice(folder.iterdir(), 10_000) if one.is_file())
+    except OSError:
+        return []
+    return [name for name in found if name.lower().endswith(formats.ENDINGS)]
+
+
+def _begun(path: Path, names: list[str]) -> list[str]:
+    """Of some names, those that are the path's with an ending."""
+    return [name for name in names if name.lower().startswith(path.name.lower() + ".")]
 
 
 def _toy(name: str) -> Source:
@@ -191,7 +262,7 @@ def _digest(stream: BinaryIO, digest: Any) -> str:
     return str(digest.hexdigest())
 
 
-def _hub(dataset: str) -> Source:
+def _hub(dataset: str, data_dir: Path | None) -> Source:
     """The train split of a data set on the hub, at the commit its revision stands for."""
     from huggingface_hub import HfApi
 
@@ -202,11 +273,13 @@ def _hub(dataset: str) -> Source:
         licence, commit = str(getattr(info.card_data, "license", None) or ""), str(info.sha)
     except Exception as error:  # of whichever HTTP library the hub's client uses
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
-            raise ValueError(f"the hub has no data set {dataset} for you: {first_line(error)}") from None
+            raise ValueError(
+                f"the hub has no data set {dataset} for you: {first_line(error)}{_hint(dataset, data_dir)}"
+            ) from None
         if not re.fullmatch("[0-9a-f]{40}", revision):
             raise ConnectionError(
                 f"the hub cannot be asked for {dataset} ({first_line(error)}); with the whole commit as @REVISION, "
-                f"what was downloaded before can be used"
+                f"what was downloaded before can be used{_hint(dataset, data_dir)}"
             ) from None
     identity = f"hf://datasets/{name}@{commit}"
     sha256 = hashlib.sha256(identity.encode()).hexdigest()

@@ -194,7 +194,7 @@ class ChatTemplate:
         self._source = FIXED_DATE + source if "strftime_now" in source else source
         self._tokenizer = tokenizer
         self._specials = special_tokens(tokenizer)
-        self._outlines: dict[tuple[tuple[str, bool], ...], _Outline] = {}
+        self._outlines: dict[tuple[tuple[str, bool, bool], ...], _Outline] = {}
 
     def render(self, record: Record) -> list[Piece]:
         """The record's text in pieces.
@@ -203,7 +203,7 @@ class ChatTemplate:
         it is no template.
         """
         turns = _turns(record, self.completion_turns)
-        shape = tuple((turn.role, turn.is_placed) for turn in turns)
+        shape = tuple((turn.role, turn.is_placed, turn.is_completion) for turn in turns)
         try:
             if shape not in self._outlines:
                 self._outlines[shape] = self._outline(turns)
@@ -327,7 +327,8 @@ def _turns(record: Record, completion_turns: Turns) -> list[_Turn]:
         return [_Turn("user", asked), _Turn("assistant", answered, is_completion=True)]
     turns = []
     for number, message in enumerate(record.messages, start=1):
-        is_completion = message.role == "assistant" and (completion_turns == "every" or number == len(record.messages))
+        is_chosen = completion_turns == "every" or number == len(record.messages)
+        is_completion = message.role == "assistant" and message.is_trained and is_chosen
         segment = Segment.INSTRUCTION if message.role == "user" else Segment.INPUT
         piece = Piece(message.content, Segment.COMPLETION if is_completion else segment)
         turns.append(_Turn(message.role, [piece], is_completion))

@@ -215,8 +215,10 @@ class _Loop:
         return metrics, stopping
 
     def _cut(self, examples: Sequence[Example], *, is_step: bool) -> list[list[Example]]:
-        """Cut examples into the micro-batches of all processes."""
+        """Cut examples into the micro-batches of all processes; of no examples, there are none."""
         config = self._config
+        if not examples:  # of validation, where all records are one text
+            return []
         if is_step and config.divisor_scope == "micro-batch":  # what is in one then matters
             return batches.split(examples, config.micro_batch_examples, by_length=False)
         if self._is_packed:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 
 import pyarrow as pa
@@ -91,6 +92,88 @@ def test_byte_order_marks_and_blank_lines_are_no_rows(tmp_path, text):
     assert read(tmp_path / "data", text.encode()) == [GOOD]
 
 
+def test_a_field_or_column_that_is_there_twice_is_refused(tmp_path):
+    twice = b'{"instruction": "Add.", "output": "4", "output": "5"}'
+    expected = [Fault("has the field 'output' twice"), GOOD]
+    for content in (b"[" + twice + b"," + as_lines([GOOD]) + b"]", twice + b"\n" + as_lines([GOOD])):
+        assert read(tmp_path / "data", content) == expected
+    (row,) = read(tmp_path / "data", b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}')
+    assert formats.record(row, "f:1", "chat") == Fault("has the field 'content' twice in turn 1")
+    with pytest.raises(ValueError, match=r"data.csv has the column 'output' twice; rename or remove one"):
+        read(tmp_path / "data.csv", b"instruction,output,output\nAdd.,4,5\n")
+
+    for name, columns in (("x", ["x", "x"]), ("messages", ["messages"])):
+        values = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
+        lists = pa.ListArray.from_arrays([0, 1], values)
+        arrays = [pa.array(["a"]), pa.array(["b"])] if name == "x" else [lists]
+        file = io.BytesIO()
+        parquet.write_table(pa.Table.from_arrays(arrays, names=columns), file)
+        with pytest.raises(ValueError, match=r"data has the column 'x' twice; rename or remove one"):
+            read(tmp_path / "data", file.getvalue())
+
+
+def test_an_object_over_several_lines_is_a_row(tmp_path):
+    """As jq writes them, one after another."""
+    rows = [GOOD, GOOD | {"input": "3 3"}]
+    for some in (rows[:1], rows):
+        for pack in (bytes, gzip.compress):
+            content = "\n".join(json.dumps(row, indent=2) for row in some)
+            assert read(tmp_path / "data.json", pack(content.encode())) == some
+            assert read(tmp_path / "data.json", pack(("\ufeff\n" + content + "\n\n").encode())) == some
+    with pytest.raises(ValueError, match="record 2 is not JSON"):
+        read(tmp_path / "data.json", json.dumps(GOOD, indent=1).encode() + b"\n{")
+
+
+def test_an_object_around_the_records_is_told_with_its_field():
+    assert formats.detect([{"data": GOOD["output"], **GOOD}], "data") == "alpaca"
+    for rows in ([GOOD], [{"messages": CHAT}]):
+        with pytest.raises(
+            ValueError, match=r"is one JSON object, which holds its records in the list 'train'; .* its own$"
+        ):
+            formats.detect([{"version": 1, "train": rows}], "data.json")
+    with pytest.raises(ValueError, match="of no known format"):
+        formats.detect([{"data": [{"question": "a"}]}], "data.json")
+
+
+def test_many_fields_are_not_all_told():
+    with pytest.raises(ValueError, match=r"'19', \.\.\.\)") as raised:
+        formats.detect([{str(number): GOOD for number in range(1000)}], "data.json")
+    assert len(str(raised.value)) < 600
+
+
+def test_what_parts_columns_is_told_by_the_last_ending_before_that_of_the_packing(tmp_path):
+    tabs = as_csv([GOOD]).replace(b",", b"\t")
+    for name in ("a.tsv", "a.json.TSV", "a.tsv.gz"):
+        assert read(tmp_path / name, gz(tabs) if name.endswith("gz") else tabs) == [GOOD]
+    for name in ("export.csv.json", "export.csv", "export.csv.gz", "export.jsonl.csv.zst"):
+        write = as_list if name.endswith("json") else as_csv
+        assert read(tmp_path / name, write([GOOD])) == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"PK\x03\x04 and so on", "is a ZIP archive, as Excel's .xlsx files are; unpack it"),
+        (b"BZh9 and so on", "is packed by bzip2; unpack it"),
+        (b"ARROW1 and so on", "is an Arrow file; save it as Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer that Git LFS has left"),
+        (b"<!DOCTYPE html>", "is a web page; download the file itself"),
+        (b"\0" * 257 + b"ustar", "is a tar archive; unpack it"),
+        (gz(b"\0" * 257 + b"ustar" + b"\0" * 9), "is a tar archive; unpack it"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, content, expected):
+    for name in ("data.jsonl", "data.csv"):
+        with pytest.raises(ValueError, match=rf"{name} {expected}"):
+            read(tmp_path / name, content)
+
+
+@pytest.mark.parametrize("write", [as_list, as_lines])
+def test_json_that_is_called_csv_is_told(tmp_path, write):
+    with pytest.raises(ValueError, match=r"data.csv is JSON by its content, but CSV or TSV by its name; rename it"):
+        read(tmp_path / "data.csv", write([GOOD]))
+
+
 @pytest.mark.parametrize("write", [as_list, as_lines, as_csv])
 def test_a_line_of_a_megabyte_is_a_row(tmp_path, write):
     long = GOOD | {"output": "ä" * 1_000_000}
@@ -146,7 +229,7 @@ def test_what_cannot_be_read_on_is_refused_by_name(tmp_path, content, expected):
         (b'a,b\n1,2\n"3,4\n', "record 2 is not CSV"),
         (b"a,b\n\xff,2\n", "is not UTF-8 text, soon after record 0 .*; save it as UTF-8"),
         (b"a;b\n1;2\n", "holds ';'; the delimiter must be a comma"),
-        (b"a\tb\n1\t2\n", r"holds '\\t'; the delimiter must be a comma"),
+        (b"a\tb\n1\t2\n", r"holds '\\t'; the delimiter must be a comma; call it .tsv"),
     ],
 )
 def test_so_is_a_broken_csv(tmp_path, content, expected):
@@ -188,6 +271,10 @@ def test_a_format_is_known_by_its_fields(format, rows):
         assert formats.detect([{}, row, row, None, {"prompt": "other"}], "data") == format
 
 
+def test_blank_lines_before_the_names_of_columns_are_no_names(tmp_path):
+    assert read(tmp_path / "data.csv", b"\n\r\n" + as_csv([GOOD])) == [GOOD]
+
+
 def test_a_file_whose_name_shouts_is_csv_too(tmp_path):
     assert read(tmp_path / "DATA.CSV", as_csv([GOOD])) == [GOOD]
 
@@ -203,7 +290,10 @@ def test_a_field_without_a_value_says_nothing_of_the_format():
     ("rows", "expected"),
     [
         ([], "data holds no record"),
-        ([Fault("is not JSON: a"), Fault("is not JSON: b")], "data: record 1 is not JSON: a"),
+        (
+            [Fault("is not JSON: a"), Fault("is not JSON: b")],
+            r"data: record 1 is not JSON: a \(a file is read as JSON unless its name ends in .csv or .tsv, .*\)",
+        ),
         (["a", Fault("is not JSON: b")], "data: record 1 is a JSON str, not an object"),
     ],
 )
@@ -260,16 +350,152 @@ def test_system_and_history_make_a_conversation_of_a_record():
     assert formats.record(GOOD | {"system": "", "history": []}, "f:1", "alpaca").messages == ()
 
 
-def test_a_system_text_beside_a_conversation_opens_it_unless_it_has_its_own():
-    found = formats.record({"messages": CHAT, "system": "Be brief."}, "f:1", "chat")
-    assert said(found) == [("s", "Be brief."), ("u", "Add 2 2."), ("a", "4")]
-    own = formats.record({"messages": [turn("system", "Sing."), *CHAT], "system": "Be brief."}, "f:1", "chat")
-    assert said(own)[0] == ("s", "Sing.")
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_text_beside_a_conversation_opens_it(field):
+    expected = [("s", "Be brief."), ("u", "Add 2 2."), ("a", "4")]
+    assert said(formats.record({"messages": CHAT, field: "Be brief."}, "f:1", "chat")) == expected
+    own = {"messages": [turn("system", "Be brief."), *CHAT], field: "Be brief."}
+    assert said(formats.record(own, "f:1", "chat")) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [turn("system", "Sing."), *CHAT], "system": "Be brief."},
+        {"messages": CHAT, "system": "Be brief.", "system_prompt": "Sing."},
+        GOOD | {"system": "Be brief.", "system_prompt": "Sing."},
+    ],
+)
+def test_of_two_system_texts_neither_wins(row):
+    found = formats.record(row, "f:1", "chat" if "messages" in row else "alpaca")
+    assert isinstance(found, Fault)
+    assert "system" in found.text
+    assert "remove one" in found.text
+
+
+INPUT_OF_ANOTHER_FORMAT = [
+    ({"instruction": "Add.", "input": "2 2", "response": "4"}, "dolly"),
+    ({"instruction": "Add.", "context": "2 2", "output": "4"}, "alpaca"),
+    ({"instruction": "Add.", "context": "2 2", "input": " ", "output": "4"}, "alpaca"),
+    ({"instruction": "Add.", "context": None, "input": "2 2", "response": "4"}, "dolly"),
+]
+
+
+@pytest.mark.parametrize(("row", "format"), INPUT_OF_ANOTHER_FORMAT)
+def test_an_input_is_read_under_the_name_it_has_in_another_format(row, format):
+    assert formats.detect([row], "data") == format
+    assert formats.record(row, "f:1", format) == Record("f:1", "Add.", "2 2", "4")
+    assert formats.unread(row, format) == []
+
+
+TEXT_BESIDE = [
+    (GOOD | {"context": "3 3"}, "alpaca", "context"),
+    (GOOD | {"response": "four"}, "alpaca", "response"),
+    (GOOD | {"completion": "four"}, "alpaca", "completion"),
+    (GOOD | {"thinking": "2 and 2 are 4."}, "alpaca", "thinking"),
+    (GOOD | {"messages": CHAT}, "alpaca", "messages"),
+    ({"prompt": "Add.", "input": "2 2", "completion": "4"}, "prompt-completion", "input"),
+    ({"prompt": "2 2", "instruction": "Add.", "completion": "4"}, "prompt-completion", "instruction"),
+    ({"messages": CHAT, "context": "3 3"}, "chat", "context"),
+    ({"messages": CHAT, "output": "four"}, "chat", "output"),
+    ({"messages": CHAT, "history": [["Hi", "Hello"]]}, "chat", "history"),
+]
+
+
+@pytest.mark.parametrize(("row", "format", "field"), TEXT_BESIDE)
+def test_text_whose_place_is_not_certain_stops_the_reading_unless_the_format_was_chosen(row, format, field):
+    found = formats.record(row, "f:1", format)
+    assert isinstance(found, Fault)
+    assert found.text.startswith(f"has text in the field {field!r}")
+    assert f"--format {format}" in found.text
+    assert isinstance(formats.record(row, "f:1", format, is_given=True), Record)
+    assert field in formats.unread(row, format)
+
+
+def test_text_that_the_record_has_anyway_is_not_lost():
+    for row in ({"messages": CHAT, "response": "4", "prompt": "Add 2 2."}, {"messages": CHAT, "context": ""}):
+        assert isinstance(formats.record(row, "f:1", "chat"), Record)
+    assert isinstance(formats.record(GOOD | {"context": "2 2", "response": "4"}, "f:1", "alpaca"), Record)
+
+
+def answers(*marks):
+    """A conversation whose answers have these marks."""
+    turns = [[turn("user", "Hi"), turn("assistant", f"{number}") | mark] for number, mark in enumerate(marks)]
+    return {"messages": [one for pair in turns for one in pair]}
+
+
+@pytest.mark.parametrize(
+    ("mark", "is_trained"),
+    [
+        ({}, True),
+        ({"weight": 1}, True),
+        ({"weight": None}, True),
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"train": False}, False),
+        ({"train_on_turn": False}, False),
+        ({"loss": "false"}, False),
+        ({"weight": 0, "train": False}, False),
+    ],
+)
+def test_the_mark_of_an_answer_says_whether_it_is_trained_on(mark, is_trained):
+    row = answers(mark, {})
+    found = formats.record(row, "f:1", "chat")
+    assert [message.is_trained for message in found.messages] == [True, is_trained, True, True]
+    assert formats.unread(row, "chat", "every") == []
+
+
+def test_marks_that_are_not_followed_are_known():
+    """The mark of a prompt, whose weight is PLW, and one by which an earlier answer is trained on, where only the last
+    is."""
+    row = answers({"weight": 1}, {"weight": 1})
+    assert formats.unread(row, "chat", "every") == []
+    assert formats.unread(row, "chat", "last") == ["messages[].weight"]
+    row["messages"][0]["train"] = False
+    assert formats.unread(row, "chat", "every") == ["messages[].train"]
+
+
+def test_what_is_not_read_of_turns_is_known_by_the_name_of_the_list():
+    row = {"conversations": [turn("user", "Hi") | {"name": "Ann", "id": None}, turn("assistant", "4") | {"name": "B"}]}
+    assert formats.unread(row, "chat") == ["conversations[].name"]
+    cached = [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}, "image": None}]
+    row = {"messages": [turn("user", cached), CHAT[1]], "topic": "sums"}
+    assert formats.unread(row, "chat") == ["topic", "messages[].content[].cache_control"]
+
+
+def test_content_in_parts_is_read_where_all_are_text():
+    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2 2.", "image": None}]
+    found = formats.record({"messages": [turn("user", parts), CHAT[1]]}, "f:1", "chat")
+    assert found == formats.record({"messages": CHAT}, "f:1", "chat")
+
+
+def test_a_turn_may_have_both_names_of_a_field_if_they_say_the_same():
+    both = [one | {"from": {"user": "human"}.get(one["role"], "gpt"), "value": one["content"]} for one in CHAT]
+    for turns in (both, [dict.fromkeys(("from", "value")) | one for one in CHAT]):
+        assert formats.record({"messages": turns}, "f:1", "chat") == formats.record({"messages": CHAT}, "f:1", "chat")
+
+
+def test_of_two_conversations_neither_wins():
+    row = {"messages": CHAT, "conversations": [turn("user", "Hi"), turn("assistant", "Hello")]}
+    assert formats.record(row, "f:1", "chat").text.startswith("has both messages and conversations, which differ")
+    for empty in ([], None):
+        assert said(formats.record(row | {"messages": empty}, "f:1", "chat")) == [("u", "Hi"), ("a", "Hello")]
+
+
+def test_an_empty_answer_is_a_fault_wherever_it_is_trained_on():
+    for blank in ("", " \n"):
+        turns = [turn("user", "Hi"), turn("assistant", blank), *CHAT]
+        found = formats.record({"messages": turns}, "f:1", "chat", completion_turns="every")
+        assert found == Fault("has an empty completion (turn 2)")
+        for told in ({"completion_turns": "last"}, {"completion_turns": "every", "keep_empty": True}):
+            assert said(formats.record({"messages": turns}, "f:1", "chat", **told))[1] == ("a", blank)
+        turns[1]["weight"] = 0
+        assert isinstance(formats.record({"messages": turns}, "f:1", "chat", completion_turns="every"), Record)
 
 
 def test_what_is_not_read_is_known():
-    row = ROWS["dolly"][0] | {"system": "", "tools": None, "source": None}
-    assert formats.unread(row, "dolly") == ["category"]
+    row = ROWS["dolly"][0] | {"system": "", "tools": None, "source": None, "weight": 1, "text": "Add. 2 2 4"}
+    assert formats.unread(row, "dolly") == ["category", "text"]
     assert formats.unread({"messages": CHAT, "history": [], "prompt": ""}, "chat") == ["history", "prompt"]
 
 
@@ -305,6 +531,48 @@ BAD = [
     ({"messages": [turn("user", None), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
     ({"messages": [turn("user", "\udc00"), CHAT[1]]}, "chat", "has half a surrogate pair in its turn 1"),
     ({"messages": [CHAT[0], turn("assistant", "")]}, "chat", "has an empty completion (last assistant turn)"),
+    (
+        {"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{"id": 1}]}]},
+        "chat",
+        "has tool_calls in turn 2, which no templ",
+    ),
+    (
+        {"messages": [CHAT[0], turn("assistant", None) | {"function_call": {}, "tool_calls": [5]}]},
+        "chat",
+        "has tool_cal",
+    ),
+    (
+        {"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "Hm."}]},
+        "chat",
+        "has reasoning_content in turn 2, which ",
+    ),
+    ({"messages": [CHAT[0], CHAT[1] | {"thinking": "Hm."}]}, "chat", "has thinking in turn 2, which is text"),
+    ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, "chat", "has images in turn 1, which is no text"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, "chat", "has the weight 0.5 in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"train": "yes"}]}, "chat", "has the train 'yes' in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": [0]}]}, "chat", "has the weight [0] in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 1, "train": False}]}, "chat", "has marks that contradict each other"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "chat", "ends with an answer that is marked as not to be tr"),
+    ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{"train": 0}]}]}, "chat", "has train_detail in turn 2, but"),
+    (GOOD | {"weight": 0}, "alpaca", "is marked as not to be trained on"),
+    (GOOD | {"weight": "0.5"}, "alpaca", "has the weight '0.5', where only 0 and 1"),
+    (GOOD | {"loss_mask": [0, 1]}, "alpaca", "has loss_mask, by which parts of a text are chosen"),
+    (GOOD | {"input_ids": [5, 6], "labels": [-100, 6]}, "alpaca", "has labels, by which parts of a text are chosen"),
+    ({"messages": [CHAT[0] | {"from": "gpt"}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
+    ({"messages": [CHAT[0] | {"from": ["gpt"]}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
+    ({"messages": [CHAT[0], CHAT[1] | {"value": "5"}]}, "chat", "has both content and value in turn 2, which differ"),
+    (
+        {"messages": [turn("user", [{"type": "image_url"}]), CHAT[1]]},
+        "chat",
+        "has a part of type 'image_url' in turn 1",
+    ),
+    ({"messages": [turn("user", [{"type": "text"}]), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
+    ({"messages": [turn("user", []), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
+    (
+        {"messages": [Fault("has the field 'content' twice"), CHAT[1]]},
+        "chat",
+        "has the field 'content' twice in turn 1",
+    ),
 ]
 
 
@@ -313,6 +581,41 @@ def test_an_unusable_record_is_told_what_it_lacks(row, format, fault):
     found = formats.record(row, "f:1", format)
     assert isinstance(found, Fault)
     assert found.text.startswith(fault)
+
+
+def lost(row, format, is_given):
+    """The fields with text that neither a row's record has nor is known to be unread; none where it has no record."""
+    found = formats.record(row, "f:1", format, is_given=is_given)
+    if isinstance(found, Fault):
+        return []
+    told = formats.unread(row, format)
+    parts = [(field, value) for field, value in row.items() if field not in told]
+    for field, turns in [part for part in parts if isinstance(part[1], list)]:
+        of_turns = [one for turn in turns for one in turn.items() if one[1] not in formats.ROLES]
+        parts += [(f"{field}[].{name}", value) for name, value in of_turns]
+    return [name for name, value in parts if isinstance(value, str) and name not in told and value not in repr(found)]
+
+
+BESIDE = [*formats.READ["alpaca"], *formats.TEXTS, "prompt", "question", "text", "rejected", "labels", "topic"]
+BESIDE_IN_TURN = [*formats.PLAIN, *formats.REFUSED, *formats.MARKS, "name", "text", "topic"]
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize(("format", "rows"), ROWS.items())
+def test_no_text_of_a_usable_row_is_lost_unsaid(format, rows, is_given):
+    """With any two further fields, in the row or in a turn."""
+    for names in itertools.combinations(BESIDE, 2):
+        further = {
+            name: [turn("user", "<u>"), turn("assistant", "<a>")] if name in formats.CONVERSATIONS else f"<{name}>"
+            for name in names
+        }
+        for row in rows:
+            assert lost(further | row, format, is_given) == []
+    for names in itertools.combinations(BESIDE_IN_TURN, 2):
+        for place in (0, 1):
+            turns = [*CHAT]
+            turns[place] = {name: f"<{name}>" for name in names} | turns[place]
+            assert lost({"messages": turns}, "chat", is_given) == []
 
 
 def test_an_empty_completion_may_be_kept():

@@ -137,3 +137,10 @@ def test_all_measures_of_a_model_that_is_its_base():
     assert (found["weight_distance"], found["kl"]) == (0, 0)
     assert 0 <= found["memorisation"] < 0.5  # of what it has never seen
     assert 0 < found["length"] < 128
+
+
+def test_measures_of_validation_examples_are_refused_where_there_are_none():
+    measures.check(MEASURES, 1)
+    measures.check(["stability", "memorisation"], 0)
+    with pytest.raises(ValueError, match="kl and length would be of validation examples, of which there are none"):
+        measures.check(["kl", "stability", "length"], 0)

@@ -376,6 +376,36 @@ def test_fields_that_are_not_read_are_counted_and_told(write, tokenizer):
     assert "fields not read" not in prepare.text(prepare.run(write([GOOD]), tokenizer, DataOptions()).profile)
 
 
+def test_fields_of_turns_that_are_not_read_are_counted_and_told(write):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TURN_BY_TURN
+    turns = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Hello", "weight": 1}]
+    path = write([{"messages": turns}, {"messages": [*turns, *turns]}])
+    for which, weights in (("every", {}), ("last", {"messages[].weight": 1})):
+        found = prepare.run(path, tokenizer, DataOptions(template="chat", completion_turns=which)).profile
+        assert found["sources"][0]["fields_not_read"] == {"messages[].name": 2} | weights
+        assert "fields not read     'messages[].name' (2)" in prepare.text(found)
+
+
+def test_text_of_another_format_stops_the_reading_and_names_the_way_out(write, tokenizer):
+    path = write([GOOD | {"context": "3 3"}])
+    with pytest.raises(ValueError, match=r"record 1 has text in the field 'context'.*--format alpaca leaves it out"):
+        prepare.run(path, tokenizer, DataOptions())
+    found = prepare.run(path, tokenizer, DataOptions(format="alpaca"))
+    assert texts(found.training, tokenizer, Segment.INPUT) == ["2 2"]
+    assert found.profile["sources"][0]["fields_not_read"] == {"context": 1}
+
+
+@pytest.mark.parametrize("names", [("input", "response"), ("context", "output")])
+def test_an_input_under_another_formats_name_is_trained_on(write, tokenizer, names):
+    found = prepare.run(
+        write([dict(zip(("instruction", *names), GOOD.values(), strict=True))]), tokenizer, DataOptions()
+    )
+    (example,) = found.training
+    assert [texts([example], tokenizer, segment)[0] for segment in (1, 2, 3)] == ["Add.", "2 2", "4</s>"]
+    assert found.profile["sources"][0]["fields_not_read"] == {}
+
+
 # Formats.
 
 
@@ -391,9 +421,28 @@ def test_a_format_can_be_forced(write, tokenizer):
         assert completion == expected + "</s>"
 
 
+TURN_BY_TURN = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"
+
+
+def test_an_answer_that_is_marked_is_not_trained_on_and_makes_another_record(write):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TURN_BY_TURN
+    asked, last = MULTI_TURN["messages"][::2], MULTI_TURN["messages"][3]
+    rows = [
+        {"messages": [asked[0], {"role": "assistant", "content": "No."} | mark, asked[1], last]}
+        for mark in ({"weight": 0}, {"weight": 1}, {"train": True})
+    ]
+    options = DataOptions(template="chat", completion_turns="every", validation_share=1e-9, drop_duplicates=True)
+    found = prepare.run(write(rows), tokenizer, options)
+    assert (found.profile["records"], found.profile["duplicates"]) == (2, 1)
+    together = [*found.training, *found.validation]
+    assert sorted(texts(together, tokenizer, Segment.COMPLETION)) == ["No.</s>assistant</s>", "assistant</s>"]
+    assert sorted(texts(together, tokenizer, Segment.INPUT)) == ["", "No."]
+
+
 def test_every_turn_of_a_conversation_keeps_its_segment(write):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"
+    tokenizer.chat_template = TURN_BY_TURN
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "So long")]
     path = write([{"messages": [{"role": role, "content": content} for role, content in turns]}])
     for which, input_text, completion in (
@@ -462,6 +511,7 @@ def test_what_was_prepared_is_not_read_again(write, tokenizer, monkeypatch):
         {"format": "alpaca"},
         {"on_bad_record": "skip"},
         {"empty_completion": "keep"},
+        {"completion_turns": "every"},
     ],
 )
 def test_what_could_change_a_token_is_prepared_anew(write, tokenizer, tmp_path, change):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from plw_mlflow.records import Message, Record
 
 texts = st.text(st.characters() | st.sampled_from("\x00\x01"), max_size=6)
-turns = st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(tuple)
+turns = st.lists(
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts, st.booleans()), max_size=3
+).map(tuple)
 records = st.builds(Record, st.just("file:1"), texts, texts, texts, turns)
 
 
@@ -33,3 +35,17 @@ def test_a_key_by_hand():
 
 def test_half_a_surrogate_pair_has_a_key_too():
     assert Record("", "\ud83d", "", "").key() != Record("", "\ud83e", "", "").key()
+
+
+def test_a_conversations_key_by_hand():
+    turns = (
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Bye"),
+        Message("assistant", "So long"),
+    )
+    parts = [b"Bye", b"", b"So long", b"user", b"Hi", b"assistant", b"Hello", b"user", b"Bye", b"assistant", b"So long"]
+    record = Record("file:1", "Bye", "", "So long", turns)
+    assert record.key() == hashlib.sha256(b"\x00".join(parts)).digest()[:16]
+    marked = replace(record, messages=(turns[0], replace(turns[1], is_trained=False), *turns[2:]))
+    assert marked.key() != record.key()

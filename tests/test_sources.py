@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -158,11 +159,75 @@ def test_a_toy_set_is_the_same_every_time(tmp_path):
     assert list(first.rows()) == list(first.rows()) == list(second.rows())
 
 
-@pytest.mark.parametrize("dataset", ["toy-shorter", "no/such/file.json", "folder/missing.jsonl.gz", ".", "a b/c"])
+@pytest.mark.parametrize("dataset", ["toy-shorter", "no/such/file.json", "folder/missing.jsonl.gz", "a b/c", "a\0b"])
 def test_an_unknown_data_set_is_refused_by_name(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"is neither a file, nor a hub id .*, nor one of toy-short") as raised:
         sources.find(dataset, tmp_path)
     assert repr(dataset) in str(raised.value)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a few files in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("data/mine.jsonl", "data/.hidden", "data/notes.md", "data/more.csv.gz", "sums.tsv"):
+        (tmp_path / name).write_text("some")
+    (tmp_path / "data/empty.json").touch()
+    (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04...")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("data", r"'data' is a folder; name one file in it \(empty.json, mine.jsonl, more.csv.gz\)"),
+        ("./data/", "is a folder; name one file in it"),
+        (".", r"is a folder; name one file in it \(sums.tsv, table.xlsx\)"),
+        ("data/min.jsonl", r"did you mean data/mine.jsonl\?$"),
+        ("data/mine.json", r"did you mean data/mine.jsonl\?$"),
+        (
+            "data/mine",
+            r"is no file; did you mean data/mine.jsonl\? The data set of this name on the hub needs its @REV",
+        ),
+        ("sums", r"did you mean sums.tsv or toy-short\?$|did you mean sums.tsv\?$"),
+        ("mine.jsonl", r"did you mean data/mine.jsonl\?$"),  # in --data-dir
+        ("alpacadatashort", "did you mean AlpacaDataShort"),
+        ("toyshort", r"did you mean toy-short\?$"),
+        ("dolly", r"did you mean Dolly\?$"),
+        ("dta/mine.jsonl", "there is no folder dta$"),
+        ("data/empty.json", "data/empty.json is empty$"),
+        ("table.xlsx", "table.xlsx is a ZIP archive, as Excel's .xlsx files are; unpack it, or save the table as CSV$"),
+        ("pipe", "is no regular file"),
+        ("https://example.org/a.json", "is an address; download the file"),
+        ("a" * 300, "cannot be read: File name too long$"),
+    ],
+)
+def test_what_cannot_be_a_data_set_is_refused_before_anything_is_read(folder, dataset, expected):
+    for refuse in (
+        lambda: sources.check(dataset, Path("data")),
+        lambda: sources.find(dataset, folder / "cache", Path("data")),
+    ):
+        with pytest.raises(ValueError, match=expected) as raised:
+            refuse()
+        assert dataset in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "dataset", ["toy-long", "AlpacaData", "data/mine.jsonl", "sums.tsv", "me/sums", "data/mine@main"]
+)
+def test_what_can_be_one_is_not(folder, dataset):
+    sources.check(dataset)
+
+
+def test_checking_imports_nothing_large():
+    """It comes before everything, so that a typo is told at once."""
+    code = "import sys; from plw_mlflow import sources; sources.check('toy-short'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "datasets", "pyarrow", "numpy", "pandas", "mlflow"} & {*done.stdout.split()}
 
 
 # The hub: a small one on this machine. Its client reads its address when it is imported, hence the processes.

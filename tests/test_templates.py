@@ -1,6 +1,7 @@
 """Is a record's text that of the template to the letter, and every content where it says?"""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -462,6 +463,36 @@ def test_newlines_alone_may_be_stripped():
 def test_what_a_chat_template_does_not_keep_whole_is_refused_by_name(source, record, expected):
     with pytest.raises(ValueError, match=expected):
         chat(source).render(record)
+
+
+KEEPS_LAST_SYSTEM = (
+    "{% for m in messages if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endfor %}{{ ns.system }}"
+    "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "source", ["{% set ns = namespace(system='') %}" + KEEPS_LAST_SYSTEM, LLAMA_2, "{{ messages[-1]['content'] }}"]
+)
+def test_of_two_system_turns_none_is_lost(source):
+    record = conversation("sS", "sR", "uU", "aA")
+    with pytest.raises(ValueError, match="does not fit the chat template"):
+        chat(source).render(record)
+    found = written(chat(CHATML).render(record))
+    assert [text for text in found if text[:2] in ("P ", "N ")] == ["P S", "P R", "N U"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_answer_that_is_not_trained_on_is_prompt(order):
+    """Also right before or after a record of the same roles without such a mark: outlines are kept by shape."""
+    plain = conversation("uU", "aA", "uV", "aB")
+    user, answer, *rest = plain.messages
+    marked = replace(plain, messages=(user, replace(answer, is_trained=False), *rest))
+    template = chat(CHATML, turns="every")
+    found = {id(record): template.render(record) for record in (plain, marked)[::order]}
+    assert written(found[id(marked)]) == written(chat(CHATML, turns="last").render(plain))
+    assert found[id(plain)] != found[id(marked)]
+    assert written(Piece(*part) for part in templates.contents(marked, "every")) == ["N U", "P A", "N V", "C B"]
 
 
 def test_no_date_of_today_gets_into_a_chat():

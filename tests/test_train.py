@@ -45,10 +45,10 @@ EXAMPLES = [example(1, 3, 2, 0, 13), example(2, 3, 1, 1, 1), example(3, 4, 5, 2,
 EXAMPLES += [example(5, 3, 9, 3, 1)]
 
 
-def run(folder, *, training=EXAMPLES, model=None, log=lambda metrics, step: None, **options):
+def run(folder, *, training=EXAMPLES, validation=EXAMPLES[:2], model=None, log=lambda metrics, step: None, **options):
     """Train the tiny model, or another; by default a single step on all examples at once."""
     options = {"batch_examples": 6, "micro_batch_examples": 6, "epochs": 1, "max_grad_norm": 1e9} | options
-    prepared = Prepared((), list(training), EXAMPLES[:2], {}, "", 0)
+    prepared = Prepared((), list(training), list(validation), {}, "", 0)
     return train.run(TrainConfig(**options), prepared, model or tiny_llama(), folder, log)
 
 
@@ -120,6 +120,24 @@ def test_a_step_is_the_same_however_it_is_cut(plw, divisor, packing, rows, tmp_p
         cut = {"micro_batch_examples": 1, "max_tokens": longest, "micro_batch_tokens": rows * longest}
     found = first_step(tmp_path, plw=plw, loss_divisor=divisor, packing=packing, **cut)
     assert_same_step(found, whole_step(plw, divisor))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_without_validation_examples_there_are_no_validation_losses(packing, tmp_path):
+    """As of a data set of one record, which prepare accepts."""
+    logged = {}
+    done = run(
+        tmp_path,
+        training=EXAMPLES[:1],
+        validation=[],
+        packing=packing,
+        epochs=2,
+        log=lambda metrics, step: logged.update({step: metrics}),
+    )
+    assert done.steps == 2
+    assert logged[0] == {}
+    assert "train/completion_loss" in logged[2]
+    assert not [name for metrics in logged.values() for name in metrics if name.startswith("eval/")]
 
 
 @pytest.mark.parametrize("tied", [False, True])
