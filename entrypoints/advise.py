@@ -26,12 +26,15 @@ def main(config: AdviseConfig) -> None:
             if config.scores is not None:
                 table = analyze.read_scores(config.scores)
             else:
-                table, thin = analyze.fittable(tracking.score_table(experiment=config.experiment))
+                scored = tracking.score_table(experiment=config.experiment, where=config.where)
+                table, thin = analyze.fittable(scored)
                 if thin:
                     print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
                 for one in table.attrs.get("left_out", []):
                     print(f"left out: {one}")
-                measured = {**tracking.generation_ratios(str(config.experiment)), **measured}
+                for one in table.attrs.get("notes", []):
+                    print(f"note: {one}")
+                measured = {**tracking.generation_ratios(str(config.experiment), config.where), **measured}
             points += evidence.own(table, config.scale, config.given_ratios(), measured, types)
         advice = advise.advise(ratio, points, dataset=config.asked(), task_types=types)
         run.log_files(advise.write(advice, config.output or Path(scratch)))

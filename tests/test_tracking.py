@@ -483,7 +483,7 @@ def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkey
     store.log_param(begun, "invert", "True")
     monkeypatch.setenv("MLFLOW_RUN_ID", begun)
     changes = [{"invert": True}, {}, *({"mix": "b/toy-short.json", "mix_share": share} for share in (0.3, 0.7))]
-    names = ["toy-long inverted", "toy-long", *(f"toy-long + {share} b/toy-short.json" for share in (0.3, 0.7))]
+    names = ["toy-long inverted", "toy-long", *(f"toy-long + {share} toy-short.json" for share in (0.3, 0.7))]
     for number, change in enumerate(changes):
         run = scored(MainConfig(dataset="toy-long", **change), ("a", number / 10))
         store.set_tag(run.id, "plw.cell", f"cell {number}")
