@@ -200,8 +200,10 @@ def test_the_way_out_names_the_option_that_made_the_scores_differ(experiment):
     with pytest.raises(ValueError, match=r"choose by --where \"params\.limit = ''\"") as error:
         experiment.table()
     assert "(analyze --by limit)" in str(error.value)
+    with pytest.raises(ValueError, match=r"--where \"params\.epochs = '3\.0' and params\.limit = ''\""):
+        experiment.table(where="params.epochs = '3.0'")
     assert len(experiment.table(where="params.limit = ''")) == 2
-    assert len(experiment.table(also=("limit",))) == 3
+    assert [*experiment.table(also=("limit",))["limit"]] == ["10.0", "unset", "unset"]  # no value is blank
 
 
 def test_data_sets_may_be_scored_on_tasks_of_their_own(experiment):

@@ -126,10 +126,11 @@ def naming(runs: Sequence[mlflow.entities.Run]) -> tuple[Naming, Naming]:
     return found[0], found[1]
 
 
-def check(cells: Sequence[Cell], also: tuple[str, ...], what: str) -> list[str]:
+def check(cells: Sequence[Cell], also: tuple[str, ...], what: str, where: str | None = None) -> list[str]:
     """Notes on what else differs between cells that may be compared.
 
     also: the parameters that are compared by, and may differ. what: says to a person where the cells are from.
+    where: the filter that they have passed.
     Raises ValueError where cells of one data set differ in their recipe or their scoring, or where examples do.
     """
     notes = []
@@ -140,13 +141,13 @@ def check(cells: Sequence[Cell], also: tuple[str, ...], what: str) -> list[str]:
             of_kind = {one.run_id: recipe(one, also) for one in alike}
             if not {*also} & {*TEXT_FIELDS}:
                 of_kind = _with_tokens(of_kind, alike)
-            _refuse(differences(alike, of_kind), f"{what}: the cells of {kind[0]} on {dataset}", alike)
+            _refuse(differences(alike, of_kind), f"{what}: the cells of {kind[0]} on {dataset}", alike, where)
             recipes.setdefault(dataset, {})[kind] = of_kind[alike[0].run_id]
         # A parameter of the scoring that is compared by makes ways of scoring that may differ.
         by = [tuple(one.columns[name] for name in also if name in SCORE_FIELDS) for one in here]
         for alike in _grouped(here, by).values():
             scorings = {one.run_id: scoring(one) for one in alike}
-            _refuse(differences(alike, scorings), f"{what}: the scores on {dataset}", alike)
+            _refuse(differences(alike, scorings), f"{what}: the scores on {dataset}", alike, where)
     notes += _notes_of_recipes(recipes)
     notes += _notes_of_code(cells)
     return notes
@@ -207,15 +208,15 @@ def by_value(spelled: str, hint: Any) -> Hashable:
     return ",".join(sorted(names(spelled))) if "," in spelled else spelled
 
 
-def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell]) -> None:
+def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
     """Raise ValueError where there are differences."""
     if not found:
         return
-    told = "; ".join(one.text() for one in found[:4]) + (f"; and {len(found) - 4} more" if found[4:] else "")
-    raise ValueError(f"{which} cannot be pooled: {told}; {_ways_out(found, cells)}")
+    told = "; ".join(one.text() for one in found[:3]) + (f"; {len(found) - 3} differences more" if found[3:] else "")
+    raise ValueError(f"{which} cannot be pooled: {told}; {_ways_out(found, cells, where)}")
 
 
-def _ways_out(found: Sequence[Difference], cells: Sequence[Cell]) -> str:
+def _ways_out(found: Sequence[Difference], cells: Sequence[Cell], where: str | None) -> str:
     """What the caller can do about differences, as one phrase."""
     of_cells = {name: _grouped(cells, [one.params.get(name, "") for one in cells]) for name in cells[0].params}
     told_by = [one.name for one in found if one.name in of_cells]
@@ -227,7 +228,8 @@ def _ways_out(found: Sequence[Difference], cells: Sequence[Cell]) -> str:
         name = told_by[0]
         most = max(of_cells[name].values(), key=len)[0].run.data.params[name]
         if "'" not in most:
-            ways.append(f"choose by --where \"params.{name} = '{most}'\"")
+            before = f"{where} and " if where else ""
+            ways.append(f"choose by --where \"{before}params.{name} = '{most}'\"")
         ways.append(f"compare them (analyze --by {name})")
     else:
         ways.append("choose by --where, which takes a search filter of MLflow")

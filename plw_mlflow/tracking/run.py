@@ -186,12 +186,12 @@ class Run:
         """The name that the cell's model is registered under: plw-MODEL-DATASET.
 
         Names that this package gives stand there alone. Files, folders and hub ids may share a name, so theirs is
-        followed by the start of a digest of their content, and cut where it is long.
+        followed by the start of their content's SHA-256 (of a hub's model, of its commit); long ones are cut.
         """
         base = self._client.get_run(self.id).data.tags.get("plw.base_model")
         model = short_name(config.model)
         if base is not None and config.model not in ("toy", *MODELS):
-            model = f"{model[:NAME_CHARACTERS]}-{(base if base.isalnum() else digest({'base': base}))[:8]}"
+            model = f"{model[:NAME_CHARACTERS]}-{base.rpartition('@')[2][:8]}"
         data = short_name(data_name(config.dataset, config, lambda name: short_name(name)[:NAME_CHARACTERS]))
         own = [source.sha256[:8] for source in self._sources if source.name not in (*TOY, *NAMED)]
         return "-".join(["plw", model, data, *own])

@@ -60,7 +60,7 @@ class _Cells:
         where: str | None = None,
     ) -> None:
         check_reachable()
-        self._also = also
+        self._also, self._where = also, where
         if sweep is not None:
             experiment_id = str(get_run(sweep).info.experiment_id)
             filters, self.what, ended = [f"tags.`mlflow.parentRunId` = '{sweep}'"], f"sweep {sweep}", None
@@ -90,7 +90,7 @@ class _Cells:
     def check(self) -> list[str]:
         """Notes on what else differs between the cells. Raises ValueError where they are not comparable."""
         older = [cell for _, cell in self._of_other_kind]
-        notes = comparable.check([*self.newest, *older], self._also, self.what)
+        notes = comparable.check([*self.newest, *older], self._also, self.what, self._where)
         if self._of_other_kind:
             newer, cell = self._of_other_kind[0]
             raise ValueError(
@@ -106,6 +106,9 @@ class _Cells:
         table = pd.concat([cell.scores.assign(**cell.columns) for cell in self.newest], ignore_index=True)
         if table["method"].nunique() > 1:
             table["model"] += " (" + table["method"] + ")"
+        for name in self._also:
+            if (table[name] == "").any():  # beside values, of which one is to be told
+                table[name] = table[name].astype(str).replace("", "unset")
         if "method" not in self._also:
             table = table.drop(columns="method")
         table.attrs |= {"source": self.what, "left_out": self._left_out(), "notes": notes}
