@@ -13,27 +13,32 @@ def main(config: AdviseConfig) -> None:
 
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
         types = advise.check_types(names(config.task_types or ""))
-        ratio = config.ratio
+        ratio, asked = config.ratio, config.asked()
         if ratio is None:
             from plw_mlflow import models, prepare
 
             prepared = prepare.run(str(config.dataset), models.load_tokenizer(config.model, config.tokenizer), config)
             run.log_data(prepared.sources, prepared.profile)
             ratio = advise.measured_ratio(prepared.profile)
+            contents = "+".join(source.sha256[:8] for source in prepared.sources)
+            asked = (*asked, f"{asked[0]} ({contents})")  # as a score table has it that has two files of one name
         points = evidence.published(types)
         if config.scores is not None or config.experiment is not None:
-            measured = dict.fromkeys(config.asked(), ratio)
+            measured = dict.fromkeys(asked, ratio)
             if config.scores is not None:
                 table = analyze.read_scores(config.scores)
             else:
-                table, thin = analyze.fittable(tracking.score_table(experiment=config.experiment))
+                scored = tracking.score_table(experiment=config.experiment, where=config.where)
+                table, thin = analyze.fittable(scored)
                 if thin:
                     print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
                 for one in table.attrs.get("left_out", []):
                     print(f"left out: {one}")
-                measured = {**tracking.generation_ratios(str(config.experiment)), **measured}
+                for one in table.attrs.get("notes", []):
+                    print(f"note: {one}")
+                measured = {**tracking.generation_ratios(str(config.experiment), config.where), **measured}
             points += evidence.own(table, config.scale, config.given_ratios(), measured, types)
-        advice = advise.advise(ratio, points, dataset=config.asked(), task_types=types)
+        advice = advise.advise(ratio, points, dataset=asked, task_types=types)
         run.log_files(advise.write(advice, config.output or Path(scratch)))
         print(advise.text(advice))
         print(f"\nrun {run.id}\n{run.address()}")

@@ -37,12 +37,14 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     if config.scores is not None:
         table = analyze.read_scores(config.scores, by)
     else:
-        scored = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by)
+        scored = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by, where=config.where)
         table, thin = analyze.fittable(scored)
         if thin:
             print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
     for one in table.attrs.get("left_out", []):
         print(f"left out: {one}")
+    for one in table.attrs.get("notes", []):
+        print(f"note: {one}")
     found = analyze.analyze(
         table,
         config.scale,

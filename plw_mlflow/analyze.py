@@ -333,6 +333,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             "rows": len(table),
             "missing": missing_scores(table).to_dict("records"),
             "left_out": table.attrs.get("left_out", []),
+            "notes": table.attrs.get("notes", []),
         },
         "fits": [{**asdict(fit), "joint_p": fit.joint_p, "verdict": verdict(fit)} for fit in analysis.fits],
         "refusals": [asdict(one) for one in analysis.refusals],

@@ -166,7 +166,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         return
     with checkpoints.reserve(folder):
         checkpoints.load(folder)  # sets damaged ones aside, before anybody counts them
-        run.tag(base_model=contents["base"], precision=contents["precision"])
+        run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
         run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
         run.begin_cell(key, folder, checkpoints.newest_step(folder))
         store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
@@ -181,7 +181,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
             end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
             run.log_folder(Path(adapter), export.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)
-        run.log_checkpoint(merged, tokenizer, config)
+        run.log_checkpoint(merged, tokenizer, config, done.steps)
         yield merged, tokenizer, folder
         run.drop_checkpoints()
         shutil.rmtree(folder)

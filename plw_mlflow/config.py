@@ -13,13 +13,15 @@ import math
 import os
 import re
 import typing
+import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from plw_mlflow.formats import ENDINGS
 from plw_mlflow.presets import PRESETS
 
 # The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
@@ -29,6 +31,11 @@ UNSET = ("", "''")  # how an unset value is spelt; the second by `mlflow run`, w
 Preset = Literal["toy", "huerta2024", "huerta2024-lora"]
 Method = Literal["full", "lora", "dora", "qlora"]
 MEASURES = ("weight_distance", "memorisation", "stability", "length", "kl")  # of measures.py
+# Options that make tokens of text: two cells whose examples have the same digest agree in them, however they are spelt.
+TEXT_FIELDS = (
+    *("tokenizer", "format", "template", "prompt_border", "completion_turns"),
+    *("max_records", "on_bad_record", "empty_completion"),
+)
 PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
 
 
@@ -330,19 +337,8 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         Those three are told apart by their contents (`cell.py`): one file has many paths. The examples' digest covers
         whatever makes tokens of text.
         """
-        leave_out = {"model", "dataset", "tokenizer", "format", "template", "prompt_border", "completion_turns"}
-        leave_out |= {"invert", "mix", "mix_invert", "max_records", "on_bad_record", "empty_completion", "precision"}
-        if self.mix is None:
-            leave_out |= {"mix_share"}
-        leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}
-        leave_out |= {"eval_every", "allow_stale_image", "keep", "packing", "micro_batch_tokens"}
-        leave_out |= {"processes", "parallel", "preset"}
-        if self.divisor_scope == "step":  # how a step is cut then changes nothing
-            leave_out |= {"micro_batch_examples"}
-        if self.method == "full":
-            leave_out |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
-        if not self.base_penalty:
-            leave_out |= {"base_penalty_order"}
+        leave_out = {"model", "dataset", "invert", "mix", "mix_invert", "precision", *TEXT_FIELDS}
+        leave_out |= without_effect(vars(self))
         return {field.name: getattr(self, field.name) for field in fields(TrainConfig) if field.name not in leave_out}
 
 
@@ -464,6 +460,8 @@ class AnalyzeConfig(Checked):
     """MLflow run of a sweep, whose cells are analysed."""
     experiment: str | None = None
     """MLflow experiment (its name), all of whose finished cells are analysed."""
+    where: str | None = None
+    """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
     """Scale of scores: as they are; those of 0..100 divided by 100; or each task to 0..1, or to mean 0 and SD 1."""
     transform: Literal["power", "logit", "rank", "none"] = "power"
@@ -495,6 +493,8 @@ class AnalyzeConfig(Checked):
             found.append(f"margin must be a number above 0, got {self.margin}")
         if len(given) != 1:
             found.append("give one of scores, run-id or experiment (or assume, for power alone)")
+        if self.where is not None and self.run_id is None and self.experiment is None:
+            found.append("where chooses among MLflow's runs: give run-id or experiment")
         if not 0 < self.width < math.inf:
             found.append(f"width must be a number above 0, got {self.width}")
         if not self.power:
@@ -522,6 +522,8 @@ class AdviseConfig(Checked, DataOptions):
     """Score table of one's own runs, as analyze reads it."""
     experiment: str | None = None
     """MLflow experiment (its name) of one's own runs, all of whose finished cells count."""
+    where: str | None = None
+    """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
     ratios: str | None = None
     """Generation ratios of the data sets among one's own runs, as in mine=0.5,other=7 (unset: as their runs tell)."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
@@ -531,7 +533,7 @@ class AdviseConfig(Checked, DataOptions):
         """The names that the data set asked about may have among scores."""
         if self.dataset is None:
             return ()
-        return tuple(dict.fromkeys([data_name(self.dataset, self), data_name(self.dataset, self, short_name)]))
+        return tuple(dict.fromkeys(data_name(self.dataset, self, shown) for shown in (shown_name, str, short_name)))
 
     def given_ratios(self) -> dict[str, float]:
         """The ratios of own data sets by name."""
@@ -547,6 +549,8 @@ class AdviseConfig(Checked, DataOptions):
             found.append(f"ratio must be a number above 0, got {self.ratio}")
         if self.scores is not None and self.experiment is not None:
             found.append("give one of scores and experiment")
+        if self.where is not None and self.experiment is None:
+            found.append("where chooses among MLflow's runs: give experiment")
         if self.ratios is not None and self.scores is None and self.experiment is None:
             found.append("ratios are of one's own runs: give scores or experiment")
         try:
@@ -567,6 +571,24 @@ CONFIGS: dict[str, type[Checked]] = {
 }
 
 
+def without_effect(values: Mapping[str, Any]) -> set[str]:
+    """The names of the options that change nothing about the model that is trained with these values.
+
+    values: at least mix, divisor_scope, method and base_penalty of a TrainConfig, unset ones None or empty.
+    """
+    found = {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every", "eval_every"}
+    found |= {"allow_stale_image", "keep", "packing", "micro_batch_tokens", "processes", "parallel", "preset"}
+    if not values["mix"]:
+        found |= {"mix_share", "mix_invert"}
+    if values["divisor_scope"] == "step":  # how a step is cut then changes nothing
+        found |= {"micro_batch_examples"}
+    if values["method"] == "full":
+        found |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    if not values["base_penalty"]:
+        found |= {"base_penalty_order"}
+    return found
+
+
 def names(listed: str) -> list[str]:
     """The parts of a comma-separated list, without blanks."""
     return [part.strip() for part in listed.split(",") if part.strip()]
@@ -583,10 +605,24 @@ def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = 
     return f"{name} + {options.mix_share:g} {shown(options.mix)}{' inverted' * options.mix_invert}"
 
 
+def shown_name(name: str) -> str:
+    """A data set or model as tables and titles name it: a file or folder without the folders it lies in.
+
+    A hub id and the names that this package gives stay as they are.
+    """
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[^@\s]+)?", name) and not name.lower().endswith(ENDINGS)
+    return name if is_hub_id else Path(name).name or name
+
+
 def short_name(name: str) -> str:
-    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name."""
+    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name.
+
+    It keeps the letters and digits of all scripts.
+    """
     last = re.sub(r"(\.(jsonl?|csv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name, flags=re.I)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "unnamed"
+    letters = unicodedata.normalize("NFC", last)
+    kept = "".join(one if one in "._-" or unicodedata.category(one)[0] in "LMN" else " " for one in letters)
+    return "-".join(kept.split()).strip("-.") or "unnamed"
 
 
 def spell(value: Any) -> str:

@@ -44,8 +44,7 @@ def run(config: SweepConfig) -> None:
         failed = [outcome for outcome in outcomes if outcome.exit_status != 0]
         print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} cells finished")
         if len(failed) < len(outcomes):
-            for best in tracking.best_cells(parent.id).values():
-                print(f"best of this sweep: models:/{tracking.mark_best(best)}@best, run {best}")
+            print("\n".join(tracking.mark_best(parent.id, len(outcomes))))
             _analyse(config, parent)
         print(f"\nrun {parent.id}\n{parent.address()}")
         if failed:
@@ -92,7 +91,13 @@ def _process(one: MainConfig, run_id: str) -> int:
 
 def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
     """Fit the finished cells; a table that cannot be fitted (two PLWs, say) is said, not fatal."""
-    table = tracking.score_table(sweep=parent.id)
+    try:
+        table = tracking.score_table(sweep=parent.id)
+    except ValueError as error:
+        print(f"the scores are not analysed: {error}")
+        return
+    for note in table.attrs["notes"]:
+        print(f"note: {note}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from plw_mlflow.config import (
     TrainConfig,
     data_name,
     short_name,
+    shown_name,
 )
 from tests.stores import ROOT
 
@@ -362,7 +363,13 @@ def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
         ("chats.parquet", "chats"),
         ("sums.csv.zst", "sums"),
         ("SUMS.CSV", "SUMS"),
-        ("ünsinn", "nsinn"),
+        ("ünsinn", "ünsinn"),
+        ("data/\u0075\u0308nsinn.json", "ünsinn"),  # as some file systems spell it
+        ("指令.jsonl", "指令"),
+        ("c/Данные v2.csv", "Данные-v2"),
+        ("หนังสือ.json", "หนังสือ"),
+        ("a:b'c", "a-b-c"),
+        ("!?.json", "unnamed"),
         ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
         ("Qwen/Qwen2.5-7B-Instruct@main", "Qwen2.5-7B-Instruct"),
         ("toy-long + 0.7 toy-short inverted", "toy-long-0.7-toy-short-inverted"),
@@ -370,6 +377,24 @@ def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
 )
 def test_short_name_suits_a_registered_model(name, expected):
     assert short_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("../data/mine.jsonl", "mine.jsonl"),
+        ("/data/mine two.csv.gz", "mine two.csv.gz"),
+        ("data/mine.jsonl", "mine.jsonl"),
+        ("C:/x/folder/", "folder"),
+        ("toy-short", "toy-short"),
+        ("AlpacaData", "AlpacaData"),
+        ("tatsu-lab/alpaca", "tatsu-lab/alpaca"),
+        ("meta-llama/Llama-2-7b-hf@01c7f73", "meta-llama/Llama-2-7b-hf@01c7f73"),
+        ("./model", "model"),
+    ],
+)
+def test_tables_name_a_file_without_its_folders(name, expected):
+    assert shown_name(name) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
@@ -14,6 +15,7 @@ import torch
 from plw_mlflow import prepare, tracking
 from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
 from plw_mlflow.evaluate import Evaluation, Score, table
+from plw_mlflow.sources import Source
 from plw_mlflow.tracking import stored
 from plw_mlflow.tracking.run import cell_columns
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -483,7 +485,7 @@ def test_what_was_done_to_a_data_set_makes_it_another_in_the_table(store, monkey
     store.log_param(begun, "invert", "True")
     monkeypatch.setenv("MLFLOW_RUN_ID", begun)
     changes = [{"invert": True}, {}, *({"mix": "b/toy-short.json", "mix_share": share} for share in (0.3, 0.7))]
-    names = ["toy-long inverted", "toy-long", *(f"toy-long + {share} b/toy-short.json" for share in (0.3, 0.7))]
+    names = ["toy-long inverted", "toy-long", *(f"toy-long + {share} toy-short.json" for share in (0.3, 0.7))]
     for number, change in enumerate(changes):
         run = scored(MainConfig(dataset="toy-long", **change), ("a", number / 10))
         store.set_tag(run.id, "plw.cell", f"cell {number}")
@@ -554,11 +556,60 @@ def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, m
     assert set(table["dataset"]) == {"toy-short"}
 
 
+@pytest.mark.parametrize(
+    ("options", "files", "expected"),
+    [
+        ({}, {}, "plw-toy-toy-short"),
+        ({"dataset": "toy-long", "mix": "toy-short"}, {}, "plw-toy-toy-long-0.5-toy-short"),
+        ({"dataset": "a/train.jsonl"}, {"a/train.jsonl": "1"}, "plw-toy-train-11111111"),
+        ({"dataset": "b/train.jsonl"}, {"b/train.jsonl": "2"}, "plw-toy-train-22222222"),
+        ({"dataset": "b/指令 集.jsonl"}, {"b/指令 集.jsonl": "2"}, "plw-toy-指令-集-22222222"),
+        (
+            {"dataset": "!.csv", "mix": "toy-short"},
+            {"!.csv": "3", "toy-short": "4"},
+            "plw-toy-unnamed-0.5-toy-short-33333333",
+        ),
+        ({"dataset": "x" * 200 + ".csv"}, {"x" * 200 + ".csv": "3"}, f"plw-toy-{'x' * 64}-33333333"),
+        ({"model": "a/b/base", "base": "5" * 64}, {}, "plw-base-55555555-toy-short"),
+        ({"model": "org/base@v1", "base": "org/base@" + "6" * 40}, {}, "plw-base-66666666-toy-short"),
+        ({"model": "llama-7b", "base": "huggyllama/llama-7b@4782"}, {}, "plw-llama-7b-toy-short"),
+    ],
+)
+def test_registered_models_are_named_by_content(store, monkeypatch, options, files, expected):
+    """By the names alone, two files of one name would share one registered model and its alias `best`."""
+    flavor = SimpleNamespace(log_model=lambda *_, **__: SimpleNamespace(model_id="m-1"))
+    monkeypatch.setattr(mlflow, "transformers", flavor)
+    monkeypatch.setattr(mlflow, "register_model", lambda *_, **__: SimpleNamespace(version=1))
+    config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
+    run = tracking.Run(store.create_run("0").info.run_id)
+    run.tag(base_model=options.get("base", "f" * 64))
+    run._sources = [Source(name, name, sha * 64, "", "", False, iter) for name, sha in files.items()]
+    run.log_checkpoint(None, None, config)
+    assert store.get_run(run.id).data.tags["plw.model_version"] == f"{expected}/1"
+
+
+def test_a_name_in_any_script_can_be_registered(store):
+    name = "plw-toy-指令-集-22222222"
+    store.create_registered_model(name)
+    version = store.create_model_version(name, "runs:/0/model").version
+    store.set_registered_model_alias(name, "best", version)
+    assert store.get_model_version_by_alias(name, "best").name == name
+    assert [one.version for one in store.search_model_versions(f"name = '{name}'")] == [version]
+
+
 def test_a_registered_model_comes_back_by_version_and_alias(store):
     model, tokens = tiny_llama(), torch.arange(6).unsqueeze(0)
     config = TrainConfig(model="tiny")
     with tracking.open_run(config, "cell") as run:
-        run.log_checkpoint(model, byte_tokenizer(), config)
+        prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(max_records=20))
+        run.log_data(prepared.sources, prepared.profile)
+        for step, loss in ((0, 14.8), (1, 9.0), (2, 5.4)):
+            run.log_step({"train/loss": loss, "eval/prompt_loss": loss}, step)
+        run.flush()
+        run.log_checkpoint(model, byte_tokenizer(), config, step=2)
+        run.tag(cell="c")
+        add_scores(run, ("a", 0.25))
+    check_page_of_logged_model(store, run.id)
     store.set_registered_model_alias("plw-tiny-toy-short", "best", "1")
     for uri in ("models:/plw-tiny-toy-short/1", "models:/plw-tiny-toy-short@best"):
         loaded, tokenizer = tracking.load_registered(uri)
@@ -566,3 +617,17 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
         assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids
     with pytest.raises(ValueError, match=r"model models:/plw-tiny-toy-short/7 cannot be loaded: .*not found"):
         tracking.load_registered("models:/plw-tiny-toy-short/7")
+
+
+def check_page_of_logged_model(store, run_id):
+    """The losses are the last ones, and the scores are of no training data."""
+    (output,) = store.get_run(run_id).outputs.model_outputs
+    metrics = store.get_logged_model(output.model_id).metrics
+    assert {metric.key: (metric.step, metric.value) for metric in metrics} == {
+        "train/loss": (2, 5.4),
+        "eval/prompt_loss": (2, 5.4),
+        "a/acc": (0, 0.25),
+        "a/acc_stderr": (0, 0.1),
+        "score": (0, 0.25),
+    }
+    assert {metric.dataset_name for metric in metrics} == {None}

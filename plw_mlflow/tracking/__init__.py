@@ -1,7 +1,8 @@
 """Tracking: everything that goes into MLflow or comes out of it. Nothing outside this package imports mlflow.
 
 A cell is one run (`run`, `opening`), with its curves (`curves`) and the checkpoints that the store has of it
-(`stored`). A score table is what many runs give together (`table`). While a model trains, nothing waits for the store
+(`stored`). A score table is what many runs give together (`table`), if
+they are `comparable`. While a model trains, nothing waits for the store
 or fails because it is away; what comes after the training waits for it (`connection`).
 """
 
@@ -14,12 +15,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.opening import child_environment, fail, open_run, open_sweep
 from plw_mlflow.tracking.run import NoRun, Run, load_registered
-from plw_mlflow.tracking.table import best_cells, generation_ratios, mark_best, score_table
+from plw_mlflow.tracking.table import generation_ratios, mark_best, score_table
 
 __all__ = [
     "NoRun",
     "Run",
-    "best_cells",
     "child_environment",
     "fail",
     "generation_ratios",

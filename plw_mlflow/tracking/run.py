@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from plw_mlflow import __version__, figures, seeding, tasksets, templates
-from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, short_name, spell
+from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
 from plw_mlflow.errors import first_line
 from plw_mlflow.evaluate import Evaluation
-from plw_mlflow.sources import Source
+from plw_mlflow.presets import MODELS
+from plw_mlflow.sources import NAMED, TOY, Source
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.curves import Curves
 from plw_mlflow.tracking.stored import StoredCheckpoints, tell_not_stored
 
 CURVE_SECONDS = 15.0  # in which the curve up to a checkpoint has to arrive, for that to be copied into the store
+NAME_CHARACTERS = 64  # of each name within a registered model's, which may have 256
 CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
 
@@ -49,7 +52,7 @@ class Run:
         self._client = mlflow.MlflowClient()
         self._curves = Curves(run_id)
         self._stored = StoredCheckpoints(run_id)
-        self._dataset: MetaDataset | None = None
+        self._sources: Sequence[Source] = ()
         self._model_id: str | None = None
         self._cell = ""
 
@@ -65,7 +68,8 @@ class Run:
         unset = {name for name, value in known.items() if name in values and value in UNSET}
         self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
-        mlflow.log_dict(seeding.fingerprint(), "environment.json")
+        mlflow.log_dict(environment := seeding.fingerprint(), "environment.json")
+        self.tag(environment=digest(environment))  # so that runs can be compared without reading the file of each
 
     def tag(self, **tags: str) -> None:
         """Set tags, each under `plw.`."""
@@ -79,8 +83,9 @@ class Run:
     def log_data(self, sources: Sequence[Source], profile: dict[str, Any]) -> None:
         """Log the data sets as the run's inputs, with their digests, and the length profile as table and figure.
 
-        The first is the one the run's scores are said to be of, so it has the name of all of them together.
+        The first has the name of all of them together.
         """
+        self._sources = sources
         names = [profile["name"], *(short_name(source.name) for source in sources[1:])]
         for name, source in reversed(list(zip(names, sources, strict=True))):
             where: DatasetSource
@@ -89,8 +94,8 @@ class Run:
             else:
                 where = _FileSource(source.location)
             # A digest holds 36 characters at most; the whole one is a tag.
-            self._dataset = MetaDataset(where, name=name, digest=source.sha256[:36])  # type: ignore[abstract]
-            mlflow.log_input(self._dataset, context="training")
+            dataset = MetaDataset(where, name=name, digest=source.sha256[:36])  # type: ignore[abstract]
+            mlflow.log_input(dataset, context="training")
         self.tag(data_sha256=",".join(source.sha256 for source in sources))
         mlflow.log_dict(profile, "profile.json")
         if template := templates.file(profile["template"]):
@@ -153,9 +158,12 @@ class Run:
         self._curves.wait(seconds)
         self._curves.close()
 
-    def log_checkpoint(self, model: Any, tokenizer: Any, config: Any) -> None:
-        """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET."""
-        name = f"plw-{short_name(config.model)}-{short_name(data_name(config.dataset, config, short_name))}"
+    def log_checkpoint(self, model: Any, tokenizer: Any, config: Any, step: int = 0) -> None:
+        """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET.
+
+        step: the last of the training. The model's page shows the run's metrics of that step.
+        """
+        name = self._registered_name(config)
         tags = {f"plw.{field}": spell(getattr(config, field)) for field in CELL_FIELDS}
         versions = seeding.fingerprint()
         logged = patiently(
@@ -164,6 +172,7 @@ class Run:
                 {"model": model, "tokenizer": tokenizer},
                 name="model",
                 task="text-generation",
+                step=step,
                 # Named here because MLflow would otherwise load the model in a process of its own to find out.
                 pip_requirements=[f"{package}=={versions[package]}" for package in ("torch", "transformers")],
             ),
@@ -172,6 +181,20 @@ class Run:
         version = patiently("registering the model", lambda: self._register(f"models:/{logged.model_id}", name, tags))
         model_version = f"{name}/{version}"
         patiently("tagging the run", lambda: self.tag(status="trained", model_version=model_version))
+
+    def _registered_name(self, config: Any) -> str:
+        """The name that the cell's model is registered under: plw-MODEL-DATASET.
+
+        Names that this package gives stand there alone. Files, folders and hub ids may share a name, so theirs is
+        followed by the start of their content's SHA-256 (of a hub's model, of its commit); long ones are cut.
+        """
+        base = self._client.get_run(self.id).data.tags.get("plw.base_model")
+        model = short_name(config.model)
+        if base is not None and config.model not in ("toy", *MODELS):
+            model = f"{model[:NAME_CHARACTERS]}-{base.rpartition('@')[2][:8]}"
+        data = short_name(data_name(config.dataset, config, lambda name: short_name(name)[:NAME_CHARACTERS]))
+        own = [source.sha256[:8] for source in self._sources if source.name not in (*TOY, *NAMED)]
+        return "-".join(["plw", model, data, *own])
 
     def _register(self, model: str, name: str, tags: dict[str, str]) -> str:
         """Register a logged model, unless it is; gives the number of its version."""
@@ -242,8 +265,7 @@ class Run:
         mlflow.log_metrics(
             metrics,
             timestamp=int(now * 1000),  # one time, so that metrics sent twice are there once
-            model_id=self._model_id,
-            dataset=self._dataset,
+            model_id=self._model_id,  # without a data set: the run's own is what the model was trained on
         )
         mlflow.log_text(table.to_csv(index=False), "scores.csv")
         mlflow.log_dict(evaluation.results, f"harness/{clock}.json")
@@ -448,15 +470,28 @@ def load_registered(uri: str) -> tuple[Any, Any]:
 
 
 def parameters(run: mlflow.entities.Run) -> dict[str, str]:
-    """A run's parameters; in place of those that were left unset, what its preset made of them."""
+    """A run's parameters, unquoted; in place of those that were left unset, what its preset made of them."""
     tags = run.data.tags
     return {
-        name: tags.get(f"plw.preset.{name}", "") if value in UNSET else value for name, value in run.data.params.items()
+        name: tags.get(f"plw.preset.{name}", "") if value in UNSET else unquoted(value)
+        for name, value in run.data.params.items()
     }
 
 
-def cell_columns(params: dict[str, str]) -> dict[str, Any]:
-    """A cell's columns in the score table; its data set is named by what was done to it, too."""
+def unquoted(value: str) -> str:
+    """A parameter as its caller gave it: `mlflow run` logs it as quoted for a shell, in quotes if it has a blank."""
+    try:
+        parts = shlex.split(value)
+    except ValueError:  # a lone quotation mark
+        return value
+    return parts[0] if len(parts) == 1 and shlex.quote(parts[0]) == value else value
+
+
+def cell_columns(params: dict[str, str], shown: Callable[[str], str] = shown_name) -> dict[str, Any]:
+    """A cell's columns in the score table; its data set is named by what was done to it, too.
+
+    shown: how the model's and each data set's own name is to be written.
+    """
 
     def is_true(name: str) -> bool:
         return bool(click.BOOL(params.get(name) or "false"))  # as the caller spelled it; older runs lack some
@@ -467,5 +502,5 @@ def cell_columns(params: dict[str, str]) -> dict[str, Any]:
         mix_invert=is_true("mix_invert"),
         mix_share=float(params.get("mix_share") or DataOptions.mix_share),
     )
-    data = data_name(params["dataset"], options)
-    return {"model": params["model"], "dataset": data, "plw": float(params["plw"]), "seed": int(params["seed"])}
+    data = data_name(params["dataset"], options, shown)
+    return {"model": shown(params["model"]), "dataset": data, "plw": float(params["plw"]), "seed": int(params["seed"])}
