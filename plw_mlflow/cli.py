@@ -15,6 +15,7 @@ import traceback
 import types
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from io import StringIO
@@ -36,7 +37,11 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], NoReturn]:
-        @click.command(help=f"{config_type.__doc__}", context_settings={"show_default": True, "max_content_width": 120})
+        @click.command(
+            cls=_Command,
+            help=f"{config_type.__doc__}",
+            context_settings={"show_default": True, "max_content_width": 120},
+        )
         def parsed(**values: Any) -> None:
             main(config_type(**values))
 
@@ -78,6 +83,22 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
 def _alone(hint: Any) -> dict[str, Any]:
     """What makes --invert alone mean --invert true."""
     return {"is_flag": False, "flag_value": "true"} if hint is bool else {}
+
+
+class _Command(click.Command):
+    """A command that refuses an option given twice, of which click would use the last value and say nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, times in Counter(given).items():
+            if times > 1 and isinstance(option, click.Option) and not option.is_eager:
+                flag = option.opts[0]
+                if "comma-separated" in (option.help or ""):
+                    way_out = f"give it once, with its values separated by commas: {flag} A,B"
+                else:
+                    way_out = "it has one value; give it once"
+                raise click.UsageError(f"{flag} is given {times} times; {way_out}", ctx)
+        return super().parse_args(ctx, args)
 
 
 class _FieldType(click.ParamType):

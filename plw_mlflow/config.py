@@ -516,7 +516,7 @@ class AdviseConfig(Checked, DataOptions):
     experiment: str | None = None
     """MLflow experiment (its name) of one's own runs, all of whose finished cells count."""
     ratios: str | None = None
-    """Generation ratios of the data sets among one's own runs, as in mine=0.5,other=7 (unset: as their runs tell)."""
+    """Generation ratios of the data sets among one's own runs, comma-separated: mine=0.5,other=7 (unset: their runs')."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
     """Scale of one's own scores, as in analyze."""
 

@@ -90,6 +90,26 @@ def test_a_mistake_is_told_in_one_line(call, arguments, expected):
     assert expected in error
 
 
+@pytest.mark.parametrize(
+    ("config_type", "arguments", "expected"),
+    [
+        (TrainConfig, ["--plw", "0.1", "--plw", "0.2"], "--plw is given 2 times; it has one value; give it once"),
+        (TrainConfig, ["--plw=0.1", "--seed", "1", "--plw=0.1"], "--plw is given 2 times"),
+        (TrainConfig, ["--invert", "--invert=false"], "--invert is given 2 times"),
+        (TrainConfig, ["--tokenizer", "", "--tokenizer", ""], "--tokenizer is given 2 times"),
+        (SweepConfig, ["--plw", "0.1", "--plw", "0.2"], "separated by commas: --plw A,B"),
+        (SweepConfig, ["--tasks", "toy", "--tasks", "piqa", "--tasks", "arc_easy"], "--tasks is given 3 times"),
+        (AnalyzeConfig, ["--run-id", "a", "--by", "seed", "--by", "method"], "separated by commas: --by A,B"),
+    ],
+)
+def test_an_option_given_twice_is_refused(call, config_type, arguments, expected):
+    """Click alone would use the last of its values, and say nothing."""
+    status, _, error, got = call(config_type, *arguments)
+    assert (status, got) == (2, [])
+    assert is_one_line(error)
+    assert expected in error
+
+
 def test_all_mistakes_are_told_at_once(call):
     _, _, error, _ = call(MainConfig, "--plw", "-1", "--max-tokens", "0", "--epochs", "nan", "--limit", "0")
     assert is_one_line(error)
