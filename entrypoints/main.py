@@ -1,5 +1,11 @@
 """Prepare, train and evaluate one cell in one MLflow run:  python -m entrypoints.main --plw 0.242"""
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from plw_mlflow.cli import command, spread
 from plw_mlflow.config import MainConfig
 

@@ -1,5 +1,11 @@
 """Fine-tune one model at one prompt loss weight:  python -m entrypoints.train --plw 0.1"""
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from plw_mlflow.cli import command, spread
 from plw_mlflow.config import TrainConfig
 

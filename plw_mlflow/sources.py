@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from plw_mlflow import formats
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
 
@@ -114,6 +114,25 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
         f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "
         + ", ".join([*TOY, *NAMED])
     )
+
+
+def check(dataset: str, data_dir: Path | None) -> None:
+    """Raise ValueError where a name can mean no data set. Only the disk is looked at, and no data are read."""
+    path = Path(dataset)
+    if dataset in TOY or dataset in NAMED:
+        return
+    if path.is_dir():
+        raise ValueError(f"data set {dataset} is a folder; give a file")
+    if path.is_file():
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"data set {dataset} cannot be read: {error.strerror}") from None
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", dataset) or dataset.lower().endswith(formats.ENDINGS):
+        raise ValueError(
+            f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "
+            f"{', '.join([*TOY, *NAMED])}{did_you_mean(dataset, [*TOY, *NAMED], is_path=True)}"
+        )
 
 
 def _toy(name: str) -> Source:

@@ -364,7 +364,7 @@ def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, script, "--scores", "x"],
+        [sys.executable, script, "--run-id", "x"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
