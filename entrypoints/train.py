@@ -13,8 +13,9 @@ from plw_mlflow.config import TrainConfig
 @command(TrainConfig)
 def main(config: TrainConfig) -> None:
     spread(config.processes)
-    from plw_mlflow import cell, tracking
+    from plw_mlflow import adapters, cell, tracking
 
+    adapters.check(config.method)
     with tracking.open_run(config, cell.name(config)) as run, cell.trained(config, run):
         pass
     print(f"\nrun {run.id}\n{run.address()}")

@@ -34,6 +34,7 @@ from plw_mlflow.config import (
 from plw_mlflow.errors import did_you_mean
 from plw_mlflow.presets import MODELS
 
+TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, ADVICE = ("profile.json", "profile.png"), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
@@ -67,7 +68,8 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
     if _reads_data(config):
         for dataset in filter(None, [*_listed(config, "dataset"), config.mix]):
             yield partial(sources.check, dataset, config.data_dir)
-        yield partial(_template, config.template)
+        for tokenizer in [config.tokenizer] if config.tokenizer else _listed(config, "model"):
+            yield partial(_template, config.template, tokenizer)
     if isinstance(config, RecipeOptions):  # main, train and sweep
         for model in _listed(config, "model"):
             yield partial(_model, model)
@@ -109,8 +111,11 @@ def _listed(config: Any, name: str) -> list[str]:
     return names(value) if isinstance(config, SweepConfig) else [value]
 
 
-def _template(name: str) -> None:
-    if name == "chat":  # the tokenizer's own, which is not read here
+def _template(name: str, tokenizer: str) -> None:
+    if name == "chat":
+        folder = TOY_FOLDER if tokenizer == "toy" else Path(tokenizer)
+        if folder.is_dir() and not _has_chat_template(folder):
+            raise ValueError(f"tokenizer {tokenizer} has no chat template; give one: --template FILE.jinja")
         return
     templates.load(name, NO_TOKENIZER)
     path = templates.file(name)
@@ -120,6 +125,16 @@ def _template(name: str) -> None:
         except TemplateSyntaxError as error:
             if "unknown tag" not in str(error.message):  # transformers adds tags of its own
                 raise ValueError(f"template {path} is no Jinja: line {error.lineno}: {error.message}") from None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder has a chat template in one of the places where transformers looks for it."""
+    settings = folder / "tokenizer_config.json"
+    return (
+        _has(folder, ("chat_template.*", "additional_chat_templates"))
+        or not settings.is_file()
+        or "chat_template" in settings.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def _model(name: str, *, is_scored: bool = False) -> None:

@@ -367,6 +367,8 @@ class EvaluateConfig(Checked, ScoreOptions):
             found.append("give either run-id or model")
         if self.endpoint is not None and self.model is None:
             found.append("endpoint needs the model's name there")
+        if self.endpoint is not None and not re.match(r"https?://[^/]", self.endpoint):
+            found.append(f"endpoint must be like http://127.0.0.1:8000/v1, got {self.endpoint}")
         if self.tokenizer is not None and self.endpoint is None:
             found.append("tokenizer is of an endpoint's model; other models have their own")
         if self.measures is not None and self.run_id is None:

@@ -18,10 +18,10 @@ def first_line(error: BaseException) -> str:
 def not_installed(error: ModuleNotFoundError) -> str:
     """What to do where a package is missing: most often the project's environment is not active in this shell.
 
-    Raises the error again where what is missing is a part of this project.
+    Raises the error again where what is missing is a part of this project, or has no name.
     """
-    package = str(error.name).partition(".")[0]
-    if package in ("plw_mlflow", "entrypoints"):
+    package = (error.name or "").partition(".")[0]
+    if package in ("plw_mlflow", "entrypoints", ""):
         raise error
     return (
         f"{sys.executable} has no package {package}; activate the project's environment (source .venv/bin/activate), "
@@ -41,7 +41,7 @@ def did_you_mean(name: str, known: Iterable[str] = (), *, is_path: bool = False)
             near += [str(path.parent / one) for one in _nearest(path.name, os.listdir(path.parent))]
     if near := [one for one in dict.fromkeys(near) if one != name]:
         hints.append(f"did you mean {' or '.join(map(repr, near))}?")
-    if is_path and not path.is_absolute() and (path.suffix or len(path.parts) > 1):
+    if is_path and not path.is_absolute() and (path.suffix or os.sep in name):
         hints.append(f"paths are relative to {Path.cwd()}")
     return f" ({' '.join(hints)})" if hints else ""
 

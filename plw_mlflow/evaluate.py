@@ -147,6 +147,11 @@ def load_tasks(options: ScoreOptions) -> Tasks:
             f"the documents of {options.tasks} cannot be read: {first_line(error)}; "
             "without a network, give local files by --data-dir"
         ) from None
+    except ImportError as error:
+        raise ValueError(
+            f"the tasks {options.tasks} need a package that is not installed: {first_line(error)}; install it, or "
+            "leave the task out"
+        ) from None
     for task in loaded:
         if True not in task.higher_is_better().values():
             raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")

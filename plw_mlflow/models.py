@@ -60,7 +60,7 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
     where = locate(tokenizer or model)
     try:
         return AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file may raise anything, in tokenizers an Exception of no kind
         what = "tokenizer" if tokenizer else "the tokenizer of model"
         raise ValueError(_not_loaded(what, tokenizer or model, error)) from None
 

@@ -1,5 +1,6 @@
 """Are the caller's mistakes all told, in one line, and does everything else do what its help says?"""
 
+import errno
 import json
 import math
 import os
@@ -217,6 +218,14 @@ def ours(config):
     sources.find("no/such/file", Path())
 
 
+def a_missing_package(config):
+    import no_such_package  # noqa: F401
+
+
+def a_full_disk(config):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+
+
 def a_librarys(config):
     json.loads("{")
 
@@ -236,6 +245,8 @@ def interrupted(config):
     [
         (ours, 2, "error: data set 'no/such/file' is neither a file, nor a hub id"),
         (not_finite, 1, "error: train/loss is nan at step 7"),
+        (a_missing_package, 2, f"error: {sys.executable} has no package no_such_package; activate the project's"),
+        (a_full_disk, 1, "error: some/file: No space left on device"),
         (interrupted, 130, "error: interrupted"),
     ],
 )
@@ -253,14 +264,18 @@ def test_a_librarys_error_is_shown_whole(call):
     assert "JSONDecodeError" in error
 
 
-def test_any_other_error_is_no_message_to_the_caller(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("bug"), FileNotFoundError(errno.ENOENT, "bug"), ModuleNotFoundError("bug", name="plw_mlflow.bug")],
+)
+def test_any_other_error_is_no_message_to_the_caller(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
     def broken(config):
-        raise KeyError("bug")
+        raise error
 
-    with pytest.raises(KeyError):  # Python's own traceback and exit status 1
+    with pytest.raises(type(error)):  # Python's own traceback and exit status 1
         cli.command(PrepareConfig)(broken)()
 
 
@@ -317,6 +332,9 @@ def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     EvaluateConfig(model="m", endpoint="http://here/v1", tokenizer="toy")
     with pytest.raises(ValueError, match="endpoint needs the model's name there"):
         EvaluateConfig(run_id="r", endpoint="http://here/v1")
+    for address in ("here:8000/v1", "here", "http:///v1"):
+        with pytest.raises(ValueError, match="endpoint must be like http"):
+            EvaluateConfig(model="m", endpoint=address)
     with pytest.raises(ValueError, match="tokenizer is of an endpoint's model"):
         EvaluateConfig(model="m", tokenizer="toy")
 

@@ -181,6 +181,25 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
         models.load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "none"}}'),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"tokenizer_class": 3}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(file, content, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer of model .* cannot be loaded") as raised:
+        models.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
 def test_another_tokenizer_may_be_named(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
