@@ -1,0 +1,14 @@
+"""The commands. A Python without what they need, as outside the project's environment, is told so in one line."""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whatever python3 is on PATH may be what starts a command)
+    sys.exit("error: Python 3.11 or later is needed; activate the project's environment (source .venv/bin/activate)")
+
+from plw_mlflow.errors import not_installed
+
+try:
+    import plw_mlflow.cli  # noqa: F401
+except ModuleNotFoundError as error:
+    print(f"error: {not_installed(error)}", file=sys.stderr)
+    sys.exit(2)

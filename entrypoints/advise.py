@@ -1,7 +1,11 @@
 """Suggest a PLW for a data set, and say how sure that is:  python -m entrypoints.advise --ratio 0.08"""
 
+import sys
 import tempfile
 from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from plw_mlflow.cli import command
 from plw_mlflow.config import AdviseConfig, names
@@ -11,8 +15,8 @@ from plw_mlflow.config import AdviseConfig, names
 def main(config: AdviseConfig) -> None:
     from plw_mlflow import advise, analyze, evidence, tracking
 
+    types = advise.check_types(names(config.task_types or ""))
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
-        types = advise.check_types(names(config.task_types or ""))
         ratio, asked = config.ratio, config.asked()
         if ratio is None:
             from plw_mlflow import models, prepare

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from plw_mlflow.cli import command
 from plw_mlflow.config import AnalyzeConfig, names
 

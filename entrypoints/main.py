@@ -1,5 +1,11 @@
 """Prepare, train and evaluate one cell in one MLflow run:  python -m entrypoints.main --plw 0.242"""
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from plw_mlflow.cli import command, spread
 from plw_mlflow.config import MainConfig
 
@@ -7,8 +13,9 @@ from plw_mlflow.config import MainConfig
 @command(MainConfig)
 def main(config: MainConfig) -> None:
     spread(config.processes)
-    from plw_mlflow import cell, tracking
+    from plw_mlflow import adapters, cell, tracking
 
+    adapters.check(config.method)
     with tracking.open_run(config, cell.name(config)) as run:
         cell.run(config, run)
     print(f"\nrun {run.id}\n{run.address()}")

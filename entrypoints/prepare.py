@@ -1,6 +1,10 @@
 """Look at a data set before training on it:  python -m entrypoints.prepare --dataset toy-long --show 3"""
 
 import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from plw_mlflow.cli import command
 from plw_mlflow.config import PrepareConfig, data_name, short_name

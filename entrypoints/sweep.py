@@ -1,5 +1,11 @@
 """Run a cell for every combination of values, then analyse them:  python -m entrypoints.sweep --plw 0,0.1,1"""
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: packages are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from plw_mlflow.cli import command
 from plw_mlflow.config import SweepConfig
 

@@ -47,7 +47,7 @@ class Documents:
 def find(task: str, folder: Path) -> Documents:
     """The documents of a task in LOCAL. Raises ValueError where its files are missing or damaged, naming the first."""
     local = LOCAL[task]
-    scored = [_locate(task, name, folder) for name in local.files]
+    scored = locate(task, folder)
     examples = [path for name in local.examples if (path := _nearest(name, folder)) is not None]
     has_examples = bool(local.examples) and len(examples) == len(local.examples)
     contents = {path: _content(path) for path in [*scored, *(examples if has_examples else [])]}
@@ -56,6 +56,11 @@ def find(task: str, folder: Path) -> Documents:
         _read(task, {path: contents[path] for path in examples}, local.read) if has_examples else None,
         {path.name: hashlib.sha256(content).hexdigest() for path, content in contents.items()},
     )
+
+
+def locate(task: str, folder: Path) -> list[Path]:
+    """The files of a task in LOCAL that are scored. Raises ValueError where one is missing, naming it."""
+    return [_locate(task, name, folder) for name in LOCAL[task].files]
 
 
 def overrides(config: dict[str, Any], documents: Documents) -> dict[str, Any]:

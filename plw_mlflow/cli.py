@@ -6,6 +6,7 @@ An empty value means "unset": MLproject has no other way to say so (a null defau
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 import types
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from io import StringIO
@@ -23,10 +25,14 @@ from typing import Any, Literal, NoReturn
 
 import click
 
+from plw_mlflow import checks
 from plw_mlflow.config import UNSET, spell
-from plw_mlflow.origin import is_first_process
+from plw_mlflow.errors import not_installed
+from plw_mlflow.origin import ROOT, is_first_process
 
 PACKAGE = Path(__file__).resolve().parent
+# What a machine refuses; of other errors of the system, the traceback tells more.
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 
 
 def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[], NoReturn]]:
@@ -36,9 +42,15 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], NoReturn]:
-        @click.command(help=f"{config_type.__doc__}", context_settings={"show_default": True, "max_content_width": 120})
+        @click.command(
+            cls=_Command,
+            help=f"{config_type.__doc__}",
+            context_settings={"show_default": True, "max_content_width": 120},
+        )
         def parsed(**values: Any) -> None:
-            main(config_type(**values))
+            config = config_type(**values)
+            checks.check(config)
+            main(config)
 
         for option in options(config_type):
             parsed = option(parsed)
@@ -50,12 +62,13 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
 def spread(processes: int) -> None:
     """Run this very command in so many processes by torchrun instead, unless it runs in several already."""
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        module = sys.modules["__main__"].__spec__
-        assert module is not None  # commands are run as python -m entrypoints.NAME
+        module = sys.modules["__main__"].__spec__  # None where the command was run as a file, not by python -m
+        name = f"entrypoints.{Path(sys.argv[0]).stem}" if module is None else module.name
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         torchrun.append("--shutdown-timeout=3600")  # its own 30 s are less than a large checkpoint takes after SIGTERM
         sys.stdout.flush()
-        os.execv(sys.executable, [*torchrun, "-m", module.name, *sys.argv[1:]])
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        os.execve(sys.executable, [*torchrun, "-m", name, *sys.argv[1:]], os.environ | {"PYTHONPATH": path})
 
 
 def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
@@ -78,6 +91,22 @@ def options(config_type: type[Any]) -> list[Callable[[Any], Any]]:
 def _alone(hint: Any) -> dict[str, Any]:
     """What makes --invert alone mean --invert true."""
     return {"is_flag": False, "flag_value": "true"} if hint is bool else {}
+
+
+class _Command(click.Command):
+    """A command that refuses an option given twice, of which click would use the last value and say nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, times in Counter(given).items():
+            if times > 1 and isinstance(option, click.Option) and not option.is_eager:
+                flag = option.opts[0]
+                if "comma-separated" in (option.help or ""):
+                    way_out = f"give it once, with its values separated by commas: {flag} A,B"
+                else:
+                    way_out = "it has one value; give it once"
+                raise click.UsageError(f"{flag} is given {times} times; {way_out}", ctx)
+        return super().parse_args(ctx, args)
 
 
 class _FieldType(click.ParamType):
@@ -145,6 +174,12 @@ def _run(parsed: click.Command) -> NoReturn:
             traceback.print_exc()
             sys.exit(1)
         _stop(" ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1)
+    except ModuleNotFoundError as error:
+        _stop(not_installed(error), 2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        _stop(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None), 1)
     sys.exit(0)
 
 

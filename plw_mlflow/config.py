@@ -120,7 +120,6 @@ class DataOptions(PresetOptions, LocalOptions):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
-        found += _not_a_folder(self, "output", "cache_dir")
         for name in ("validation_share", "mix_share"):
             if not 0 < getattr(self, name) < 1:
                 found.append(f"{_flag(name)} must lie between 0 and 1, got {getattr(self, name)}")
@@ -206,7 +205,6 @@ class RecipeOptions(PresetOptions):
         for name in ("learning_rate", "epochs", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{_flag(name)} must be a number above 0, got {getattr(self, name)}")
-        found += _not_a_folder(self, "checkpoint_dir")
         for name in ("dropout", "label_smoothing", "lora_dropout"):
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 found.append(f"{_flag(name)} must be at least 0 and below 1, got {value}")
@@ -363,7 +361,7 @@ class EvaluateConfig(Checked, ScoreOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _not_a_folder(self, "output", "checkpoint_dir")
+        found = []
         if (self.run_id is None) == (self.model is None):
             found.append("give either run-id or model")
         if self.endpoint is not None and self.model is None:
@@ -488,7 +486,7 @@ class AnalyzeConfig(Checked):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
-        found = _not_a_folder(self, "output") + _below(self, 0, "bootstrap", "parametric") + _below(self, 1, "next")
+        found = _below(self, 0, "bootstrap", "parametric") + _below(self, 1, "next")
         if self.margin is not None and not 0 < self.margin < math.inf:
             found.append(f"margin must be a number above 0, got {self.margin}")
         if len(given) != 1:
@@ -525,7 +523,7 @@ class AdviseConfig(Checked, DataOptions):
     where: str | None = None
     """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
     ratios: str | None = None
-    """Generation ratios of the data sets among one's own runs, as in mine=0.5,other=7 (unset: as their runs tell)."""
+    """Generation ratios of the data sets among one's own runs, comma-separated: mine=0.5,other=7 (unset: from them)."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
     """Scale of one's own scores, as in analyze."""
 
@@ -554,10 +552,15 @@ class AdviseConfig(Checked, DataOptions):
         if self.ratios is not None and self.scores is None and self.experiment is None:
             found.append("ratios are of one's own runs: give scores or experiment")
         try:
-            is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in self.given_ratios().items())
+            given = self.given_ratios()
+            is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())
         except ValueError:
             is_wrong = True
-        return [*found, f"ratios must be like mine=0.5,other=7, got {self.ratios}"] if is_wrong else found
+        if is_wrong:
+            found.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
+        elif len(given) < len(names(self.ratios or "")):
+            found.append(f"ratios must name each data set once, got {self.ratios}")
+        return found
 
 
 CONFIGS: dict[str, type[Checked]] = {
@@ -625,6 +628,15 @@ def short_name(name: str) -> str:
     return "-".join(kept.split()).strip("-.") or "unnamed"
 
 
+def cache_folder(options: DataOptions) -> Path:
+    """The folder for downloads and stored examples, which may not exist. Raises ValueError where no home is known."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep prepared data in; name a folder with --cache-dir") from None
+    return options.cache_dir or home / "plw_mlflow"
+
+
 def spell(value: Any) -> str:
     """A value as MLproject and MLflow have it: unset is empty, truth is in small letters, floats are written out."""
     if value is None:
@@ -652,18 +664,6 @@ def _wrong_address(address: str) -> list[str]:
             "one: --endpoint-key-env NAME"
         ]
     return []
-
-
-def _not_a_folder(config: object, *fields_: str) -> list[str]:
-    found = []
-    for name in fields_:
-        path = getattr(config, name)
-        if path is None:
-            continue
-        nearest = next(part for part in (path, *path.absolute().parents) if part.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            found.append(f"{_flag(name)} {path} cannot be made: {nearest} is not a folder that can be written to")
-    return found
 
 
 def _below(config: object, least: float, *fields_: str) -> list[str]:

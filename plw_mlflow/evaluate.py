@@ -7,7 +7,6 @@ knows read their documents there. Prompts are the harness's, or stand in the fin
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from plw_mlflow.errors import first_line
 from plw_mlflow.prompting import HARNESS, Wrapping
 from plw_mlflow.tasksets import Benchmark
 
-TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
+TASKS_FOLDER = tasksets.OWN_TASKS
 # The harness gives these on 0..100; the second line is TruthfulQA's.
 PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
 # Of the standard errors of what is no mean over documents. The harness takes no more for BLEU either, but 100,000 for
@@ -115,11 +114,8 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     datasets.disable_progress_bars()  # some tasks pass over their documents several times, a bar each
+    tasksets.check(options.tasks)
     benchmarks = {one.task: one for one in tasksets.select(options.tasks)}
-    if not any(one.is_scored for one in benchmarks.values()):
-        raise ValueError(
-            f"none of the tasks {options.tasks} counts in its set's score; name one by itself, or another set"
-        )
     manager = _manager(list(benchmarks))
     index = manager.task_index
     lacking, sha256 = {}, {}
@@ -151,6 +147,11 @@ def load_tasks(options: ScoreOptions) -> Tasks:
             f"the documents of {options.tasks} cannot be read: {first_line(error)}; "
             "without a network, give local files by --data-dir"
         ) from None
+    except ImportError as error:
+        raise ValueError(
+            f"the tasks {options.tasks} need a package that is not installed: {first_line(error)}; install it, or "
+            "leave the task out"
+        ) from None
     for task in loaded:
         if True not in task.higher_is_better().values():
             raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
@@ -178,10 +179,7 @@ def _manager(wanted: list[str]) -> Any:
     if set(wanted) <= known:
         return manager
     manager = TaskManager(include_path=TASKS_FOLDER)
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*tasksets.SETS, *manager.task_index], n=3)
-            raise ValueError(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    tasksets.check_known(wanted, manager.task_index)
     return manager
 
 

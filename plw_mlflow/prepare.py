@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from plw_mlflow import figures, formats, inversion, sources, templates
 from plw_mlflow import profile as lengths
-from plw_mlflow.config import DataOptions, data_name, digest, short_name
+from plw_mlflow.config import DataOptions, cache_folder, data_name, digest, short_name
 from plw_mlflow.records import Fault, Record
 from plw_mlflow.sources import Source
 from plw_mlflow.store import BARE, BY_SEGMENT, COUNTS, Examples, Store, Writer, once
@@ -151,8 +150,7 @@ def run(
 
 def cache_dir(options: DataOptions) -> Path:
     """The folder for downloads and stored examples, which is there now. Raises ValueError where it cannot be made."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = options.cache_dir or home / "plw_mlflow"
+    folder = cache_folder(options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

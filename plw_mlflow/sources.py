@@ -16,7 +16,6 @@ import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from plw_mlflow import formats
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
@@ -163,14 +162,7 @@ def _of_folder(dataset: str) -> str:
 
 def _hint(dataset: str, data_dir: Path | None) -> str:
     """What may have been meant by a name that means nothing; empty if there is nothing like it."""
-    path = Path(dataset)
-    known = {name.lower(): name for name in (*TOY, *NAMED)}
-    near = [known[name] for name in get_close_matches(dataset.lower(), known, n=2)]
-    for folder in dict.fromkeys([path.parent, *([data_dir] if data_dir else [])]):
-        names = _files(folder)
-        likely = dict.fromkeys([*_begun(path, names), *get_close_matches(path.name, names, n=2, cutoff=0.75)])
-        near += [str(folder / name) for name in likely]
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    return did_you_mean(dataset, [*TOY, *NAMED], folders=[data_dir] if data_dir else [])
 
 
 def _files(folder: Path) -> list[str]:

@@ -6,10 +6,20 @@ they differ, and what is not known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from plw_mlflow.config import names
+
+OWN_TASKS = Path(__file__).resolve().parent / "tasks"
+# What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
+NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
+WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,56 @@ def select(listed: str) -> list[Benchmark]:
                 )
             found[benchmark.task] = other if benchmark == alone else benchmark
     return list(found.values())
+
+
+def check(listed: str) -> None:
+    """Raise ValueError for a list with a name that means no task, group or tag, or of which nothing would be scored.
+
+    The harness's own index takes seconds. Here its files are searched for names, which finds all of the index and a few
+    words more; whatever those are, the index refuses them later.
+    """
+    benchmarks = select(listed)
+    if not any(one.is_scored for one in benchmarks):
+        raise ValueError(f"none of the tasks {listed} counts in its set's score; name one by itself, or another set")
+    spec = importlib.util.find_spec("lm_eval")  # which does not import it
+    if spec is None or not spec.submodule_search_locations:
+        return  # whoever imports it says that it is missing
+    harness = Path(spec.submodule_search_locations[0]) / "tasks"
+    wanted = [one.task for one in benchmarks]
+    nearby = [
+        path for path in harness.iterdir() if path.is_dir() and any(name.startswith(path.name) for name in wanted)
+    ]
+    if _names_in(OWN_TASKS, *nearby).issuperset(wanted):
+        return
+    known = _names_in(OWN_TASKS, harness)
+    check_known(wanted, known)
+
+
+def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for wanted names that are none of the known ones. It says where to look for those."""
+    told = []
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*SETS, *known], n=3)
+            told.append(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    if told:
+        raise ValueError(
+            f"{'; '.join(told)}; the sets are {', '.join(SETS)} "
+            "(docs/evaluation.md), and lm_eval ls tasks lists the tasks, groups and tags of lm-evaluation-harness"
+        )
+
+
+def _names_in(*folders: Path) -> set[str]:
+    """The names of tasks, groups and tags in the YAML files of folders and those below, and some other words."""
+    found: set[str] = set()
+    for folder in folders:
+        for parent, _, files in os.walk(folder):
+            for file in files:
+                if file.endswith("yaml") or "." not in file:  # some that others include have no ending
+                    text = Path(parent, file).read_text(encoding="utf-8", errors="replace")
+                    for values in NAMING.findall(text):
+                        found.update(WORD.findall(values))
+    return found
 
 
 def not_run(listed: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import did_you_mean, first_line
 from plw_mlflow.records import Fault, Record
 
 # The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
@@ -101,19 +101,24 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer, completion_turns)
     path = file(name)
     if path is None:
+        if Path(name).is_dir():
+            raise ValueError(f"template {name} is a folder; give a .json or .jinja file")
         raise ValueError(
             f"there is no template {name!r}; it must be alpaca, chat, none, or the path of a .json file (with "
             "prompt_input and prompt_no_input) or of a .jinja file (a chat template)"
+            + did_you_mean(name, ("alpaca", "chat", "none"), folders=[])
         )
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jinja":
             return ChatTemplate(text, tokenizer, completion_turns)
         forms = json.loads(text)
+        if not isinstance(forms, dict):
+            raise ValueError("it must be one JSON object, with the fields prompt_input and prompt_no_input")
         return TextTemplate(forms["prompt_input"], forms["prompt_no_input"], specials)
     except KeyError as error:
         raise ValueError(f"template {path} lacks the field {error}") from None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"template {path} cannot be used: {first_line(error)}") from None
 
 

@@ -343,6 +343,7 @@ def test_bad_input_is_refused_in_one_line():
         ({"ratio": 1.0, "scores": "a", "ratios": "a=much"}, "ratios must be like mine=0.5,other=7, got a=much"),
         ({"ratio": 1.0, "scores": "a", "ratios": "a=0"}, "ratios must be like"),
         ({"ratio": 1.0, "scores": "a", "ratios": "0.5"}, "ratios must be like"),
+        ({"ratio": 1.0, "scores": "a", "ratios": "a=1,b=2,a=3"}, "ratios must name each data set once"),
     ],
 )
 def test_what_is_wrong_with_a_config(values, fault):

@@ -1,5 +1,6 @@
 """Are the caller's mistakes all told, in one line, and does everything else do what its help says?"""
 
+import errno
 import json
 import math
 import os
@@ -86,6 +87,26 @@ def is_one_line(text):
 )
 def test_a_mistake_is_told_in_one_line(call, arguments, expected):
     status, _, error, got = call(TrainConfig, *arguments)
+    assert (status, got) == (2, [])
+    assert is_one_line(error)
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("config_type", "arguments", "expected"),
+    [
+        (TrainConfig, ["--plw", "0.1", "--plw", "0.2"], "--plw is given 2 times; it has one value; give it once"),
+        (TrainConfig, ["--plw=0.1", "--seed", "1", "--plw=0.1"], "--plw is given 2 times"),
+        (TrainConfig, ["--invert", "--invert=false"], "--invert is given 2 times"),
+        (TrainConfig, ["--tokenizer", "", "--tokenizer", ""], "--tokenizer is given 2 times"),
+        (SweepConfig, ["--plw", "0.1", "--plw", "0.2"], "separated by commas: --plw A,B"),
+        (SweepConfig, ["--tasks", "toy", "--tasks", "piqa", "--tasks", "arc_easy"], "--tasks is given 3 times"),
+        (AnalyzeConfig, ["--run-id", "a", "--by", "seed", "--by", "method"], "separated by commas: --by A,B"),
+    ],
+)
+def test_an_option_given_twice_is_refused(call, config_type, arguments, expected):
+    """Click alone would use the last of its values, and say nothing."""
+    status, _, error, got = call(config_type, *arguments)
     assert (status, got) == (2, [])
     assert is_one_line(error)
     assert expected in error
@@ -198,6 +219,14 @@ def ours(config):
     sources.find("no/such/file", Path())
 
 
+def a_missing_package(config):
+    import no_such_package  # noqa: F401
+
+
+def a_full_disk(config):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+
+
 def a_librarys(config):
     json.loads("{")
 
@@ -217,6 +246,8 @@ def interrupted(config):
     [
         (ours, 2, "error: data set 'no/such/file' is neither a file, nor a hub id"),
         (not_finite, 1, "error: train/loss is nan at step 7"),
+        (a_missing_package, 2, f"error: {sys.executable} has no package no_such_package; activate the project's"),
+        (a_full_disk, 1, "error: some/file: No space left on device"),
         (interrupted, 130, "error: interrupted"),
     ],
 )
@@ -234,14 +265,18 @@ def test_a_librarys_error_is_shown_whole(call):
     assert "JSONDecodeError" in error
 
 
-def test_any_other_error_is_no_message_to_the_caller(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("bug"), FileNotFoundError(errno.ENOENT, "bug"), ModuleNotFoundError("bug", name="plw_mlflow.bug")],
+)
+def test_any_other_error_is_no_message_to_the_caller(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
     def broken(config):
-        raise KeyError("bug")
+        raise error
 
-    with pytest.raises(KeyError):  # Python's own traceback and exit status 1
+    with pytest.raises(type(error)):  # Python's own traceback and exit status 1
         cli.command(PrepareConfig)(broken)()
 
 
@@ -298,6 +333,9 @@ def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     EvaluateConfig(model="m", endpoint="http://here/v1", tokenizer="toy")
     with pytest.raises(ValueError, match="endpoint needs the model's name there"):
         EvaluateConfig(run_id="r", endpoint="http://here/v1")
+    for address in ("here:8000/v1", "here", "http:///v1"):
+        with pytest.raises(ValueError, match="endpoint must be like http"):
+            EvaluateConfig(model="m", endpoint=address)
     with pytest.raises(ValueError, match="tokenizer is of an endpoint's model"):
         EvaluateConfig(model="m", tokenizer="toy")
 
@@ -345,7 +383,7 @@ def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, script, "--scores", "x"],
+        [sys.executable, script, "--run-id", "x"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

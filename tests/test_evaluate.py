@@ -338,6 +338,17 @@ def test_an_unknown_task_is_answered_with_the_nearest_names():
         evaluate.load_tasks(ScoreOptions(tasks="toy,toy_shrt"))
 
 
+def test_a_task_that_needs_another_package_is_told_in_one_line(monkeypatch):
+    def needs(*_):
+        raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", needs)
+    with pytest.raises(
+        ValueError, match="the tasks toy need a package that is not installed: No module named 'langdetect"
+    ):
+        evaluate.load_tasks(ScoreOptions(tasks="toy"))
+
+
 def test_what_does_not_fit_the_models_window_is_counted_and_told(tmp_path):
     """toy has 512 positions."""
     rows = [

@@ -382,11 +382,13 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
+        ("tokenizer.json", "", ""),
         ("tokenizer.json", "{", "one of its files is not JSON"),
         ("tokenizer.json", "[]", "TypeError"),
         ("tokenizer.json", "{}", "KeyError"),
         ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": 3, "merges": []}}', ""),
         ("tokenizer_config.json", "[]", "AttributeError"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', ""),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line(file, content, expected, tmp_path):

@@ -342,16 +342,13 @@ def test_an_interrupt_ends_the_run_as_killed(new_place):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("train", "--model", "no/such/model"), 2, "model 'no/such/model' is not a folder on this machine"),
-        (("train", "--dataset", "toy-shrt"), 2, "data set 'toy-shrt' is neither a file, nor a hub id"),
-        (("main", "--tasks", "piqa", "--data-dir", "."), 2, "task piqa reads piqa_valid.jsonl, which does not exist"),
-        (("main", "--tasks", "toy_choise"), 2, "there is no task 'toy_choise'; the nearest are toy_choice"),
         (("train", "--max-tokens", "20"), 2, "no example of toy-short is left to train on"),
         (("train", "--max-tokens", "4096"), 2, "max-tokens is 4096, but toy has 512 positions"),
         (("train", "--learning-rate", "1e30", "--max-records", "120"), 1, "at step"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failed_run(new_place, arguments, status, message):
+    """What a look at names and folders tells is said before, without a run: test_checks.py."""
     _, err = new_place.run(*arguments, status=status)
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert message in line
@@ -411,10 +408,11 @@ def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
 
 @pytest.mark.slow
 def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):
-    _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,absent.json", *SMALL, status=1)
-    assert "1 of 2 cells did not finish: plw 0 absent toy full seed 1234 (exit status 2" in err.splitlines()[-1]
+    (new_place.folder / "broken.json").write_text("[{}]")
+    _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,broken.json", *SMALL, status=1)
+    assert "1 of 2 cells did not finish: plw 0 broken toy full seed 1234 (exit status 2" in err.splitlines()[-1]
     statuses = {run.data.params["dataset"]: run.info.status for run in new_place.runs()}
-    assert statuses == {"toy-short": "FINISHED", "absent.json": "FAILED", "toy-short,absent.json": "FAILED"}
+    assert statuses == {"toy-short": "FINISHED", "broken.json": "FAILED", "toy-short,broken.json": "FAILED"}
 
 
 def test_analyze_of_a_table_writes_its_files_and_a_registered_regression(new_place):

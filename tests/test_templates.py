@@ -148,7 +148,7 @@ def test_a_single_turn_does(tokenizer):
         ("alpaka", None, "there is no template 'alpaka'; it must be alpaca, chat, none, or the path"),
         ("gone.json", None, "there is no template '.*gone.json'"),
         ("a.json", "{", "a.json cannot be used: Expecting property name"),
-        ("a.json", "[]", "a.json cannot be used: list indices"),
+        ("a.json", "[]", "a.json cannot be used: it must be one JSON object"),
         ("a.json", '{"prompt_input": "{instruction}{input}"}', "a.json lacks the field 'prompt_no_input'"),
         ("a.json", '{"prompt_input": 1, "prompt_no_input": ""}', "a.json cannot be used"),
         (
