@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from plw_mlflow import outputs
 from plw_mlflow.evidence import OWN, STUDY, TASK_TYPES, VAUGHN, WIT, Point, to_plw
 from plw_mlflow.statistics.design import EXPONENT
 from plw_mlflow.statistics.optimum import LEVEL
@@ -415,11 +416,7 @@ def to_json(advice: Advice) -> dict[str, Any]:
 def write(advice: Advice, directory: Path) -> list[Path]:
     """Write `advice.json` and `advice.png` into a directory, and return their paths."""
     contents = [(json.dumps(to_json(advice), indent=2, allow_nan=False) + "\n").encode(), draw(advice)]
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / name for name in FILES]
-    for path, content in zip(paths, contents, strict=True):
-        path.write_bytes(content)
-    return paths
+    return outputs.write(directory, dict(zip(FILES, contents, strict=True)))
 
 
 STYLES: Mapping[str, tuple[str, str]] = {

@@ -20,6 +20,7 @@ from plw_mlflow import (
     export,
     measures,
     models,
+    outputs,
     padding,
     prepare,
     prompting,
@@ -124,8 +125,6 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     their part of the training.
     """
     adapters.check(config.method)
-    base = models.locate(config.model)
-    export.check(config.output, Path(base.path) if base.is_folder else None)
     settings = models.load_config(config.model)
     _check_recipe(settings, config)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
@@ -179,7 +178,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         with tempfile.TemporaryDirectory() as adapter:
             merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
             end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
-            run.log_folder(Path(adapter), export.ADAPTER)
+            run.log_folder(Path(adapter), outputs.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)
         run.log_checkpoint(merged, tokenizer, config, done.steps)
         yield merged, tokenizer, folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,15 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
-from plw_mlflow import benchmark_data, export, sources, tasksets, templates
+from plw_mlflow import benchmark_data, outputs, sources, tasksets, templates
 from plw_mlflow.config import (
     AdviseConfig,
     AnalyzeConfig,
     Checked,
     DataOptions,
     EvaluateConfig,
+    MainConfig,
+    PrepareConfig,
     RecipeOptions,
     ScoreOptions,
     SweepConfig,
@@ -32,13 +35,23 @@ from plw_mlflow.config import (
     names,
 )
 from plw_mlflow.errors import did_you_mean
+from plw_mlflow.origin import is_first_process
 from plw_mlflow.presets import MODELS
 
 TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
-PROFILE, ADVICE = ("profile.json", "profile.png"), ("advice.json", "advice.png")
+PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
-OUTPUTS = (*PROFILE, "scores.csv", *REPORT, *ADVICE)
+TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
+OUTPUTS: dict[type[Checked], tuple[str, ...]] = {
+    PrepareConfig: PROFILE,
+    TrainConfig: TRAINED,
+    MainConfig: (*TRAINED, *SCORES),
+    EvaluateConfig: SCORES,
+    SweepConfig: (*SCORES, *REPORT),
+    AnalyzeConfig: REPORT,
+    AdviseConfig: ADVICE,
+}
 # A folder holds weights, or a tokenizer, if it has a file of one of these names.
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
@@ -63,6 +76,23 @@ def check(config: Checked) -> None:
             raise ValueError("; ".join(found))
 
 
+@contextmanager
+def reserved_output(config: Any) -> Iterator[None]:
+    """Keep the folder for what a command writes as files to this process, if it was given one (`outputs.reserve`)."""
+    folder = config.output if is_first_process() else None
+    with outputs.reserve(folder, OUTPUTS[type(config)], _inputs(config)):
+        yield
+
+
+def _inputs(config: Any) -> list[Path]:
+    """The files and folders on this machine that a config has read."""
+    given: list[Any] = [
+        one for name in ("dataset", "model") if getattr(config, name, None) for one in _listed(config, name)
+    ]
+    given += [getattr(config, name, None) for name in ("mix", "template", "tokenizer", "scores", "data_dir")]
+    return [Path(one) for one in given if one and Path(one).exists()]
+
+
 def _references(config: Any) -> Iterator[Callable[[], None]]:
     """The checks of all that a config refers to."""
     if _reads_data(config):
@@ -76,9 +106,6 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
     if _reads_data(config) and config.tokenizer is None:
         for model in _listed(config, "model"):
             yield partial(_tokenizer, "model", model)
-    if isinstance(config, TrainConfig):
-        base = Path(config.model)
-        yield partial(export.check, config.output, base if base.is_dir() else None)
     if isinstance(config, EvaluateConfig) and config.endpoint is None and config.model is not None:
         yield partial(_model, config.model, is_scored=True)
     if (_reads_data(config) or isinstance(config, EvaluateConfig)) and config.tokenizer is not None:
@@ -95,7 +122,7 @@ def _folders(config: Any) -> Iterator[Callable[[], None]]:
     """The checks of all folders that a config has files written to."""
     for name in ("output", "checkpoint_dir", "cache_dir"):
         if (folder := getattr(config, name, None)) is not None:
-            yield partial(_folder, name.replace("_", "-"), folder, OUTPUTS if name == "output" else ())
+            yield partial(_folder, name.replace("_", "-"), folder)
     if _reads_data(config) and config.cache_dir is None:
         yield lambda: _folder("cache-dir", cache_folder(config))
 
@@ -194,18 +221,15 @@ def _table(path: Path) -> None:
     path.open("rb").close()
 
 
-def _folder(name: str, folder: Path, files: tuple[str, ...] = ()) -> None:
-    """Make a folder, and raise ValueError where it, or one of the files already in it, cannot be written to.
+def _folder(name: str, folder: Path) -> None:
+    """Make a folder, and raise ValueError where it cannot be written to.
 
     Trying is the only way to know: permissions do not tell of a disk that is full or read-only, nor hold for root.
     """
-    path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        for path in filter(Path.exists, (folder / file for file in files)):
-            path.open("ab").close()
     except FileExistsError:
         raise ValueError(f"{name} {folder} is not a folder") from None
     except OSError as error:
-        raise ValueError(f"{name} {path} cannot be written to: {error.strerror}") from None
+        raise ValueError(f"{name} {folder} cannot be written to: {error.strerror}") from None

@@ -50,7 +50,8 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         def parsed(**values: Any) -> None:
             config = config_type(**values)
             checks.check(config)
-            main(config)
+            with checks.reserved_output(config):
+                main(config)
 
         for option in options(config_type):
             parsed = option(parsed)

@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow import benchmark_data, models, tasksets
+from plw_mlflow import benchmark_data, models, outputs, tasksets
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.errors import first_line
 from plw_mlflow.prompting import HARNESS, Wrapping
@@ -472,11 +472,11 @@ def write(rows: list[dict[str, Any]], folder: Path | None) -> None:
     """Write rows of the score table to FOLDER/scores.csv, if there is a folder."""
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "scores.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    outputs.write(folder, {"scores.csv": text.getvalue().encode()})
 
 
 def table_text(evaluation: Evaluation) -> str:

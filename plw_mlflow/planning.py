@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from plw_mlflow import outputs
 from plw_mlflow.statistics import power
 from plw_mlflow.statistics.design import Grid
 from plw_mlflow.statistics.power import Plan, Proposal
@@ -31,15 +32,13 @@ class Planning:
 
     def write(self, folder: Path) -> list[Path]:
         """Write power.csv (a row per design) and next.json (an entry per data set), each if there is any of it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
+        contents = {}
         if self.plans:
-            files.append(folder / "power.csv")
-            pd.concat([one.frame() for one in self.plans]).to_csv(files[-1], index=False, lineterminator="\n")
+            frame = pd.concat([one.frame() for one in self.plans])
+            contents["power.csv"] = frame.to_csv(index=False, lineterminator="\n").encode()
         if self.proposals:
-            files.append(folder / "next.json")
-            files[-1].write_text(json.dumps([asdict(one) for one in self.proposals], indent=1) + "\n")
-        return files
+            contents["next.json"] = (json.dumps([asdict(one) for one in self.proposals], indent=1) + "\n").encode()
+        return outputs.write(folder, contents)
 
 
 def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Planning:

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from plw_mlflow import figures, formats, inversion, sources, templates
+from plw_mlflow import figures, formats, inversion, outputs, sources, templates
 from plw_mlflow import profile as lengths
 from plw_mlflow.config import DataOptions, cache_folder, data_name, digest, short_name
 from plw_mlflow.records import Fault, Record
@@ -367,6 +367,5 @@ def text(found: dict[str, Any]) -> str:
 def write(prepared: Prepared, folder: Path | None) -> None:
     """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "profile.png").write_bytes(figures.draw_profile(prepared.profile))
-        (folder / "profile.json").write_text(json.dumps(prepared.profile, indent=2) + "\n")
+        profile = (json.dumps(prepared.profile, indent=2) + "\n").encode()
+        outputs.write(folder, {"profile.png": figures.draw_profile(prepared.profile), "profile.json": profile})

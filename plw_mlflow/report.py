@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import platform
 import re
 import shlex
@@ -21,7 +20,7 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from plw_mlflow import __version__, figures, origin
+from plw_mlflow import __version__, figures, origin, outputs
 from plw_mlflow.analyze import (
     EXPONENT,
     LEVEL,
@@ -471,12 +470,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     for key, figure in drawn.items():
         contents |= {f"{names[key]}.png": figures.png(figure), f"{names[key]}.svg": svgs[key]}
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for filename, content in contents.items():
-        partial = directory / f".{filename}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, directory / filename)
-    return [directory / filename for filename in contents]
+    return outputs.write(directory, contents)
 
 
 def _command(analysis: Analysis, table: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from plw_mlflow import adapters, analyze, cell, report, tracking
+from plw_mlflow import adapters, analyze, cell, outputs, report, tracking
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,10 +100,7 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
         print(f"note: {note}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        scores = folder / "scores.csv"
-        table.to_csv(scores, index=False)
-        parent.log_files([scores])
+        parent.log_files(outputs.write(folder, {"scores.csv": table.to_csv(index=False).encode()}))
         try:
             found = analyze.analyze(table)
         except ValueError as error:

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from plw_mlflow import advise, checks, models, sources, tasksets
+from plw_mlflow import advise, checks, models, outputs, sources, tasksets
 from plw_mlflow.config import (
+    CONFIGS,
     AdviseConfig,
     AnalyzeConfig,
     EvaluateConfig,
@@ -98,7 +100,6 @@ def folder(tmp_path, monkeypatch):
             r"output records.jsonl/below cannot be written to: Not a dir",
         ),
         (AnalyzeConfig(run_id="r", output=Path("/proc/new")), r"output /proc/new cannot be written to"),
-        (EvaluateConfig(run_id="r", output=Path("taken")), r"output taken/scores.csv cannot be written to: Is a dir"),
         (
             EvaluateConfig(run_id="r", checkpoint_dir=Path("records.jsonl")),
             r"checkpoint-dir records.jsonl is not a fol",
@@ -164,16 +165,23 @@ def test_a_search_of_the_files_finds_every_task_that_the_harness_knows():
 
 
 def test_what_is_written_twice_is_the_same():
-    assert set(advise.FILES) <= set(checks.OUTPUTS)
+    assert checks.OUTPUTS[AdviseConfig] == advise.FILES
+    assert checks.OUTPUTS.keys() == set(CONFIGS.values())
     assert checks.TOY_FOLDER == models.TOY_FOLDER
 
 
-def test_an_earlier_export_may_be_replaced_and_nothing_else(folder):
+def test_what_a_command_reads_and_what_is_not_ours_is_not_replaced(folder):
     Path("out/model").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is no earlier export"):
-        checks.check(TrainConfig(output=Path("out")))
-    Path("out/model/config.json").touch()
-    checks.check(TrainConfig(output=Path("out")))
+    with pytest.raises(ValueError, match=r"out/model is there, and was not written by plw_mlflow"):
+        checks.reserved_output(TrainConfig(output=Path("out"))).__enter__()
+    shutil.copy("records.jsonl", "tasks.csv")
+    with pytest.raises(ValueError, match=r"tasks.csv is there, and was not written by plw_mlflow"):
+        checks.reserved_output(AnalyzeConfig(scores=Path("tasks.csv"), output=Path())).__enter__()
+    outputs.write(Path("ours"), {"tasks.csv": b"x"})
+    with pytest.raises(ValueError, match=r"ours/tasks.csv is read by this command, which would replace it"):
+        checks.reserved_output(AnalyzeConfig(scores=Path("ours/tasks.csv"), output=Path("ours"))).__enter__()
+    with checks.reserved_output(EvaluateConfig(model="toy", output=Path("ours"))):
+        assert Path("ours/tasks.csv").read_text() == "x"
 
 
 @pytest.mark.parametrize(

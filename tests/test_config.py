@@ -334,7 +334,7 @@ def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     with pytest.raises(ValueError, match="endpoint needs the model's name there"):
         EvaluateConfig(run_id="r", endpoint="http://here/v1")
     for address in ("here:8000/v1", "here", "http:///v1"):
-        with pytest.raises(ValueError, match="endpoint must be like http"):
+        with pytest.raises(ValueError, match="endpoint must be an address like http"):
             EvaluateConfig(model="m", endpoint=address)
     with pytest.raises(ValueError, match="tokenizer is of an endpoint's model"):
         EvaluateConfig(model="m", tokenizer="toy")

@@ -24,7 +24,6 @@ def exported(folder, output, method, *, add_pad_token=False, base=None):
             torch.nn.init.normal_(parameter, std=0.02)
     folder.mkdir()
     merged = adapters.merge(model, folder, with_embeddings=is_added)
-    export.check(output, None)
     export.write(merged, tokenizer, folder, output)
     return merged(TOKENS).logits
 
@@ -38,7 +37,7 @@ def test_the_folders_load_without_this_package(method, add_pad_token, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output/model")
     assert tokenizer("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
     names = {"model"} | ({"adapter"} if method == "lora" else set())
-    assert {path.name for path in (tmp_path / "output").iterdir()} == names
+    assert {path.name for path in (tmp_path / "output").iterdir() if path.name[0] != "."} == names
     if method == "lora":
         base = tiny_llama()
         if add_pad_token:
@@ -104,20 +103,16 @@ def test_an_adapter_that_is_damaged_is_refused_in_one_line(tmp_path):
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):
-    exported(tmp_path / "first", tmp_path, "lora")
-    (tmp_path / "model" / "left over").touch()
-    exported(tmp_path / "second", tmp_path, "full")
-    assert not (tmp_path / "model" / "left over").exists()
-    assert not (tmp_path / "adapter").exists()
+    exported(tmp_path / "first", tmp_path / "out", "lora")
+    exported(tmp_path / "second", tmp_path / "out", "full")
+    assert not (tmp_path / "out/adapter").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == ["model"]
 
 
-def test_nothing_else_is_replaced(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"the trained model would replace its base in .*model; give another --output"):
-        export.check(tmp_path, tmp_path / "model")
-    export.check(tmp_path, tmp_path / "elsewhere")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"adapter exists and is no earlier export \(it has no adapter_config.json\)"):
-        export.check(tmp_path, None)
-    export.check(None, None)
+def test_one_with_something_else_in_it_is_not(tmp_path):
+    exported(tmp_path / "first", tmp_path / "out", "lora")
+    (tmp_path / "out/model/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"model/notes.txt is there, and was not written by plw_mlflow"):
+        exported(tmp_path / "second", tmp_path / "out", "full")
+    assert (tmp_path / "out/model/notes.txt").read_text() == "mine"
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow import analyze, figures, report
+from plw_mlflow import analyze, figures, outputs, report
 from plw_mlflow.statistics import design
 from tests.test_analyze import STUDY_PLWS, fit_one, simulate
 
@@ -350,7 +350,7 @@ def test_files_stay_in_their_directory_and_agree(hostile):
     drawn = [f"{what}-b-short-b" for what in ("curve", "optimum", "residuals", "tasks")] + ["no-effect"]
     expected = {"fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv"}
     expected |= {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
-    assert {path.name for path in directory.iterdir()} == expected
+    assert {path.name for path in directory.iterdir()} == expected | {outputs.LIST}
     assert sorted(path.name for path in directory.parent.iterdir()) == ["new"]
     told = json.loads((directory / "fit.json").read_text())
     assert told["fits"][0]["coefficients"] == analysis.fits[0].coefficients
