@@ -214,9 +214,9 @@ def test_a_server_that_stays_away_is_given_up_with_one_line(server, monkeypatch)
     run = tracking.Run(mlflow.MlflowClient().create_run("0").info.run_id)
     server.kill()
     log(run, 1, 2)
-    with pytest.raises(ConnectionError, match=r"has not taken 4 metrics of run .* within 0 s \(API request to"):
+    with pytest.raises(ConnectionError, match=r"has not taken 4 metrics of run .* within 0 s \(Connection refused"):
         run.flush()
-    with pytest.raises(ConnectionError, match=r"logging the scores: the tracking store .* was away for 0 s"):
+    with pytest.raises(ConnectionError, match=r"logging the scores: the tracking store .* was away for 0 s \(Conn"):
         add_scores(run)
     run.close(0)
 

@@ -145,7 +145,7 @@ def test_a_run_cut_short_before_its_first_checkpoint_hands_nothing_over(store, t
     assert history(store, run.id, "eval/prompt_loss") == [(0, 1.0)]
 
 
-def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
+def test_a_cut_short_run_that_somebody_deleted_hands_its_curve_over_and_is_left_alone(store, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as first:
         first.begin_cell("c", tmp_path, 0)
         first.log_step({"train/loss": 1.0}, 1)
@@ -153,7 +153,8 @@ def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as second:
         second.begin_cell("c", tmp_path, 1)
     assert (tmp_path / "run_id").read_text() == second.id
-    assert history(store, second.id, "train/loss") == []
+    assert history(store, second.id, "train/loss") == [(1, 1.0)]
+    assert "plw.superseded_by" not in store.get_run(first.id).data.tags
 
 
 def saved(folder, step):

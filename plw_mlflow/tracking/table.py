@@ -8,7 +8,7 @@ import mlflow
 import pandas as pd
 
 from plw_mlflow.statistics.table import COLUMNS
-from plw_mlflow.tracking.connection import check_reachable, get_run
+from plw_mlflow.tracking.connection import address, check_reachable, get_run
 from plw_mlflow.tracking.run import CELL_FIELDS, Run, cell_columns, parameters
 
 
@@ -121,7 +121,10 @@ def generation_ratios(experiment: str) -> dict[str, float]:
 def _experiment_id(name: str) -> str:
     found = mlflow.MlflowClient().get_experiment_by_name(name)
     if found is None:
-        raise ValueError(f"there is no experiment {name!r} in {mlflow.get_tracking_uri()}")
+        raise ValueError(f"there is no experiment {name!r} in {address()}")
+    if found.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise ValueError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")
     return str(found.experiment_id)
 
 
