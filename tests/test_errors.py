@@ -23,17 +23,14 @@ from plw_mlflow.errors import first_line, reason, without_passwords
         ("a http://u:secret@x b http://v:secret@y c", "a http://u:***@x b http://v:***@y c"),
         ("http://host/v1?token=secret&limit=3", "http://host/v1?token=***&limit=3"),
         ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
-        ("https://b.s3.aws/k?X-Amz-Credential=secret&X-Amz-Date=1&X-Amz-Signature=secret", None),
+        ("https://b.s3/k?X-Amz-Date=1&X-Amz-Signature=secret", "https://b.s3/k?X-Amz-Date=1&X-Amz-Signature=***"),
         ("https://a.blob.core.windows.net/c?sv=2&sig=secret", "https://a.blob.core.windows.net/c?sv=2&sig=***"),
         ("mssql+pyodbc:///?odbc_connect=PWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
         ("https://host/#access_token=secret", "https://host/#access_token=***"),
     ],
 )
 def test_no_secret_of_an_address_is_shown(text, expected):
-    assert "secret" in text or "cret" in text or "1234" in text
-    found = without_passwords(text)
-    assert found == expected or (expected is None and "secret" not in found)
-    assert without_passwords(found) == found
+    assert without_passwords(text) == without_passwords(expected) == expected
 
 
 @pytest.mark.parametrize(

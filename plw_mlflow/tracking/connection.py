@@ -102,9 +102,12 @@ def _knock(uri: str) -> None:
         is_sqlite = scheme == "sqlite"
         if is_sqlite and url.database and not url.database.startswith(("file:", ":memory:")):
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
-        engine = sqlalchemy.create_engine(
-            url, poolclass=sqlalchemy.NullPool, connect_args={"timeout": ANSWER_SECONDS} if is_sqlite else {}
-        )
+        try:
+            engine = sqlalchemy.create_engine(
+                url, poolclass=sqlalchemy.NullPool, connect_args={"timeout": ANSWER_SECONDS} if is_sqlite else {}
+            )
+        except sqlalchemy.exc.NoSuchModuleError as error:
+            raise ImportError(str(error)) from None
         with engine.connect() as connection:
             if is_sqlite:  # it opens whatever there is, and says only now whether that can be read and written
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
