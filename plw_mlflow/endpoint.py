@@ -18,7 +18,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from plw_mlflow import answers, models
 from plw_mlflow.asking import Asking, Batch, Piece, Prompt
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import reason, without_passwords
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
 BATCH = 16 * CONCURRENT  # requests whose answers are kept together
@@ -72,7 +72,9 @@ class Endpoint(Asking, LocalCompletionsAPI):
         try:
             return run(asked)
         except (ClientError, TimeoutError, OSError) as error:
-            raise ConnectionError(f"the endpoint {self.root} gives no answer: {first_line(error)}") from None
+            raise ConnectionError(
+                f"the endpoint {without_passwords(self.root)} gives no answer: {reason(error)}"
+            ) from None
 
     def _score(self, pieces: list[Piece]) -> list[tuple[float, bool]]:
         return LocalCompletionsAPI._loglikelihood_tokens(self, [piece.pair for piece in pieces])
@@ -86,7 +88,8 @@ def _window(root: str, model: str) -> int:
     try:
         answer = requests.get(f"{root}/models", timeout=20)
     except requests.RequestException as error:
-        raise ConnectionError(f"no server answers at {root}: {first_line(error)}") from None
+        raise ConnectionError(f"no server answers at {without_passwords(root)}: {reason(error)}") from None
+    root = without_passwords(root)
     listed = {one["id"]: one for one in answer.json()["data"]} if answer.ok else {}
     if listed and model not in listed:
         raise ValueError(f"the endpoint {root} has no model {model!r}; it has {', '.join(sorted(listed))}")
