@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import errno
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -27,12 +28,13 @@ import click
 
 from plw_mlflow import checks
 from plw_mlflow.config import UNSET, spell
-from plw_mlflow.errors import not_installed
-from plw_mlflow.origin import ROOT, is_first_process
+from plw_mlflow.errors import not_installed, without_passwords
+from plw_mlflow.origin import ROOT, is_first_process, says_interrupts
 
 PACKAGE = Path(__file__).resolve().parent
 # What a machine refuses; of other errors of the system, the traceback tells more.
 REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
 
 
 def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[], NoReturn]]:
@@ -160,7 +162,9 @@ def _run(parsed: click.Command) -> NoReturn:
     if not is_first_process():  # what the first says, it says for all of them; errors are each one's own
         sys.stdout = StringIO()
         warnings.simplefilter("ignore")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {without_passwords(str(message))}", file=sys.stderr)
+    sys.excepthook = lambda *error: _show_traceback(error[1])
+    logging.setLogRecordFactory(_record)
     try:
         parsed.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -168,11 +172,13 @@ def _run(parsed: click.Command) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
-        _stop("interrupted; the same command goes on from the last checkpoint of a model it was training, if any", 130)
+        if says_interrupts():
+            _stop(INTERRUPTED, 130)
+        sys.exit(130)
     except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
         # Only errors that this package raised on purpose are messages to the caller; others are bugs to be seen.
         if not _raised_here(error):
-            traceback.print_exc()
+            _show_traceback(error)
             sys.exit(1)
         _stop(" ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1)
     except ModuleNotFoundError as error:
@@ -190,5 +196,19 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_passwords(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _show_traceback(error: BaseException) -> None:
+    """What Python prints of an error that nobody caught, without the passwords that addresses may hold."""
+    print(without_passwords("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
+def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """What a library logs, without the passwords that addresses may hold."""
+    record = logging.LogRecord(*args, **kwargs)
+    record.msg, record.args = without_passwords(record.getMessage()), ()
+    if record.exc_info:
+        record.exc_text = without_passwords(logging.Formatter().formatException(record.exc_info))
+    return record

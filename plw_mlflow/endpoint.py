@@ -28,7 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from plw_mlflow import answers, models
 from plw_mlflow.asking import Asking, Batch, Piece, Prompt
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import first_line, reason
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
 BATCH = 16 * CONCURRENT  # requests whose answers are kept together
@@ -212,7 +212,7 @@ class Endpoint(Asking):
             try:
                 status, content = self._request(method, path, asked)
             except (OSError, TimeoutError) as error:  # what requests raises is an OSError
-                trouble = first_line(error)
+                trouble = reason(error)
                 continue
             if status == 200:
                 try:

@@ -16,6 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_ROOT = Path("/plw_mlflow")  # Dockerfile's WORKDIR
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
+PARENT_SPEAKS = "PLW_PARENT_SPEAKS"  # in the environment of a sweep's cell
+
+
+def says_interrupts() -> bool:
+    """Whether this is the one process of a command that says of an interrupt which all of them have heard."""
+    return is_first_process() and PARENT_SPEAKS not in os.environ
 
 
 def is_first_process() -> bool:

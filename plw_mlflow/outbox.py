@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import Refused, reason
 
 PAUSE_SECONDS = 5.0  # points that come within it are sent together
 RETRY_SECONDS = (1.0, 10.0)  # between two attempts: at first, and at most; each is twice the one before
@@ -40,12 +40,16 @@ class Outbox:
     """Sends points to a store, whenever that is there."""
 
     def __init__(self, send: Callable[[list[Point]], None]) -> None:
-        """send: takes a batch of points to the store, or raises whatever it likes; called by one thread alone."""
+        """send: takes a batch of points to the store, or raises; called by one thread alone.
+
+        Refused says that the store is there and will not have them; anything else, that it is away.
+        """
         self._send = send
         self._points: list[Point] = []  # not known to have arrived, in order
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._waiting = 0  # calls of `wait` at this moment
+        self._attempts = 0
         self._is_closed = False
         self._trouble: Exception | None = None  # why the last attempt failed, None if it did not
 
@@ -60,14 +64,26 @@ class Outbox:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Have everything sent now, and wait for it, at most so many seconds; whether it was."""
+        """Have everything sent now, and wait for it, at most so many seconds; whether it was.
+
+        A store that refuses the points is asked once more, and not waited for.
+        """
         with self._changed:
             self._waiting += 1
             self._changed.notify_all()
+            before = self._attempts
             try:
-                return self._changed.wait_for(lambda: not self._points, seconds)
+                self._changed.wait_for(
+                    lambda: not self._points or (self.refusal is not None and self._attempts > before), seconds
+                )
+                return not self._points
             finally:
                 self._waiting -= 1
+
+    @property
+    def refusal(self) -> Refused | None:
+        """The store's refusal of the points, where the last attempt to send them ended in one."""
+        return self._trouble if isinstance(self._trouble, Refused) else None
 
     @property
     def unsent(self) -> list[Point]:
@@ -78,7 +94,7 @@ class Outbox:
     @property
     def trouble(self) -> str:
         """Why the last attempt to send failed, empty if it did not."""
-        return first_line(self._trouble) if self._trouble else ""
+        return reason(self._trouble) if self._trouble else ""
 
     def close(self) -> None:
         """Make no further attempt."""
@@ -88,7 +104,9 @@ class Outbox:
 
     def _is_urgent(self) -> bool:
         is_full = len(self._points) >= BATCH_POINTS
-        return self._is_closed or (self._trouble is None and (is_full or self._waiting > 0))
+        if self._trouble is None:
+            return self._is_closed or is_full or self._waiting > 0
+        return self._is_closed or (self.refusal is not None and self._waiting > 0)
 
     def _work(self) -> None:
         pause, since = PAUSE_SECONDS, 0.0
@@ -104,15 +122,14 @@ class Outbox:
             except Exception as error:  # whatever it is, it may pass, and is no reason to end a training
                 if self._trouble is None:
                     pause, since = RETRY_SECONDS[0], time.monotonic()
-                    clock = time.strftime("%H:%M:%S UTC", time.gmtime())
-                    warnings.warn(
-                        f"the tracking store takes no metrics since {clock} ({first_line(error)}); training goes on, "
-                        "and they are sent when it does",
-                        stacklevel=1,
-                    )
                 else:
                     pause = min(2 * pause, RETRY_SECONDS[1])
-                self._trouble = error
+                if self._trouble is None or isinstance(error, Refused) != isinstance(self._trouble, Refused):
+                    _warn(error)
+                with self._changed:
+                    self._trouble = error
+                    self._attempts += 1
+                    self._changed.notify_all()
                 continue
             if self._trouble is not None:
                 print(f"the tracking store takes metrics again, after {time.monotonic() - since:.0f} s", flush=True)
@@ -121,6 +138,18 @@ class Outbox:
                 self._trouble = None
                 del self._points[: len(batch)]
                 self._changed.notify_all()
+
+
+def _warn(error: Exception) -> None:
+    clock = time.strftime("%H:%M:%S UTC", time.gmtime())
+    if isinstance(error, Refused):
+        message = f"{reason(error)}. It is {clock}; training goes on, and its checkpoints are kept"
+    else:
+        message = (
+            f"the tracking store takes no metrics since {clock} ({reason(error)}); training goes on, and they are "
+        )
+        message += "sent when it does"
+    warnings.warn(message, stacklevel=2)
 
 
 def save(points: Iterable[Point], path: Path) -> None:

@@ -18,6 +18,7 @@ from plw_mlflow import adapters, analyze, cell, outputs, report, tracking
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
+INTERRUPTED = 130  # exit status of a cell that was interrupted alone
 PATIENCE_SECONDS = 10  # for a cell that was interrupted at the terminal to end by itself
 
 
@@ -65,6 +66,18 @@ def _process(one: MainConfig, run_id: str) -> int:
     environment = tracking.child_environment(run_id)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "entrypoints.main", *arguments(one)]
+    try:
+        status = _wait(command, environment)
+    except KeyboardInterrupt:
+        tracking.kill(run_id)
+        raise
+    if status not in (0, INTERRUPTED):  # an interrupted one has said so on its run
+        tracking.fail(run_id)
+    return status
+
+
+def _wait(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; gives its exit status. Raises KeyboardInterrupt where this process is interrupted."""
     with subprocess.Popen(command, env=environment) as process:
         heard: list[int] = []
 
@@ -84,8 +97,6 @@ def _process(one: MainConfig, run_id: str) -> int:
             signal.signal(signal.SIGTERM, before)
     if heard:
         raise KeyboardInterrupt
-    if status != 0:
-        tracking.fail(run_id)
     return status
 
 

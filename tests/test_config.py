@@ -1,7 +1,9 @@
 """Are the caller's mistakes all told, in one line, and does everything else do what its help says?"""
 
 import errno
+import io
 import json
+import logging
 import math
 import os
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from plw_mlflow import cli, config, sources
+from plw_mlflow import cli, config, origin, sources
 from plw_mlflow.config import (
     CONFIGS,
     AnalyzeConfig,
@@ -43,7 +45,10 @@ def call(monkeypatch, capsys):
         shown = capsys.readouterr()
         return stopped.value.code, shown.out, shown.err, got
 
-    return called
+    before = logging.getLogRecordFactory()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    yield called
+    logging.setLogRecordFactory(before)
 
 
 def is_one_line(text):
@@ -258,6 +263,40 @@ def test_what_stops_a_command_is_told_in_one_line(call, main, status, expected):
     assert error.lstrip("\n").startswith(expected)
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "1"), (origin.PARENT_SPEAKS, "true")])
+def test_of_the_processes_that_hear_an_interrupt_one_says_so(call, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    found, _, error, _ = call(PrepareConfig, main=interrupted)
+    assert (found, error.strip()) == (130, "")
+
+
+def names_an_address(config):
+    sources.find("http://me:secret@host/records.json?token=secret", Path())
+
+
+def logs_and_warns(config):
+    address = "http://me:secret@host"
+    warnings.warn(f"no answer from {address}", stacklevel=1)
+    logging.getLogger("some.library").error("%s gives no answer", address)
+    try:
+        raise OSError(address)
+    except OSError:
+        logging.getLogger("some.library").exception("again")
+    raise RuntimeError(address)  # none that this package raises: it is shown whole
+
+
+@pytest.mark.parametrize(("main", "shown"), [(names_an_address, 1), (logs_and_warns, 4)])
+def test_no_password_is_shown_in_errors_warnings_logs_and_tracebacks(call, monkeypatch, main, shown):
+    logged = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("some.library"), "handlers", [logging.StreamHandler(logged)])
+    found, _, error, _ = call(PrepareConfig, main=main)
+    assert found != 0
+    text = error + logged.getvalue()
+    assert text.count("http://me:***@host") == shown
+    assert "me:secret" not in text
+    assert "=secret" not in text
+
+
 def test_a_librarys_error_is_shown_whole(call):
     status, _, error, _ = call(PrepareConfig, main=a_librarys)
     assert status == 1
@@ -272,6 +311,8 @@ def test_a_librarys_error_is_shown_whole(call):
 def test_any_other_error_is_no_message_to_the_caller(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
 
     def broken(config):
         raise error

@@ -7,11 +7,11 @@ import mlflow
 import pytest
 
 from plw_mlflow import outbox, tracking
-from plw_mlflow.config import MainConfig, TrainConfig
+from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
 from plw_mlflow.evaluate import Evaluation, Score, table
 from plw_mlflow.tracking import connection, run
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.servers import Line, Server
+from tests.servers import Line, Refusing, Server
 from tests.stores import make_store
 
 SOON = 120.0  # seconds in which what has to come has come, however busy the machine
@@ -214,9 +214,9 @@ def test_a_server_that_stays_away_is_given_up_with_one_line(server, monkeypatch)
     run = tracking.Run(mlflow.MlflowClient().create_run("0").info.run_id)
     server.kill()
     log(run, 1, 2)
-    with pytest.raises(ConnectionError, match=r"has not taken 4 metrics of run .* within 0 s \(API request to"):
+    with pytest.raises(ConnectionError, match=r"has not taken 4 metrics of run .* within 0 s \(Connection refused"):
         run.flush()
-    with pytest.raises(ConnectionError, match=r"logging the scores: the tracking store .* was away for 0 s"):
+    with pytest.raises(ConnectionError, match=r"logging the scores: the tracking store .* was away for 0 s \(Conn"):
         add_scores(run)
     run.close(0)
 
@@ -232,3 +232,43 @@ def test_an_error_that_is_not_the_stores_is_not_waited_out(server, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         connection.patiently("logging", fail)
     assert len(calls) == 2
+
+
+def test_no_password_of_an_address_is_shown_or_stored(server, folder, tmp_path, monkeypatch, capfd):
+    mlflow.set_tracking_uri(server.uri.replace("://", "://me:geheim123@"))
+    config = EvaluateConfig(model="m", endpoint="http://me:geheim123@127.0.0.1:9/v1?token=geheim123")
+    with tracking.open_run(config, f"evaluate {config.endpoint}") as run:
+        run.log_checkpoint(tiny_llama(), byte_tokenizer(), MainConfig())
+        print(run.address())
+    with pytest.raises(ConnectionError, match="gives no answer"), tracking.open_run(config, "another"):
+        raise ConnectionError(f"{config.endpoint} gives no answer")
+    server.kill()
+    with pytest.raises(ConnectionError, match=r"the tracking store .* cannot be used: Connection refused"):
+        connection.check_reachable()
+    shown = capfd.readouterr()
+    assert run.id in shown.out
+    assert "geheim123" not in shown.out + shown.err
+    kept = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "MLmodel", "config.json"} <= {path.name for path in kept}
+    assert [path for path in kept if b"geheim123" in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (401, ValueError, "cannot be used: .*401.*; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, ValueError, "cannot be used: .*403.*; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (404, ConnectionError, "cannot be used: .*404"),  # of a proxy before a server that is being started
+        (503, ConnectionError, "cannot be used: too many 503 error responses"),
+    ],
+)
+def test_a_server_that_refuses_is_told_from_one_that_is_away(monkeypatch, status, kind, message):
+    monkeypatch.setattr(connection, "WAIT_SECONDS", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with closing(Refusing(status)) as refusing:
+        mlflow.set_tracking_uri(refusing.uri)
+        monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
+        with pytest.raises(kind, match=message):
+            connection.check_reachable()
+        with pytest.raises(kind):
+            connection.patiently("logging", mlflow.MlflowClient().search_experiments)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plw_mlflow import outbox
+from plw_mlflow.errors import Refused
 from plw_mlflow.outbox import Outbox, Point
 
 POINTS = [
@@ -96,6 +97,45 @@ def test_a_store_that_goes_and_comes_back_is_told_once(capsys, recwarn):
     assert re.search(r"takes no metrics since .* \(away\); training goes on", str(told.message))
     assert box.trouble == ""
     assert capsys.readouterr().out.startswith("the tracking store takes metrics again, after")
+
+
+def test_a_store_that_refuses_is_asked_once_more_and_not_waited_for(recwarn):
+    asked = []
+
+    def refuse(batch):
+        asked.append(batch)
+        raise Refused("run 7 was deleted")
+
+    box = Outbox(refuse)
+    box.put(POINTS)
+    for _ in range(2):
+        before = len(asked)
+        assert not box.wait(10 * SOON)  # returns long before that
+        assert len(asked) > before
+    assert str(box.refusal) == box.trouble == "run 7 was deleted"
+    assert box.unsent == POINTS
+    box.close()
+    (told,) = recwarn
+    assert str(told.message).startswith("run 7 was deleted. It is ")
+    assert "training goes on" in str(told.message)
+
+
+@pytest.mark.filterwarnings("ignore:run 7 was deleted")
+def test_what_was_refused_is_sent_when_it_is_taken_again():
+    answers = [Refused("run 7 was deleted"), Refused("run 7 was deleted"), None]
+    store = Store()
+
+    def send(batch):
+        if (answer := answers.pop(0) if answers else None) is not None:
+            raise answer
+        store(batch)
+
+    box = Outbox(send)
+    box.put(POINTS)
+    while not box.wait(SOON):
+        pass
+    assert list(store.points) == POINTS
+    assert box.refusal is None
 
 
 @pytest.mark.filterwarnings("ignore:the tracking store takes no metrics")

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
+import signal
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +14,16 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from mlflow.entities import ViewType
+from mlflow.utils import validation
 
-from plw_mlflow import prepare, tracking
-from plw_mlflow.config import DataOptions, MainConfig, PrepareConfig, TrainConfig
+from plw_mlflow import outbox, prepare, sweep, tracking
+from plw_mlflow.config import DataOptions, EvaluateConfig, MainConfig, PrepareConfig, TrainConfig
+from plw_mlflow.errors import Refused
 from plw_mlflow.evaluate import Evaluation, Score, table
 from plw_mlflow.sources import Source
-from plw_mlflow.tracking import stored
+from plw_mlflow.tracking import connection, stored
+from plw_mlflow.tracking import run as run_module
 from plw_mlflow.tracking.run import cell_columns
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.stores import Place
@@ -147,7 +154,7 @@ def test_a_run_cut_short_before_its_first_checkpoint_hands_nothing_over(store, t
     assert history(store, run.id, "eval/prompt_loss") == [(0, 1.0)]
 
 
-def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
+def test_a_cut_short_run_that_somebody_deleted_hands_its_curve_over_and_is_left_alone(store, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as first:
         first.begin_cell("c", tmp_path, 0)
         first.log_step({"train/loss": 1.0}, 1)
@@ -155,7 +162,287 @@ def test_a_cut_short_run_that_somebody_deleted_is_left_alone(store, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as second:
         second.begin_cell("c", tmp_path, 1)
     assert (tmp_path / "run_id").read_text() == second.id
-    assert history(store, second.id, "train/loss") == []
+    assert history(store, second.id, "train/loss") == [(1, 1.0)]
+    assert "plw.superseded_by" not in store.get_run(first.id).data.tags
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nothing is waited for: whoever sleeps until the store is back fails."""
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: pytest.fail("the store is there"))
+    monkeypatch.setattr(outbox, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", (0.01, 0.1))
+
+
+@pytest.mark.filterwarnings("ignore:sending the metrics")
+def test_a_run_that_is_deleted_while_it_trains_is_said_at_once(store, tmp_path, impatient, capsys):
+    with pytest.raises(Refused) as error:
+        train_deleted(store, tmp_path)
+    (deleted,) = store.search_runs(["0"], run_view_type=ViewType.DELETED_ONLY)
+    run_id = deleted.info.run_id
+    for part in (f"metrics of run {run_id}", f"mlflow runs restore --run-id {run_id}", f"checkpoints in {tmp_path}"):
+        assert part in str(error.value)
+    assert "waiting" not in capsys.readouterr().out
+    with tracking.open_run(TrainConfig(), "cell") as second:  # the same command again
+        second.begin_cell("c", tmp_path, 2)
+    assert history(store, second.id, "train/loss") == [(1, 1.0), (2, 0.5)]
+
+
+def train_deleted(store, folder):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.begin_cell("c", folder, 0)
+        run.log_step({"train/loss": 1.0}, 1)
+        run.flush()
+        store.delete_run(run.id)
+        run.log_step({"train/loss": 0.5}, 2)  # goes on
+        run.save_unsent()
+        with pytest.warns(UserWarning, match="step-000002 is not in the store"):
+            run.store_checkpoint(saved(folder, 2))
+        run.flush()
+
+
+def test_what_the_store_refuses_after_the_training_is_said_at_once(store, impatient):
+    with pytest.raises(Refused, match=r"logging the measures: the tracking store .* refuses it: .* 'active' state"):
+        measure_deleted(store)
+
+
+def measure_deleted(store):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        store.delete_run(run.id)
+        run.log_measures({"length": 1.0})
+
+
+def test_a_name_that_mlflow_refuses_is_one_line(store):
+    with pytest.raises(Refused, match=r"run \w+: the tracking store .* refuses it: Invalid value .what"):
+        log_badly()
+    (found,) = store.search_runs(["0"])
+    assert found.info.status == "FAILED"
+    assert found.data.tags["plw.error"].startswith("Refused: run ")
+
+
+def log_badly():
+    with tracking.open_run(TrainConfig(), "cell"):
+        mlflow.log_metric("what?!", 1.0)
+
+
+@pytest.mark.parametrize("given", ["f" * 32, "no id at all/.."])
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_an_unknown_run_is_said(monkeypatch, given, by):
+    if by == "environment":
+        monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    with pytest.raises(ValueError, match=f"there is no run '{given}'"):
+        open_and_end(given if by == "option" else None)
+
+
+def open_and_end(run_id=None):
+    with tracking.open_run(EvaluateConfig(model="toy"), "name", run_id):
+        pass
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_deleted_run_is_said(store, monkeypatch, by):
+    run = store.create_run("0").info.run_id
+    store.delete_run(run)
+    if by == "environment":
+        monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    with pytest.raises(
+        ValueError, match=f"run {run} in .* was deleted; restore it by mlflow runs restore --run-id {run}"
+    ):
+        open_and_end(run if by == "option" else None)
+    with pytest.raises(ValueError, match="was deleted"):
+        tracking.score_table(sweep=run)
+
+
+def test_a_deleted_or_unknown_experiment_is_said(store, monkeypatch):
+    gone = store.create_experiment("gone")
+    store.delete_experiment(gone)
+    with pytest.raises(ValueError, match=f"experiment 'gone' in .* was deleted; .* --experiment-id {gone}"):
+        tracking.score_table(experiment="gone")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    with pytest.raises(Refused, match=f"opening a run: .* mlflow experiments restore --experiment-id {gone}"):
+        open_and_end()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
+    with pytest.raises(Refused, match=r"opening a run: .* MLFLOW_EXPERIMENT_ID .* `4711` does not exist"):
+        open_and_end()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    store.delete_experiment("0")
+    with pytest.raises(Refused, match=r"opening a run: .* --experiment-id 0"):
+        open_and_end()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (
+            "ftp://me:secret@host/x",
+            r"ftp://me:\*\*\*@host/x cannot be used: MLflow knows no such kind of address; .*sqlite",
+        ),
+        ("sqlite:///{folder}/file/mlflow.db", "cannot be used: .*File exists"),
+        ("sqlite:///{folder}", "cannot be used: unable to open database file"),
+        ("sqlite:///{folder}/file", "cannot be used: file is not a database"),
+        ("sqlite:///file:{folder}/mlflow.db?mode=ro&uri=true", "cannot be used: attempt to write a readonly database"),
+        ("postgresql+nosuch://me:secret@host/db", r"postgresql\+nosuch://me:\*\*\*@host/db cannot be used: "),
+        ("postgresql://me:se/cret@host:port/db", r"me:\*\*\*@host:port/db cannot be used: it is not a valid address"),
+        ("http://me:se/cret@host", r"http://me:\*\*\*@host cannot be used: it is not a valid address"),
+        ("file://{folder}/mlruns", "cannot be used: The filesystem tracking backend"),
+    ],
+)
+def test_a_store_that_cannot_be_one_is_said_in_one_line(tmp_path, impatient, uri, message):
+    (tmp_path / "file").write_text("no database " * 100)
+    mlflow.set_tracking_uri(uri.format(folder=tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        connection.check_reachable()
+    assert "\n" not in str(error.value)
+    assert "cret" not in str(error.value)
+
+
+def test_a_locked_store_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.01)
+    with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConnectionError, match=r"cannot be used: database is locked$"):
+            connection.check_reachable()
+
+
+def test_asking_changes_nothing_in_the_store(tmp_path):
+    before = (tmp_path / "mlflow.db").read_bytes()
+    connection.check_reachable()
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+
+
+def test_what_the_database_layer_logs_is_not_shown_beside_the_error(store, capsys):
+    connection.check_reachable()
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_is_killed_everywhere(store, stop):
+    with pytest.raises(stop), tracking.open_run(TrainConfig(), "cell") as run:
+        raise stop
+    found = store.get_run(run.id)
+    status = "KILLED" if stop is KeyboardInterrupt else "FAILED"
+    assert (found.info.status, found.data.tags["plw.status"]) == (status, status.lower())
+    assert ("plw.error" in found.data.tags) == (status == "FAILED")
+
+
+def test_a_second_interrupt_does_not_leave_a_run_half_ended(store, monkeypatch):
+    """As a sweep sends one to a cell that has heard of the first at the terminal."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end = mlflow.end_run
+    monkeypatch.setattr(mlflow, "end_run", lambda status: (os.kill(os.getpid(), signal.SIGTERM), end(status)))
+    try:
+        with pytest.raises(KeyboardInterrupt), tracking.open_run(TrainConfig(), "cell") as run:
+            raise KeyboardInterrupt
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert store.get_run(run.id).info.status == "KILLED"
+
+
+def test_a_run_that_fails_as_its_store_goes_away_does_not_wait_for_it(store, monkeypatch):
+    asked = []
+    end = mlflow.end_run
+    monkeypatch.setattr(mlflow, "end_run", lambda status: (asked.append(os.environ[RETRIES]), end(status)))
+    monkeypatch.setattr(tracking.opening, "check_reachable", once(tracking.opening.check_reachable))
+    with pytest.raises(ValueError, match="bad luck"), tracking.open_run(TrainConfig(), "cell") as run:
+        raise ValueError("bad luck")
+    assert asked == ["1"]
+    assert os.environ[RETRIES] != "1"
+    assert "plw.error" not in store.get_run(run.id).data.tags
+
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+def once(call):
+    """The function, and then a store that is away."""
+    calls = []
+
+    def called():
+        calls.append(1)
+        if len(calls) > 1:
+            raise ConnectionError("away")
+        call()
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [(0, ("RUNNING", None)), (130, ("RUNNING", None)), (-9, ("FAILED", "failed")), (None, ("KILLED", "killed"))],
+)
+def test_a_sweep_marks_the_cell_that_could_not_do_so_itself(store, monkeypatch, ended, expected):
+    """ended: the cell's exit status; None where the sweep was interrupted before the cell had begun its work."""
+    run = store.create_run("0").info.run_id
+    given = []
+
+    def wait(command, environment):
+        given.append((command, environment))
+        if ended is None:
+            raise KeyboardInterrupt
+        return ended
+
+    monkeypatch.setattr(sweep, "_wait", wait)
+    try:
+        assert sweep._process(MainConfig(), run) == ended
+    except KeyboardInterrupt:
+        assert ended is None
+    found = store.get_run(run)
+    assert (found.info.status, found.data.tags.get("plw.status")) == expected
+    ((command, environment),) = given
+    assert environment["MLFLOW_TRACKING_URI"] == mlflow.get_tracking_uri()
+    assert not [part for part in command if "sqlite" in part]  # everybody can read a command line
+
+
+def test_what_is_longer_than_mlflow_keeps_is_kept_all_the_same(store, tmp_path, monkeypatch):
+    assert (run_module.TAG_CHARACTERS, run_module.PARAMETER_CHARACTERS) <= (5000, 6000)  # what MLflow's stores keep
+    monkeypatch.setattr(run_module, "TAG_CHARACTERS", 150)  # a digest takes up to 130
+    monkeypatch.setattr(run_module, "PARAMETER_CHARACTERS", 150)
+    monkeypatch.setattr(validation, "MAX_TAG_VAL_LENGTH", 150)
+    monkeypatch.setattr(validation, "MAX_PARAM_VAL_LENGTH", 150)
+    names = [f"mmlu_subject_{number}" for number in range(15)]
+    run_id = None
+    for _ in range(2):  # the same evaluation again
+        with tracking.open_run(MainConfig(tasks=",".join(names)), "cell", run_id) as run:
+            run_id = run.id
+            run.tag(cell="c")
+            add_scores(run, *((name, 0.5) for name in names), caveats=dict.fromkeys(names, "0-shot, not 5"))
+        found = store.get_run(run_id).data
+        assert (found.tags["plw.status"], found.tags["plw.score_comparable"]) == ("scored", "false")
+        assert found.metrics["score"] == 0.5
+    assert run._tagged("score_tasks") == ",".join(f"{name}/acc@0" for name in names)
+    assert found.tags["plw.score_caveat"].endswith("in tags/score_caveat.txt)")
+    assert run._tagged("score_caveat").count("0-shot, not 5") == 15
+    assert found.params["tasks"].startswith("sha256:")
+    assert run.told(tmp_path)["tasks"] == ",".join(names)
+
+
+def test_a_long_reason_is_cut_off_visibly(store):
+    with pytest.raises(ValueError, match="xxx"), tracking.open_run(TrainConfig(), "n" * 300) as run:
+        raise ValueError("x" * 600)
+    found = store.get_run(run.id)
+    assert len(found.data.tags["plw.error"]) == 500
+    assert found.data.tags["plw.error"].endswith("x …")
+    assert (len(found.info.run_name), found.info.run_name[-2:]) == (250, " …")
+
+
+def test_passwords_in_what_mlflow_run_has_logged_are_told(store, monkeypatch):
+    begun = store.create_run("0").info.run_id
+    store.log_param(begun, "endpoint", "http://me:secret@host/v1")
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    with pytest.warns(UserWarning, match="password in endpoint as a parameter of run .*: change the password"):
+        open_and_end()
+
+
+def test_the_command_that_opens_a_run_shows_no_password(store, monkeypatch):
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        pass
+    assert run.address().startswith(f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()} ")
+    for uri in ("postgresql://me:secret@host/db", "https://me:secret@host/"):
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda uri=uri: uri)
+        assert "secret" not in run.address()
+    assert run.address() == f"https://host/#/experiments/0/runs/{run.id}"
 
 
 def saved(folder, step):

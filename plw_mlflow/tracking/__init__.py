@@ -13,7 +13,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # MLflow's own 7 are silent, and take four minutes of whoever has asked; 3 take 12 s. Then `connection` takes over.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
-from plw_mlflow.tracking.opening import child_environment, fail, open_run, open_sweep
+from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run, open_sweep
 from plw_mlflow.tracking.run import NoRun, Run, load_registered
 from plw_mlflow.tracking.table import generation_ratios, mark_best, score_table
 
@@ -23,6 +23,7 @@ __all__ = [
     "child_environment",
     "fail",
     "generation_ratios",
+    "kill",
     "load_registered",
     "mark_best",
     "open_run",

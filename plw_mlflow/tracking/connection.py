@@ -1,46 +1,166 @@
-"""Connection: is the store there, and what to do while it is not."""
+"""Connection: is the store there, what to do while it is not, and what to say of what it refuses."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import mlflow
+import requests
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import Refused, reason, without_passwords
 
 WAIT_SECONDS = 600.0  # for a store that went away, where the work cannot go on without it
 ASK_SECONDS = 2.0  # between two questions whether it is there again
+CONNECT_SECONDS = 5.0  # in which a server takes a connection, if it is there at all
+ANSWER_SECONDS = 20.0  # in which a server or a database answers, however busy it is
+
+# A database's other errors come as BAD_REQUEST and INTERNAL_ERROR, and may be over in a moment.
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
+_NO_PERMISSION = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
+_REFUSING_STATUS = (401, 403, 413)  # of a server of artifacts; with 404, a proxy may speak for one that is restarting
 
 Result = TypeVar("Result")
+
+
+def address() -> str:
+    """Where the tracking store is, for a person: without the password that may be part of it."""
+    return without_passwords(mlflow.get_tracking_uri())
 
 
 def check_reachable() -> None:
     """Ask the tracking store one thing, without the retries that MLflow would make.
 
-    Raises ConnectionError where it does not answer. By the main thread only, since it changes the environment for a
-    moment.
+    Raises ConnectionError where it does not answer, and ValueError where waiting for it would not help: it is none, or
+    refuses to be used. By the main thread only, since it changes the environment for a moment.
     """
     _quiet()
-    patient = {
-        name: os.environ.get(name) for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
-    }
-    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    uri = mlflow.get_tracking_uri()
+    cannot = f"the tracking store {address()} cannot be used"
     try:
-        mlflow.MlflowClient().search_experiments(max_results=1)
+        with hurried():
+            _knock(uri)
+            mlflow.MlflowClient().search_experiments(max_results=1)
+    except UnsupportedModelRegistryStoreURIException as error:
+        known = ", ".join(scheme for scheme in error.supported_uri_schemes if scheme)
+        raise ValueError(f"{cannot}: MLflow knows no such kind of address; it knows {known}") from None
+    except ImportError as error:
+        raise ValueError(f"{cannot}: the driver of that database is not installed ({reason(error)})") from None
     except Exception as error:
-        uri = mlflow.get_tracking_uri()
-        raise ConnectionError(f"the tracking store {uri} cannot be used: {first_line(error)}") from None
+        if _is_mistake(error):
+            raise ValueError(f"{cannot}: {reason(error)}{_advice(error)}") from None
+        raise ConnectionError(f"{cannot}: {reason(error)}") from None
+
+
+@contextmanager
+def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+    """Within the block, MLflow asks a server twice at most, and waits so many seconds for each answer."""
+    changed = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds)))}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ |= changed
+    try:
+        yield
     finally:
-        for name, value in patient.items():
+        for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _knock(uri: str) -> None:
+    """Raise where nobody is at an address. MLflow would ask a database ten times, in two minutes, and print why."""
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme in ("http", "https"):
+        try:
+            _ = urlsplit(uri).port
+        except ValueError:  # it quotes a part of what may be a password
+            raise ValueError(
+                "it is not a valid address; characters like / and # of a password are written as %2F"
+            ) from None
+        with suppress(requests.exceptions.SSLError):  # MLflow may know other certificates
+            requests.head(uri, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), allow_redirects=False)
+    elif scheme in DATABASE_ENGINES:
+        import sqlalchemy
+
+        try:
+            url = sqlalchemy.make_url(uri)
+        except (sqlalchemy.exc.ArgumentError, ValueError):
+            raise ValueError(
+                "it is not a valid address; characters like / and @ of a password are written as %2F"
+            ) from None
+        is_sqlite = scheme == "sqlite"
+        if is_sqlite and url.database and not url.database.startswith(("file:", ":memory:")):
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+        try:
+            engine = sqlalchemy.create_engine(
+                url, poolclass=sqlalchemy.NullPool, connect_args={"timeout": ANSWER_SECONDS} if is_sqlite else {}
+            )
+        except sqlalchemy.exc.NoSuchModuleError as error:
+            raise ImportError(str(error)) from None
+        with engine.connect() as connection:
+            if is_sqlite:  # it opens whatever there is, and says only now whether that can be read and written
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                connection.exec_driver_sql("CREATE TABLE plw_mlflow_asks (whether)")
+                connection.exec_driver_sql("ROLLBACK")
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the store's address is wrong, or what it leads to cannot be used, rather than away for a while."""
+    if is_refusal(error) or isinstance(error, ValueError):
+        return True
+    if isinstance(error, OSError):
+        return not isinstance(error, (ConnectionError, TimeoutError, requests.RequestException))
+    text = str(error)
+    return "filesystem tracking backend" in text or ("sqlite3." in text and "locked" not in text)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store has answered, and would answer the same however often it is asked."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _REFUSALS | _NO_PERMISSION
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code in _REFUSING_STATUS
+    return isinstance(error, Refused)
+
+
+def explained(doing: str, error: MlflowException | OSError) -> Refused | ConnectionError:
+    """An error of the store as one that says in a line what was being done, what is wrong, and what to do."""
+    if is_refusal(error):
+        return Refused(f"{doing}: the tracking store {address()} refuses it: {reason(error)}{_advice(error)}")
+    return ConnectionError(f"{doing}: the tracking store {address()} fails: {reason(error)}")
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about a refusal, as the end of a sentence; empty where nobody knows."""
+    response = getattr(error, "response", None)
+    if getattr(error, "error_code", None) in _NO_PERMISSION or getattr(response, "status_code", None) in (401, 403):
+        return "; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, say who asks"
+    if found := re.search(r"experiment (\S+) must be in the 'active' state", str(error)):
+        return (
+            f"; restore it by mlflow experiments restore --experiment-id {found[1]}, or name another experiment in "
+            "MLFLOW_EXPERIMENT_NAME"
+        )
+    if found := re.search(r"run (\S+) must be in the 'active' state", str(error)):
+        return (
+            f"; restore it by {_restoring(found[1])}, or give the same command again, which begins a new run and goes "
+            "on from the last checkpoint, if there is one"
+        )
+    return ""
+
+
+def _restoring(run_id: str) -> str:
+    return f"mlflow runs restore --run-id {run_id}"
 
 
 def patiently(doing: str, call: Callable[[], Result]) -> Result:
@@ -49,14 +169,17 @@ def patiently(doing: str, call: Callable[[], Result]) -> Result:
     doing: says to a person what is being done.
 
     `call` may have done its work, or a part of it, before the connection broke; to do it twice has to come to the same.
-    Raises ConnectionError where the store stays away for WAIT_SECONDS, and what `call` raises where that is not because
-    the store is away: one that answers is given a second call, as it may have been back at once.
+    Raises Refused at once where the store will not do it (the run was deleted, say), ConnectionError where the store
+    stays away for WAIT_SECONDS, and what `call` raises where that is not because the store is away: one that answers is
+    given a second call, as it may have been back at once.
     """
     is_second = False
     while True:
         try:
             return call()
         except (MlflowException, OSError) as error:  # what requests raises is an OSError
+            if is_refusal(error):
+                raise explained(doing, error) from error
             was_away = _await_store(doing, error)
             if is_second and not was_away:
                 raise
@@ -74,8 +197,8 @@ def _await_store(doing: str, error: Exception) -> bool:
         except ConnectionError:
             if time.monotonic() > deadline:
                 raise ConnectionError(
-                    f"{doing}: the tracking store {mlflow.get_tracking_uri()} was away for {WAIT_SECONDS:.0f} s "
-                    f"({first_line(error)}); give the same command again when it is back"
+                    f"{doing}: the tracking store {address()} was away for {WAIT_SECONDS:.0f} s "
+                    f"({reason(error)}); give the same command again when it is back"
                 ) from error
             if not is_told:
                 print(f"{doing}: the tracking store is away; waiting for it, at most {WAIT_SECONDS:.0f} s", flush=True)
@@ -83,21 +206,31 @@ def _await_store(doing: str, error: Exception) -> bool:
             time.sleep(ASK_SECONDS)
 
 
-def get_run(run_id: str) -> mlflow.entities.Run:
-    """A run. Raises ValueError where there is none with that id."""
+def get_run(run_id: str, *, even_deleted: bool = False) -> mlflow.entities.Run:
+    """A run. Raises ValueError where there is none with that id, or it was deleted and `even_deleted` is not set."""
     try:
-        return mlflow.MlflowClient().get_run(run_id)
+        run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in _REFUSALS:  # INVALID_PARAMETER_VALUE: no run's id is spelt like this
             raise
-        raise ValueError(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}") from None
+        raise ValueError(f"there is no run {run_id!r} in {address()}") from None
+    if run.info.lifecycle_stage != "active" and not even_deleted:
+        raise ValueError(f"run {run_id} in {address()} was deleted; restore it by {_restoring(run_id)}")
+    return run
 
 
 def _quiet() -> None:
-    """Keep MLflow's notes on migrations and absent model cards from between a person and the numbers."""
+    """Keep MLflow's notes on migrations and absent model cards from between a person and the numbers.
+
+    What its database layer logs, with a traceback, is raised too, and is said once, by whoever catches it. MLflow's own
+    note on where to see a run would show the password of an address that holds one.
+    """
     for logger, level in (
         ("alembic", logging.WARNING),
         ("mlflow", logging.WARNING),
         ("mlflow.transformers", logging.ERROR),
+        ("mlflow.store.db.utils", logging.CRITICAL),
     ):
         logging.getLogger(logger).setLevel(level)
+    if address() != mlflow.get_tracking_uri():
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"

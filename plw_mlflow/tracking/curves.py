@@ -14,9 +14,10 @@ from pathlib import Path
 
 import mlflow
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from plw_mlflow import outbox
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import Refused, first_line
 from plw_mlflow.outbox import Outbox, Point
 from plw_mlflow.tracking import connection
 
@@ -72,16 +73,25 @@ class Curves:
         return self._outbox.wait(seconds)
 
     def flush(self) -> None:
-        """Wait until the store has everything. Raises ConnectionError where it stays away."""
+        """Wait until the store has everything.
+
+        Raises Refused at once where the store will not have it (the run was deleted, say), and ConnectionError where it
+        stays away.
+        """
         if self._outbox.wait(TELL_SECONDS):
             return
         limit = connection.WAIT_SECONDS
-        print(f"waiting for the tracking store to take the metrics, at most {limit:.0f} s", flush=True)
-        if not self._outbox.wait(limit):
-            raise ConnectionError(
-                f"the tracking store has not taken {len(self._outbox.unsent)} metrics of run {self._run_id} within "
-                f"{limit:.0f} s ({self._outbox.trouble}); give the same command again when it is back"
-            )
+        if self._outbox.refusal is None:
+            print(f"waiting for the tracking store to take the metrics, at most {limit:.0f} s", flush=True)
+            if self._outbox.wait(limit):
+                return
+        if (refusal := self._outbox.refusal) is not None:
+            kept = "" if self._file is None else f"; the checkpoints in {self._file.parent} are kept"
+            raise Refused(f"{refusal}{kept}") from None
+        raise ConnectionError(
+            f"the tracking store has not taken {len(self._outbox.unsent)} metrics of run {self._run_id} within "
+            f"{limit:.0f} s ({self._outbox.trouble}); give the same command again when it is back"
+        )
 
     def close(self) -> None:
         """Send nothing more."""
@@ -102,4 +112,9 @@ class Curves:
         request twice whose answer was lost.
         """
         metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics)
+        except (MlflowException, OSError) as error:
+            if connection.is_refusal(error):
+                raise connection.explained(f"sending the metrics of run {self._run_id}", error) from error
+            raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,16 +29,20 @@ from mlflow.types import ColSpec, Schema
 
 from plw_mlflow import __version__, figures, seeding, tasksets, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import first_line, without_passwords
 from plw_mlflow.evaluate import Evaluation
 from plw_mlflow.presets import MODELS
 from plw_mlflow.sources import NAMED, TOY, Source
+from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.curves import Curves
 from plw_mlflow.tracking.stored import StoredCheckpoints, tell_not_stored
 
 CURVE_SECONDS = 15.0  # in which the curve up to a checkpoint has to arrive, for that to be copied into the store
 NAME_CHARACTERS = 64  # of each name within a registered model's, which may have 256
+TAG_CHARACTERS = 5000  # which every store keeps of a tag; MLflow cuts longer ones off, some stores earlier than others
+PARAMETER_CHARACTERS = 6000  # likewise of a parameter
+DIGEST = "sha256:"  # begins what stands for a longer text
 CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
 
@@ -59,12 +66,27 @@ class Run:
     def log_config(self, config: Any) -> None:
         """Log the config's fields as parameters, less those logged already in whatever spelling, and all as a file.
 
-        `mlflow run` has logged an unset one as empty, which nobody can change: what a preset made of it is a tag.
+        `mlflow run` has logged an unset one as empty, which nobody can change: what a preset made of it is a tag. Of a
+        value that is too long for a parameter, that holds a digest; passwords in addresses are left out everywhere.
         """
         known = self._client.get_run(self.id).data.params
-        values = {field.name: getattr(config, field.name) for field in fields(config)}
-        missing = [Param(name, spell(value)) for name, value in values.items() if name not in known]
+        values = {
+            field.name: without_passwords(value) if isinstance(value, str) else value
+            for field in fields(config)
+            for value in [getattr(config, field.name)]
+        }
+        missing = [
+            Param(name, _fitting(spell(value), PARAMETER_CHARACTERS, "config.json"))
+            for name, value in values.items()
+            if name not in known
+        ]
         self._client.log_batch(self.id, params=missing)
+        if told := [name for name, value in known.items() if without_passwords(value) != value]:
+            warnings.warn(
+                f"mlflow run has logged the password in {', '.join(told)} as a parameter of run {self.id}, where "
+                "others can read it: change the password, or remove the run (mlflow runs delete, then mlflow gc)",
+                stacklevel=2,
+            )
         unset = {name for name, value in known.items() if name in values and value in UNSET}
         self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
@@ -72,8 +94,26 @@ class Run:
         self.tag(environment=digest(environment))  # so that runs can be compared without reading the file of each
 
     def tag(self, **tags: str) -> None:
-        """Set tags, each under `plw.`."""
-        self._client.log_batch(self.id, tags=[RunTag(f"plw.{name}", value) for name, value in tags.items()])
+        """Set tags, each under `plw.`; of a value that is too long for one, the tag holds a digest, and a file it all.
+
+        Passwords in addresses are left out.
+        """
+        found = []
+        for name, value in tags.items():
+            value = without_passwords(value)
+            fitting = _fitting(value, TAG_CHARACTERS, _tag_file(name))
+            if fitting != value:
+                self._client.log_text(self.id, value, _tag_file(name))
+            found.append(RunTag(f"plw.{name}", fitting))
+        self._client.log_batch(self.id, tags=found)
+
+    def _tagged(self, name: str) -> str | None:
+        """The whole value that `tag` was given; None where it was not."""
+        value = self._client.get_run(self.id).data.tags.get(f"plw.{name}")
+        if value is not None and value.startswith(DIGEST):
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self._client.download_artifacts(self.id, _tag_file(name), folder)).read_text()
+        return value
 
     def untag(self, name: str) -> None:
         """Remove the tag `plw.NAME`, if the run has it."""
@@ -133,11 +173,11 @@ class Run:
         """
         marker = folder / "run_id"
         earlier = marker.read_text() if marker.exists() else None
-        found = None if earlier in (None, self.id) else _find_active(str(earlier))
+        found = None if earlier in (None, self.id) else _find(str(earlier))
         self._cell = cell
         self._curves.begin(folder, None if found is None else earlier, step)
         self.tag(cell=cell, status="training")
-        if found is not None:
+        if found is not None and found.info.lifecycle_stage == "active":  # nobody may change a deleted one
             self._supersede(found)
         marker.write_text(self.id)
 
@@ -164,7 +204,7 @@ class Run:
         step: the last of the training. The model's page shows the run's metrics of that step.
         """
         name = self._registered_name(config)
-        tags = {f"plw.{field}": spell(getattr(config, field)) for field in CELL_FIELDS}
+        tags = {f"plw.{field}": without_passwords(spell(getattr(config, field))) for field in CELL_FIELDS}
         versions = seeding.fingerprint()
         logged = patiently(
             "logging the model",
@@ -245,7 +285,8 @@ class Run:
     ) -> None:
         tags = self._client.get_run(self.id).data.tags
         scored_now = [score.key for score in evaluation.primary]
-        wanted = tags["plw.score_tasks"].split(",") if "plw.score_tasks" in tags else list(whole or scored_now)
+        told_before = self._tagged("score_tasks")
+        wanted = list(whole or scored_now) if told_before is None else told_before.split(",")
         if set(wanted) < set(scored_now):  # a larger set, all of it
             wanted = scored_now
         table, earlier = pd.DataFrame(rows), self.scores()
@@ -305,7 +346,7 @@ class Run:
 
     def check_data(self, sources: Sequence[Source]) -> None:
         """Raise ValueError where these are not the data the run's model was trained on."""
-        trained_on = self._client.get_run(self.id).data.tags.get("plw.data_sha256")
+        trained_on = self._tagged("data_sha256")
         found = ",".join(source.sha256 for source in sources)
         if found != trained_on:
             named = " and ".join(source.name for source in sources)
@@ -374,10 +415,13 @@ class Run:
         """How a person opens this run in MLflow's UI."""
         run = self._client.get_run(self.id)
         page = f"#/experiments/{run.info.experiment_id}/runs/{self.id}"
-        store = mlflow.get_tracking_uri()
+        store = connection.address()
         if store.startswith("http"):
-            return f"{store.rstrip('/')}/{page}"
-        return f"mlflow ui --backend-store-uri {store}    then open http://127.0.0.1:5000/{page}"
+            return re.sub("//[^/@]*@", "//", f"{store.rstrip('/')}/{page}")  # a browser asks who one is
+        command = f"mlflow ui --backend-store-uri {store}"
+        if store != mlflow.get_tracking_uri():  # it holds a password
+            command = 'MLFLOW_BACKEND_STORE_URI="$MLFLOW_TRACKING_URI" mlflow ui'
+        return f"{command}    then open http://127.0.0.1:5000/{page}"
 
     def scores(self) -> pd.DataFrame:
         """The run's score table so far, empty if nothing was scored."""
@@ -417,13 +461,24 @@ class NoRun(Run):
     log_scores = log_measures = log_folder = log_files = log_regression = _nothing
 
 
-def _find_active(run_id: str) -> mlflow.entities.Run | None:
-    """A run whose curves are to be had; None where it is in another store, or deleted, so that nobody may change it."""
+def _find(run_id: str) -> mlflow.entities.Run | None:
+    """A run whose curves are to be had, even where it was deleted; None where it is in another store."""
     try:
-        run = get_run(run_id)
+        return get_run(run_id, even_deleted=True)
     except ValueError:
         return None
-    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _tag_file(name: str) -> str:
+    """The artifact that holds the value of a tag that is too long for one."""
+    return f"tags/{name}.txt"
+
+
+def _fitting(text: str, characters: int, where: str) -> str:
+    """A text if MLflow keeps so much, else its digest, which tells it from others as well, and where all of it is."""
+    if len(text) <= characters:
+        return text
+    return f"{DIGEST}{hashlib.sha256(text.encode()).hexdigest()} ({len(text)} characters, in {where})"
 
 
 class _FileSource(FileSystemDatasetSource):
@@ -465,7 +520,7 @@ def load_registered(uri: str) -> tuple[Any, Any]:
     try:
         parts = mlflow.transformers.load_model(uri, return_type="components")
     except MlflowException as error:
-        raise ValueError(f"model {uri} cannot be loaded: {first_line(error)}") from None
+        raise ValueError(f"model {uri} cannot be loaded: {first_line(error)} (in {connection.address()})") from None
     return parts["model"], parts["tokenizer"]
 
 

@@ -12,7 +12,7 @@ from plw_mlflow.errors import first_line
 from plw_mlflow.statistics.table import COLUMNS
 from plw_mlflow.tracking import comparable
 from plw_mlflow.tracking.comparable import Cell
-from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
+from plw_mlflow.tracking.connection import address, check_reachable, get_run, patiently
 from plw_mlflow.tracking.run import CELL_FIELDS, cell_columns, parameters
 
 BEATEN_TOLD = 10  # cells that a model version's tag names as beaten
@@ -176,7 +176,10 @@ def _value(spelled: str | None) -> str | float | None:
 def _experiment_id(name: str) -> str:
     found = mlflow.MlflowClient().get_experiment_by_name(name)
     if found is None:
-        raise ValueError(f"there is no experiment {name!r} in {mlflow.get_tracking_uri()}")
+        raise ValueError(f"there is no experiment {name!r} in {address()}")
+    if found.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise ValueError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")
     return str(found.experiment_id)
 
 
