@@ -98,11 +98,11 @@ def test_loglikelihood_equals_lme4(study_fits, dataset):
 def test_the_published_optimum(study_fits):
     fit = study_fits["AlpacaDataShort"]
     assert round(fit.optimum_plw, 4) == 0.2434
-    assert fit.optimum_interval[0] < 0.2434 < fit.optimum_interval[1]
+    assert fit.delta_interval[0] < 0.2434 < fit.delta_interval[1]
     assert "PLW matters here" in analyze.verdict(fit)
     assert study_fits["AlpacaDataCleaned"].optimum_plw is None
     assert "no interior optimum" in analyze.verdict(study_fits["AlpacaDataCleaned"])
-    assert study_fits["AlpacaData"].optimum_interval == [0, 1]  # a peak, but anywhere
+    assert study_fits["AlpacaData"].delta_interval == [0, 1]  # a peak, but anywhere
     assert "may be chance" in analyze.verdict(study_fits["AlpacaData"])
 
 
@@ -177,7 +177,7 @@ def test_fit_recovers_the_coefficients_it_was_given():
     assert fit.coefficients["w_p^2"] == pytest.approx(-0.08, abs=4 * fit.standard_errors["w_p^2"])
     assert fit.variances["residual"] == pytest.approx(0.001**2, rel=0.2)
     assert fit.vertex_wp == pytest.approx(0.625, abs=4 * fit.vertex_wp_se)
-    assert fit.optimum_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.optimum_interval[1]
+    assert fit.delta_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.delta_interval[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -254,7 +254,7 @@ def test_no_interior_optimum_is_an_answer(b, note, verdict):
     fit = fit_one(simulate(b=b, sd_task=0.05, sd=0.001))
     assert not fit.has_interior_optimum
     assert fit.optimum_plw is None
-    assert fit.optimum_interval is None
+    assert fit.delta_interval is None
     assert note in fit.notes[0]
     assert verdict in analyze.verdict(fit)
 
@@ -374,7 +374,7 @@ def test_analysis_needs_only_a_table():
 
 def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
     told = json.loads(json.dumps(analyze.to_json(analysis, study), allow_nan=False))
-    assert told["schema"] == "plw_mlflow.fit/2"
+    assert told["schema"] == "plw_mlflow.fit/3"
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
     assert [(fit["dataset"], fit["model"]) for fit in told["fits"]] == [

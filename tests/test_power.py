@@ -96,8 +96,8 @@ def test_intervals_are_those_of_the_lead_model(design, run_sd):
     assert answers.is_located.sum() >= 10
     for grid, interval, is_located in zip(grids, answers.interval, answers.is_located, strict=True):
         fit = models.fit("crossed", grid)
-        assert is_located == (fit.has_interior_optimum and not fit.fieller_is_unbounded)
-        ends = [fit.fieller[0][0], fit.fieller[-1][1]] if is_located else [0, 1]
+        assert is_located == (fit.has_interior_optimum and not fit.optimum_set_is_unbounded)
+        ends = [fit.optimum_set[0][0], fit.optimum_set[-1][1]] if is_located else [0, 1]
         np.testing.assert_allclose(interval, truth.transform(ends), atol=3e-4)
 
 

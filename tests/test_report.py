@@ -159,18 +159,18 @@ def test_every_estimate_of_the_optimum_is_told(study):
     for answer, table in zip(analysis.answers, tables, strict=True):
         rows = {row[0]: row[1:] for row in table[1:] if len(row) > 1}
         for fit in (fit for fit in analysis.fits if fit.dataset == answer.dataset):
-            peak, delta, fieller, inside = rows[fit.model]
+            peak, fieller, delta, inside = rows[fit.model]
             assert inside == figures.percent(fit.interior_probability)
             if fit.optimum_plw is None:
                 assert peak.startswith("none; highest at ")
                 assert delta == "–"
             else:
                 assert peak == f"{fit.optimum_plw:.3g}"
-                assert delta == "{:.3g} to {:.3g}".format(*fit.optimum_interval)
-            for ends in fit.fieller if fit.coefficients["w_p^2"] < 0 else []:
+                assert delta == "{:.3g} to {:.3g}".format(*fit.delta_interval)
+            for ends in fit.optimum_set or []:
                 assert "{:.3g} to {:.3g}".format(*ends) in fieller
         for one in answer.bootstraps:
-            _, interval, _, inside = rows["tasks and seeds" if one.over == "both" else one.over]
+            _, _, interval, inside = rows["tasks and seeds" if one.over == "both" else one.over]
             assert interval == "{:.3g} to {:.3g}".format(*one.interval)
             assert inside == figures.percent(one.interior)
         for task in answer.by_task:
@@ -221,13 +221,13 @@ def test_what_kind_of_claim_it_is(study, case):
     test = dataclasses.replace(answer.lead.joint_tests[0], p=joint_p)
     answer = dataclasses.replace(
         answer,
-        lead=dataclasses.replace(answer.lead, joint_tests=[test], fieller_is_unbounded=False),
+        lead=dataclasses.replace(answer.lead, joint_tests=[test], optimum_set_is_unbounded=False),
         holm_p=holm_p,
         equivalence=dataclasses.replace(answer.equivalence, p=equal_p),
     )
     claim = report.claim(answer, 2)
     assert (claim.kind, claim.title) == (kind, title)
-    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, fieller_is_unbounded=True))
+    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_set_is_unbounded=True))
     assert ("its peak not settled" in report.claim(unsettled, 2).title) == (kind == "effect")
     flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
     assert ("no best value inside" in report.claim(flat, 2).title) == (kind == "effect")
@@ -377,9 +377,9 @@ def test_csv_files_are_tidy_and_equal_fit_json(study):
         assert mine["df"].isna().all() == (fit["model"] == "beta")
         row = by_fit.loc[(fit["dataset"], fit["model"])]
         assert row["joint_p"] == fit["joint_p"]
-        assert json.loads(row["fieller"]) == fit["fieller"]
-        given = [None if pd.isna(row[name]) else row[name] for name in ("optimum_plw", "optimum_low", "optimum_high")]
-        assert given == [fit["optimum_plw"], *(fit["optimum_interval"] or [None, None])]
+        assert json.loads(row["optimum_set"]) == fit["optimum_set"]
+        given = [None if pd.isna(row[name]) else row[name] for name in ("optimum_plw", "delta_low", "delta_high")]
+        assert given == [fit["optimum_plw"], *(fit["delta_interval"] or [None, None])]
     for answer in told["answers"]:
         assert by_fit.loc[(answer["dataset"], answer["lead"]), "holm_p"] == answer["holm_p"]
         mine = tasks[tasks["dataset"] == answer["dataset"]].set_index("task")
@@ -399,7 +399,7 @@ def test_names_that_differ_in_signs_or_capitals_only_keep_their_own_figures():
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no figure")
 
     analysis, table = study[1], two_data_sets()
@@ -418,7 +418,8 @@ def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
 def test_a_figure_is_the_same_bytes_each_time():
     table = simulate()
     fit = fit_one(table)
-    assert figures.svg(figures.draw_curve(fit, table)) == figures.svg(figures.draw_curve(fit, table))
+    one, other = (figures.svg(figures.draw_curve(fit, table, shows_effect=True)) for _ in range(2))
+    assert one == other
 
 
 def test_tick_labels_keep_their_distance():

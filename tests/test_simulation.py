@@ -13,7 +13,7 @@ from plw_mlflow.statistics import parametric
 
 
 @pytest.mark.parametrize(
-    "setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied"), Setting(4, few=True)]
+    "setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied"), Setting(4, tried=4)]
 )
 @pytest.mark.parametrize("method", ["crossed", "task-t", "ols-task", "lmm"])
 def test_closed_forms_equal_the_models(setting, method):

@@ -188,6 +188,19 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
     return rescaled
 
 
+def widest_difference(table: pd.DataFrame, scale: str) -> float | None:
+    """The largest difference that two scores of a task can have on a scale; None where the scale has no ends.
+
+    table: a checked one on that scale. Scores within 0..1 are taken to end there, others within 0..100 there.
+    """
+    if scale == "minmax":
+        return 1.0
+    if scale == "zscore" or (table["score"] < 0).any():
+        return None
+    highest = table["score"].max()
+    return 1.0 if highest <= 1 else 100.0 if highest <= 100 else None
+
+
 def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
     """The scores a full grid of the table's models, data sets, PLWs, seeds and tasks would have and it has not."""
     grid = pd.MultiIndex.from_product([sorted(table[column].unique()) for column in SCORE], names=SCORE)
