@@ -294,6 +294,16 @@ def test_a_plan_is_a_table_with_a_row_per_design(plan):
     assert frame.filter(like="_se").notna().all(axis=None)
 
 
+def test_designs_that_could_not_be_concluded_from_are_not_planned(monkeypatch):
+    tried = []
+    monkeypatch.setattr(power, "simulate", lambda _, design, *__: tried.append(design))
+    few = Design(8, 1, (0.0, 0.1, 0.5, 1.0))
+    power.plan(TRUTH, 0.3, as_run=few)
+    assert tried.pop() == few
+    assert min(design.runs for design in tried) == 8  # of one model, 7 runs are the least
+    assert all(design.free >= models.MIN_FREE for design in tried)
+
+
 def test_that_no_design_suffices_is_said():
     hopeless = power.plan(replace(TRUTH, task_bend_sd=0.5), 0.01, draws=200)
     assert hopeless.enough == ()

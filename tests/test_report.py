@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from tests.test_analyze import STUDY_PLWS, fit_one, simulate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SVG = "data:image/svg+xml;base64,"
+STUDY = Path(__file__).parents[1] / "paper" / "tables" / "v1_scores.csv"
 
 
 class Page(html.parser.HTMLParser):
@@ -231,6 +233,75 @@ def test_what_kind_of_claim_it_is(study, case):
     assert ("its peak not settled" in report.claim(unsettled, 2).title) == (kind == "effect")
     flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
     assert ("no best value inside" in report.claim(flat, 2).title) == (kind == "effect")
+
+
+def with_few_runs(runs=4, tasks=8, **options):
+    """Scores of one model at so many PLWs, which rise by far more than their noise."""
+    table = simulate(seeds=1, tasks=tasks, b=(0.3, 0.4, -0.1), sd_task=0.05, **options)
+    return table[table["plw"].isin([0, 0.01, 0.1, 1][-runs:])].reset_index(drop=True)
+
+
+@pytest.mark.parametrize(("runs", "tasks"), [(3, 3), (4, 8)])
+def test_too_few_runs_are_said_on_the_card_and_not_in_red(tmp_path, runs, tasks):
+    table = with_few_runs(runs, tasks)
+    analysis = analyze.analyze(table, margin=0.9, draws=0)
+    (answer,) = analysis.answers
+    assert answer.lead.joint_p < 0.05
+    assert report.claim(answer, 1).kind == "open"
+    drawn = report.drawings(analysis, table)
+    assert ("no-effect", "") not in drawn
+    assert figures.SURE.encode().lower() not in figures.svg(drawn["curve", "short"]).lower()
+    shown = page_of(analysis, table, tmp_path).shown
+    card = shown[shown.index("The answer") : shown.index("The data")]
+    assert card.index("Too few runs to tell") < card.index("Too few runs to tell whether PLW matters") < 200
+    assert f"{runs}; it takes at least 7" in card
+    assert "p =" not in card
+    assert "matters here" not in shown
+    assert "Is there no effect?" not in shown
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_differences_beyond_the_scale_of_scores_are_told_in_words(tmp_path, study):
+    _, analysis, _, _ = study
+    unlimited = [
+        dataclasses.replace(
+            one,
+            equivalence=dataclasses.replace(one.equivalence, smallest_margin=None, detectable=None, p=0.9),
+            holm_p=0.8,
+            lead=dataclasses.replace(one.lead, joint_tests=[dataclasses.replace(one.lead.joint_tests[0], p=0.8)]),
+        )
+        for one in analysis.answers
+    ]
+    shown = page_of(dataclasses.replace(analysis, answers=unlimited), two_data_sets(), tmp_path).shown
+    assert "Differences of up to the whole range between PLWs are not ruled out." in shown
+    assert "no margin within the range of the scores would have passed" in shown
+    assert "No difference that the range of the scores allows would be found by 4 of 5 studies" in shown
+
+
+def test_one_interval_leads_everywhere():
+    """On the card, in the verdict, the shading and fit.json: Fieller's set, which has a gap here."""
+    table = analyze.read_scores(STUDY)
+    analysis = analyze.analyze(table, draws=0)
+    told = analyze.to_json(analysis, table)
+    short = next(one for one in analysis.answers if one.dataset == "AlpacaDataShort")
+    assert len(short.lead.optimum_set) == 2
+    words = "0 to 0.0338 or 0.0802 to 1"
+    assert f"(95 % interval {words}" in short.verdict
+    (fit,) = (one for one in told["fits"] if (one["dataset"], one["model"]) == ("AlpacaDataShort", "crossed"))
+    assert fit["optimum_set"] == short.lead.optimum_set
+    assert fit["delta_interval"] == short.lead.delta_interval
+    assert "optimum_interval" not in json.dumps(told)
+    axes = figures.draw_overview(analysis.answers, table).axes[2]
+    spans = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
+    transform = design.transform("power", STUDY_PLWS)
+    assert spans == [pytest.approx(tuple(transform(ends))) for ends in short.lead.optimum_set]
+    curve = figures.draw_curve(short.lead, table[table["dataset"] == "AlpacaDataShort"], shows_effect=False)
+    labels = [text.get_text().replace("\n", " ") for text in curve.axes[0].get_legend().get_texts()]
+    low, high = short.lead.delta_interval
+    assert f"peak, perhaps chance: PLW 0.243 95 %: {words}" in labels
+    assert f"by the delta method: {low:.3g} to {high:.3g}" in labels
+    lead, delta = [one for one in report.estimates(short, analysis.fits[:6]) if one.is_lead]
+    assert (lead.method, delta.method) == ("Fieller", "delta")
 
 
 def test_unbounded_intervals_are_said_in_words():
