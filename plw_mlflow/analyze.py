@@ -294,8 +294,8 @@ def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = N
     if fit.has_too_few_runs:
         return (
             f"Too few runs to tell whether PLW matters: there are {fit.runs}, and it takes at least {fit.fewest_runs}. "
-            "Tables this small show an effect where there is none in up to half of all cases, so that neither their "
-            "p-values nor their intervals can be relied on."
+            "So few show an effect where there is none far more often than in 1 of 20 cases, so neither p-values nor "
+            "intervals can be relied on."
         )
     p = fit.joint_p if holm_p is None else holm_p
     matters = p < LEVEL

@@ -331,9 +331,63 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, lines, message):
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none.csv: cannot be read \(No such file"):
         analyze.read_scores(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"x.csv: there is no folder .*nowhere; give"):
+        analyze.read_scores(tmp_path / "nowhere" / "x.csv")
+    (tmp_path / "scores.csv").touch()
+    with pytest.raises(ValueError, match=r"there is no such file; did you mean .*scores.csv\?"):
+        analyze.read_scores(tmp_path / "socres.csv")
+    with pytest.raises(ValueError, match=r"is a folder; give --scores a CSV file, such as scores.csv in it"):
+        analyze.read_scores(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
     with pytest.raises(ValueError, match=r"binary.csv: not a CSV file in UTF-8"):
         analyze.read_scores(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"model": "m", "score": 0.5}]', "is JSON, not a CSV file"),
+        (b'{\n  "score": 0.5\n}\n', "is JSON, not a CSV file"),
+        (b"PK\x03\x04\x14\x00", "is an Excel file"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an Excel file"),
+        (b"PAR1\x15", "is a Parquet file"),
+        (b"\x1f\x8b\x08\x00", "is compressed by gzip"),
+        ("\n".join([HEADER, *GOOD]).encode("utf-16"), "is text in UTF-16"),
+        ("\n".join([HEADER, *GOOD]).replace(",", ";").encode(), "separated by semicolons, not by commas"),
+        ("\n".join([HEADER, *GOOD]).replace(",", ";").replace(".", ",").encode(), "and with points in its numbers"),
+        ("\n".join([HEADER, *GOOD]).replace(",", "\t").encode(), "separated by tabs, not by commas"),
+        ("\n".join([HEADER.upper(), *GOOD]).encode(), "and this one has 'MODEL', 'DATASET', 'PLW'"),
+        ("\n".join([HEADER.replace(",", " ,"), *GOOD]).encode(), "and this one has 'model ', 'dataset '"),
+    ],
+)
+def test_what_a_file_is_instead_of_a_table_is_said(tmp_path, content, message):
+    path = tmp_path / "scores.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared whole, below
+        analyze.read_scores(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_that_few_runs_share_are_not_called_none():
+    """Each task is scored on a third of the runs: there are eight of them, not "0 tasks"."""
+    table = simulate(tasks=8, seeds=3)
+    table = table[table["seed"] == table["task"].str[-1].astype(int) % 3]
+    analysis = analyze.analyze(table, draws=0)
+    reasons = {one.what: one.reason for one in analysis.refusals}
+    assert reasons["crossed"] == "every task is scored on fewer than half of the runs; use lmm-slopes"
+    assert not any("there are 0" in reason for reason in reasons.values())
+    few = simulate(tasks=8, seeds=2).query("seed == 0 or task < 'task3'").query("plw != 0 or task < 'task3'")
+    assert (
+        "there are 3 that at least half of the runs are scored on"
+        in {one.what: one.reason for one in analyze.analyze(few, draws=0).refusals}["crossed"]
+    )
+
+
+def test_three_scores_of_one_task_are_too_few_and_not_at_fault():
+    with pytest.raises(ValueError, match="ols-task: 3 scores are too few for 3 coefficients and a residual"):
+        analyze.analyze(simulate(tasks=1, seeds=1).query("plw in (0, 0.1, 1)"))
 
 
 def test_a_data_frame_is_checked_as_a_file_is():

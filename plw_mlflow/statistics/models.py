@@ -133,7 +133,8 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     if len(whole.scores) == 0:
         raise ValueError("no run is scored on every task; use lmm-slopes")
     if len(whole.tasks) < 4:
-        raise ValueError(f"a joint test over tasks needs 4 tasks or more, there are {len(whole.tasks)}")
+        few = "" if len(whole.tasks) == len(grid.tasks) else " that at least half of the runs are scored on"
+        raise ValueError(f"a joint test over tasks needs 4 tasks or more, there {_counted(len(whole.tasks))}{few}")
     if len(set(whole.runs["plw"])) < 3:
         raise ValueError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=runs_differ)
@@ -166,7 +167,7 @@ def hotelling(curves: over_tasks.Curves) -> JointTest:
 
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
-        raise ValueError(f"random slopes by task need 4 tasks or more, there are {len(grid.tasks)}")
+        raise ValueError(f"random slopes by task need 4 tasks or more, there {_counted(len(grid.tasks))}")
     has_runs = mixed.has_run_information(grid.scores, grid.x)
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
@@ -258,10 +259,10 @@ def _ols(grid: Grid) -> _Result:
     tasks = len(grid.tasks)
     dummies = (task[:, None] == np.arange(tasks - 1)).astype(float) - (task == tasks - 1)[:, None]
     x = np.column_stack([grid.x[run], dummies])
-    _need_residuals(y, grid.curve[run], task)
     n, p = x.shape
     if n <= p:
-        raise ValueError(f"{n} scores are too few for {p} coefficients")
+        raise ValueError(f"{n} scores are too few for {p} coefficients and a residual; score more cells")
+    _need_residuals(y, grid.curve[run], task)
     q, r = np.linalg.qr(x)
     coefficients = np.linalg.solve(r, q.T @ y)
     residual = y - x @ coefficients
@@ -293,6 +294,10 @@ MODELS: dict[str, Callable[[Grid], _Result]] = {
     "beta": _beta,
     "ols-task": _ols,
 }
+
+
+def _counted(tasks: int) -> str:
+    return f"{'is' if tasks == 1 else 'are'} {tasks}"
 
 
 def _need_tasks(grid: Grid) -> None:

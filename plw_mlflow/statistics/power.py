@@ -173,8 +173,8 @@ class Design:
     def __post_init__(self) -> None:
         if self.tasks < 4 or len(set(self.plws)) < 3 or self.free < 1:
             raise ValueError(
-                f"{self.tasks} tasks and {self.runs} runs at {len(set(self.plws))} PLWs cannot be analysed: 4 tasks, "
-                f"3 PLWs and {self.models + 3} runs are the least"
+                f"{self.tasks} task{'s' * (self.tasks != 1)} and {self.runs} runs at {len(set(self.plws))} PLWs "
+                f"cannot be analysed over tasks: 4 tasks, 3 PLWs and {self.models + 3} runs are the least"
             )
 
     @property

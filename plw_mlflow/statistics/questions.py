@@ -163,7 +163,7 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
     counts = np.ones((draws, tasks))
     if over in ("tasks", "both"):
         if tasks < 4:
-            raise ValueError(f"resampling tasks needs 4 or more, there are {tasks}")
+            raise ValueError(f"resampling tasks needs 4 or more, there {'is' if tasks == 1 else 'are'} {tasks}")
         counts = draw.multinomial(tasks, np.full(tasks, 1 / tasks), size=draws).astype(float)
     hat = np.linalg.pinv(x)[1:3]  # [2, R]
     if over == "tasks":
