@@ -202,6 +202,7 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
         ""
         if lead.model == "lmm-slopes"
         else ", and it takes all tasks as moved alike, so it speaks of these tasks alone"
+        + "; nor does it count a run's luck" * (lead.tasks > 1)
     )
     return replace(lead, notes=[f"{lead.model} leads, as {why}{meaning}.", *lead.notes])
 
