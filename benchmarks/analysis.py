@@ -116,8 +116,8 @@ def few_runs(method: str) -> list[Setting]:
     """One model and a run at each of 3 to 10 PLWs, on tasks that PLW moves alike, with up to as much luck as noise.
 
     Each method at the numbers of runs and tasks at which it may lead. Tasks that differ in their curves drown a run's
-    luck, so tests over tasks are nearer to their level there. Of `lmm` also 20 runs, two seeds of the published PLWs, to
-    see what more runs do not mend.
+    luck, so tests over tasks are nearer to their level there. Of `lmm` also 20 runs, two seeds of the published PLWs:
+    what more runs do not mend.
     """
     sds = (0.0, 0.005) if method == "lmm-slopes" else (0.0, 0.001, 0.002, 0.005, 0.01)
     runs = (4, 5, 6, 7, 8, 10)
