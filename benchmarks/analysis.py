@@ -13,6 +13,11 @@ widths are of what lies within the range, which is 1 wide.
 
 Closed forms do all tables at once where there are any, and are compared with `models.fit` on some of them.
 
+    python -m benchmarks.analysis --few-runs --json FILE
+
+does the same for studies of 3 to 10 runs, of one model, by the methods that lead at each number of tasks: from how many
+runs on is a test's level near what it claims? `models.MIN_FREE` rests on it.
+
     python -m benchmarks.analysis --speed --json FILE
 
 measures instead how long fits take, beside the limits set for two cores.
@@ -73,19 +78,20 @@ class Setting:
     sd_run: float = 0.0
     unequal: bool = False  # whether tasks' residual SDs differ
     seeds: int = 1
-    few: bool = False  # whether there are 4 PLWs only
+    tried: int = len(PUBLISHED_PLWS)  # PLWs, spread over the published ones
     models: int = 2
 
     def __str__(self) -> str:
         words = [f"{self.tasks} tasks", f"slopes {self.slopes}", f"run SD {self.sd_run:g}"]
         words += ["unequal residuals"] * self.unequal + [f"{self.seeds} seeds"] * (self.seeds > 1)
-        words += ["4 PLWs"] * self.few + ["1 model"] * (self.models == 1)
+        words += [f"{self.tried} PLWs"] * (self.tried < len(PUBLISHED_PLWS)) + ["1 model"] * (self.models == 1)
         return ", ".join(words)
 
     @property
     def plws(self) -> tuple[float, ...]:
         """Those tried."""
-        return PUBLISHED_PLWS[::3] if self.few else PUBLISHED_PLWS
+        last = len(PUBLISHED_PLWS) - 1
+        return tuple(PUBLISHED_PLWS[round(place)] for place in np.linspace(0, last, self.tried))
 
     @property
     def runs(self) -> pd.DataFrame:
@@ -101,9 +107,26 @@ def main_settings(tasks: Sequence[int]) -> list[Setting]:
 
 def further_settings(tasks: Sequence[int]) -> list[Setting]:
     """With slopes that are tied or small, with residuals that differ, and with 8 runs or 4 instead of 20."""
-    kinds: list[dict[str, Any]] = [{"slopes": "tied"}, {"unequal": True}, {"slopes": "small"}, {"few": True}]
-    kinds.append({"few": True, "models": 1})
+    kinds: list[dict[str, Any]] = [{"slopes": "tied"}, {"unequal": True}, {"slopes": "small"}, {"tried": 4}]
+    kinds.append({"tried": 4, "models": 1})
     return [Setting(t, sd_run=run, **kind) for t, kind, run in product(tasks, kinds, (0.0, 0.001, 0.005))]
+
+
+def few_runs(method: str) -> list[Setting]:
+    """One model and a run at each of 3 to 10 PLWs, on tasks that PLW moves alike, with up to as much luck as noise.
+
+    Each method at the numbers of runs and tasks at which it may lead. Tasks that differ in their curves drown a run's
+    luck, so tests over tasks are nearer to their level there. Of `lmm` also 20 runs, two seeds of the published PLWs:
+    what more runs do not mend.
+    """
+    sds = (0.0, 0.005) if method == "lmm-slopes" else (0.0, 0.001, 0.002, 0.005, 0.01)
+    runs = (4, 5, 6, 7, 8, 10)
+    tasks = {"crossed": (4, 8, 13, 40, 100), "lmm-slopes": (4, 13), "lmm": (2, 3), "ols-task": (1,)}[method]
+    sizes = [*product((3,), (2, 3, 4, 8, 13, 40))] if method == "lmm" else []  # of 3 runs no other can be fitted
+    sizes += product(runs, tasks)
+    chosen = [Setting(t, sd_run=sd, tried=number, models=1) for (number, t), sd in product(sizes, sds)]
+    many = product(tasks, sds) if method == "lmm" else []
+    return chosen + [Setting(t, sd_run=sd, seeds=2, models=1) for t, sd in many]
 
 
 @cache
@@ -122,7 +145,7 @@ def draw(setting: Setting, number: int) -> Array:
         [SEED, setting.tasks, kind, round(1e6 * setting.sd_run), setting.unequal, setting.seeds, number]
     )
     grid, tasks = empty(setting), setting.tasks
-    level = random.random(tasks)
+    level = random.random(tasks) if tasks > 3 else np.linspace(0.2, 0.8, tasks)  # so few are apart for sure
     correlation = TIED if setting.slopes == "tied" else 0.0
     sd = SD_SLOPES * {"none": 0, "small": 0.1}.get(setting.slopes, 1)
     root = np.linalg.cholesky([[1, correlation], [correlation, 1]]) * sd
@@ -241,10 +264,12 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
     grid = empty(setting)
     found = []
     for table in scores:
-        restricted = mixed.fit_random_slopes(table, grid.x, grid.curve)
-        likely = mixed.fit_random_slopes(table, grid.x, grid.curve, reml=False, start=restricted)
+        has_runs = mixed.has_run_information(table, grid.x)
+        fit = partial(mixed.fit_random_slopes, table, z=grid.curve, run_effect=has_runs)
+        restricted = fit(grid.x)
+        likely = fit(grid.x, reml=False, start=restricted)
         kept = [0, *range(3, grid.x.shape[1])]
-        null = mixed.fit_random_slopes(table, grid.x[:, kept], grid.curve, reml=False, start=likely)
+        null = fit(grid.x[:, kept], reml=False, start=likely)
         gradient = restricted.uncertainty.covariance_gradient[:, 1:3, 1:3].reshape(-1, 4)
         found.append(
             (
@@ -452,12 +477,12 @@ def differences(setting: Setting, method: str, number: int) -> float:
     pairs = [(ours.p[test][0], value) for test, value in p.items()]
     pairs += zip(ours.curve[0], (fitted.coefficients["w_p"], fitted.coefficients["w_p^2"]), strict=True)
     pairs += zip(ours.covariance[0].flat, np.array(fitted.covariance)[1:3, 1:3].flat, strict=True)
-    pairs.append((float(fieller(ours)["open"][0]), float(fitted.fieller_is_unbounded)))
-    if fitted.optimum_interval:
+    pairs.append((float(fieller(ours)["open"][0]), float(fitted.optimum_set_is_unbounded)))
+    if fitted.delta_interval:
         vertex = float(-ours.curve[0, 0] / (2 * ours.curve[0, 1]))
         reach = float(ours.reach(np.array([[1, 2 * vertex]]))[0] / (2 * abs(ours.curve[0, 1])))
         ends = grid.transform.back(np.clip([vertex - reach, vertex + reach], 0, 1))
-        pairs += zip(ends, fitted.optimum_interval, strict=True)
+        pairs += zip(ends, fitted.delta_interval, strict=True)
     return float(max(abs(a - b) for a, b in pairs))
 
 
@@ -473,16 +498,16 @@ def settings(method: str, tasks: Sequence[int]) -> list[Setting]:
     return chosen
 
 
-def simulate(methods: Sequence[str], tasks: Sequence[int], most: int | None, processes: int) -> Iterator[Row]:
-    """The lines of the table, as they come."""
+def simulate(tried: dict[str, list[Setting]], most: int | None, processes: int) -> Iterator[Row]:
+    """The lines of the table, as they come. tried: the settings of each method."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by each new process: all work is in small matrices
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = []
-        for method in methods:
+        for method, chosen in tried.items():
             number = min(TABLES[method], most or TABLES[method])
             chunk = CHUNK if method in CLOSED else max(1, number // 20)
             ends = [*range(0, number, chunk), number]
-            for setting in settings(method, tasks):
+            for setting in chosen:
                 parts = [pool.submit(outcomes, method, setting, *between) for between in pairwise(ends)]
                 waiting.append((setting, method, parts))
         for setting, method, parts in waiting:
@@ -558,11 +583,12 @@ def _table(grid: Grid) -> pd.DataFrame:
 @click.command(help=__doc__)
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
 @click.option("--speed", "is_speed", is_flag=True, help="Measure times instead.")
+@click.option("--few-runs", "is_few", is_flag=True, help="Studies of 3 to 10 runs, by the methods that lead there.")
 @click.option("--methods", "named", default=",".join(TABLES), show_default=True, help="Comma-separated.")
 @click.option("--tasks", "counts", default="8,13,40", show_default=True, help="Numbers of tasks, comma-separated.")
 @click.option("--tables", type=click.IntRange(1), help="At most so many of each setting (unset: as the report has it).")
 @click.option("--processes", default=2, show_default=True)
-def main(file: Path, is_speed: bool, named: str, counts: str, tables: int | None, processes: int) -> None:
+def main(file: Path, is_speed: bool, is_few: bool, named: str, counts: str, tables: int | None, processes: int) -> None:
     rows: list[dict[str, Any]] = []
 
     def write(lines: Iterator[Row] | Iterator[Timing]) -> None:
@@ -576,17 +602,21 @@ def main(file: Path, is_speed: bool, named: str, counts: str, tables: int | None
     methods, tasks = named.split(","), [int(count) for count in counts.split(",")]
     if unknown := [method for method in methods if method not in TABLES]:
         raise click.UsageError(f"no method {unknown[0]}; there are {', '.join(TABLES)}")
+    if is_few:
+        tried = {method: few_runs(method) for method in methods if method in analyze.LEADS}
+    else:
+        tried = {method: settings(method, tasks) for method in methods}
     apart = [
         differences(setting, method, number)
-        for method in methods
+        for method, chosen in tried.items()
         if method in ESTIMATES
-        for setting in settings(method, tasks)
+        for setting in chosen
         for number in range(2)
     ]
     if apart:
         print(f"closed forms and models.fit differ by {max(apart):.1e} at most on {len(apart)} tables")
     print(HEADER, flush=True)
-    write(simulate(methods, tasks, tables, processes))
+    write(simulate(tried, tables, processes))
 
 
 if __name__ == "__main__":

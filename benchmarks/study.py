@@ -113,7 +113,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def fieller(fit: Fit) -> str:
     """Fieller's set within the range."""
-    return " and ".join(span(*pair) for pair in fit.fieller) + (", unbounded" if fit.fieller_is_unbounded else "")
+    return " and ".join(span(*pair) for pair in fit.optimum_set or []) + (
+        ", unbounded" if fit.optimum_set_is_unbounded else ""
+    )
 
 
 def error(fit: Fit, term: str) -> str:
@@ -168,7 +170,7 @@ def by_method() -> str:
     rows = []
     for model in models.MODELS:
         fit = fitted(SHORT, model)
-        shown = [f"{fit.optimum_plw:.3f}", span(*(fit.optimum_interval or ())), fieller(fit)]
+        shown = [f"{fit.optimum_plw:.3f}", span(*(fit.delta_interval or ())), fieller(fit)]
         shown.append(f"{fit.interior_probability:.3f}")
         rows.append([f"`{model}`", *shown])
     (answer,) = [one for one in analysis().answers if one.dataset == SHORT]
@@ -183,13 +185,13 @@ def by_task() -> str:
     rows = []
     for number, curve in enumerate(answers[SHORT].by_task):
         p = [p_value(answers[dataset].by_task[number].joint_p) for dataset in DATASETS]
-        where = best(curve.optimum_plw, curve.optimum_interval)
+        where = best(curve.optimum_plw, curve.delta_interval)
         where += f"; highest at {curve.best_plw:.2g}" if curve.optimum_plw is None else ""
         rows.append([curve.task, str(curve.task_type), *p, where])
     types = {dataset: dict(answers[dataset].by_type) for dataset in DATASETS}
     for kind, fit in types[SHORT].items():
         p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]
-        where = best(fit.optimum_plw, fit.optimum_interval)
+        where = best(fit.optimum_plw, fit.delta_interval)
         where += f"; highest at {analyze.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
         rows.append([f"**{kind}**", f"{fit.tasks} task{'s' * (fit.tasks > 1)}, `{fit.model}`", *p, where])
     return markdown(["task", "type", *(f"p, {name}" for name in DATASETS), "Short: best PLW (95 %, delta)"], rows)
@@ -210,9 +212,11 @@ def by_scale() -> str:
         shown = []
         for model in ("crossed", "lmm"):
             fit = fitted(SHORT, model, scale, transform)
-            shown += [p_value(fit.joint_p), best(fit.optimum_plw, fit.optimum_interval)]
+            shown += [p_value(fit.joint_p), best(fit.optimum_plw, fit.delta_interval)]
         rows.append([name, *shown])
-    return markdown(["scale or transform", "p, `crossed`", "best PLW (95 %)", "p, `lmm`", "best PLW (95 %)"], rows)
+    return markdown(
+        ["scale or transform", "p, `crossed`", "best PLW (95 %, delta)", "p, `lmm`", "best PLW (95 %, delta)"], rows
+    )
 
 
 def between() -> str:
@@ -236,6 +240,8 @@ def no_effect() -> str:
     for answer in analysis().answers:
         found = answer.equivalence
         assert found is not None
+        assert found.smallest_margin is not None
+        assert found.detectable is not None
         pair = f"{found.largest_difference:.4f}, PLW {found.pair[0]:g} to {found.pair[1]:g}"
         rows.append(
             [answer.dataset, pair, p_value(found.p or 0), f"{found.smallest_margin:.4f}", f"{found.detectable:.4f}"]
@@ -251,11 +257,11 @@ def wit_models() -> str:
         for dataset in WIT_SETS:
             fits = {model: wit_fitted(dataset, model, most) for model in ("crossed", "lmm-slopes", "lmm")}
             lead = fits["crossed"]
-            where = [best(fit.optimum_plw, fit.optimum_interval) for fit in (lead, fits["lmm"])]
+            where = [best(fit.optimum_plw, fit.delta_interval) for fit in (lead, fits["lmm"])]
             rows.append([dataset, f"{lead.runs}, PLW to {most:g}", *(p_value(fit.joint_p) for fit in fits.values())])
             rows[-1] += where
-    head = ["data set", "runs by model", "p, `crossed`", "p, `lmm-slopes`", "p, `lmm`", "best PLW, `crossed`"]
-    return markdown([*head, "best PLW, `lmm`"], rows)
+    head = ["data set", "runs by model", "p, `crossed`", "p, `lmm-slopes`", "p, `lmm`", "best PLW, `crossed` (delta)"]
+    return markdown([*head, "best PLW, `lmm` (delta)"], rows)
 
 
 def wit_points() -> str:

@@ -283,6 +283,8 @@ def _own_words(advice: Advice) -> list[str]:
     if own is None:
         return []
     if not own.is_located:
+        if own.has_too_few_runs:
+            return [f"Your own runs on {own.dataset} are too few to tell; what is suggested rests on other data."]
         assert own.p is not None
         seen = "an effect of PLW, but not which is best" if own.p < LEVEL else "no clear effect of PLW"
         return [f"Your own runs on {own.dataset} show {seen} (p = {own.p:.2g}); what is suggested rests on other data."]
@@ -309,6 +311,8 @@ def _named(point: Point) -> str:
 def _p(point: Point) -> str:
     if point.p is None:
         return ""
+    if point.has_too_few_runs:
+        return " (too few runs to tell)"
     alone = ", of these tasks alone" if point.fit in ("lmm", "ols-task") else ""
     return f" (p = {point.p:.2g} for no effect by {point.fit}{alone})"
 
@@ -369,11 +373,11 @@ def text(advice: Advice) -> str:
     lines.append("  ".join(f"{title:{width}}" for title, width in columns).rstrip())
     for point in sorted(advice.points, key=lambda point: point.ratio):
         best = _best(point) if point.is_located else "anywhere"
-        p = "" if point.p is None else f"{point.p:.2g}"
+        p = "" if point.p is None else "few runs" if point.has_too_few_runs else f"{point.p:.2g}"
         mark = "~" if point.ratio_is == "guessed" else ""
         shown = [f"{mark}{point.ratio:.3g}", best, p, f"{_named(point)}: {point.what}"]
         lines.append("  ".join(f"{part:{width}}" for part, (_, width) in zip(shown, columns, strict=True)).rstrip())
-    lines.append("p is of no effect of PLW at all; ~ is a guess.")
+    lines.append("p is of no effect of PLW at all, where runs are not too few to tell; ~ is a guess.")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from plw_mlflow.statistics import design, models, parametric, questions
@@ -30,11 +31,12 @@ from plw_mlflow.statistics.table import (
     missing_scores,
     read_scores,
     rescale,
+    widest_difference,
 )
 
 T = TypeVar("T")
 
-SCHEMA = "plw_mlflow.fit/2"
+SCHEMA = "plw_mlflow.fit/3"
 LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted, to most scores, is the answer
 MOST = 0.75  # of the scores
 BOOTSTRAPS: tuple[questions.Resampled, ...] = ("tasks", "seeds", "both")
@@ -56,7 +58,7 @@ class Variant:
     name: str
     joint_p: float | None  # None where it could not be fitted
     optimum_plw: float | None
-    optimum_interval: list[float] | None
+    optimum_set: list[list[float]] | None  # as of a fit
     reason: str | None = None
 
 
@@ -74,6 +76,11 @@ class Answer:
     by_type: list[tuple[str, Fit]]  # type of task, and the lead's model fitted to its tasks
     scales: list[Variant]
     transforms: list[Variant]
+
+    @property
+    def shows_effect(self) -> bool:
+        """Whether an effect of PLW may be claimed."""
+        return self.holm_p < LEVEL and not self.lead.has_too_few_runs
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,17 @@ def analyze(
     curves are compared; `dataset` always is. draws: of each bootstrap of the optimum, 0 for none. refits: of the
     parametric bootstraps of the mixed models' likelihood ratios, 0 for none.
 
-    Raises ValueError for a table that is at fault, or where no model can be fitted to a data set.
+    Raises ValueError for a table or a margin that is at fault, or where no model can be fitted to a data set.
     """
     checked = check(table, by).sort_values([*SCORE, *by])  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
     source = table.attrs.get("source", "score table")
+    widest = widest_difference(scaled, scale)
+    if margin is not None and widest is not None and margin >= widest:
+        raise ValueError(
+            f"margin is {margin:g}, but no two scores can differ by more than {widest:g}; "
+            "give a margin on the scale of the scores"
+        )
     types = questions.task_types(checked)
     fits: list[Fit] = []
     refusals: list[Refusal] = []
@@ -127,7 +140,7 @@ def analyze(
             reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
             raise ValueError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
         lead = _lead(here, len(part), refusals)
-        equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin))])
+        equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin, widest))])
         answers.append(
             Answer(
                 str(dataset),
@@ -189,6 +202,7 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
         ""
         if lead.model == "lmm-slopes"
         else ", and it takes all tasks as moved alike, so it speaks of these tasks alone"
+        + "; nor does it count a run's luck" * (lead.tasks > 1)
     )
     return replace(lead, notes=[f"{lead.model} leads, as {why}{meaning}.", *lead.notes])
 
@@ -261,7 +275,7 @@ def _variant(
         found = models.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform, also=by), scale)
     except ValueError as error:
         return Variant(name, None, None, None, str(error))
-    return Variant(name, found.joint_p, found.optimum_plw, found.optimum_interval)
+    return Variant(name, found.joint_p, found.optimum_plw, found.optimum_set)
 
 
 def _differences(
@@ -278,6 +292,12 @@ def _differences(
 
 def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = None) -> str:
     """The answer of a fit in one sentence or two; holm_p: its p where several data sets are looked at."""
+    if fit.has_too_few_runs:
+        return (
+            f"Too few runs to tell whether PLW matters: there are {fit.runs}, and it takes at least {fit.fewest_runs}. "
+            "So few show an effect where there is none far more often than in 1 of 20 cases, so neither p-values nor "
+            "intervals can be relied on."
+        )
     p = fit.joint_p if holm_p is None else holm_p
     matters = p < LEVEL
     if matters or fit.joint_p >= LEVEL:
@@ -289,7 +309,7 @@ def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = N
         start = " All differences" if equal.p < LEVEL else " Not all differences"
         nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
     if fit.optimum_plw is not None:
-        unsure = "; where is not settled" if fit.fieller_is_unbounded and matters else ""
+        unsure = "; where is not settled" if fit.optimum_set_is_unbounded and matters else ""
         where = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)}{unsure})"
         found = f": scores peak at {where}." if matters else f"; the peak at {where} may be chance."
         return lead + found + nothing
@@ -299,12 +319,17 @@ def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = N
 
 def interval(fit: Fit) -> str:
     """The 95 % interval of the optimum in words: Fieller's, whose coverage holds also where the bend is uncertain."""
-    if not fit.fieller:
+    return set_in_words(fit.optimum_set, fit.plws)
+
+
+def set_in_words(optimum_set: list[list[float]] | None, plws: list[float]) -> str:
+    """The intervals of a fit's optimum in words; plws: those tried, which say how far the range goes."""
+    if not optimum_set:
         return "none of the range"
-    low, high = fit.fieller[0][0], fit.fieller[-1][1]
-    ends = design.transform(fit.transform, fit.plws).ends
-    is_whole = len(fit.fieller) == 1 and (low, high) == tuple(design.transform(fit.transform, fit.plws).back(ends))
-    return "all of the range" if is_whole else " or ".join(f"{one:.3g} to {other:.3g}" for one, other in fit.fieller)
+    whole = [min(0.0, plws[0]), max(1.0, plws[-1])]
+    if len(optimum_set) == 1 and np.allclose(optimum_set[0], whole, rtol=1e-9, atol=1e-12):
+        return "all of the range"
+    return " or ".join(f"{low:.3g} to {high:.3g}" for low, high in optimum_set)
 
 
 def highest_end(fit: Fit) -> float:
@@ -320,6 +345,23 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
     `table.sha256` is of the sorted columns of the contract, so equal scores have it whatever their order or file.
     """
     table = check(table, analysis.by)
+    leads = {answer.dataset: answer for answer in analysis.answers}
+    holm_p = {
+        (dataset, model): p
+        for model in models.MODELS
+        for dataset, p in questions.holm(
+            {fit.dataset: fit.joint_p for fit in analysis.fits if fit.model == model}
+        ).items()
+    }
+
+    def concluded(fit: Fit) -> dict[str, Any]:
+        """What is concluded from a fit: of a lead, the answer's own words, of others the same by their own p-values."""
+        answer = leads[fit.dataset]
+        if answer.lead.model == fit.model:
+            return {"holm_p": answer.holm_p, "verdict": answer.verdict}
+        p = holm_p[fit.dataset, fit.model]
+        return {"holm_p": p, "verdict": verdict(fit, answer.equivalence, p)}
+
     canonical = table[COLUMNS].sort_values(SCORE).to_csv(index=False, lineterminator="\n")
     return {
         "schema": SCHEMA,
@@ -335,7 +377,10 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             "left_out": table.attrs.get("left_out", []),
             "notes": table.attrs.get("notes", []),
         },
-        "fits": [{**asdict(fit), "joint_p": fit.joint_p, "verdict": verdict(fit)} for fit in analysis.fits],
+        "fits": [
+            {**asdict(fit), "joint_p": fit.joint_p, "has_too_few_runs": fit.has_too_few_runs, **concluded(fit)}
+            for fit in analysis.fits
+        ],
         "refusals": [asdict(one) for one in analysis.refusals],
         "answers": [
             {
@@ -367,11 +412,12 @@ def table_text(analysis: Analysis) -> str:
     for answer in analysis.answers:
         lines += ["", f"{answer.dataset} ({answer.lead.model}): {answer.verdict}"]
         lines += [f"  {note}" for note in answer.lead.notes]
-        if answer.holm_p != answer.lead.joint_p:
+        if answer.holm_p != answer.lead.joint_p and not answer.lead.has_too_few_runs:
             lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
     for one in analysis.differences:
         tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in one.tests)
-        lines += ["", f"Does the curve differ by {one.by}? {tests}."]
+        said = "Too few runs to tell" if one.has_too_few_runs else tests
+        lines += ["", f"Does the curve differ by {one.by}? {said}."]
     refused: dict[tuple[str, str], list[str]] = {}
     for refusal in analysis.refusals:
         refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)

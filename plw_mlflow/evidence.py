@@ -47,6 +47,7 @@ class Point:
     variance: float  # of w as evidence; infinite where it is no evidence
     p: float | None  # of no effect of PLW at all; None where nothing printed tells
     fit: str  # the statistical model
+    has_too_few_runs: bool = False  # whether its curve's error rates are not near what they claim, so no evidence
 
     @property
     def plw(self) -> float:
@@ -77,14 +78,15 @@ def to_plw(w: float) -> float:
 def locate(fit: Fit) -> tuple[float, float, float, float]:
     """Where a fitted curve is highest within 0..1, a 95 % interval of it, and the variance that counts as evidence.
 
-    All in w_p. If the joint 95 % region of the coefficients holds the flat curve (p of 0.05 or more), any w_p may be
-    the best. Else they are drawn from what the data leave of them (t around the estimates). Where between two PLWs
-    tried a curve is highest is the parabola's word alone, so each draw is then moved by up to half the gap.
+    All in w_p. If the joint 95 % region of the coefficients holds the flat curve (p of 0.05 or more), or the runs are
+    too few to tell, any w_p may be the best. Else they are drawn from what the data leave of them (t around the
+    estimates). Where between two PLWs tried a curve is highest is the parabola's word alone, so each draw is then moved
+    by up to half the gap.
     """
     draw = np.random.default_rng(1234)
     slope_bend = np.array([fit.coefficients[term] for term in design.CURVE])
     w = float(maximisers(slope_bend[:1], slope_bend[1:], 0, 1)[0])
-    if fit.joint_p >= LEVEL:
+    if fit.joint_p >= LEVEL or fit.has_too_few_runs:
         return w, 0.0, 1.0, math.inf
     covariance = np.array(fit.covariance)[1:3, 1:3]
     freedom = min(fit.degrees_of_freedom[term] or math.inf for term in design.CURVE)
@@ -220,7 +222,7 @@ def _of_table(
         names = sorted(part["model"].unique())
         model = " and ".join(names) if len(names) < 3 else f"{len(names)} models"
         place = model, scores, ratios[dataset], how[dataset]
-        points.append(Point(study, dataset, *place, *locate(fit), fit.joint_p, fit.model))
+        points.append(Point(study, dataset, *place, *locate(fit), fit.joint_p, fit.model, fit.has_too_few_runs))
     return points
 
 

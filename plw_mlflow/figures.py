@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from plw_mlflow import analyze
 from plw_mlflow.analyze import EXPONENT, LEVEL, TERMS, Answer, Fit
 from plw_mlflow.profile import weights_text
 from plw_mlflow.statistics import design
@@ -129,48 +130,59 @@ def band(fit: Fit | TaskCurve, contrast: Array) -> tuple[Array, Array]:
 # ------------------------------------------------------------------------------------------------- the curves
 
 
-def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
-    """One fit over the scores it came from (the rows of its data set, on its scale), its optimum above them."""
+def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows_effect: bool) -> Figure:
+    """One fit over the scores it came from (the rows of its data set, on its scale), its optimum above them.
+
+    shows_effect: whether an effect of PLW may be claimed, which is what red says.
+    """
     figure = _figure(10, 4.8)
     axes = figure.add_subplot()
     _curve(axes, fit, table, by)
     transform = transform_of(fit, table)
     _plw_axis(axes, transform)
     axes.set_ylabel("score minus its mean", fontsize=9.5)
-    if fit.optimum_plw is not None and fit.optimum_interval is not None:
-        colour, name = (SURE, "optimum") if fit.joint_p < LEVEL else (UNSURE, "peak, perhaps chance:")
+    if fit.optimum_plw is not None and fit.delta_interval is not None:
+        colour, name = (SURE, "optimum") if shows_effect else (UNSURE, "peak, perhaps chance:")
+        if fit.has_too_few_runs:
+            name = "peak, with too few runs to tell:"
         best = float(transform(fit.optimum_plw))
-        low, high = fit.optimum_interval
         axes.axvline(best, color=colour, linewidth=1.4, linestyle=DASHED, zorder=3)
-        label = f"{name} PLW {fit.optimum_plw:.3g}\n95 %, delta: {low:.3g} to {high:.3g}"
+        label = f"{name} PLW {fit.optimum_plw:.3g}"
         above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": colour}
-        axes.plot(transform(fit.optimum_interval), [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
         axes.plot(best, 1.03, "D", markersize=7, **above)
-        axes.plot([], [], "D-", color=colour, markersize=6, linewidth=3, label=label)
-        for number, ends in enumerate(fit.fieller):
-            at = transform(ends)
-            label = "" if number else "95 % by Fieller's method" + ", unbounded" * fit.fieller_is_unbounded
-            axes.plot(at, [1.075, 1.075], "-", linewidth=1.4, **above)
-            for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
-                is_open = fit.fieller_is_unbounded and math.isclose(end, limit, abs_tol=1e-9)
-                axes.plot(end, 1.075, arrow if is_open else "|", markersize=6, **above)
-            axes.plot([], [], "|-", color=colour, markersize=6, linewidth=1.4, label=label)
+        if fit.has_too_few_runs:
+            axes.plot([], [], "D", color=colour, markersize=6, label=label)
+        else:
+            label += f"\n95 %: {analyze.interval(fit).replace(' or ', chr(10) + 'or ')}"
+            for ends in fit.optimum_set or []:
+                at = transform(ends)
+                axes.plot(at, [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
+                for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
+                    if fit.optimum_set_is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
+                        axes.plot(end, 1.03, arrow, markersize=7, **above)
+            axes.plot([], [], "D-", color=colour, markersize=6, linewidth=3, label=label)
+            low, high = fit.delta_interval
+            axes.plot(transform(fit.delta_interval), [1.075, 1.075], "|-", linewidth=1.2, markersize=6, **above)
+            label = f"by the delta method:\n{low:.3g} to {high:.3g}"
+            axes.plot([], [], "|-", color=colour, markersize=6, linewidth=1.2, label=label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False, labelspacing=0.9)
     return figure
 
 
-def draw_overview(leads: Sequence[Fit], table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
+def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """The curves of several data sets side by side, on one axis of scores; `table` is on their scale."""
-    columns = min(3, len(leads))
-    figure = _figure(10.5, 3.1 * math.ceil(len(leads) / columns))
-    for axes, fit in zip(_panels(figure, len(leads), columns), leads, strict=True):
+    columns = min(3, len(answers))
+    figure = _figure(10.5, 3.1 * math.ceil(len(answers) / columns))
+    for axes, answer in zip(_panels(figure, len(answers), columns), answers, strict=True):
+        fit = answer.lead
         mine = table[table["dataset"] == fit.dataset]
         transform = transform_of(fit, mine)
         _curve(axes, fit, mine, by, with_tasks=False)
         _plw_axis(axes, transform, width=1.3 / columns, label="PLW")
-        if fit.optimum_plw is not None and fit.optimum_interval is not None:
-            colour = SURE if fit.joint_p < LEVEL else UNSURE
-            axes.axvspan(*transform(fit.optimum_interval), color=colour, alpha=0.08, linewidth=0)
+        if fit.optimum_plw is not None:
+            colour = SURE if answer.shows_effect else UNSURE
+            for ends in [] if fit.has_too_few_runs else fit.optimum_set or []:
+                axes.axvspan(*transform(ends), color=colour, alpha=0.08, linewidth=0)
             axes.axvline(float(transform(fit.optimum_plw)), color=colour, linewidth=1.3, linestyle=DASHED)
         axes.set_title(plain(fit.dataset), loc="left", fontsize=11, fontweight="bold")
     figure.supylabel("score minus its mean", fontsize=9.5)
@@ -193,8 +205,11 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
             axes.plot(at.index, at, "-", color="#aab0ba", linewidth=0.9, alpha=0.8, zorder=2, label=label)
     w = np.linspace(*transform.ends, 201)
     height, reach = band(fit, terms(w) - fit.centre)
-    axes.fill_between(w, height - reach, height + reach, color=CURVE, alpha=0.18, linewidth=0, zorder=4)
-    axes.plot(w, height, color=CURVE, linewidth=2.4, zorder=5, label="fitted curve, 95 % band")
+    label = "fitted curve"
+    if not fit.has_too_few_runs:
+        axes.fill_between(w, height - reach, height + reach, color=CURVE, alpha=0.18, linewidth=0, zorder=4)
+        label += ", 95 % band"
+    axes.plot(w, height, color=CURVE, linewidth=2.4, zorder=5, label=label)
     at = means.groupby("w")["distance"].mean()
     axes.plot(at.index, at, "o", color="black", markersize=5.5, zorder=6, label="mean of all scores")
 
@@ -231,9 +246,9 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
             axes.plot(w, height, color=CURVE, linewidth=1.7)
             found = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
             found += f", p = {curve.joint_p:.1g}"
-            if curve.optimum_plw is not None and curve.optimum_interval is not None:
+            if curve.optimum_plw is not None and curve.delta_interval is not None:
                 colour, best = SURE if curve.joint_p < LEVEL else UNSURE, float(transform(curve.optimum_plw))
-                axes.plot(transform(curve.optimum_interval), [top, top], color=colour, linewidth=1.4)
+                axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
                 axes.plot(best, top, "D", color=colour, markersize=4.5)
                 axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
         axes.set_title(plain(task, 26), loc="left", fontsize=9, fontweight="bold", pad=15)
@@ -314,8 +329,18 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
 
 
 def draw_no_effect(answers: Sequence[Answer]) -> Figure:
-    """How large an effect of PLW may be, by data set: what was found, what is not ruled out, what could be found."""
+    """How large an effect of PLW may be, by data set: what was found, what is not ruled out, what could be found.
+
+    A bar that leaves the figure goes to the end of the scores' scale.
+    """
     shown = [(answer.dataset, equal) for answer in answers if (equal := answer.equivalence) is not None]
+    known = [
+        size
+        for _, equal in shown
+        for size in (equal.smallest_margin, equal.detectable, equal.largest_difference, equal.margin)
+        if size is not None
+    ]
+    right = 1.06 * max(known)
     figure = _figure(10, 1.2 + 0.45 * len(shown))
     axes = figure.add_subplot()
     _bare(axes)
@@ -323,15 +348,17 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
     names = ("not ruled out at 0.05", "largest difference found", "would be found in 4 of 5 such studies")
     for number, (_, equal) in enumerate(shown):
         ruled, found, would = names if number == 0 else ("", "", "")
-        axes.barh(-number, equal.smallest_margin, height=0.5, color=CURVE, alpha=0.16, label=ruled)
+        bar = 2 * right if equal.smallest_margin is None else equal.smallest_margin
+        axes.barh(-number, bar, height=0.5, color=CURVE, alpha=0.16, label=ruled)
         axes.plot(equal.largest_difference, -number, "D", color=CURVE, markersize=7, label=found)
-        axes.plot([equal.detectable] * 2, [-number - 0.3, -number + 0.3], color=COLOURS[0], linewidth=3, label=would)
+        would_be = [] if equal.detectable is None else [equal.detectable] * 2
+        axes.plot(would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=would)
     margin = next((equal.margin for _, equal in shown if equal.margin is not None), None)
     if margin is not None:
         axes.axvline(margin, color=SURE, linewidth=1.4, linestyle=DASHED, label="margin given")
     axes.set_yticks([-number for number in range(len(shown))], [plain(dataset) for dataset, _ in shown])
     axes.set_ylim(0.5 - len(shown), 0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, right)
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xlabel("difference of scores between two PLWs", fontsize=9)
     figure.legend(loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)

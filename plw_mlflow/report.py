@@ -32,6 +32,7 @@ from plw_mlflow.analyze import (
     highest_end,
     interval,
     rescale,
+    set_in_words,
     to_json,
 )
 from plw_mlflow.figures import Estimate
@@ -92,7 +93,7 @@ MODELS = {
 class Claim:
     """What kind of claim an answer is."""
 
-    kind: str  # effect, none (shown to be as good as none) or open
+    kind: str  # effect, none (shown to be as good as none), or open, which too few runs are always
     title: str
     meaning: str
 
@@ -100,6 +101,12 @@ class Claim:
 def claim(answer: Answer, looks: int) -> Claim:
     """What an answer claims, when `looks` data sets were looked at."""
     lead, equal = answer.lead, answer.equivalence
+    if lead.has_too_few_runs:
+        return Claim(
+            "open",
+            "Too few runs to tell",
+            "So few runs do not show how much a run's own luck moves its scores, and luck then looks like an effect.",
+        )
     is_small = equal is not None and equal.p is not None and equal.p < LEVEL
     if answer.holm_p < LEVEL:
         within = ", smaller than the margin" if is_small else ""
@@ -109,7 +116,7 @@ def claim(answer: Answer, looks: int) -> Claim:
                 f"An effect{within}, no best value inside",
                 "The scores change along PLW, but have no peak inside the range: look at its ends.",
             )
-        if lead.fieller_is_unbounded:
+        if lead.optimum_set_is_unbounded:
             return Claim(
                 "effect",
                 f"An effect{within}, its peak not settled",
@@ -137,7 +144,8 @@ def claim(answer: Answer, looks: int) -> Claim:
         )
     limit = ""
     if equal is not None:
-        limit = f" Differences of up to {equal.smallest_margin:.2g} between PLWs are not ruled out."
+        reach = "the whole range" if equal.smallest_margin is None else f"{equal.smallest_margin:.2g}"
+        limit = f" Differences of up to {reach} between PLWs are not ruled out."
     return Claim(
         "open", "Open", f"The scores show no effect, and do not show that there is none: a large p is not proof.{limit}"
     )
@@ -148,7 +156,7 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
 
     def of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[Estimate]:
         best = highest_end(fit) if fit.optimum_plw is None else fit.optimum_plw
-        delta = [] if fit.optimum_interval is None else [fit.optimum_interval]
+        delta = [] if fit.delta_interval is None else [fit.delta_interval]
         shared: dict[str, Any] = {
             "plw": fit.optimum_plw,
             "highest": best,
@@ -156,9 +164,11 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
             "is_lead": is_lead,
         }
         rows = [Estimate(group, name, "delta", intervals=delta, is_unbounded=False, **shared)]
-        if fit.coefficients["w_p^2"] < 0:  # of a curve that bends upwards the set is of its lowest point
-            unbounded = fit.fieller_is_unbounded
-            rows.append(Estimate(group, name, "Fieller", intervals=fit.fieller, is_unbounded=unbounded, **shared))
+        if fit.optimum_set is not None:
+            unbounded = fit.optimum_set_is_unbounded
+            rows.insert(
+                0, Estimate(group, name, "Fieller", intervals=fit.optimum_set, is_unbounded=unbounded, **shared)
+            )
         return rows
 
     found = [one for fit in fits for one in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
@@ -168,7 +178,7 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
     for kind, fit in answer.by_type:
         found += of_fit("Type of task", f"{kind} ({fit.model})", fit)
     for task in answer.by_task:
-        own = [] if task.optimum_interval is None else [task.optimum_interval]
+        own = [] if task.delta_interval is None else [task.delta_interval]
         best = task.best_plw, task.optimum_plw
         found.append(Estimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability))
     return found
@@ -194,6 +204,7 @@ def name_test(test: JointTest) -> str:
 def remarks(fit: Fit) -> str:
     """What must be known of a fit before its numbers are used, in a few words."""
     said = {
+        "too few runs": fit.has_too_few_runs,
         "did not converge": not fit.converged,
         "singular": fit.is_singular,
         "coefficients of the logit": fit.model == "beta",
@@ -204,6 +215,8 @@ def remarks(fit: Fit) -> str:
 
 def stability(answer: Answer) -> str:
     """How the conclusion fares under other scales and transforms."""
+    if answer.lead.has_too_few_runs:
+        return "With too few runs to tell, no scale or transform can be relied on."
     is_significant = answer.lead.joint_p < LEVEL
     named = [(SCALES[one.name], one) for one in answer.scales] + [
         (TRANSFORMS[one.name], one) for one in answer.transforms
@@ -248,7 +261,8 @@ def html(
         "share": figures.percent,
         "svg": lambda content: "data:image/svg+xml;base64," + base64.b64encode(content).decode(),
         "interval": interval_text,
-        "fieller": interval,
+        "lead_interval": interval,
+        "set": set_in_words,
         "test": name_test,
         "highest": highest_end,
         "remarks": remarks,
@@ -355,12 +369,12 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
     drawn: dict[tuple[str, str], Figure] = {}
     answers, by = analysis.answers, analysis.by
     if len(answers) > 1:
-        drawn["overview", ""] = figures.draw_overview([answer.lead for answer in answers], scaled, by)
-    if any(answer.equivalence is not None for answer in answers):
-        drawn["no-effect", ""] = figures.draw_no_effect(answers)
+        drawn["overview", ""] = figures.draw_overview(answers, scaled, by)
+    if able := [one for one in answers if one.equivalence is not None and not one.lead.has_too_few_runs]:
+        drawn["no-effect", ""] = figures.draw_no_effect(able)
     for answer in answers:
         mine = scaled[scaled["dataset"] == answer.dataset]
-        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine, by)
+        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine, by, shows_effect=answer.shows_effect)
         drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine, by)
         shown = estimates(answer, _of(analysis, answer))
         if len(answer.by_task) > figures.MOST_TASKS:
@@ -406,11 +420,11 @@ def fits_csv(described: dict[str, Any]) -> pd.DataFrame:
 
 
 def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
-    """A row per data set and model; Fieller's set, which may be several intervals, is written as JSON."""
+    """A row per data set and model; the optimum's 95 % set, which may be several intervals, is written as JSON."""
     answers = {answer["dataset"]: answer for answer in described["answers"]}
     rows = []
     for fit in described["fits"]:
-        low, high = fit["optimum_interval"] or (None, None)
+        low, high = fit["delta_interval"] or (None, None)
         answer = answers[fit["dataset"]]
         is_lead = answer["lead"] == fit["model"]
         rows.append(
@@ -418,9 +432,9 @@ def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
             | {"is_lead": is_lead}
             | {name: fit[name] for name in ("scale", "transform", "n", "runs", "tasks")}
             | {"joint_test": fit["joint_tests"][0]["test"], "joint_p": fit["joint_p"]}
-            | {"holm_p": answer["holm_p"] if is_lead else None}
-            | {"optimum_plw": fit["optimum_plw"], "optimum_low": low, "optimum_high": high}
-            | {"fieller": json.dumps(fit["fieller"]), "fieller_is_unbounded": fit["fieller_is_unbounded"]}
+            | {name: fit[name] for name in ("holm_p", "has_too_few_runs", "optimum_plw")}
+            | {"optimum_set": json.dumps(fit["optimum_set"])}
+            | {"optimum_set_is_unbounded": fit["optimum_set_is_unbounded"], "delta_low": low, "delta_high": high}
             | {name: fit[name] for name in ("interior_probability", "loglik", "aic", "bic")}
             | {name: fit[name] for name in ("is_singular", "converged")}
         )
@@ -429,17 +443,17 @@ def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
 
 def tasks_csv(described: dict[str, Any]) -> pd.DataFrame:
     """A row per data set and task: its own curve."""
-    columns = ["dataset", "task", "task_type", *TERMS, "df", "joint_p", "best_plw", "optimum_plw", "optimum_low"]
+    columns = ["dataset", "task", "task_type", *TERMS, "df", "joint_p", "best_plw", "optimum_plw", "delta_low"]
     rows = []
     for answer in described["answers"]:
         for task in answer["by_task"]:
-            low, high = task["optimum_interval"] or (None, None)
+            low, high = task["delta_interval"] or (None, None)
             rows.append(
                 {"dataset": answer["dataset"], **task["coefficients"], "df": task["degrees_of_freedom"]}
                 | {name: task[name] for name in ("task", "task_type", "joint_p", "best_plw", "optimum_plw")}
-                | {"optimum_low": low, "optimum_high": high, "interior_probability": task["interior_probability"]}
+                | {"delta_low": low, "delta_high": high, "interior_probability": task["interior_probability"]}
             )
-    return pd.DataFrame(rows, columns=[*columns, "optimum_high", "interior_probability"])
+    return pd.DataFrame(rows, columns=[*columns, "delta_high", "interior_probability"])
 
 
 def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str | None = None) -> list[Path]:

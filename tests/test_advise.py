@@ -268,6 +268,19 @@ def test_own_flat_runs_say_that_they_are_and_leave_it_to_others():
     assert "Your own runs on mine show no clear effect of PLW (p = 0.7)" in " ".join(advise.sentences(advice))
 
 
+def test_own_runs_that_are_too_few_to_tell_are_no_evidence():
+    """A clear curve, at four PLWs of one seed each."""
+    table = simulate(0.5, -0.5, [0, 0.01, 0.1, 1]).query("seed == 1")
+    (few,) = evidence.own(table, "none", {"mine": 0.5}, {})
+    assert few.p < 0.05
+    assert (few.low, few.high, few.is_located) == (0, 1, False)
+    advice = advise.advise(0.5, [*lined(), few], dataset=["mine"])
+    assert advice.own_share == 0
+    assert "Your own runs on mine are too few to tell" in " ".join(advise.sentences(advice))
+    assert f"p = {few.p:.2g}" not in advise.text(advice)
+    assert own_point(0.5, -0.5, [0, 0.01, 0.1, 1]).is_located  # two seeds: 8 runs
+
+
 def test_own_runs_alone_are_evidence():
     advice = advise.advise(1.0, [point(0.5, 0.05, 1.0, "mine", OWN)], dataset=["mine"])
     assert advice.line is None

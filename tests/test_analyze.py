@@ -98,11 +98,11 @@ def test_loglikelihood_equals_lme4(study_fits, dataset):
 def test_the_published_optimum(study_fits):
     fit = study_fits["AlpacaDataShort"]
     assert round(fit.optimum_plw, 4) == 0.2434
-    assert fit.optimum_interval[0] < 0.2434 < fit.optimum_interval[1]
+    assert fit.delta_interval[0] < 0.2434 < fit.delta_interval[1]
     assert "PLW matters here" in analyze.verdict(fit)
     assert study_fits["AlpacaDataCleaned"].optimum_plw is None
     assert "no interior optimum" in analyze.verdict(study_fits["AlpacaDataCleaned"])
-    assert study_fits["AlpacaData"].optimum_interval == [0, 1]  # a peak, but anywhere
+    assert study_fits["AlpacaData"].delta_interval == [0, 1]  # a peak, but anywhere
     assert "may be chance" in analyze.verdict(study_fits["AlpacaData"])
 
 
@@ -177,7 +177,7 @@ def test_fit_recovers_the_coefficients_it_was_given():
     assert fit.coefficients["w_p^2"] == pytest.approx(-0.08, abs=4 * fit.standard_errors["w_p^2"])
     assert fit.variances["residual"] == pytest.approx(0.001**2, rel=0.2)
     assert fit.vertex_wp == pytest.approx(0.625, abs=4 * fit.vertex_wp_se)
-    assert fit.optimum_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.optimum_interval[1]
+    assert fit.delta_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.delta_interval[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -254,7 +254,7 @@ def test_no_interior_optimum_is_an_answer(b, note, verdict):
     fit = fit_one(simulate(b=b, sd_task=0.05, sd=0.001))
     assert not fit.has_interior_optimum
     assert fit.optimum_plw is None
-    assert fit.optimum_interval is None
+    assert fit.delta_interval is None
     assert note in fit.notes[0]
     assert verdict in analyze.verdict(fit)
 
@@ -331,9 +331,63 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, lines, message):
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none.csv: cannot be read \(No such file"):
         analyze.read_scores(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"x.csv: there is no folder .*nowhere; give"):
+        analyze.read_scores(tmp_path / "nowhere" / "x.csv")
+    (tmp_path / "scores.csv").touch()
+    with pytest.raises(ValueError, match=r"there is no such file; did you mean .*scores.csv\?"):
+        analyze.read_scores(tmp_path / "socres.csv")
+    with pytest.raises(ValueError, match=r"is a folder; give --scores a CSV file, such as scores.csv in it"):
+        analyze.read_scores(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
     with pytest.raises(ValueError, match=r"binary.csv: not a CSV file in UTF-8"):
         analyze.read_scores(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"model": "m", "score": 0.5}]', "is JSON, not a CSV file"),
+        (b'{\n  "score": 0.5\n}\n', "is JSON, not a CSV file"),
+        (b"PK\x03\x04\x14\x00", "is an Excel file"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an Excel file"),
+        (b"PAR1\x15", "is a Parquet file"),
+        (b"\x1f\x8b\x08\x00", "is compressed by gzip"),
+        ("\n".join([HEADER, *GOOD]).encode("utf-16"), "is text in UTF-16"),
+        ("\n".join([HEADER, *GOOD]).replace(",", ";").encode(), "separated by semicolons, not by commas"),
+        ("\n".join([HEADER, *GOOD]).replace(",", ";").replace(".", ",").encode(), "and with points in its numbers"),
+        ("\n".join([HEADER, *GOOD]).replace(",", "\t").encode(), "separated by tabs, not by commas"),
+        ("\n".join([HEADER.upper(), *GOOD]).encode(), "and this one has 'MODEL', 'DATASET', 'PLW'"),
+        ("\n".join([HEADER.replace(",", " ,"), *GOOD]).encode(), "and this one has 'model ', 'dataset '"),
+    ],
+)
+def test_what_a_file_is_instead_of_a_table_is_said(tmp_path, content, message):
+    path = tmp_path / "scores.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared whole, below
+        analyze.read_scores(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_that_few_runs_share_are_not_called_none():
+    """Each task is scored on a third of the runs: there are eight of them, not "0 tasks"."""
+    table = simulate(tasks=8, seeds=3)
+    table = table[table["seed"] == table["task"].str[-1].astype(int) % 3]
+    analysis = analyze.analyze(table, draws=0)
+    reasons = {one.what: one.reason for one in analysis.refusals}
+    assert reasons["crossed"] == "every task is scored on fewer than half of the runs; use lmm-slopes"
+    assert not any("there are 0" in reason for reason in reasons.values())
+    few = simulate(tasks=8, seeds=2).query("seed == 0 or task < 'task3'").query("plw != 0 or task < 'task3'")
+    assert (
+        "there are 3 that at least half of the runs are scored on"
+        in {one.what: one.reason for one in analyze.analyze(few, draws=0).refusals}["crossed"]
+    )
+
+
+def test_three_scores_of_one_task_are_too_few_and_not_at_fault():
+    with pytest.raises(ValueError, match="ols-task: 3 scores are too few for 3 coefficients and a residual"):
+        analyze.analyze(simulate(tasks=1, seeds=1).query("plw in (0, 0.1, 1)"))
 
 
 def test_a_data_frame_is_checked_as_a_file_is():
@@ -374,7 +428,7 @@ def test_analysis_needs_only_a_table():
 
 def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
     told = json.loads(json.dumps(analyze.to_json(analysis, study), allow_nan=False))
-    assert told["schema"] == "plw_mlflow.fit/2"
+    assert told["schema"] == "plw_mlflow.fit/3"
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
     assert [(fit["dataset"], fit["model"]) for fit in told["fits"]] == [

@@ -96,8 +96,8 @@ def test_intervals_are_those_of_the_lead_model(design, run_sd):
     assert answers.is_located.sum() >= 10
     for grid, interval, is_located in zip(grids, answers.interval, answers.is_located, strict=True):
         fit = models.fit("crossed", grid)
-        assert is_located == (fit.has_interior_optimum and not fit.fieller_is_unbounded)
-        ends = [fit.fieller[0][0], fit.fieller[-1][1]] if is_located else [0, 1]
+        assert is_located == (fit.has_interior_optimum and not fit.optimum_set_is_unbounded)
+        ends = [fit.optimum_set[0][0], fit.optimum_set[-1][1]] if is_located else [0, 1]
         np.testing.assert_allclose(interval, truth.transform(ends), atol=3e-4)
 
 
@@ -292,6 +292,16 @@ def test_a_plan_is_a_table_with_a_row_per_design(plan):
     assert first["power"] == plan.as_run.power.value
     assert (frame["runs"] == frame["seeds"] * frame["models"] * frame["plws"].str.split().str.len()).all()
     assert frame.filter(like="_se").notna().all(axis=None)
+
+
+def test_designs_that_could_not_be_concluded_from_are_not_planned(monkeypatch):
+    tried = []
+    monkeypatch.setattr(power, "simulate", lambda _, design, *__: tried.append(design))
+    few = Design(8, 1, (0.0, 0.1, 0.5, 1.0))
+    power.plan(TRUTH, 0.3, as_run=few)
+    assert tried.pop() == few
+    assert min(design.runs for design in tried) == 8  # of one model, 7 runs are the least
+    assert all(design.free >= models.MIN_FREE for design in tried)
 
 
 def test_that_no_design_suffices_is_said():

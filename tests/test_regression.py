@@ -64,6 +64,16 @@ def test_a_tasks_curve_is_its_own(model, fit_json):
     assert math.isnan(ask(model, ("AlpacaDataCleaned", 0.1, None))["optimum_plw"][0])
 
 
+def test_too_few_runs_give_no_interval_and_no_optimum():
+    table = analyze.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
+    kept = table[(table["model"] == "LLaMA1-7B") & table["plw"].isin([0, 0.01, 0.1, 1])]
+    found = regression.Regression()
+    found.use(analyze.to_json(analyze.analyze(kept, draws=0), kept))
+    told = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
+    assert told["score"].notna().all()
+    assert told[["low", "high", "optimum_plw"]].isna().all(axis=None)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

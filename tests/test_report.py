@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from tests.test_analyze import STUDY_PLWS, fit_one, simulate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SVG = "data:image/svg+xml;base64,"
+STUDY = Path(__file__).parents[1] / "paper" / "tables" / "v1_scores.csv"
 
 
 class Page(html.parser.HTMLParser):
@@ -159,18 +161,18 @@ def test_every_estimate_of_the_optimum_is_told(study):
     for answer, table in zip(analysis.answers, tables, strict=True):
         rows = {row[0]: row[1:] for row in table[1:] if len(row) > 1}
         for fit in (fit for fit in analysis.fits if fit.dataset == answer.dataset):
-            peak, delta, fieller, inside = rows[fit.model]
+            peak, fieller, delta, inside = rows[fit.model]
             assert inside == figures.percent(fit.interior_probability)
             if fit.optimum_plw is None:
                 assert peak.startswith("none; highest at ")
                 assert delta == "–"
             else:
                 assert peak == f"{fit.optimum_plw:.3g}"
-                assert delta == "{:.3g} to {:.3g}".format(*fit.optimum_interval)
-            for ends in fit.fieller if fit.coefficients["w_p^2"] < 0 else []:
+                assert delta == "{:.3g} to {:.3g}".format(*fit.delta_interval)
+            for ends in fit.optimum_set or []:
                 assert "{:.3g} to {:.3g}".format(*ends) in fieller
         for one in answer.bootstraps:
-            _, interval, _, inside = rows["tasks and seeds" if one.over == "both" else one.over]
+            _, _, interval, inside = rows["tasks and seeds" if one.over == "both" else one.over]
             assert interval == "{:.3g} to {:.3g}".format(*one.interval)
             assert inside == figures.percent(one.interior)
         for task in answer.by_task:
@@ -221,16 +223,85 @@ def test_what_kind_of_claim_it_is(study, case):
     test = dataclasses.replace(answer.lead.joint_tests[0], p=joint_p)
     answer = dataclasses.replace(
         answer,
-        lead=dataclasses.replace(answer.lead, joint_tests=[test], fieller_is_unbounded=False),
+        lead=dataclasses.replace(answer.lead, joint_tests=[test], optimum_set_is_unbounded=False),
         holm_p=holm_p,
         equivalence=dataclasses.replace(answer.equivalence, p=equal_p),
     )
     claim = report.claim(answer, 2)
     assert (claim.kind, claim.title) == (kind, title)
-    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, fieller_is_unbounded=True))
+    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_set_is_unbounded=True))
     assert ("its peak not settled" in report.claim(unsettled, 2).title) == (kind == "effect")
     flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
     assert ("no best value inside" in report.claim(flat, 2).title) == (kind == "effect")
+
+
+def with_few_runs(runs=4, tasks=8, **options):
+    """Scores of one model at so many PLWs, which rise by far more than their noise."""
+    table = simulate(seeds=1, tasks=tasks, b=(0.3, 0.4, -0.1), sd_task=0.05, **options)
+    return table[table["plw"].isin([0, 0.01, 0.1, 1][-runs:])].reset_index(drop=True)
+
+
+@pytest.mark.parametrize(("runs", "tasks"), [(3, 3), (4, 8)])
+def test_too_few_runs_are_said_on_the_card_and_not_in_red(tmp_path, runs, tasks):
+    table = with_few_runs(runs, tasks)
+    analysis = analyze.analyze(table, margin=0.9, draws=0)
+    (answer,) = analysis.answers
+    assert answer.lead.joint_p < 0.05
+    assert report.claim(answer, 1).kind == "open"
+    drawn = report.drawings(analysis, table)
+    assert ("no-effect", "") not in drawn
+    assert figures.SURE.encode().lower() not in figures.svg(drawn["curve", "short"]).lower()
+    shown = page_of(analysis, table, tmp_path).shown
+    card = shown[shown.index("The answer") : shown.index("The data")]
+    assert card.index("Too few runs to tell") < card.index("Too few runs to tell whether PLW matters") < 200
+    assert f"{runs}; it takes at least 7" in card
+    assert "p =" not in card
+    assert "matters here" not in shown
+    assert "Is there no effect?" not in shown
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_differences_beyond_the_scale_of_scores_are_told_in_words(tmp_path, study):
+    _, analysis, _, _ = study
+    unlimited = [
+        dataclasses.replace(
+            one,
+            equivalence=dataclasses.replace(one.equivalence, smallest_margin=None, detectable=None, p=0.9),
+            holm_p=0.8,
+            lead=dataclasses.replace(one.lead, joint_tests=[dataclasses.replace(one.lead.joint_tests[0], p=0.8)]),
+        )
+        for one in analysis.answers
+    ]
+    shown = page_of(dataclasses.replace(analysis, answers=unlimited), two_data_sets(), tmp_path).shown
+    assert "Differences of up to the whole range between PLWs are not ruled out." in shown
+    assert "no margin within the range of the scores would have passed" in shown
+    assert "No difference that the range of the scores allows would be found by 4 of 5 studies" in shown
+
+
+def test_one_interval_leads_everywhere():
+    """On the card, in the verdict, the shading and fit.json: Fieller's set, which has a gap here."""
+    table = analyze.read_scores(STUDY)
+    analysis = analyze.analyze(table, draws=0)
+    told = analyze.to_json(analysis, table)
+    short = next(one for one in analysis.answers if one.dataset == "AlpacaDataShort")
+    assert len(short.lead.optimum_set) == 2
+    words = "0 to 0.0338 or 0.0802 to 1"
+    assert f"(95 % interval {words}" in short.verdict
+    (fit,) = (one for one in told["fits"] if (one["dataset"], one["model"]) == ("AlpacaDataShort", "crossed"))
+    assert fit["optimum_set"] == short.lead.optimum_set
+    assert fit["delta_interval"] == short.lead.delta_interval
+    assert "optimum_interval" not in json.dumps(told)
+    axes = figures.draw_overview(analysis.answers, table).axes[2]
+    spans = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
+    transform = design.transform("power", STUDY_PLWS)
+    assert spans == [pytest.approx(tuple(transform(ends))) for ends in short.lead.optimum_set]
+    curve = figures.draw_curve(short.lead, table[table["dataset"] == "AlpacaDataShort"], shows_effect=False)
+    labels = [text.get_text().replace("\n", " ") for text in curve.axes[0].get_legend().get_texts()]
+    low, high = short.lead.delta_interval
+    assert f"peak, perhaps chance: PLW 0.243 95 %: {words}" in labels
+    assert f"by the delta method: {low:.3g} to {high:.3g}" in labels
+    lead, delta = [one for one in report.estimates(short, analysis.fits[:6]) if one.is_lead]
+    assert (lead.method, delta.method) == ("Fieller", "delta")
 
 
 def test_unbounded_intervals_are_said_in_words():
@@ -377,9 +448,9 @@ def test_csv_files_are_tidy_and_equal_fit_json(study):
         assert mine["df"].isna().all() == (fit["model"] == "beta")
         row = by_fit.loc[(fit["dataset"], fit["model"])]
         assert row["joint_p"] == fit["joint_p"]
-        assert json.loads(row["fieller"]) == fit["fieller"]
-        given = [None if pd.isna(row[name]) else row[name] for name in ("optimum_plw", "optimum_low", "optimum_high")]
-        assert given == [fit["optimum_plw"], *(fit["optimum_interval"] or [None, None])]
+        assert json.loads(row["optimum_set"]) == fit["optimum_set"]
+        given = [None if pd.isna(row[name]) else row[name] for name in ("optimum_plw", "delta_low", "delta_high")]
+        assert given == [fit["optimum_plw"], *(fit["delta_interval"] or [None, None])]
     for answer in told["answers"]:
         assert by_fit.loc[(answer["dataset"], answer["lead"]), "holm_p"] == answer["holm_p"]
         mine = tasks[tasks["dataset"] == answer["dataset"]].set_index("task")
@@ -399,7 +470,7 @@ def test_names_that_differ_in_signs_or_capitals_only_keep_their_own_figures():
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no figure")
 
     analysis, table = study[1], two_data_sets()
@@ -418,7 +489,8 @@ def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
 def test_a_figure_is_the_same_bytes_each_time():
     table = simulate()
     fit = fit_one(table)
-    assert figures.svg(figures.draw_curve(fit, table)) == figures.svg(figures.draw_curve(fit, table))
+    one, other = (figures.svg(figures.draw_curve(fit, table, shows_effect=True)) for _ in range(2))
+    assert one == other
 
 
 def test_tick_labels_keep_their_distance():

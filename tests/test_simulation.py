@@ -9,11 +9,11 @@ from click.testing import CliRunner
 
 from benchmarks import analysis
 from benchmarks.analysis import Setting
-from plw_mlflow.statistics import parametric
+from plw_mlflow.statistics import models, parametric
 
 
 @pytest.mark.parametrize(
-    "setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied"), Setting(4, few=True)]
+    "setting", [Setting(8, "free", 0.005), Setting(13, "none", 0.001, True), Setting(40, "tied"), Setting(4, tried=4)]
 )
 @pytest.mark.parametrize("method", ["crossed", "task-t", "ols-task", "lmm"])
 def test_closed_forms_equal_the_models(setting, method):
@@ -86,3 +86,17 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert rows[0]["case"] == "8 tasks, slopes none, run SD 0: task-t"
     assert len(result.output.splitlines()) == 2 + len(rows)
     assert CliRunner().invoke(analysis.main, [*options, "--methods", "lm"]).exit_code == 2
+
+
+def test_too_few_runs_are_those_whose_level_is_not_near_what_it_claims():
+    """At the number of tasks and the luck at which each is worst; three standard errors of 3000 tables are 0.016."""
+    for method in ("crossed", "lmm"):
+        assert {setting.models for setting in analysis.few_runs(method)} == {1}
+    worst = {4: Setting(100, sd_run=0.002, tried=4, models=1), 7: Setting(40, sd_run=0.002, tried=7, models=1)}
+    level = {
+        runs: float((analysis.over(setting, analysis.tables(setting, 0, 3000), True).p["T^2"] < 0.05).mean())
+        for runs, setting in worst.items()
+    }
+    assert level[4] > 0.18
+    assert level[7] < 0.10
+    assert models.fewest_runs(3, tasks=40) == 7

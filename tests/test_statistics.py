@@ -14,6 +14,7 @@ from scipy import stats
 from plw_mlflow import analyze
 from plw_mlflow.statistics import design, models, over_tasks, parametric, questions
 from plw_mlflow.statistics.optimum import Parabola, maximisers
+from plw_mlflow.statistics.table import widest_difference
 
 FIXTURES = Path(__file__).parent / "fixtures" / "r"
 ANSWERS = pd.read_csv(FIXTURES / "answers.csv")
@@ -482,11 +483,90 @@ def test_a_fit_that_did_not_converge_does_not_lead(monkeypatch):
     )
 
 
-def test_few_runs_are_warned_of():
-    words = "3 runs are too few to tell a run's luck from an effect"
-    few, enough = (made_up([("m", "d", plw, 0) for plw in plws], 8) for plws in ((0, 0.1, 1), PLWS))
-    assert any(words in note for note in analyze.analyze(few, draws=0).answers[0].lead.notes)
-    assert not any("too few to tell" in note for note in analyze.analyze(enough, draws=0).answers[0].lead.notes)
+def of_runs(runs, tasks, dataset="d", rise=0.4, seed=0):
+    """A run at each of so many PLWs, whose scores rise by far more than their noise."""
+    plws = [PLWS[round(place)] for place in np.linspace(0, len(PLWS) - 1, runs)]
+    table = made_up([("m", dataset, plw, 0) for plw in plws], tasks, seed)
+    return table.assign(score=table["score"] / 10 + rise * table["plw"] ** design.EXPONENT)
+
+
+@pytest.mark.parametrize(
+    ("runs", "tasks", "is_told"),
+    [
+        *((runs, tasks, False) for runs, tasks in ((3, 3), (3, 8), (4, 3), (4, 8), (6, 8))),
+        *((runs, tasks, True) for runs, tasks in ((7, 2), (7, 8), (4, 1))),  # one task counts luck as noise
+    ],
+)
+def test_too_few_runs_make_no_headline(runs, tasks, is_told):
+    table = of_runs(runs, tasks)
+    analysis = analyze.analyze(table, margin=0.9, draws=0)
+    (answer,) = analysis.answers
+    assert answer.lead.joint_p < 0.05
+    assert answer.shows_effect == is_told
+    told = analyze.to_json(analysis, table)
+    verdicts = [answer.verdict, told["answers"][0]["verdict"], *(fit["verdict"] for fit in told["fits"])]
+    words = f"Too few runs to tell whether PLW matters: there are {runs}, and it takes at least 7."
+    if is_told:
+        assert not any("Too few" in verdict for verdict in verdicts)
+        assert answer.verdict.startswith("PLW matters here")
+    else:
+        assert all(verdict.startswith(words) for verdict in verdicts)
+        assert not any("matters here" in verdict or "within" in verdict for verdict in verdicts)
+        assert f"d ({answer.lead.model}): {words}" in analyze.table_text(analysis)
+
+
+def test_models_cost_runs_before_a_verdict():
+    both = pd.concat([of_runs(4, 8), of_runs(4, 8, seed=1).assign(model="n")], ignore_index=True)
+    (answer,) = analyze.analyze(both, draws=0).answers
+    assert (answer.lead.runs, answer.lead.fewest_runs, answer.lead.has_too_few_runs) == (8, 8, False)
+
+
+def test_too_few_runs_show_no_difference_either():
+    table = pd.concat([of_runs(4, 13), of_runs(4, 13, "e", rise=-0.05, seed=1)], ignore_index=True)
+    analysis = analyze.analyze(table, draws=0)
+    assert analysis.differences[0].tests[0].p < 0.05
+    assert analysis.differences[0].has_too_few_runs
+    assert "Does the curve differ by dataset? Too few runs to tell." in analyze.table_text(analysis)
+    many = pd.concat([of_runs(6, 13), of_runs(6, 13, "e", rise=-0.05, seed=1)], ignore_index=True)
+    assert not analyze.analyze(many, draws=0).differences[0].has_too_few_runs
+
+
+def test_a_difference_wider_than_the_scale_is_no_number():
+    grid = next(iter(analyze.grids(of_runs(4, 8))))
+    luck = np.array([0.0, 0.5, 0.0, 0.0])[:, None]  # of one run, which four do not tell from an effect
+    loud = replace(grid, scores=grid.scores + luck)
+    unlimited, limited = questions.equivalence(loud), questions.equivalence(loud, widest=1.0)
+    assert unlimited.smallest_margin > 1
+    assert unlimited.detectable > 1
+    assert (limited.smallest_margin, limited.detectable) == (None, None)
+    assert limited.largest_difference == unlimited.largest_difference
+
+
+def test_how_far_two_scores_can_lie_apart():
+    table = analyze.check(of_runs(4, 8))
+    percent = table.assign(score=100 * table["score"])
+    assert widest_difference(table, "none") == 1
+    assert widest_difference(percent, "none") == 100
+    assert widest_difference(analyze.rescale(percent, "minmax"), "minmax") == 1
+    assert widest_difference(analyze.rescale(percent, "zscore"), "zscore") is None
+    assert widest_difference(table.assign(score=-table["score"]), "none") is None
+    with pytest.raises(ValueError, match=r"margin is 1, but no two scores can differ by more than 1; give a margin"):
+        analyze.analyze(table, margin=1)
+    assert analyze.analyze(percent, margin=1, draws=0).margin == 1
+
+
+def test_the_verdict_of_a_fit_is_that_of_the_answer_it_leads():
+    """Corrected for the other data sets, as the answer is, by every model."""
+    table = analyze.read_scores(STUDY)
+    told = analyze.to_json(analyze.analyze(table, margin=0.01, draws=0), table)
+    fits = {(fit["dataset"], fit["model"]): fit for fit in told["fits"]}
+    for answer in told["answers"]:
+        lead = fits[answer["dataset"], answer["lead"]]
+        assert (lead["verdict"], lead["holm_p"]) == (answer["verdict"], answer["holm_p"])
+    short = fits["AlpacaDataShort", "lmm"]
+    assert short["holm_p"] == 3 * short["joint_p"]
+    halved = {**{name: fit["joint_p"] for (name, model), fit in fits.items() if model == "lmm"}}
+    assert {name: fits[name, "lmm"]["holm_p"] for name in halved} == questions.holm(halved)
 
 
 def test_types_of_tasks_are_one_each_and_blanks_are_none():

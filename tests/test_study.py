@@ -40,7 +40,7 @@ def test_what_the_page_claims_in_words():
         assert study.compared(study.scores(), group).tests[0].p > 0.05
     for model in study.models.MODELS:
         plain, cleaned = (study.fitted(dataset, model) for dataset in (study.PLAIN, study.CLEANED))
-        assert plain.optimum_interval == plain.fieller[0] == [0, 1]
+        assert plain.delta_interval == plain.optimum_set[0] == [0, 1]
         assert 0.33 < plain.optimum_plw < 0.35
         assert cleaned.coefficients["w_p^2"] > 0
     assert answers[study.PLAIN].bootstraps[0].interval == [0, 1]

@@ -131,12 +131,14 @@ class Grid:
     def complete(self) -> tuple[Grid, tuple[str, ...]]:
         """The runs that have a score on every task, and what was left out for that.
 
-        Tasks that fewer than half of the runs have are left out first. Raises ValueError where some runs are left, but
-        none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
+        Tasks that fewer than half of the runs have are left out first. Raises ValueError where that leaves no task, and
+        where some runs are left, but none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5
         runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
+        if not tasks.any():
+            raise ValueError("every task is scored on fewer than half of the runs; use lmm-slopes")
         left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
         if gone := int((~runs).sum()):
             left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")

@@ -29,7 +29,10 @@ from plw_mlflow.statistics.optimum import Parabola
 
 Array = NDArray[np.float64]
 
-FEW = 4  # degrees of freedom that runs must leave for their luck to be seen
+# Degrees of freedom that runs must leave beyond the fixed part. With fewer, a run's luck cannot be told from an effect,
+# and tests at 0.05 reject in more than 0.10 of the tables without one (docs/statistics.md, "Too few runs"). A test on
+# one task counts luck as noise, and keeps its level with any number of runs.
+MIN_FREE = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Fit:
     n: int  # scores
     runs: int
     tasks: int
+    fewest_runs: int  # of such a study that let its tests be near the error rates they claim
     plws: list[float]  # tried, ascending: what the transform goes by
     coefficients: dict[str, float]  # for `beta` of the logit
     standard_errors: dict[str, float]
@@ -72,12 +76,12 @@ class Fit:
     vertex_wp: float | None  # where the parabola turns, be it a maximum or not; None for a straight line
     vertex_wp_se: float | None  # delta method
     has_interior_optimum: bool  # a maximum inside 0..1, or inside the range of PLWs if that goes further
-    optimum_plw: float | None  # None without an interior optimum, as is the interval
-    optimum_interval: (
-        list[float] | None
-    )  # 95 %: delta method and t on w_p, cut to the range, then mapped to PLW (`fieller` holds better)
-    fieller: list[list[float]]  # 95 % set of the turning point within the range, as intervals of PLW
-    fieller_is_unbounded: bool  # the set goes on without end on w_p: the bend could be 0
+    optimum_plw: float | None  # None without an interior optimum, as is the interval by the delta method
+    # 95 % set of the PLWs within the range at which the curve may have its maximum, by Fieller's method, as none, one
+    # or two intervals; None where the curve bends upwards. It leads: its coverage holds where the bend is uncertain.
+    optimum_set: list[list[float]] | None
+    optimum_set_is_unbounded: bool  # the set goes on without end on w_p: the bend could be 0
+    delta_interval: list[float] | None  # 95 %: delta method and t on w_p, cut to the range, then mapped to PLW
     interior_probability: float  # of a maximum inside the range, by what the data leave of the coefficients
     notes: list[str] = field(default_factory=list)  # what a reader must know before using the numbers
 
@@ -85,6 +89,11 @@ class Fit:
     def joint_p(self) -> float:
         """Of the model's own joint test."""
         return self.joint_tests[0].p
+
+    @property
+    def has_too_few_runs(self) -> bool:
+        """Whether error rates are not near what they claim, so that nothing may be concluded."""
+        return self.runs < self.fewest_runs
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,11 @@ class _Result:
     notes: tuple[str, ...] = ()
 
 
+def fewest_runs(terms: int, tasks: int) -> int:
+    """The runs that a study needs before its tests are near the error rates they claim; terms: of the fixed part."""
+    return terms + (MIN_FREE if tasks > 1 else 1)
+
+
 def fit(model: str, grid: Grid, scale: str = "none") -> Fit:
     """Fit one model. Raises ValueError, in a line, where these scores do not allow it."""
     if is_close_together(grid.x):
@@ -119,7 +133,8 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     if len(whole.scores) == 0:
         raise ValueError("no run is scored on every task; use lmm-slopes")
     if len(whole.tasks) < 4:
-        raise ValueError(f"a joint test over tasks needs 4 tasks or more, there are {len(whole.tasks)}")
+        few = "" if len(whole.tasks) == len(grid.tasks) else " that at least half of the runs are scored on"
+        raise ValueError(f"a joint test over tasks needs 4 tasks or more, there {_counted(len(whole.tasks))}{few}")
     if len(set(whole.runs["plw"])) < 3:
         raise ValueError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=runs_differ)
@@ -152,7 +167,7 @@ def hotelling(curves: over_tasks.Curves) -> JointTest:
 
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
-        raise ValueError(f"random slopes by task need 4 tasks or more, there are {len(grid.tasks)}")
+        raise ValueError(f"random slopes by task need 4 tasks or more, there {_counted(len(grid.tasks))}")
     has_runs = mixed.has_run_information(grid.scores, grid.x)
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
@@ -244,10 +259,10 @@ def _ols(grid: Grid) -> _Result:
     tasks = len(grid.tasks)
     dummies = (task[:, None] == np.arange(tasks - 1)).astype(float) - (task == tasks - 1)[:, None]
     x = np.column_stack([grid.x[run], dummies])
-    _need_residuals(y, grid.curve[run], task)
     n, p = x.shape
     if n <= p:
-        raise ValueError(f"{n} scores are too few for {p} coefficients")
+        raise ValueError(f"{n} scores are too few for {p} coefficients and a residual; score more cells")
+    _need_residuals(y, grid.curve[run], task)
     q, r = np.linalg.qr(x)
     coefficients = np.linalg.solve(r, q.T @ y)
     residual = y - x @ coefficients
@@ -279,6 +294,10 @@ MODELS: dict[str, Callable[[Grid], _Result]] = {
     "beta": _beta,
     "ols-task": _ols,
 }
+
+
+def _counted(tasks: int) -> str:
+    return f"{'is' if tasks == 1 else 'are'} {tasks}"
 
 
 def _need_tasks(grid: Grid) -> None:
@@ -316,11 +335,6 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         notes.append("Singular fit: tasks differ no more than residual noise.")
     if not result.converged:
         notes.append("The fit did not converge; do not use it.")
-    if len(grid.scores) - len(grid.terms) < FEW:
-        notes.append(
-            f"{len(grid.scores)} runs are too few to tell a run's luck from an effect: tables like these without an "
-            "effect show one in up to 4 of 10 cases."
-        )
     if parabola.has_interior_maximum and parabola.vertex is not None:
         reach = parabola.delta_interval()
         assert reach is not None
@@ -345,6 +359,7 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         n=int((~np.isnan(grid.scores)).sum()),
         runs=len(grid.scores),
         tasks=len(grid.tasks),
+        fewest_runs=fewest_runs(len(grid.terms), len(grid.tasks)),
         plws=list(grid.transform.plws),
         coefficients=dict(zip(result.terms, b.tolist(), strict=True)),
         standard_errors=dict(zip(result.terms, errors.tolist(), strict=True)),
@@ -367,9 +382,9 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         vertex_wp_se=None if error is None else error[0],
         has_interior_optimum=optimum is not None,
         optimum_plw=optimum,
-        optimum_interval=interval,
-        fieller=[grid.transform.back(pair).tolist() for pair in pairs],
-        fieller_is_unbounded=is_unbounded,
+        optimum_set=[grid.transform.back(pair).tolist() for pair in pairs] if b[2] < 0 else None,
+        optimum_set_is_unbounded=is_unbounded,
+        delta_interval=interval,
         interior_probability=parabola.interior_probability(),
         notes=notes,
     )

@@ -23,6 +23,7 @@ from scipy import special
 from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.statistics import models, over_tasks
 from plw_mlflow.statistics.design import Grid, Transform
+from plw_mlflow.statistics.models import MIN_FREE
 from plw_mlflow.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.statistics.over_tasks import Curves
 from plw_mlflow.statistics.questions import POWER
@@ -172,8 +173,8 @@ class Design:
     def __post_init__(self) -> None:
         if self.tasks < 4 or len(set(self.plws)) < 3 or self.free < 1:
             raise ValueError(
-                f"{self.tasks} tasks and {self.runs} runs at {len(set(self.plws))} PLWs cannot be analysed: 4 tasks, "
-                f"3 PLWs and {self.models + 3} runs are the least"
+                f"{self.tasks} task{'s' * (self.tasks != 1)} and {self.runs} runs at {len(set(self.plws))} PLWs "
+                f"cannot be analysed over tasks: 4 tasks, 3 PLWs and {self.models + 3} runs are the least"
             )
 
     @property
@@ -372,7 +373,8 @@ class Plan:
             "  tasks  seeds  PLWs             runs   power   found  coverage  width  error",
         ]
         if self.as_run:
-            lines.append(f"{self._line(self.as_run)}  <- as it was run")
+            few = ", with too few runs to tell" * (self.as_run.design.free < MIN_FREE)
+            lines.append(f"{self._line(self.as_run)}  <- as it was run{few}")
         lines += [self._line(one) for one in self.enough or (self.nearest,)]
         tasks, runs = (max(getattr(one.design, name) for one in self.outcomes) for name in ("tasks", "runs"))
         compared = f"Of {len(self.outcomes)} designs of up to {tasks} tasks and {runs} runs"
@@ -431,7 +433,7 @@ def plan(
         for tasks in sorted({*TASKS, *([as_run.tasks] if as_run else [])})
         for seeds in SEEDS
         for plws in lists
-        if seeds * len(plws) * models > 2 + models
+        if seeds * len(plws) * models >= MIN_FREE + 2 + models  # fewer are too few to tell
     ]
     designs.sort(key=lambda design: (design.runs, design.tasks))
     outcomes = tuple(simulate(truth, design, width, draws, seed) for design in designs)

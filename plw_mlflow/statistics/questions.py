@@ -16,7 +16,7 @@ from scipy import stats
 
 from plw_mlflow.statistics import mixed, over_tasks
 from plw_mlflow.statistics.design import CURVE, Grid, is_of_curve
-from plw_mlflow.statistics.models import JointTest, hotelling
+from plw_mlflow.statistics.models import JointTest, fewest_runs, hotelling
 from plw_mlflow.statistics.optimum import LEVEL, Parabola, maximisers
 
 Array = NDArray[np.float64]
@@ -38,14 +38,18 @@ class Equivalence:
 
     margin: float | None  # on the scale of the scores; None where the person gave none
     p: float | None  # of the worst pair; below 0.05, all differences are within the margin
-    smallest_margin: float  # that these scores would have passed at 0.05
+    smallest_margin: float | None  # that these scores would have passed at 0.05; None if wider than the scale
     largest_difference: float  # estimated, between two PLWs tried
     pair: list[float]  # these two, the lower score first
-    detectable: float  # difference of the least certain pair that a t test at 0.05 finds in 4 of 5 such studies
+    # The difference of the least certain pair that a t test at 0.05 finds in 4 of 5 such studies; None likewise.
+    detectable: float | None
 
 
-def equivalence(grid: Grid, margin: float | None = None) -> Equivalence:
-    """Is PLW's effect, over the PLWs tried, as good as none? Raises ValueError as the fit over tasks does."""
+def equivalence(grid: Grid, margin: float | None = None, widest: float | None = None) -> Equivalence:
+    """Is PLW's effect, over the PLWs tried, as good as none? Raises ValueError as the fit over tasks does.
+
+    widest: the largest difference that scores can have, None where their scale has no ends.
+    """
     if margin is not None and not 0 < margin < math.inf:
         raise ValueError(f"margin must be a number above 0, got {margin}")
     whole, _ = grid.complete
@@ -67,7 +71,11 @@ def equivalence(grid: Grid, margin: float | None = None) -> Equivalence:
                 largest = abs(difference)
                 pair = [plws[j], plws[i]] if difference > 0 else [plws[i], plws[j]]
     p = None if margin is None else worst_p
-    return Equivalence(margin, p, float(smallest), float(largest), pair, float(detectable))
+
+    def possible(difference: float) -> float | None:
+        return None if widest is not None and difference >= widest else float(difference)
+
+    return Equivalence(margin, p, possible(smallest), float(largest), pair, possible(detectable))
 
 
 # --------------------------------------------------------------------------------------------- differences
@@ -81,6 +89,7 @@ class Difference:
     levels: list[str]
     tests: list[JointTest]
     notes: list[str]
+    has_too_few_runs: bool  # as of a fit: nothing may be concluded
 
 
 def difference(grid: Grid, by: str) -> Difference:
@@ -113,7 +122,8 @@ def difference(grid: Grid, by: str) -> Difference:
     null = mixed.fit_random_intercept(y, grid.x[run][:, [not tested for tested in is_tested]], task, reml=False)
     chisq, df, p = mixed.likelihood_ratio(full, null)
     tests.append(JointTest("likelihood ratio, lmm", chisq, df, None, p))
-    return Difference(by, levels, tests, notes)
+    needed = fewest_runs(len(grid.terms), len(grid.tasks))
+    return Difference(by, levels, tests, notes, len(grid.scores) < needed)
 
 
 def _equal(runs: pd.DataFrame, by: str) -> list[str]:
@@ -153,7 +163,7 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
     counts = np.ones((draws, tasks))
     if over in ("tasks", "both"):
         if tasks < 4:
-            raise ValueError(f"resampling tasks needs 4 or more, there are {tasks}")
+            raise ValueError(f"resampling tasks needs 4 or more, there {'is' if tasks == 1 else 'are'} {tasks}")
         counts = draw.multinomial(tasks, np.full(tasks, 1 / tasks), size=draws).astype(float)
     hat = np.linalg.pinv(x)[1:3]  # [2, R]
     if over == "tasks":
@@ -188,7 +198,7 @@ class TaskCurve:
     degrees_of_freedom: int
     joint_p: float  # F of the curve
     optimum_plw: float | None  # None without an interior maximum
-    optimum_interval: list[float] | None  # 95 %, delta method, cut to the range
+    delta_interval: list[float] | None  # 95 %, delta method, cut to the range
     best_plw: float  # where the curve is highest: the optimum, or an end of the PLWs tried
     interior_probability: float
 

@@ -7,6 +7,7 @@ every answer, so it is refused, not guessed.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 from pathlib import Path
@@ -22,6 +23,16 @@ COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
 SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
 RUN = SCORE[:-1]
 WITHIN_RUNS = ("task", "metric", "task_type", "score", "stderr", "n", "plw")
+# How files begin that are taken for tables of scores and are none that can be read here.
+OTHER_FILES = {
+    b"PK\x03\x04": "an Excel file (or another zip archive)",
+    b"\xd0\xcf\x11\xe0": "an Excel file",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstandard",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
 SCALES = ("none", "fraction", "minmax", "zscore")
 
 
@@ -32,21 +43,48 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
     """
     try:
         data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(_unreadable(Path(path), error)) from None
+    for start, kind in OTHER_FILES.items():
+        if data.startswith(start):
+            raise ValueError(f"{path}: is {kind}, not a CSV file; save it as CSV in UTF-8")
+    if data.lstrip()[:1] in (b"{", b"["):
+        raise ValueError(f"{path}: is JSON, not a CSV file; save it as CSV in UTF-8")
+    try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
         lines = [(reader.line_num, row) for row in reader if row]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --scores a CSV file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
     if not lines:
         raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
     (_, header), *rows = lines
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{path}: its columns are separated by {name}, not by commas; "
+                "save it as CSV with commas, and with points in its numbers"
+            )
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
     table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
     table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
     return check(table, also)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """Why a score file cannot be read, and what may have been meant."""
+    if path.is_dir():
+        tables = sorted(one.name for one in path.glob("*.csv"))[:3]
+        within = f", such as {' or '.join(tables)} in it" if tables else "; there is none in it"
+        return f"{path}: is a folder; give --scores a CSV file{within}"
+    if not path.exists() and path.parent.is_dir():
+        names = [one.name for one in path.parent.iterdir() if one.is_file()]
+        if alike := difflib.get_close_matches(path.name, names, 1):
+            return f"{path}: there is no such file; did you mean {path.parent / alike[0]}?"
+    if not path.parent.is_dir():
+        return f"{path}: there is no folder {path.parent}; give --scores a CSV file"
+    return f"{path}: cannot be read ({error.strerror}); give --scores a CSV file"
 
 
 def first(mask: Any) -> Any:
@@ -73,7 +111,10 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
             raise ValueError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
 
     if missing := [column for column in COLUMNS if column not in table]:
-        raise ValueError(f"{source}: no column {', '.join(missing)}; a score table has {','.join(COLUMNS)}")
+        has = ", ".join(repr(str(column)) for column in table.columns[:12]) + ", ..." * (len(table.columns) > 12)
+        raise ValueError(
+            f"{source}: no column {', '.join(missing)}; a score table has {','.join(COLUMNS)}, and this one has {has}"
+        )
     if not table.columns.is_unique:
         raise ValueError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
     if table.empty:
@@ -186,6 +227,19 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
     is_percent = table["task"].isin(table["task"][above])
     rescaled[scaled] = table[scaled].where(~is_percent, table[scaled] / 100)
     return rescaled
+
+
+def widest_difference(table: pd.DataFrame, scale: str) -> float | None:
+    """The largest difference that two scores of a task can have on a scale; None where the scale has no ends.
+
+    table: a checked one on that scale. Scores within 0..1 are taken to end there, others within 0..100 there.
+    """
+    if scale == "minmax":
+        return 1.0
+    if scale == "zscore" or (table["score"] < 0).any():
+        return None
+    highest = table["score"].max()
+    return 1.0 if highest <= 1 else 100.0 if highest <= 100 else None
 
 
 def missing_scores(table: pd.DataFrame) -> pd.DataFrame:

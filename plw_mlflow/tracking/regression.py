@@ -2,9 +2,10 @@
 
 Its numbers are those of fit.json. A data frame with the columns dataset, plw and, if wanted, task goes in; score, low,
 high and optimum_plw come out, a row each: the curve of the lead's model at that PLW with its 95 % interval, and the PLW
-at which it is highest inside the range (NaN without an interior optimum). Without a task the score is the mean over the
-tasks and models that were scored, and the interval that of the curve around their mean: how tasks at large differ in
-level is no part of it. With a task it is that task's own curve.
+at which it is highest inside the range (NaN without an interior optimum). Where the analysis says that runs are too few
+to tell, low, high and optimum_plw are NaN, with a task as without. Without a task the score is the mean over the tasks
+and models that were scored, and the interval that of the curve around their mean: how tasks at large differ in level is
+no part of it. With a task it is that task's own curve.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Regression(PythonModel):
         score = float(point @ [curve["coefficients"][term] for term in TERMS])
         variance = around @ np.array(curve["covariance"])[:3, :3] @ around
         reach = float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(max(0.0, variance)))
+        if lead["has_too_few_runs"]:
+            return score, math.nan, math.nan, math.nan
         optimum = curve["optimum_plw"]
         return score, score - reach, score + reach, math.nan if optimum is None else optimum
 
