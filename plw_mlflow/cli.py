@@ -97,9 +97,17 @@ def _alone(hint: Any) -> dict[str, Any]:
 
 
 class _Command(click.Command):
-    """A command that refuses an option given twice, of which click would use the last value and say nothing."""
+    """A command that refuses an option given twice, of which click would use the last value and say nothing.
+
+    It refuses `--invert=--plw=0.9`, too, of which click would make two options.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for option in self.params:
+            for word in args if getattr(option, "flag_value", None) == "true" else []:
+                name, _, value = word.partition("=")
+                if name in option.opts and value.startswith("-"):
+                    raise click.BadParameter(f"{value!r} is not a valid boolean.", ctx, option)
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option, times in Counter(given).items():
             if times > 1 and isinstance(option, click.Option) and not option.is_eager:

@@ -1,17 +1,19 @@
 """Both MLproject files pass on every option of every entry point, with the same names and defaults."""
 
 import re
+import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
 from string import Formatter
 
+import click
 import pytest
 import yaml
 
 from plw_mlflow import __version__
-from plw_mlflow.cli import options
-from plw_mlflow.config import CONFIGS, spell
+from plw_mlflow.cli import _Command, options
+from plw_mlflow.config import CONFIGS, TrainConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = {"MLproject": "", "local/MLproject": "cd .. && "}
@@ -25,12 +27,29 @@ def read(project):
 @pytest.mark.parametrize(("name", "config_type"), CONFIGS.items())
 def test_mlproject_passes_on_what_it_declares(project, name, config_type):
     entry = read(project)["entry_points"][name]
-    flags = {field.name: f"--{field.name.replace('_', '-')} {{{field.name}}}" for field in fields(config_type)}
+    flags = {field.name: f" --{field.name.replace('_', '-')}={{{field.name}}}" for field in fields(config_type)}
     passed_on = [field for _, field, _, _ in Formatter().parse(entry["command"]) if field]
     assert sorted(passed_on) == sorted(flags)
     assert all(flag in entry["command"] for flag in flags.values())
     defaults = {field: spec["default"] for field, spec in entry["parameters"].items()}
     assert defaults == {field.name: spell(field.default) for field in fields(config_type)}
+
+
+@pytest.mark.parametrize("value", ["--plw=0.9", "-x", "", "yes --plw 0.9"])
+def test_a_value_that_looks_like_an_option_is_none(value, capsys):
+    """As `mlflow run -P invert=VALUE` has it run: the words of the command, as a shell makes them of a quoted value."""
+    command = read("MLproject")["entry_points"]["train"]["command"].partition("entrypoints.train ")[2]
+    given = {field.name: spell(field.default) for field in fields(TrainConfig)} | {"invert": value}
+    words = shlex.split(command.format(**{name: shlex.quote(one) for name, one in given.items()}))
+
+    @click.command(cls=_Command)
+    def parsed(**values):
+        pytest.fail(f"was run with {values}")
+
+    for option in options(TrainConfig):
+        parsed = option(parsed)
+    with pytest.raises(click.BadParameter, match=r"is not a valid boolean|a value is needed"):
+        parsed.main(words, standalone_mode=False)
 
 
 @pytest.mark.parametrize("project", PROJECTS)

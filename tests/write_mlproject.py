@@ -20,7 +20,8 @@ def entry_points(begin: str) -> str:
         lines += ["    command: >-", f"      {begin}python -m entrypoints.{name}"]
         part = "     "
         for field in fields(config_type):
-            flag = f" --{field.name.replace('_', '-')} {{{field.name}}}"
+            # In one word: a value that looks like an option must not become one.
+            flag = f" --{field.name.replace('_', '-')}={{{field.name}}}"
             if len(part + flag) > WIDTH:
                 lines.append(part)
                 part = "     "
