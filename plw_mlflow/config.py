@@ -112,7 +112,9 @@ class DataOptions(PresetOptions, LocalOptions):
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
         found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
-        found += _not_a_folder(self, "output", "cache_dir")
+        found += _not_a_folder(self, "output")
+        if self.cache_dir is not None and not self.cache_dir.is_dir():  # what is there is read without being written to
+            found += _not_a_folder(self, "cache_dir")
         for name in ("validation_share", "mix_share"):
             if not 0 < getattr(self, name) < 1:
                 found.append(f"{_flag(name)} must lie between 0 and 1, got {getattr(self, name)}")

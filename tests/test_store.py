@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plw_mlflow import disk, prepare
-from plw_mlflow.config import DataOptions
+from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.store import COUNTS, Examples, once
 from tests.conftest import byte_tokenizer, make_example
 from tests.stores import ROOT
@@ -267,6 +267,7 @@ def read_only(monkeypatch):
     def begin():
         for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
             monkeypatch.setattr(os, name, refuse)
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         monkeypatch.setattr(disk, "FileLock", refuse)
 
     return begin
@@ -277,7 +278,7 @@ def test_what_is_stored_is_read_where_nobody_may_write(tmp_path, read_only):
     expected = prepare.run("toy-short", byte_tokenizer(), options)
     before = tree(tmp_path)
     read_only()
-    found = prepare.run("toy-short", byte_tokenizer(), options)
+    found = prepare.run("toy-short", byte_tokenizer(), PrepareConfig(cache_dir=tmp_path, max_records=50))
     assert found.digest == expected.digest
     assert tree(tmp_path) == before
     with pytest.raises(ValueError, match=r"the cache .* cannot be written to .*Read-only file system.*--cache-dir"):
