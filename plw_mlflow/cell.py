@@ -164,12 +164,20 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         yield None
         return
     with checkpoints.reserve(folder):
-        checkpoints.load(folder)  # sets damaged ones aside, before anybody counts them
+        checkpoints.set_aside_unusable(folder, key)  # before anybody counts them
         run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
         run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
-        run.begin_cell(key, folder, checkpoints.newest_step(folder))
-        store = run.store_checkpoint if config.store_checkpoints else lambda saved: None
-        done = train.run(config, prepared, model, folder, run.log_step, run.save_unsent, store)
+        done = train.run(
+            config,
+            prepared,
+            model,
+            folder,
+            run.log_step,
+            run.save_unsent,
+            run.store_checkpoint if config.store_checkpoints else lambda saved: None,
+            cell=key,
+            begin=lambda step: run.begin_cell(key, folder, step),  # takes the curves over, up to that step
+        )
         run.flush()
         if done.resumed_from:
             print(f"went on from the checkpoint of step {done.resumed_from} of {done.steps}")

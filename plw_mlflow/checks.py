@@ -121,9 +121,11 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
 def _folders(config: Any) -> Iterator[Callable[[], None]]:
     """The checks of all folders that a config has files written to."""
     for name in ("output", "checkpoint_dir", "cache_dir"):
-        if (folder := getattr(config, name, None)) is not None:
+        folder = getattr(config, name, None)
+        # What a cache has is read where nobody may write.
+        if folder is not None and not (name == "cache_dir" and folder.is_dir()):
             yield partial(_folder, name.replace("_", "-"), folder)
-    if _reads_data(config) and config.cache_dir is None:
+    if _reads_data(config) and config.cache_dir is None and not cache_folder(config).is_dir():
         yield lambda: _folder("cache-dir", cache_folder(config))
 
 

@@ -15,14 +15,13 @@ import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
-
-from plw_mlflow import formats
+from plw_mlflow import disk, formats
 from plw_mlflow.errors import did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
@@ -200,21 +199,24 @@ def _obtain(name: str, pinned: Pinned, cache_dir: Path, data_dir: Path | None) -
                 return local, _verified(local, name, pinned)
     folder = cache_dir / "sources" / (pinned.sha256 or pinned.blob)[:16]
     target = folder / pinned.file
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not target.exists():
-            part = folder / "part"
-            _download(pinned.url, part, name)
-            _verified(part, name, pinned)
-            os.replace(part, target)
+    if not target.exists():  # complete from the moment it has that name; else a folder to read from is enough
+        with disk.locked(folder / "lock"):
+            if not target.exists():
+                part = folder / "part"
+                _download(pinned.url, part, name)
+                _verified(part, name, pinned)
+                os.replace(part, target)
     return target, _verified(target, name, pinned)
 
 
 def _download(url: str, path: Path, name: str) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
+        disk.remove(path)
+        with urllib.request.urlopen(url, timeout=30) as answer, path.open("xb") as file:
             shutil.copyfileobj(answer, file)
     except (OSError, http.client.HTTPException) as error:
+        with suppress(OSError):
+            disk.remove(path)
         raise ConnectionError(
             f"{name} cannot be downloaded ({first_line(error)}); get {url} elsewhere, put it into a folder, and name "
             f"that with --data-dir"

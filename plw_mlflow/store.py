@@ -2,7 +2,12 @@
 
 A stored file serves every length limit, split and mixture: those are choices among its rows, made on its columns of
 counts. It is written under another name and renamed when it is whole, under a lock, so two processes that want the
-same one at once make it once.
+same one at once make it once. What is there already is read without a lock, from a folder that nobody may write to too.
+
+The SHA-256 of both files lies beside them, in the form of `sha256sum --check SHA256SUMS`, and is compared whenever they
+are opened. This finds damage, and files that were changed or replaced one by one. It does not find what somebody
+changed who can write to the folder and wrote the sums anew: keep the cache where only those can write whom you trust.
+Nothing outside the folder says what the sums should be, as only reading and tokenising the data again would.
 """
 
 from __future__ import annotations
@@ -11,16 +16,17 @@ import bisect
 import hashlib
 import json
 import os
-import shutil
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
+from plw_mlflow import disk
 from plw_mlflow.errors import first_line
 from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Example
@@ -34,13 +40,16 @@ SCHEMA = pa.schema(
     + [("first", pa.int8())]  # segment of the first token, which is never predicted
     + [("tokens", pa.list_(pa.int32())), ("segment", pa.list_(pa.int8()))]
 )
+EXAMPLES, ABOUT, SUMS = "examples.arrow", "about.json", "SHA256SUMS"
+DAMAGE = (OSError, ValueError, KeyError)  # how stored files show that they are not whole
 
 
 class Writer:
     """Writes examples to an Arrow file, a record batch at a time."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, folder: Path, file: Any) -> None:
+        """folder: where they are to be stored, for messages."""
+        self._folder, self._file = folder, file
         self._digest = hashlib.sha256()
         self._largest = -1
 
@@ -57,6 +66,8 @@ class Writer:
         numbers: where each record stood in its source.
         keys: of each record as it was read (`Record.key`).
         bare: int [N, 3] tokens of instruction, input and completion, each alone.
+
+        Raises ValueError where they cannot be written.
         """
         lengths = np.array([len(example.tokens) for example in examples])
         tokens = np.concatenate([example.tokens for example in examples])
@@ -70,7 +81,8 @@ class Writer:
         columns = [pa.array(numbers, pa.int64()), pa.array(keys, pa.binary(16)), pa.array(inverted, pa.bool_())]
         columns += [pa.array(column) for column in counts.T] + [pa.array(segment[starts[:-1]])]
         columns += [pa.ListArray.from_arrays(offsets, part) for part in (tokens, segment)]
-        self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        with disk.writing(self._folder):
+            self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
         for part in (lengths.astype(np.int32), tokens, segment):
             self._digest.update(part.tobytes())
         self._largest = max(self._largest, int(tokens.max()))
@@ -84,8 +96,12 @@ class Store:
     """Examples as they were stored, one a row."""
 
     def __init__(self, folder: Path) -> None:
-        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
-        file = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
+        """Raises one of DAMAGE where what lies in the folder is not what was stored there."""
+        about, examples = (folder / ABOUT).read_bytes(), pa.memory_map(str(folder / EXAMPLES)).read_buffer()
+        if _sums(about, examples) != (folder / SUMS).read_text():
+            raise ValueError(f"its files are not those of its {SUMS}")
+        self.about: dict[str, Any] = json.loads(about)
+        file = pa.ipc.open_file(examples)
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
         # Number int64 [N], key uint8 [N, 16], inverted bool [N], every count int32 [N], and first int8 [N].
         self.columns = {
@@ -137,34 +153,51 @@ class Examples(Sequence[Example]):
 
 
 def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
-    """What is stored in `folder`, after `build` has written it if nothing is yet.
+    """What is stored in `folder`, after `build` has written it if nothing is yet, or if it is no longer what it was.
 
     build: adds the examples, and returns what is to be said of them (JSON).
 
-    Raises ValueError where what is stored cannot be read.
+    Raises ValueError where it cannot be written, and what `build` raises; nothing is then left of what was begun.
     """
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _write(folder, build)
-    try:
+    with suppress(*DAMAGE):
         return Store(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"what is stored in {folder} cannot be read ({first_line(error)}); remove that folder, and it is made anew"
-        ) from None
+    with disk.locked(Path(f"{folder}.lock")):
+        try:
+            return Store(folder)  # as another process has made it meanwhile
+        except DAMAGE as error:
+            if os.path.lexists(folder):
+                message = f"what is stored in {folder} cannot be used ({first_line(error)}); it is made anew"
+                warnings.warn(message, stacklevel=2)
+        _write(folder, build)
+        return Store(folder)
 
 
 def _write(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> None:
     unfinished = Path(f"{folder}.unfinished")  # of a process that was killed, perhaps: the lock is ours
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     try:
-        with pa.OSFile(str(unfinished / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-            writer = Writer(file)
-            about = build(writer)
-        (unfinished / "about.json").write_text(json.dumps(about | writer.about()))
-        os.replace(unfinished, folder)
+        with disk.writing(folder):
+            disk.remove(unfinished)
+            unfinished.mkdir()
+            sink = pa.OSFile(str(unfinished / EXAMPLES), "wb")
+        with sink:
+            with disk.writing(folder):
+                file = pa.ipc.new_file(sink, SCHEMA)
+            writer = Writer(folder, file)
+            about = json.dumps(build(writer) | writer.about()).encode()
+            with disk.writing(folder):
+                file.close()
+                sink.close()
+        with disk.writing(folder):
+            (unfinished / ABOUT).write_bytes(about)
+            (unfinished / SUMS).write_text(_sums(about, pa.memory_map(str(unfinished / EXAMPLES)).read_buffer()))
+            disk.remove(folder)  # damaged, if it is there
+            os.replace(unfinished, folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            disk.remove(unfinished)
+
+
+def _sums(about: bytes, examples: Any) -> str:
+    """What `sha256sum about.json examples.arrow` would print of such contents, the second a buffer."""
+    contents = {ABOUT: about, EXAMPLES: examples}
+    return "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())

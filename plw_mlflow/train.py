@@ -55,14 +55,19 @@ def run(
     log: Log = lambda metrics, step: None,
     before_save: Callable[[], None] = lambda: None,
     after_save: Callable[[Path], None] = lambda saved: None,
+    *,
+    cell: str = "",
+    begin: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Train a model on prepared examples, from the newest checkpoint in `folder` if there is one.
+    """Train a model on prepared examples, from the newest checkpoint of `cell` in `folder` if there is one.
 
+    cell: identifies the training; a checkpoint that names another is set aside, as is one whose tensors do not fit.
+    begin: called before anything else is, with the step that training goes on from, 0 for none.
     log: called after every step with its metrics (losses in nats per token).
     before_save: called before each checkpoint, to put in safety whatever the caller holds back.
     after_save: called with each checkpoint's folder, once it is complete, by another thread.
 
-    Every process that torchrun has started is to call this; `folder` and the three functions are used in the first
+    Every process that torchrun has started is to call this; `folder` and the four functions are used in the first
     alone.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step, and RuntimeError where
@@ -77,8 +82,11 @@ def run(
     with ExitStack() as stack:
         is_packed = config.packing and stack.enter_context(_packing(model))
         loop = _Loop(config, prepared, model, is_packed, total, accelerator)
-        resumed_from = loop.load(checkpoints.load(folder) if accelerator.is_main_process else None)
-        writer = checkpoints.Writer(folder, config.keep, after_save)
+        resumed_from = loop.load(
+            checkpoints.load(folder, cell, loop.check_fit) if accelerator.is_main_process else None
+        )
+        begin(resumed_from)
+        writer = checkpoints.Writer(folder, cell, config.keep, after_save)
         stack.callback(writer.wait)
         is_to_stop = stack.enter_context(_hearing_sigterm())
         started, tokens_seen = time.monotonic(), 0
@@ -159,6 +167,7 @@ class _Loop:
         accelerator: Accelerator,
     ) -> None:
         self.step = 0  # optimiser steps taken
+        self._total = total
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights.told_by(config)
         self._validation = self._cut(prepared.validation, is_step=False)
@@ -303,9 +312,21 @@ class _Loop:
         state = {
             f"{kind}/{name}": value
             for name, parameter in self._trained.items()
-            for kind, value in self._optimizer.state[parameter].items()
+            for kind, value in (self._optimizer.state[parameter] or _empty_state(parameter)).items()
         }
         return Checkpoint(self.step, parallel.whole(self._trained), parallel.whole(state))
+
+    def check_fit(self, found: Checkpoint) -> None:
+        """Raise ValueError where a checkpoint is none that this training could have saved."""
+        if found.step > self._total:
+            raise ValueError(f"it is of step {found.step}, and the training has {self._total}")
+        state = {
+            f"{kind}/{name}": empty
+            for name, parameter in self._trained.items()
+            for kind, empty in _empty_state(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")).items()
+        }
+        _check_tensors(found.weights, self._trained)
+        _check_tensors(found.optimizer, state)
 
     def load(self, found: Checkpoint | None) -> int:
         """Go on from a checkpoint that the first process has, if it has one; returns its step, or 0."""
@@ -314,13 +335,39 @@ class _Loop:
         self.step = int(step)
         for name, parameter in self._trained.items() if self.step else ():
             parallel.spread(found.weights[name] if found else None, parameter)
-            averages = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-            for kind, average in averages.items():
-                # A parameter that never had a gradient (of a part that text does not reach) has no state.
-                none = torch.zeros(parameter.shape)
-                parallel.spread(found.optimizer.get(f"{kind}/{name}", none) if found else None, average)
-            self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **averages}
+            for kind, empty in _empty_state(parameter).items():
+                value = empty.to(self._accelerator.device)  # which the number of steps is not on
+                parallel.spread(found.optimizer[f"{kind}/{name}"] if found else None, value)
+                self._optimizer.state[parameter][kind] = value.to(empty.device)
         return self.step
+
+
+def _empty_state(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter that never had a gradient: the steps with one, and the averages over these."""
+    return {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError where tensors differ in name, shape or type from those expected, or have values they cannot."""
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"it has {len(unknown)} tensors too many, the first of them {unknown[0][:80]!r}")
+    for name, tensor in found.items():
+        own = expected[name]
+        if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
+            raise ValueError(
+                f"its {name} is {tensor.dtype} {list(tensor.shape)}, which must be {own.dtype} {list(own.shape)}"
+            )
+        if tensor.numel():
+            lowest, highest = map(float, tensor.aminmax())  # both NaN where there is one
+            is_square_or_count = name.startswith(("exp_avg_sq/", "step/"))  # squares may have overflowed
+            if not (lowest >= 0 if is_square_or_count else math.isfinite(lowest) and math.isfinite(highest)):
+                raise ValueError(f"its {name} has values from {lowest} to {highest}")
 
 
 @contextmanager

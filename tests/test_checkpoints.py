@@ -1,9 +1,14 @@
 """Is a checkpoint whole or not there, and does whatever goes wrong with one leave the others?"""
 
 import errno
+import os
+import re
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from plw_mlflow import checkpoints
 from plw_mlflow.checkpoints import Checkpoint, Writer
@@ -15,10 +20,14 @@ def checkpoint(step):
 
 
 def write(folder, *steps, keep=1, after_save=lambda saved: None):
-    writer = Writer(folder, keep, after_save)
+    writer = Writer(folder, "cell", keep, after_save)
     for step in steps:
         writer.save(checkpoint(step))
     writer.wait()
+
+
+def load(folder, check_fit=lambda found: None):
+    return checkpoints.load(folder, "cell", check_fit)
 
 
 def names(folder):
@@ -26,7 +35,7 @@ def names(folder):
 
 
 def assert_loads(folder, step):
-    found, expected = checkpoints.load(folder), checkpoint(step)
+    found, expected = load(folder), checkpoint(step)
     assert found.step == step == checkpoints.newest_step(folder)
     for part in ("weights", "optimizer"):
         assert getattr(found, part).keys() == getattr(expected, part).keys()
@@ -41,14 +50,14 @@ def test_the_newest_are_kept_and_one_is_loaded(keep, kept, tmp_path):
 
 
 def test_an_empty_folder_has_none(tmp_path):
-    assert checkpoints.load(tmp_path) is None
+    assert load(tmp_path) is None
     assert checkpoints.newest_step(tmp_path) == 0
 
 
 def test_what_was_not_finished_is_no_checkpoint(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "weights.safetensors").write_bytes(b"half")
-    assert checkpoints.load(tmp_path) is None
+    assert load(tmp_path) is None
     write(tmp_path, 3)
     assert names(tmp_path) == ["step-000003"]
 
@@ -72,11 +81,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
     """In the middle of the second one; the third finds room again."""
     whole = checkpoints.save_file
 
-    def full(tensors, file):
+    def full(tensors, file, metadata):
         if "exp_avg/layer.weight" in tensors and tensors["exp_avg/layer.weight"].max() == 2:
             file.write_bytes(b"the beginning")
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(tensors, file)
+        whole(tensors, file, metadata)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     seen = []
@@ -93,11 +102,153 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(damage, part, tmp_path):
     write(tmp_path, 2, 4, keep=2)
     damage(tmp_path / "step-000004" / f"{part}.safetensors")
-    with pytest.warns(UserWarning, match=r"step-000004 cannot be read"):
-        assert checkpoints.load(tmp_path).step == 2
+    with pytest.warns(UserWarning, match=r"step-000004 cannot be used .* set aside"):
+        assert load(tmp_path).step == 2
     assert checkpoints.newest_step(tmp_path) == 2
     write(tmp_path, 3, 4)  # the name of the damaged one is free again
     assert_loads(tmp_path, 4)
+
+
+def relabel(file, **label):
+    """Write a file of a checkpoint with other metadata, None for none."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        label = opened.metadata() | label
+    save_file(tensors, file, {name: value for name, value in label.items() if value is not None})
+
+
+def link(path):
+    """Move what is there elsewhere, and put a link to it in its place."""
+    elsewhere = path.parents[2 if path.suffix else 1] / "elsewhere"  # beside the cell's folder
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def make_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+NOT_THIS_CELLS = {
+    "another cell": (lambda place: relabel(place / "weights.safetensors", cell="x"), "is of the cell 'x', .*'cell'"),
+    "another step": (lambda place: relabel(place / "optimizer.safetensors", step="3"), "is of the step '3', .*'4'"),
+    "no cell": (lambda place: relabel(place / "optimizer.safetensors", cell=None), "names no cell: an earlier version"),
+    "no step": (lambda place: relabel(place / "weights.safetensors", step=None), "names no step"),
+    "no label": (
+        lambda place: save_file(checkpoint(4).weights, place / "weights.safetensors"),
+        "names no cell: an earlier version or another program",
+    ),
+    "a link to a file": (lambda place: link(place / "weights.safetensors"), "is a link"),
+    "a link to a folder": (link, "is a link"),
+    "a pipe": (lambda place: make_pipe(place / "optimizer.safetensors"), "something else"),
+    "a file": (lambda place: shutil.rmtree(place) or place.write_text("no folder"), "something else|Not a directory"),
+    "a folder for a file": (
+        lambda place: (place / "weights.safetensors").unlink() or (place / "weights.safetensors").mkdir(),
+        "something else",
+    ),
+    "a header without an end": (
+        lambda place: (place / "weights.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{"),
+        "cannot be used",
+    ),
+    "a type that torch has not": (
+        lambda place: (place / "weights.safetensors").write_bytes(
+            (place / "weights.safetensors").read_bytes().replace(b'"F32"', b'"F99"')
+        ),
+        "cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("look", ["load", "set aside"])
+@pytest.mark.parametrize(("spoil", "why"), NOT_THIS_CELLS.values(), ids=NOT_THIS_CELLS)
+def test_what_is_not_this_cells_is_set_aside_and_the_one_before_it_taken(spoil, why, look, tmp_path):
+    folder = tmp_path / "cell"
+    write(folder, 2, 4, keep=2)
+    spoil(folder / "step-000004")
+    with pytest.warns(UserWarning, match=r"step-000004 cannot be used \(.*set aside as damaged-step-000004") as told:
+        load(folder) if look == "load" else checkpoints.set_aside_unusable(folder, "cell")
+    (message,) = [str(one.message) for one in told]
+    assert re.search(why, message)
+    assert names(folder) == ["damaged-step-000004", "step-000002"]
+    assert_loads(folder, 2)
+    write(folder, 3, 4)
+    assert_loads(folder, 4)
+
+
+def test_what_training_does_not_expect_is_set_aside_and_the_one_before_it_taken(tmp_path):
+    def check_fit(found):
+        if found.step > 2:
+            raise ValueError("of another model")
+
+    write(tmp_path, 2, 4, 6, keep=3)
+    with pytest.warns(UserWarning, match=r"\(of another model\)"):
+        assert load(tmp_path, check_fit).step == 2
+    assert names(tmp_path) == ["damaged-step-000004", "damaged-step-000006", "step-000002"]
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_the_step_in_its_name(tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / "step-000002").rename(tmp_path / "step-000040")
+    with pytest.warns(UserWarning, match=r"step-000040 cannot be used .*is of the step '2', and not '40'"):
+        assert load(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_whatever_lies_where_it_is_set_aside_is_replaced(kind, tmp_path):
+    folder, other = tmp_path / "cell", tmp_path / "other"
+    write(folder, 2, 4, keep=2)
+    other.mkdir()
+    (other / "kept").touch()
+    aside = folder / "damaged-step-000004"
+    {"file": aside.touch, "folder": aside.mkdir, "link": lambda: aside.symlink_to(other)}[kind]()
+    (folder / "step-000004" / "weights.safetensors").unlink()
+    with pytest.warns(UserWarning, match="set aside"):
+        assert load(folder).step == 2
+    assert (aside / "optimizer.safetensors").is_file()
+    assert names(other) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    "name", ["step-abc", "step--5", "step-", "step-5", "step-0000005", "step-000000", "step-00002５", "step-000009.bak"]
+)
+def test_other_names_are_no_checkpoints_and_left_alone(name, tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / name).mkdir()
+    assert_loads(tmp_path, 2)
+    write(tmp_path, 4)
+    assert names(tmp_path) == sorted(["step-000004", name])
+
+
+def test_more_files_beside_a_checkpoints_own_are_not_read(tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / "step-000002" / "optimizer.pt").write_bytes(b"a pickle of a stranger's")
+    assert_loads(tmp_path, 2)
+
+
+def test_links_are_not_written_through(tmp_path):
+    folder, other = tmp_path / "cell", tmp_path / "other"
+    for path in (folder, other):
+        path.mkdir()
+    (other / "weights.safetensors").write_text("the user's")
+    (folder / "unfinished").symlink_to(other)
+    (folder / "lock").symlink_to(other / "weights.safetensors")
+    write(folder, 2)
+    assert_loads(folder, 2)
+    with pytest.raises(ValueError, match=r"cannot be used .*lock"), checkpoints.reserve(folder):
+        pass
+    (folder / "lock").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="is a link"), checkpoints.reserve(tmp_path / "link"):
+        pass
+    assert names(other) == ["weights.safetensors"]
+    assert (other / "weights.safetensors").read_text() == "the user's"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    unusable = checkpoints.reserve(tmp_path / "file" / "cell")
+    with pytest.raises(ValueError, match=r"file/cell cannot be used .*--checkpoint-dir"), unusable:
+        pass
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):

@@ -556,7 +556,7 @@ def test_the_code_that_matters_is_all_there_is_between_a_file_and_its_tokens():
         elif isinstance(node, ast.ImportFrom) and node.module.startswith("plw_mlflow."):
             imported.add(node.module.partition(".")[2])
     # A toy data set is known by the hash of its rows, whatever made them.
-    assert imported - {"config", "errors", "figures", "outputs", "profile", "toy"} <= set(prepare.CODE)
+    assert imported - {"config", "disk", "errors", "figures", "outputs", "profile", "toy"} <= set(prepare.CODE)
     assert imported & set(prepare.CODE)
 
 

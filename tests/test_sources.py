@@ -1,5 +1,6 @@
 """Is every data set the one that was meant, by its content, wherever it is found?"""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -14,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from plw_mlflow import sources
+from plw_mlflow import disk, sources
 from plw_mlflow.sources import NAMED, Pinned
 from tests.stores import ROOT
 
@@ -93,6 +94,50 @@ def test_another_content_is_refused_and_not_kept(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=r"is not AlpacaData: its content has the SHA-256"):
                 sources.find("AlpacaData", tmp_path)
     assert len(asked) == 2
+
+
+def test_a_download_writes_through_no_link(tmp_path, monkeypatch):
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    other.write_text("the user's")
+    folder = cache / "sources" / SHA256[:16]
+    folder.mkdir(parents=True)
+    (folder / "part").symlink_to(other)
+    with server({"/alpaca_data.json": CONTENT}) as (address, _):
+        pin(monkeypatch, address + "/alpaca_data.json")
+        assert sources.find("AlpacaData", cache).sha256 == SHA256
+        (folder / "alpaca_data.json").unlink()
+        (folder / "lock").unlink()
+        (folder / "lock").symlink_to(other)
+        with pytest.raises(ValueError, match=r"the cache .* cannot be written to"):
+            sources.find("AlpacaData", cache)
+    assert other.read_text() == "the user's"
+
+
+def test_what_was_downloaded_is_read_where_nobody_may_write(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with server({"/alpaca_data.json": CONTENT}) as (address, _):
+        pin(monkeypatch, address + "/alpaca_data.json")
+        sources.find("AlpacaData", tmp_path)
+        monkeypatch.setattr(disk, "FileLock", refuse)
+        monkeypatch.setattr(os, "mkdir", refuse)
+        assert sources.find("AlpacaData", tmp_path).sha256 == SHA256
+        with pytest.raises(ValueError, match=r"the cache .* cannot be written to .*Read-only file system"):
+            sources.find("AlpacaData", tmp_path / "other")
+
+
+def test_a_full_disk_leaves_no_part_of_a_download(tmp_path, monkeypatch):
+    def fill(answer, file):
+        file.write(answer.read(10))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources.shutil, "copyfileobj", fill)
+    with server({"/alpaca_data.json": CONTENT}) as (address, _):
+        pin(monkeypatch, address + "/alpaca_data.json")
+        with pytest.raises(ConnectionError, match=r"cannot be downloaded .*No space left"):
+            sources.find("AlpacaData", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
 @pytest.mark.parametrize("folder", ["", "instruct"])

@@ -1,16 +1,28 @@
 """Is what was stored read back whole, once, whatever happens to the processes that store it?"""
 
+import errno
+import hashlib
 import json
+import os
+import resource
 import subprocess
 import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plw_mlflow import disk, prepare
+from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.store import COUNTS, Examples, once
-from tests.conftest import make_example
+from tests.conftest import byte_tokenizer, make_example
 from tests.stores import ROOT
 
 segments = st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=9)
@@ -93,13 +105,201 @@ def test_what_could_not_be_finished_leaves_nothing_behind(tmp_path):
     assert once(tmp_path / "store", build_from([[[1, 3]]])).about["said"] == "of them"
 
 
-def test_a_damaged_file_is_told_with_the_way_out(tmp_path):
-    once(tmp_path / "store", build_from([[[1, 3]]]))
-    content = (tmp_path / "store" / "examples.arrow").read_bytes()
-    for damaged in (b"", content[:-20], b"{}"):
-        (tmp_path / "store" / "examples.arrow").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"store cannot be read .*remove that folder"):
-            once(tmp_path / "store", build_from([]))
+def tree(folder):
+    """Every name in a folder and below, with a file's content and a link's target."""
+
+    def what(path):
+        if path.is_symlink():
+            return os.readlink(path)
+        return path.read_bytes() if path.is_file() else None
+
+    return {str(path.relative_to(folder)): what(path) for path in sorted(folder.rglob("*"))}
+
+
+BATCHES = [[[1, 3], [2, 2, 3]], [[1, 3, 3]]]
+
+
+def retell(folder, **said):
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | said))
+
+
+def change_examples(folder, column, change):
+    """Write the stored table anew with one column changed, which all its readers take for well-formed."""
+    file = folder / "examples.arrow"
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    place = table.schema.get_field_index(column)
+    values = pa.array([change(value) for value in table[column].to_pylist()], table.schema.field(column).type)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        for batch in table.set_column(place, table.schema.field(column), values).to_batches():
+            writer.write_batch(batch)
+
+
+def flip_last_token(folder):
+    content = (folder / "examples.arrow").read_bytes()
+    last = np.array([302], np.int32).tobytes()  # of the third example
+    assert content.count(last) == 1
+    (folder / "examples.arrow").write_bytes(content.replace(last, np.array([303], np.int32).tobytes()))
+
+
+def cut(folder):
+    (folder / "examples.arrow").write_bytes((folder / "examples.arrow").read_bytes()[:-20])
+
+
+DAMAGES = {
+    "a token": flip_last_token,
+    "tokens": lambda folder: change_examples(folder, "tokens", lambda tokens: [t + 1 for t in tokens]),
+    "segments": lambda folder: change_examples(folder, "segment", lambda segment: segment[::-1]),
+    "numbers": lambda folder: change_examples(folder, "number", lambda number: number + 7),
+    "keys, which decide the split": lambda folder: change_examples(folder, "key", lambda key: b"x" * 16),
+    "what is inverted": lambda folder: change_examples(folder, "inverted", lambda inverted: not inverted),
+    "counts": lambda folder: change_examples(folder, "length", lambda length: 1),
+    "what is said of them": lambda folder: retell(folder, said="of others"),
+    "their digest": lambda folder: retell(folder, digest="0" * 64),
+    "the largest token": lambda folder: retell(folder, largest_token=1),
+    "an end that is missing": cut,
+    "an empty file": lambda folder: (folder / "examples.arrow").write_bytes(b""),
+    "no examples": lambda folder: (folder / "examples.arrow").unlink(),
+    "no sums, as in earlier versions": lambda folder: (folder / "SHA256SUMS").unlink(),
+    "other sums": lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"),
+    "no folder but a file": lambda folder: folder.rename(f"{folder}.old") and folder.write_text("a file"),
+    "a link that leads nowhere": lambda folder: folder.rename(f"{folder}.old") and folder.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_not_as_it_was_stored_is_made_anew(damage, tmp_path):
+    folder = tmp_path / "store"
+    whole = once(folder, build_from(BATCHES)).about
+    expected = tree(folder)
+    damage(folder)
+    with pytest.warns(UserWarning, match=r"stored in .*store cannot be used \(.*\); it is made anew") as told:
+        assert once(folder, build_from(BATCHES)).about == whole
+    assert len(told) == 1
+    assert tree(folder) == expected
+    assert once(folder, None).about == whole  # and now it is there
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path):
+    once(tmp_path / "store", build_from(BATCHES))
+    sums = dict(line.split("  ")[::-1] for line in (tmp_path / "store" / "SHA256SUMS").read_text().splitlines())
+    assert sums == {
+        name: hashlib.sha256((tmp_path / "store" / name).read_bytes()).hexdigest()
+        for name in ("about.json", "examples.arrow")
+    }
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_several_that_want_the_same_at_once_make_it_once(is_damaged, tmp_path, recwarn):
+    if is_damaged:
+        once(tmp_path / "store", build_from(BATCHES))
+        cut(tmp_path / "store")
+    builds = []
+
+    def build(writer):
+        builds.append(writer)
+        time.sleep(0.1)
+        return build_from(BATCHES)(writer)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: once(tmp_path / "store", build), range(4)))
+    assert len(builds) == 1
+    assert len({one.about["digest"] for one in found}) == 1
+    assert len(recwarn) == is_damaged
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Within the block, no file can be written beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WHOLE = [[[1, 3] * 500], [[2, 3] * 500]]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("size", [0, 100, 4000, 12_000])  # within the head, a batch, another, and the end
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_left_half_written(size, is_damaged, tmp_path):
+    if is_damaged:
+        once(tmp_path / "store", build_from(WHOLE))
+        assert size < (tmp_path / "store" / "examples.arrow").stat().st_size
+        cut(tmp_path / "store")
+    (tmp_path / "store.lock").touch()
+    before = tree(tmp_path)
+    told = pytest.raises(ValueError, match=r"^the cache .* cannot be written to \(.*--cache-dir$")
+    with warnings.catch_warnings(action="ignore"), told as error, files_of_at_most(size):
+        once(tmp_path / "store", build_from(WHOLE))
+    assert "\n" not in str(error.value)
+    assert tree(tmp_path) == before
+
+
+def test_nor_where_the_disk_is_full_at_the_very_end(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match=r"cannot be written to \(\[Errno 28\] No space left on device\)"):
+        once(tmp_path / "store", build_from(BATCHES))
+    assert list(tree(tmp_path)) == ["store.lock"]
+
+
+def test_an_error_of_the_reading_stays_what_it_is(tmp_path):
+    def build(writer):
+        build_from(BATCHES)(writer)
+        raise FileNotFoundError("the data set is gone")
+
+    with pytest.raises(FileNotFoundError, match="the data set is gone"):
+        once(tmp_path / "store", build)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function after which nothing can be created or changed."""
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def begin():
+        for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, refuse)
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        monkeypatch.setattr(disk, "FileLock", refuse)
+
+    return begin
+
+
+def test_what_is_stored_is_read_where_nobody_may_write(tmp_path, read_only):
+    options = DataOptions(cache_dir=tmp_path, max_records=50)
+    expected = prepare.run("toy-short", byte_tokenizer(), options)
+    before = tree(tmp_path)
+    read_only()
+    found = prepare.run("toy-short", byte_tokenizer(), PrepareConfig(cache_dir=tmp_path, max_records=50))
+    assert found.digest == expected.digest
+    assert tree(tmp_path) == before
+    with pytest.raises(ValueError, match=r"the cache .* cannot be written to .*Read-only file system.*--cache-dir"):
+        prepare.run("toy-long", byte_tokenizer(), options)
+
+
+def test_links_are_not_written_through(tmp_path):
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    cache.mkdir()
+    other.mkdir()
+    (other / "examples.arrow").write_text("the user's")
+    before = tree(other)
+    (cache / "store.unfinished").symlink_to(other)
+    once(cache / "store", build_from(BATCHES))
+    (cache / "more.lock").symlink_to(other / "examples.arrow")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        once(cache / "more", build_from(BATCHES))
+    (cache / "most").symlink_to(other)  # where it is read, but is nothing of ours
+    with pytest.warns(UserWarning, match="it is made anew"):
+        once(cache / "most", build_from(BATCHES))
+    assert tree(other) == before
 
 
 PREPARE = """

@@ -16,8 +16,10 @@ import pytest
 import torch
 from mlflow.entities import ViewType
 from mlflow.utils import validation
+from safetensors.torch import load_file
 
-from plw_mlflow import outbox, prepare, sweep, tracking
+from plw_mlflow import checkpoints, outbox, prepare, sweep, tracking
+from plw_mlflow.checkpoints import Checkpoint
 from plw_mlflow.config import DataOptions, EvaluateConfig, MainConfig, PrepareConfig, TrainConfig
 from plw_mlflow.errors import Refused
 from plw_mlflow.evaluate import Evaluation, Score, table
@@ -445,12 +447,16 @@ def test_the_command_that_opens_a_run_shows_no_password(store, monkeypatch):
     assert run.address() == f"https://host/#/experiments/0/runs/{run.id}"
 
 
-def saved(folder, step):
+def saved(folder, step, cell="abc"):
     """A checkpoint's folder, as training leaves it."""
-    place = folder / f"step-{step:06d}"
-    place.mkdir(parents=True)
-    (place / "weights.safetensors").write_text(f"weights of step {step}")
-    return place
+    writer = checkpoints.Writer(folder, cell, 9, lambda place: None)
+    writer.save(Checkpoint(step, {"weight": torch.tensor([float(step)])}, {}))
+    writer.wait()
+    return folder / f"step-{step:06d}"
+
+
+def weight_in(place):
+    return load_file(place / "weights.safetensors")["weight"].item()
 
 
 @pytest.fixture
@@ -474,7 +480,7 @@ def test_the_stores_newest_checkpoint_is_brought_to_another_machine(store, cut_s
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
         run.fetch_checkpoint("abc", folder, newer_than=0)
-        assert (folder / "step-000040" / "weights.safetensors").read_text() == "weights of step 40"
+        assert weight_in(folder / "step-000040") == 40
         run.begin_cell("abc", folder, 40)
         assert artifacts(store, cut_short, "checkpoints")  # kept until there is another
         run.store_checkpoint(saved(tmp_path / "new", 60))
@@ -544,12 +550,59 @@ def test_a_checkpoint_that_somebody_removed_is_done_without(store, cut_short, tm
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        with pytest.warns(UserWarning, match="step-000040 of run .* is not to be had"):
+        with pytest.warns(UserWarning, match="step-000040 of run .* cannot be used"):
             run.fetch_checkpoint("abc", folder, newer_than=0)
         assert not list(folder.iterdir())
         run.begin_cell("abc", folder, 0)
         run.store_checkpoint(saved(tmp_path / "new", 20))
     assert "plw.checkpoint" not in store.get_run(cut_short).data.tags
+
+
+def damage(place):
+    content = (place / "optimizer.safetensors").read_bytes()
+    (place / "optimizer.safetensors").write_bytes(content[:-4])
+
+
+def replace_by_anothers(place):
+    shutil.rmtree(place)
+    saved(place.parent, 60, cell="abcd")
+
+
+def replace_by_an_earlier(place):
+    shutil.rmtree(place)
+    saved(place.parent, 40).rename(place)
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, damage, replace_by_anothers, replace_by_an_earlier])
+def test_a_stored_checkpoint_that_cannot_be_used_is_left_and_the_one_before_it_taken(spoil, store, cut_short, tmp_path):
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        run.begin_cell("abc", newer, 0)
+        store.log_artifacts(run.id, str(saved(newer, 60)), "checkpoints/step-000060")
+        store.set_tag(run.id, "plw.checkpoint", "abc/step-000060")
+    spoil(Path(store.get_run(run.id).info.artifact_uri) / "checkpoints" / "step-000060")
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    told = pytest.warns(UserWarning, match="step-000060 of run .* cannot be used .*; going on without it")
+    with tracking.open_run(TrainConfig(), "cell") as run, told:
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["run_id", "step-000040"]
+    assert weight_in(folder / "step-000040") == 40
+
+
+@pytest.mark.parametrize(
+    "name", ["../../stolen", "/stolen", "step-000050/../../x", "step-abc", "step--5", "step-50", ""]
+)
+def test_a_tag_that_names_no_checkpoint_is_passed_over(name, store, cut_short, tmp_path):
+    with tracking.open_run(TrainConfig(), "stranger") as stranger:
+        store.set_tag(stranger.id, "plw.checkpoint", f"abc/{name}")
+    folder = tmp_path / "other machine"
+    folder.mkdir()
+    told = pytest.warns(UserWarning, match=f"run {stranger.id} names .* which is none")
+    with tracking.open_run(TrainConfig(), "cell") as run, told:
+        run.fetch_checkpoint("abc", folder, newer_than=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["run_id", "step-000040"]
 
 
 def test_what_cannot_be_removed_stops_nothing(store, cut_short, tmp_path):

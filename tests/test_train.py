@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -45,11 +46,21 @@ EXAMPLES = [example(1, 3, 2, 0, 13), example(2, 3, 1, 1, 1), example(3, 4, 5, 2,
 EXAMPLES += [example(5, 3, 9, 3, 1)]
 
 
-def run(folder, *, training=EXAMPLES, validation=EXAMPLES[:2], model=None, log=lambda metrics, step: None, **options):
+def run(
+    folder,
+    *,
+    training=EXAMPLES,
+    validation=EXAMPLES[:2],
+    model=None,
+    log=lambda metrics, step: None,
+    cell="",
+    begin=id,
+    **options,
+):
     """Train the tiny model, or another; by default a single step on all examples at once."""
     options = {"batch_examples": 6, "micro_batch_examples": 6, "epochs": 1, "max_grad_norm": 1e9} | options
     prepared = Prepared((), list(training), list(validation), {}, "", 0)
-    return train.run(TrainConfig(**options), prepared, model or tiny_llama(), folder, log)
+    return train.run(TrainConfig(**options), prepared, model or tiny_llama(), folder, log, cell=cell, begin=begin)
 
 
 def first_step(folder, **options):
@@ -534,6 +545,148 @@ def test_a_finished_run_started_again_has_nothing_to_do(tmp_path):
     assert steps == []
     assert again.resumed_from == again.steps == 9
     assert all(map(torch.equal, again.model.parameters(), expected.model.parameters()))
+
+
+def stop_at_5(metrics, step):
+    if step == 5:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Folders, by method, of trainings that were stopped with the checkpoints of steps 2 and 4, and undisturbed ones.
+
+    That of "other" is of a wider model.
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    for name, model in (*((method, None) for method in METHODS), ("other", tiny_llama(intermediate_size=40))):
+        method = "full" if name == "other" else name
+        with pytest.raises(KeyboardInterrupt):
+            resumable(folder / name, method, keep=2, log=stop_at_5, model=model)
+        assert saved(folder / name) == ["step-000002", "step-000004"]
+    return folder, {method: resumable(folder / "undisturbed" / method, method).model for method in METHODS}
+
+
+def rewrite(place, part, change, **label):
+    """Write a file of a checkpoint anew; `change` gives a tensor, or None for none, from its name and itself."""
+    file = place / f"{part}.safetensors"
+    changed = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        label = (opened.metadata() or {}) | label
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, label)
+
+
+def label_as_12(place):
+    for part in ("weights", "optimizer"):
+        rewrite(place, part, lambda name, tensor: tensor, step="12")
+    place.rename(place.with_name("step-000012"))
+
+
+def take_anothers(place):
+    shutil.rmtree(place)
+    shutil.copytree(place.parents[1] / "other" / place.name, place)
+
+
+SPOILED = {
+    "a renamed step": (lambda place: place.rename(place.with_name("step-000006")), r"is of the step '4', and not '6'"),
+    "a step beyond the last": (label_as_12, "it is of step 12, and the training has 9"),
+    "another model's": (take_anothers, r"must be|tensors too many"),
+    "swapped files": (
+        lambda place: (
+            (place / "weights.safetensors").rename(place / "w")
+            and (place / "optimizer.safetensors").rename(place / "weights.safetensors")
+            and (place / "w").rename(place / "optimizer.safetensors")
+        ),
+        "it lacks",
+    ),
+    "moments that are missing": (
+        lambda place: rewrite(place, "optimizer", lambda name, tensor: None if "exp_avg" in name else tensor),
+        "it lacks .* the first of them exp_avg/",
+    ),
+    "a weight that is missing": (
+        lambda place: rewrite(place, "weights", lambda name, tensor: None if "layers.1" in name else tensor),
+        "it lacks .*layers.1",
+    ),
+    "a row for a matrix": (  # which would be repeated
+        lambda place: rewrite(place, "weights", lambda name, tensor: tensor[:1].clone()),
+        r"torch.float32 \[1.*must be torch.float32",
+    ),
+    "moments that are numbers": (
+        lambda place: rewrite(place, "optimizer", lambda name, tensor: tensor.mean()),
+        r"exp_avg.* is torch.float32 \[\], which must be",
+    ),
+    "float16": (lambda place: rewrite(place, "weights", lambda name, tensor: tensor.half()), "is torch.float16"),
+    "float16 moments": (
+        lambda place: rewrite(place, "optimizer", lambda name, tensor: tensor.half()),
+        "is torch.float16",
+    ),
+    "weights that are not finite": (
+        lambda place: rewrite(place, "weights", lambda name, tensor: tensor * math.nan),
+        "has values from nan",
+    ),
+    "moments that are not finite": (
+        lambda place: rewrite(place, "optimizer", lambda name, t: t / 0 if name.startswith("exp_avg/") else t),
+        r"exp_avg/.* has values from (-inf|nan)",
+    ),
+    "negative squares": (
+        lambda place: rewrite(place, "optimizer", lambda name, tensor: -1 - tensor),
+        "(exp_avg_sq|step)/.* has values from -",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("spoil", "why"), SPOILED.values(), ids=SPOILED)
+def test_what_training_cannot_go_on_from_is_set_aside(spoil, why, method, stopped, tmp_path):
+    """And training goes on from the checkpoint before it, to the bits of an undisturbed one."""
+    if method == "lora" and spoil is take_anothers:
+        pytest.skip("the other model is trained in full")
+    folder, undisturbed = stopped
+    for name in (method, "other"):
+        shutil.copytree(folder / name, tmp_path / name)
+    spoil(tmp_path / method / "step-000004")
+    with pytest.warns(UserWarning, match=rf"cannot be used \(.*({why}).*\); it is set aside as damaged-step-0000"):
+        again = resumable(tmp_path / method, method)
+    assert again.resumed_from == 2
+    assert all(map(torch.equal, again.model.parameters(), undisturbed[method].parameters()))
+    assert again.model.training is False
+    assert resumable(tmp_path / method, method).resumed_from == 9
+
+
+def test_another_cells_checkpoints_are_set_aside_and_training_begins_anew(stopped, tmp_path):
+    folder, undisturbed = stopped
+    shutil.copytree(folder / "full", tmp_path / "full")
+    begun = []
+    with pytest.warns(UserWarning, match=r"is of the cell '', and not 'this'"):
+        again = resumable(tmp_path / "full", "full", cell="this", begin=begun.append)
+    assert begun == [again.resumed_from] == [0]
+    assert all(map(torch.equal, again.model.parameters(), undisturbed["full"].parameters()))
+    assert resumable(tmp_path / "full", "full", cell="this", begin=begun.append).resumed_from == 9
+    assert begun == [0, 9]
+
+
+def test_steps_without_a_gradient_are_none_after_a_resumption_too(tmp_path):
+    """A part of a model that a step does not reach (an expert, say) is not changed by it, nor is its state."""
+
+    def skip(optimizer, *_):
+        (parameter,) = [p for p in model.parameters() if p.shape == (VOCABULARY, 24)][-1:]
+        if len(steps) % 3 != 2:
+            parameter.grad = None
+        steps.append(parameter)
+
+    found = {}
+    for name, stop in (("undisturbed", lambda metrics, step: None), ("stopped", stop_at_5)):
+        steps, model = [], tiny_llama()
+        hook = register_optimizer_step_pre_hook(skip)
+        try:
+            resumable(tmp_path / name, "full", model=model, log=stop)
+        except KeyboardInterrupt:
+            steps, model = steps[:4], tiny_llama()
+            assert resumable(tmp_path / name, "full", model=model).resumed_from == 4
+        finally:
+            hook.remove()
+        found[name] = list(model.parameters())
+    assert all(map(torch.equal, *found.values()))
 
 
 def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):

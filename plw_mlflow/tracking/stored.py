@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from plw_mlflow import checkpoints
 from plw_mlflow.errors import first_line
 
 BEAT_SECONDS = 15.0  # between two signs of life of a run
@@ -38,27 +38,37 @@ class StoredCheckpoints:
     def fetch(self, cell: str, folder: Path, newer_than: int) -> None:
         """Bring the cell's newest, where it is of a step after `newer_than`, into `folder`.
 
+        What is damaged, or of another cell or step, is left where it is, and a warning says why.
+
         Raises ValueError where another machine is still at work on the cell.
         """
         runs = self._client.search_runs(
             [self._client.get_run(self._run_id).info.experiment_id],
             filter_string=f"tags.`plw.checkpoint` LIKE '{cell}/%'",
         )
-        stored = {run.info.run_id: run.data.tags["plw.checkpoint"].partition("/")[2] for run in runs}
+        names = {run.info.run_id: run.data.tags["plw.checkpoint"].partition("/")[2] for run in runs}
+        stored: dict[str, int] = {}
+        for run_id, name in names.items():
+            step = checkpoints.step_of(name)  # others could be names outside the folder
+            if step is None:
+                warnings.warn(f"run {run_id} names {name[:80]!r} as its checkpoint, which is none", stacklevel=2)
+            else:
+                stored[run_id] = step
         self._has_one = self._run_id in stored  # a restarted pod or container goes on in the run it began
         self._earlier = [run_id for run_id in stored if run_id != self._run_id]
         marker = folder / "run_id"
         ended = marker.read_text() if marker.exists() else None  # as the folder's lock is ours
         _await_silence([run_id for run_id in self._earlier if run_id != ended])
-        newest_first = sorted(stored.items(), key=lambda item: int(item[1].removeprefix("step-")), reverse=True)
-        for run_id, name in newest_first:
-            if int(name.removeprefix("step-")) <= newer_than:
+        for run_id, step in sorted(stored.items(), key=lambda item: item[1], reverse=True):
+            if step <= newer_than:
                 return
+            name = names[run_id]
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 try:
-                    found = self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch)
-                except (MlflowException, OSError) as error:
-                    message = f"the checkpoint {name} of run {run_id} is not to be had ({first_line(error)})"
+                    found = Path(self._client.download_artifacts(run_id, f"{CHECKPOINTS}/{name}", scratch))
+                    checkpoints.check(found, cell)
+                except Exception as error:  # of whichever store it is, and of whatever lies there
+                    message = f"the checkpoint {name} of run {run_id} cannot be used ({first_line(error)})"
                     warnings.warn(f"{message}; going on without it", stacklevel=2)
                     continue
                 os.replace(found, folder / name)
