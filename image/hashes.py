@@ -52,11 +52,10 @@ def read(file: Path) -> dict[str, str]:
 def resolve(requirements: list[str], *options: str) -> dict[str, str]:
     """What pip would install here, as a line with its hash for each package's name; nothing is installed."""
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    done = subprocess.run(
-        [*pip, "--find-links", str(ROOT / "image" / "wheels"), *options, *requirements],
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    pip += ["--find-links", str(ROOT / "image" / "wheels")]
+    done = subprocess.run([*pip, *options, *requirements], stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit(done.returncode)  # pip has said why
     lines = {}
     for package in json.loads(done.stdout)["install"]:
         name, version = normalized(package["metadata"]["name"]), package["metadata"]["version"]
