@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' plw_mlflow/__init__.py)
 IMAGE := plw_mlflow:$(VERSION)
-# More for docker build, say --network host, --build-arg BASE=... or a --secret (Dockerfile).
+# What the image is built on; name@sha256:... pins it (docs/cloud.md).
+BASE := python:3.11-slim
+# More for docker build, say --network host or a --secret (Dockerfile).
 BUILD :=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test test-slow study image image-cpu test-image bench mlproject setup
+.PHONY: run test test-slow study image image-cpu test-image bench mlproject hashes setup
 
 run: setup
 	$(BIN)/python -m entrypoints.main --plw 0.242
@@ -38,13 +40,22 @@ bench: setup
 mlproject: setup
 	$(BIN)/python -m tests.write_mlproject
 
-# Both make the image that MLproject names.
+# After a change of conda.yaml: the SHA-256 of each file that the image installs.
+hashes: setup
+	$(BIN)/python image/hashes.py "$(CPU_INDEX)"
+
+# Both make the image that MLproject names. A base from a registry is named by its digest even where BASE is a tag, so that
+# the label says what was built on; one that was made on this machine has an id alone.
 image:
+	docker image inspect $(BASE) >/dev/null 2>&1 || docker pull $(BASE)
+	base=$$(docker image inspect --format '{{if .RepoDigests}}{{index .RepoDigests 0}}{{end}}' $(BASE)) && \
+	id=$$(docker image inspect --format '{{.Id}}' $(BASE)) && digest=$${base##*@} && \
 	DOCKER_BUILDKIT=1 docker build $(BUILD) --build-arg VERSION=$(VERSION) --build-arg IMAGE=$(IMAGE) \
+		--build-arg BASE=$${base:-$(BASE)} --build-arg BASE_DIGEST=$${digest:-$$id} \
 		--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*') --tag $(IMAGE) .
 
 image-cpu:
-	$(MAKE) image BUILD="--build-arg TORCH_INDEX=$(CPU_INDEX) $(BUILD)"
+	$(MAKE) image BUILD="--build-arg TORCH=cpu --build-arg TORCH_INDEX=$(CPU_INDEX) $(BUILD)"
 
 # Needs a Docker engine and the image.
 test-image: setup

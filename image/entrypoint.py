@@ -2,10 +2,12 @@
 
 `mlflow run` mounts the project's folder at its own path (MLproject) and the default store's file at STORE. Work goes
 on in that folder, so that relative paths mean inside what they mean outside, and as its owner, so that the files left
-there are theirs. It needs the standard library alone, as it runs before anything else and only replaces itself.
+there are theirs; without either, root becomes the image's own user. It needs the standard library alone, as it runs
+before anything else and only replaces itself.
 """
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from plw_mlflow.origin import IMAGE_ROOT, mount_points
 
 STORE = Path("/mlflow/tmp/mlruns")  # where mlflow run mounts the file of the default SQLite store
 AWS = Path("/.aws")  # where mlflow run mounts the keys of an S3-style store
+USER = "plw"  # the image's own user (Dockerfile)
 
 
 def main(command: list[str]) -> None:
@@ -37,12 +40,12 @@ def main(command: list[str]) -> None:
     if "MLFLOW_TRACKING_URI" not in os.environ:
         say("warning: MLFLOW_TRACKING_URI is not set: what is logged goes with this container")
     say(f"image {os.environ['PLW_IMAGE']}, {code}")
+    stop_being_root(next((path for path in (STORE, folder) if path is not None and path.exists()), None), mounted)
     say(f"device: {device()}")
-    become_owner(next((path for path in (STORE, folder) if path is not None and path.exists()), None), mounted)
     if AWS.is_dir():
         os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", str(AWS / "credentials"))
         os.environ.setdefault("AWS_CONFIG_FILE", str(AWS / "config"))
-    os.environ.setdefault("USER", "plw")  # the user need not have a name here, but some libraries ask for one
+    os.environ.setdefault("USER", USER)  # the user need not have a name here, but some libraries ask for one
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -55,16 +58,20 @@ def same_file(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and one.samefile(other)
 
 
-def become_owner(of: Path | None, mounted: list[Path]) -> None:
-    """Go on as the owner of a mounted path; whoever is not root already goes on as they are."""
+def stop_being_root(owned: Path | None, mounted: list[Path]) -> None:
+    """Go on as the owner of a mounted path, or as the image's own user where there is none.
+
+    Whoever is not root already goes on as they are, and root goes on as root where the mounted path is root's.
+    """
     if os.getuid() != 0:
         return
-    if of is None:
-        say("runs as root: no store and no folder is mounted whose owner it could become")
-        return
-    uid, gid = of.stat().st_uid, of.stat().st_gid
+    if owned is None:
+        user = pwd.getpwnam(USER)
+        uid, gid = user.pw_uid, user.pw_gid
+    else:
+        uid, gid = owned.stat().st_uid, owned.stat().st_gid
     if uid == 0:
-        say(f"runs as root, since {of} belongs to root")
+        say(f"runs as root, since {owned} belongs to root")
         return
     artifacts = next((path for path in mounted if path.match(f"{os.environ.get('MLFLOW_RUN_ID')}/artifacts")), None)
     if artifacts is not None:

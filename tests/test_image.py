@@ -5,6 +5,7 @@ PLW_TEST_IMAGE names the image, built from this tree (`make test-image` says so)
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from tests.stores import ROOT, make_store
 
@@ -337,6 +339,8 @@ def test_the_image_says_what_it_is():
     assert labels["org.opencontainers.image.version"] == IMAGE.partition(":")[2]
     assert len(labels["org.opencontainers.image.revision"].removesuffix("-dirty")) == 40
     assert labels["org.opencontainers.image.licenses"] == "MIT"
+    assert labels["org.opencontainers.image.base.name"]
+    assert re.fullmatch("sha256:[0-9a-f]{64}", labels["org.opencontainers.image.base.digest"])
 
 
 def test_the_container_alone_warns_that_results_are_lost_and_takes_any_user():
@@ -344,6 +348,78 @@ def test_the_container_alone_warns_that_results_are_lost_and_takes_any_user():
     assert done.returncode == 0, done.stderr
     assert "MLFLOW_TRACKING_URI is not set" in done.stderr
     assert "generation ratio" in done.stdout
+
+
+WHO = "import os, sys; print(os.getresuid(), os.getresgid(), os.getgroups(), open('/proc/self/status').read())"
+
+
+def test_a_container_without_mounts_is_nobodys_root():
+    done = docker_run(IMAGE, "python", "-c", WHO)
+    assert done.stdout.startswith("(10001, 10001, 10001) (10001, 10001, 10001) []"), done.stderr
+    assert "CapEff:\t0000000000000000" in done.stdout
+    refused = docker_run("--cap-drop", "ALL", IMAGE, "python", "-c", WHO)
+    assert refused.returncode == 1
+    assert "start the container with --user 10001:10001" in refused.stderr
+    assert docker_run("--cap-drop", "ALL", "--user", "10001:10001", IMAGE, "python", "-c", WHO).returncode == 0
+
+
+def test_a_volume_is_worked_in_as_its_owner(tmp_path):
+    """As a provider mounts one: named by PLW_FOLDER, it needs neither MLflow nor --user."""
+    for owner in (0, PERSON):
+        folder = tmp_path / f"{owner}"
+        folder.mkdir()
+        os.chown(folder, owner, owner)
+        mount = ["--volume", f"{folder}:/results", "--env", "PLW_FOLDER=/results"]
+        command = ["python", "-m", "entrypoints.prepare", "--max-records", "20", "--output", "found"]
+        done = docker_run(*mount, IMAGE, *command)
+        assert done.returncode == 0, done.stderr
+        assert (folder / "found" / "profile.json").stat().st_uid == owner
+
+
+def test_nobody_but_root_can_change_what_runs_and_what_anyone_writes_is_theirs():
+    """Files and folders that every user may write to: none but sticky folders; and nothing of a user's in the code."""
+    done = docker_run(
+        "--entrypoint",
+        "sh",
+        IMAGE,
+        "-c",
+        "find / -xdev -perm -0002 ! -type l ! -perm -1000 -print;"
+        "find /plw_mlflow /opt ! -user root -print; find /plw_mlflow /opt -perm /0022 ! -type l -print;"
+        "echo; find / -xdev -type d -perm -1002 -print",
+    )
+    assert done.returncode == 0, done.stderr
+    wrong, _, sticky = done.stdout.partition("\n")
+    assert wrong == ""
+    assert set(sticky.split()) <= {"/tmp", "/var/tmp", "/run/lock", "/mlflow/tmp", "/home/plw"}
+
+
+def test_the_kubernetes_job_runs_under_what_its_template_grants(new_project, monkeypatch):
+    """kubernetes/job.yaml as Docker's options, on an image made as `mlflow run --build-image` makes it."""
+    project = new_project(0)
+    pod = yaml.safe_load((ROOT / "kubernetes" / "job.yaml").read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    rights = pod["securityContext"] | container["securityContext"]
+    options = ["--user", f"{rights['runAsUser']}:{rights['runAsGroup']}"]
+    options += [f"--cap-drop={capability}" for capability in rights["capabilities"]["drop"]]
+    options += ["--read-only"] * rights["readOnlyRootFilesystem"]
+    options += ["--security-opt=no-new-privileges"] * (not rights["allowPrivilegeEscalation"])
+    for mount in container["volumeMounts"]:
+        options += ["--tmpfs", f"{mount['mountPath']}:rw,exec,mode=0777"]
+    code = "/mlflow/projects/code"
+    (project.folder / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY . {code}/\nWORKDIR {code}/\n")
+    made = subprocess.run(["docker", "build", "--quiet", project.folder], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = ["-m", "entrypoints.main", "--plw=0.242", "--output=output/cell", *given]
+    with tracking_server(project, monkeypatch, s3_style=False) as environment:
+        for name in ("MLFLOW_TRACKING_URI", *AWS):
+            options += ["--env", f"{name}={environment[name]}"]
+        options += ["--network", "host", "--entrypoint", "python"]
+        done = docker_run(*options, made.stdout.strip(), *command)
+        subprocess.run(["docker", "image", "rm", made.stdout.strip()], check=True, capture_output=True)
+        assert done.returncode == 0, done.stderr + done.stdout
+        mlflow.set_tracking_uri(project.uri)
+        check_finished_cell(project.client, project.newest())
 
 
 def test_a_command_that_is_not_there():

@@ -65,7 +65,39 @@ def test_what_the_template_asks_for_is_left(fill_in, monkeypatch):
     (container,) = pod["containers"]
     assert container["image"] == "registry.example.com/plw_mlflow:0123456@sha256:89ab"
     assert container["envFrom"] == [{"secretRef": {"name": "plw-mlflow", "optional": True}}]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod["restartPolicy"] == "Never"  # which podFailurePolicy wants
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert environment == {"MLFLOW_RUN_ID": "a-run", "MLFLOW_TRACKING_URI": "http://mlflow.example.com"}
+
+
+def test_the_pod_may_do_no_more_than_a_cell_needs(fill_in):
+    """What the Pod Security Standard "restricted" demands, and bounds on time, memory and disk."""
+    job = fill_in("main")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert pod["automountServiceAccountToken"] is False
+    assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"]["limits"].keys()
+    assert job["spec"]["activeDeadlineSeconds"] > 0
+    # Volumes of the restricted kinds, each mounted somewhere, and none from the machine the pod is on.
+    assert [volume.keys() for volume in pod["volumes"]] == [{"name", "emptyDir"}] * len(container["volumeMounts"])
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
+
+
+def test_the_pod_runs_as_the_images_own_user_and_can_write_where_a_cell_does(fill_in):
+    from mlflow.projects.utils import MLFLOW_DOCKER_WORKDIR_PATH
+
+    pod = fill_in("main")["spec"]["template"]["spec"]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (user,) = re.findall(r"useradd --uid (\d+) --gid plw", dockerfile)
+    (group,) = re.findall(r"groupadd --gid (\d+) plw", dockerfile)
+    (home,) = re.findall(r"ENV HOME=(\S+)", dockerfile)
+    assert pod["securityContext"]["runAsUser"] == int(user) != 0
+    assert pod["securityContext"]["runAsGroup"] == pod["securityContext"]["fsGroup"] == int(group)
+    checkpoints = f"{MLFLOW_DOCKER_WORKDIR_PATH.rstrip('/')}/{CONFIGS['main']().checkpoint_dir}"
+    assert {"/tmp", home, checkpoints} <= {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}

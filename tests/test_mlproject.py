@@ -1,8 +1,6 @@
 """Both MLproject files pass on every option of every entry point, with the same names and defaults."""
 
-import re
 import shlex
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 from string import Formatter
@@ -107,27 +105,3 @@ def test_only_tracking_imports_mlflow():
         if any(line.strip().startswith(("import mlflow", "from mlflow")) for line in path.read_text().splitlines())
     }
     assert importers == {"plw_mlflow/tracking"}
-
-
-def test_the_image_installs_everything_but_what_tests_it():
-    """The commands of Dockerfile that read conda.yaml, run on it."""
-    commands = re.findall(r"sed (-n )?'([^']*)'", (ROOT / "Dockerfile").read_text())
-    assert len(commands) == 2
-    text = (ROOT / "conda.yaml").read_text()
-    for quiet, script in commands:
-        done = subprocess.run(["sed", *quiet.split(), script], input=text, capture_output=True, text=True, check=True)
-        text = done.stdout
-    (listed,) = (part["pip"] for part in yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"][2:])
-    left_out = {requirement.partition("==")[0] for requirement in set(listed) - set(text.split())}
-    tools = {
-        "ruff",
-        "mypy",
-        "pytest",
-        "pytest-xdist",
-        "hypothesis",
-        "moto",
-        "types-PyYAML",
-        "scipy-stubs",
-        "pandas-stubs",
-    }
-    assert left_out == tools
