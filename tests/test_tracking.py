@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ from plw_mlflow.tracking import connection, stored
 from plw_mlflow.tracking import run as run_module
 from plw_mlflow.tracking.run import cell_columns
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.stores import Place
+from tests.stores import ROOT, Place
 
 
 @pytest.fixture(autouse=True)
@@ -971,3 +973,15 @@ def check_page_of_logged_model(store, run_id):
         "score": (0, 0.25),
     }
     assert {metric.dataset_name for metric in metrics} == {None}
+
+
+def test_several_processes_make_one_fresh_store(tmp_path):
+    """MLflow's migrations race: without a lock, all but one of them end in an error of the database."""
+    script = "from plw_mlflow.tracking import connection; connection.check_reachable(); print('well')"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/new/ml.db", "PYTHONPATH": str(ROOT)}
+    several = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0].strip() for process in several] == ["well"] * 3
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ml.db", "ml.db.lock"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -30,6 +31,8 @@ _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RE
 _NO_PERMISSION = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 _REFUSING_STATUS = (401, 403, 413)  # of a server of artifacts; with 404, a proxy may speak for one that is restarting
 
+_ANSWERED: set[str] = set()  # stores that have answered this process
+
 Result = TypeVar("Result")
 
 
@@ -48,7 +51,7 @@ def check_reachable() -> None:
     uri = mlflow.get_tracking_uri()
     cannot = f"the tracking store {address()} cannot be used"
     try:
-        with hurried():
+        with hurried(), _one_at_a_time(uri):
             _knock(uri)
             mlflow.MlflowClient().search_experiments(max_results=1)
     except UnsupportedModelRegistryStoreURIException as error:
@@ -78,6 +81,40 @@ def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Within the block, no other process of this package asks a SQLite store for the first time.
+
+    MLflow makes the tables of a fresh store when it is first asked, in 60 migrations; of two processes that do so at
+    once, one ends in an error. The lock is a file beside the store, and is not held again once the store has answered.
+    """
+    path = _sqlite_file(uri)
+    if path is None or uri in _ANSWERED:
+        yield
+        return
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nobody may write, nobody makes a store
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        _ANSWERED.add(uri)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for others, and for one that is in memory."""
+    if uri.partition(":")[0].partition("+")[0] != "sqlite":
+        return None
+    import sqlalchemy
+
+    try:
+        database = sqlalchemy.make_url(uri).database
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # which is said by whoever opens it
+        return None
+    return Path(database) if database and not database.startswith(("file:", ":memory:")) else None
+
+
 def _knock(uri: str) -> None:
     """Raise where nobody is at an address. MLflow would ask a database ten times, in two minutes, and print why."""
     scheme = uri.partition(":")[0].partition("+")[0]
@@ -100,8 +137,8 @@ def _knock(uri: str) -> None:
                 "it is not a valid address; characters like / and @ of a password are written as %2F"
             ) from None
         is_sqlite = scheme == "sqlite"
-        if is_sqlite and url.database and not url.database.startswith(("file:", ":memory:")):
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+        if (path := _sqlite_file(uri)) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
         try:
             engine = sqlalchemy.create_engine(
                 url, poolclass=sqlalchemy.NullPool, connect_args={"timeout": ANSWER_SECONDS} if is_sqlite else {}
