@@ -28,7 +28,7 @@ import click
 
 from plw_mlflow import checks
 from plw_mlflow.config import UNSET, spell
-from plw_mlflow.errors import not_installed, without_passwords
+from plw_mlflow.errors import PrintableStream, not_installed, printable, without_passwords
 from plw_mlflow.origin import ROOT, is_first_process, says_interrupts
 
 PACKAGE = Path(__file__).resolve().parent
@@ -170,7 +170,9 @@ def _run(parsed: click.Command) -> NoReturn:
     if not is_first_process():  # what the first says, it says for all of them; errors are each one's own
         sys.stdout = StringIO()
         warnings.simplefilter("ignore")
-    warnings.showwarning = lambda message, *_: print(f"warning: {without_passwords(str(message))}", file=sys.stderr)
+    else:
+        sys.stdout = PrintableStream(sys.stdout)
+    warnings.showwarning = lambda message, *_: print(f"warning: {_said(str(message))}", file=sys.stderr)
     sys.excepthook = lambda *error: _show_traceback(error[1])
     logging.setLogRecordFactory(_record)
     try:
@@ -204,19 +206,23 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"error: {without_passwords(message)}", file=sys.stderr)
+    print(f"error: {_said(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _said(message: str) -> str:
+    return printable(without_passwords(message))
 
 
 def _show_traceback(error: BaseException) -> None:
     """What Python prints of an error that nobody caught, without the passwords that addresses may hold."""
-    print(without_passwords("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(_said("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """What a library logs, without the passwords that addresses may hold."""
     record = logging.LogRecord(*args, **kwargs)
-    record.msg, record.args = without_passwords(record.getMessage()), ()
+    record.msg, record.args = _said(record.getMessage()), ()
     if record.exc_info:
         record.exc_text = without_passwords(logging.Formatter().formatException(record.exc_info))
     return record

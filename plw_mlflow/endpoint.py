@@ -28,7 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from plw_mlflow import answers, models
 from plw_mlflow.asking import Asking, Batch, Piece, Prompt
-from plw_mlflow.errors import first_line, reason
+from plw_mlflow.errors import first_line, printable, reason
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
 BATCH = 16 * CONCURRENT  # requests whose answers are kept together
@@ -299,5 +299,4 @@ def _authorise(key: str | None, request: requests.PreparedRequest) -> requests.P
 
 def _shown(value: Any) -> str:
     """What a server has said, short and on one line."""
-    text = " ".join(str(value).split())
-    return "".join(character if character.isprintable() else "?" for character in text)[:200]
+    return printable(" ".join(str(value).split()))[:200]

@@ -1,4 +1,4 @@
-"""Messages a person reads: errors as one line, and no passwords in them."""
+"""Messages a person reads: errors as one line, no passwords in them, and nothing that drives a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import re
 import socket
 import ssl
 import sys
+import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 # The names of parameters in an address whose values are secrets, such as ?password=, &access_token=, X-Amz-Signature=.
 _SECRET_PARAMETER = (
@@ -25,6 +27,7 @@ _SECRETS = (
     (re.compile(r"(https?://)[^\s/?#:@]+@", re.IGNORECASE), r"\1***@"),
     (re.compile(rf"([?&;#](?:{_SECRET_PARAMETER})=)[^\s&#;'\"<>)]+", re.IGNORECASE), r"\1***"),
 )
+_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
@@ -38,6 +41,38 @@ def without_passwords(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def printable(text: str) -> str:
+    """The same text with control characters spelled out, so that what a stranger wrote drives no terminal or page.
+
+    Newlines and tabs stay. Spelled out are also what turns the direction of writing, halves of surrogate pairs, and
+    characters that Unicode does not define; joiners, which words of some scripts and emoji need, stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if _is_shown(one) else one.encode("unicode_escape").decode() for one in text)
+
+
+def _is_shown(character: str) -> bool:
+    is_control = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return not is_control or character in "\n\t\u200c\u200d"
+
+
+class PrintableStream:
+    """A text stream that writes what it is given as `printable` has it; colours stay."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        parts = _COLOURS.split(text)  # every other one is a colour
+        cleaned = (part if number % 2 else printable(part) for number, part in enumerate(parts))
+        return self._stream.write("".join(cleaned))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def first_line(error: BaseException) -> str:

@@ -475,7 +475,7 @@ def write(rows: list[dict[str, Any]], folder: Path | None) -> None:
     text = StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: outputs.no_formula(value) for name, value in row.items()} for row in rows)
     outputs.write(folder, {"scores.csv": text.getvalue().encode()})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from scipy import stats
 
 from plw_mlflow import analyze
 from plw_mlflow.analyze import EXPONENT, LEVEL, TERMS, Answer, Fit
+from plw_mlflow.errors import printable
 from plw_mlflow.profile import weights_text
 from plw_mlflow.statistics import design
 from plw_mlflow.statistics.design import Array, Transform
@@ -59,6 +61,7 @@ class Estimate:
 
 def plain(text: str, limit: int = 30) -> str:
     """A name from the data as matplotlib shows it literally: no formulas, not hidden, not wider than the figure."""
+    text = printable(text)
     short = text if len(text) <= limit else text[: limit - 1] + "…"
     return short.replace("$", r"\$").replace("_", " _", 1) if short.startswith("_") else short.replace("$", r"\$")
 
@@ -473,10 +476,14 @@ def png(figure: Figure) -> bytes:
     return _save(figure, "png", {"Software": None})
 
 
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 def svg(figure: Figure) -> bytes:
     """A figure as SVG, the same bytes each time; letters are drawn as shapes, so that it looks the same anywhere."""
     with matplotlib.rc_context({"svg.hashsalt": "plw_mlflow", "svg.fonttype": "path"}):
-        return _save(figure, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
+        drawn = _save(figure, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _NOT_XML.sub("", drawn.decode()).encode()  # a name may hold what no XML may
 
 
 def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:

@@ -25,6 +25,7 @@ from plw_mlflow.errors import first_line
 
 LARGE_BYTES = 1 << 26  # of a file that is told by its size alone, as reading gigabytes of weights takes its time
 MODEL, ADAPTER = "model", "adapter"  # folders of a trained model (export.py)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 LIST, LOCK = ".plw_mlflow.json", ".plw_mlflow.lock"
 UNFINISHED = ".plw_mlflow-"  # with which the names of unfinished files and folders begin
 
@@ -149,6 +150,18 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
         raise RuntimeError(f"output {folder} cannot be written to: {error.strerror or error}") from None
     finally:
         _remove_unfinished(folder)
+
+
+def table(frame: Any) -> bytes:
+    """A pandas data frame as CSV, in which no text is a formula for a spreadsheet."""
+    texts = frame.select_dtypes(exclude="number").columns
+    safe = frame.assign(**{column: frame[column].map(no_formula) for column in texts})
+    return str(safe.to_csv(index=False, lineterminator="\n")).encode()
+
+
+def no_formula(value: Any) -> Any:
+    """A value of a table, behind an apostrophe where a spreadsheet would run it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _unfinished(folder: Path, name: str) -> Path:

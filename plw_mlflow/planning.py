@@ -35,7 +35,7 @@ class Planning:
         contents = {}
         if self.plans:
             frame = pd.concat([one.frame() for one in self.plans])
-            contents["power.csv"] = frame.to_csv(index=False, lineterminator="\n").encode()
+            contents["power.csv"] = outputs.table(frame)
         if self.proposals:
             contents["next.json"] = (json.dumps([asdict(one) for one in self.proposals], indent=1) + "\n").encode()
         return outputs.write(folder, contents)

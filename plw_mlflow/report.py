@@ -35,6 +35,7 @@ from plw_mlflow.analyze import (
     set_in_words,
     to_json,
 )
+from plw_mlflow.errors import printable
 from plw_mlflow.figures import Estimate
 from plw_mlflow.statistics.models import JointTest
 from plw_mlflow.statistics.table import RUN, SCORE
@@ -251,7 +252,11 @@ def html(
     described: what fit.json holds. drawn: the SVG of each figure, by `drawings`' keys. command: how to make it again.
     """
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {
         "p": lambda value: f"{value:.2g}",
@@ -480,7 +485,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
         "fit.json": (json.dumps(described, indent=2, allow_nan=False) + "\n").encode(),
     }
     for name, made in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
-        contents[f"{name}.csv"] = made(described).to_csv(index=False, lineterminator="\n").encode()
+        contents[f"{name}.csv"] = outputs.table(made(described))
     for key, figure in drawn.items():
         contents |= {f"{names[key]}.png": figures.png(figure), f"{names[key]}.svg": svgs[key]}
 

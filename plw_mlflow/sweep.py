@@ -111,7 +111,7 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
         print(f"note: {note}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
-        parent.log_files(outputs.write(folder, {"scores.csv": table.to_csv(index=False).encode()}))
+        parent.log_files(outputs.write(folder, {"scores.csv": outputs.table(table)}))
         try:
             found = analyze.analyze(table)
         except ValueError as error:

@@ -191,7 +191,7 @@ LIES = {
         lambda answer: {
             "choices": [{"logprobs": {"token_logprobs": [0] * 14, "top_logprobs": [{"a": "\x1b[2J"}] * 14}}]
         },
-        r"\?\[2J is no log-probability",
+        r"\\x1b\[2J is no log-probability",
     ),
 }
 

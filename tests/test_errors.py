@@ -1,10 +1,12 @@
 """Are errors one line, and does no password leave the process in them?"""
 
+import io
 import socket
 
 import pytest
 import requests
 
+from plw_mlflow import errors
 from plw_mlflow.errors import first_line, reason, without_passwords
 
 
@@ -70,3 +72,23 @@ def test_the_reason_of_a_databases_error_is_what_the_database_says():
     )
     assert reason(ValueError(text)) == "(sqlite3.OperationalError) database is locked"
     assert reason(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\x1b[2Jb\rc\x07", "a\\x1b[2Jb\\rc\\x07"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("\u202egpj.exe", "\\u202egpj.exe"),  # which turns the direction of writing
+        ("\ud800 \ufdd0", "\\ud800 \\ufdd0"),
+        ("日本 naïve\u00a0espace 👩\u200d🔬 نمی\u200cخواهم", "日本 naïve\u00a0espace 👩\u200d🔬 نمی\u200cخواهم"),
+    ],
+)
+def test_what_strangers_write_drives_no_terminal(text, expected):
+    assert errors.printable(text) == expected
+
+
+def test_colours_of_our_own_stay():
+    stream = io.StringIO()
+    print("\x1b[32mgreen\x1b[0m \x1b]0;title\x07", file=errors.PrintableStream(stream))
+    assert stream.getvalue() == "\x1b[32mgreen\x1b[0m \\x1b]0;title\\x07\n"

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from plw_mlflow import outputs
@@ -244,3 +246,10 @@ def test_whenever_it_is_killed_the_same_command_may_be_given_again(replaced, tmp
 def test_no_folder_is_nothing_to_do():
     with outputs.reserve(None, ["fit.json"], [Path("fit.json")]):
         pass
+
+
+def test_no_text_of_a_table_is_a_formula():
+    frame = pd.DataFrame({"dataset": ["=1+1", "@x", "-a", "b", None], "score": [-0.5, 0.25, 1, 1e-9, 2]})
+    text = outputs.table(frame).decode()
+    assert text == "dataset,score\n'=1+1,-0.5\n'@x,0.25\n'-a,1.0\nb,1e-09\n,2.0\n"
+    assert outputs.table(pd.read_csv(io.StringIO(text))).decode() == text

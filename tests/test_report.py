@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from plw_mlflow import analyze, figures, outputs, report
@@ -546,3 +547,11 @@ def test_many_points_become_one_picture():
     drawn = figures.svg(figures.draw_residuals(rows.assign(standardised=rows["residual"])))
     assert len(drawn) < 500_000
     assert b"data:image/png" in drawn
+
+
+def test_control_characters_make_no_figure_ill_formed():
+    figure = Figure()
+    figure.suptitle("a\x00\x1b[2J\ufffe")
+    figure.gca().set_xlabel(figures.plain("b\x07"), gid="\x01")
+    assert ET.fromstring(figures.svg(figure)).tag.endswith("svg")
+    assert figures.plain("b\x07") == "b\\x07"

@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
-from plw_mlflow import __version__, figures, seeding, tasksets, templates
+from plw_mlflow import __version__, figures, outputs, seeding, tasksets, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
 from plw_mlflow.errors import first_line, without_passwords
 from plw_mlflow.evaluate import Evaluation
@@ -308,7 +308,7 @@ class Run:
             timestamp=int(now * 1000),  # one time, so that metrics sent twice are there once
             model_id=self._model_id,  # without a data set: the run's own is what the model was trained on
         )
-        mlflow.log_text(table.to_csv(index=False), "scores.csv")
+        mlflow.log_text(outputs.table(table).decode(), "scores.csv")
         mlflow.log_dict(evaluation.results, f"harness/{clock}.json")
         self.tag(score_tasks=",".join(wanted))
         if is_whole:
