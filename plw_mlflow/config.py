@@ -95,6 +95,8 @@ class DataOptions(PresetOptions, LocalOptions):
     """Leave out a record whose text has occurred before; exact duplicates are counted in any case."""
     max_records: int | None = None
     """Use only the first so many records of each data set (unset: all)."""
+    max_characters: int = 2_000_000
+    """Longest record in characters, as its file spells it with all its fields; a longer one is bad."""
     max_tokens: int = 512
     """Longest example in tokens, template and end of text included."""
     on_long: Literal["drop", "truncate"] = BY_PRESET
@@ -112,7 +114,7 @@ class DataOptions(PresetOptions, LocalOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
+        found = _below(self, 1, "max_records", "max_characters") + _below(self, 2, "max_tokens")
         found += _not_a_folder(self, "output", "cache_dir")
         for name in ("validation_share", "mix_share"):
             if not 0 < getattr(self, name) < 1:
@@ -331,7 +333,8 @@ class TrainConfig(Checked, RecipeOptions, DataOptions, CellOptions):
         whatever makes tokens of text.
         """
         leave_out = {"model", "dataset", "tokenizer", "format", "template", "prompt_border", "completion_turns"}
-        leave_out |= {"invert", "mix", "mix_invert", "max_records", "on_bad_record", "empty_completion", "precision"}
+        leave_out |= {"invert", "mix", "mix_invert", "max_records", "max_characters"}
+        leave_out |= {"on_bad_record", "empty_completion", "precision"}
         if self.mix is None:
             leave_out |= {"mix_share"}
         leave_out |= {"cache_dir", "data_dir", "output", "checkpoint_dir", "store_checkpoints", "save_every"}

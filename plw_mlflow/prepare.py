@@ -6,6 +6,7 @@ the data. Everything that merely chooses among the examples is done here, on the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -37,7 +38,7 @@ DETECTION_RECORDS = 100
 LISTED = 100  # records that are named in a profile
 KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
-CODE = ("records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
+CODE = ("bounded", "records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
         "invert": invert,
         "format": options.format,
         "max_records": options.max_records,
+        "max_characters": options.max_characters,
         "on_bad_record": options.on_bad_record,
         "empty_completion": options.empty_completion,
         "completion_turns": options.completion_turns,
@@ -230,11 +232,13 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
 
 def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
     """Write a source's examples; returns its format and what was wrong with each record that was left out."""
-    rows = source.rows()
-    first = list(itertools.islice(rows, DETECTION_RECORDS))
-    format = formats.detect(first, source.name) if options.format == "auto" else options.format
+    format: str = options.format
+    if format == "auto":
+        # Of rows of their own: a hundred long ones at once would take a hundred times the memory of one.
+        with contextlib.closing(source.rows(options.max_characters)) as first:
+            format = formats.detect(itertools.islice(first, DETECTION_RECORDS), source.name)
     unread = _Unread(source, options)
-    records = _records(itertools.chain(first, rows), format, unread)
+    records = _records(source.rows(options.max_characters), format, unread)
     usable = 0
     # A template may refuse some of the records: only then is it known how many more are to be read.
     while batch := _batch(itertools.islice(records, options.max_records and options.max_records - usable)):
