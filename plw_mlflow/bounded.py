@@ -22,7 +22,7 @@ from typing import Any
 from plw_mlflow.errors import first_line
 
 MEBIBYTES = 768  # of memory beyond what the process has when it starts; bounded on Linux alone
-SECONDS = 20  # of computing time for one result; neither waiting for others nor for the disk counts
+SECONDS = 10  # of computing time for one result; neither waiting for others nor for the disk counts
 
 
 class Refusal(ValueError):
