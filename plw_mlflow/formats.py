@@ -321,8 +321,8 @@ def _json(path: Path, stream: io.BufferedReader, most: int) -> Iterator[Any]:
             yield too_long(most)
         elif line.strip():
             try:
-                text = line.decode()
-                yield _DECODER.decode(text) if len(text) <= most or len(text.strip()) <= most else too_long(most)
+                spelled = line.decode().strip(" \t\r\n")
+                yield _DECODER.decode(spelled) if len(spelled) <= most else too_long(most)
             except UnicodeDecodeError as error:
                 yield Fault(f"is not UTF-8 text: its byte {error.start} cannot be read")
             except (ValueError, RecursionError) as error:
@@ -592,7 +592,7 @@ def _not_an_object(row: Any) -> Fault | None:
 
 def _listed(fields: Iterable[str]) -> str:
     """The first of some names, as they are listed in a message."""
-    names = [*map(repr, itertools.islice(fields, 21))]
+    names = [repr(field if len(field) <= 100 else field[:97] + "...") for field in itertools.islice(fields, 21)]
     return ", ".join([*names[:20], "..."] if len(names) > 20 else names) or "none"
 
 

@@ -295,7 +295,7 @@ def renderings(source: str, messages: list[dict[str, str]], variables: dict[str,
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        (rendered,), _ = render_jinja_template([messages], chat_template=source, **variables)
+        rendered: str = render_jinja_template([messages], chat_template=source, **variables)[0][0]
     except TemplateSyntaxError as error:
         raise bounded.Refusal(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
     except (TemplateError, ValueError, TypeError) as error:

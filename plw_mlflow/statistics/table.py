@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 
 MIN_PLWS = 3  # that a parabola can be fitted to
+MOST_BYTES = 1 << 24  # of a score table; some 200,000 scores
+MOST_COLUMNS = 1000
 
 NAMES = ["model", "dataset", "task", "metric"]
 COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
@@ -31,20 +33,32 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
     also: columns that tell runs apart beside the table's own, as a learning rate may.
     """
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{path}: more than {MOST_BYTES >> 20} MiB, which no score table needs; give another file")
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
-        lines = [(reader.line_num, row) for row in reader if row]
+        header = next(filter(None, reader), [])
+        if not header:
+            raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
+        if len(header) > MOST_COLUMNS:
+            raise ValueError(
+                f"{path}: {len(header)} columns, where a score table has at most {MOST_COLUMNS}; drop some"
+            )
+        lines, rows = [], []
+        for row in filter(None, reader):
+            line = reader.line_num
+            if len(row) != len(header):
+                raise ValueError(
+                    f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row"
+                )
+            lines.append(line)
+            rows.append(row)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give --scores a CSV file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
-    if not lines:
-        raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
-    (_, header), *rows = lines
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
-    table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
+    table = pd.DataFrame(rows, columns=header, index=lines)
     table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
     return check(table, also)
 
