@@ -95,7 +95,7 @@ class DataOptions(PresetOptions, LocalOptions):
     """Leave out a record whose text has occurred before; exact duplicates are counted in any case."""
     max_records: int | None = None
     """Use only the first so many records of each data set (unset: all)."""
-    max_characters: int = 2_000_000
+    max_characters: int = 1_000_000
     """Longest record in characters, as its file spells it with all its fields; a longer one is bad."""
     max_tokens: int = 512
     """Longest example in tokens, template and end of text included."""

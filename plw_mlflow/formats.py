@@ -83,7 +83,7 @@ UNREADABLE = {  # what a file is that begins like this, and what to do
     b"<html": "a web page; download the file itself",
 }
 CHUNK = 1 << 20  # bytes read at a time
-MOST_CHARACTERS = 2_000_000  # of a row, as its file spells it
+MOST_CHARACTERS = 1_000_000  # of a row, as its file spells it
 PARQUET_ROWS = 16  # read at a time: each may hold as many characters as a row may
 
 

@@ -32,7 +32,7 @@ from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Encoder, Example
 
 BATCH_RECORDS = 1000
-BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
+BATCH_CHARACTERS = 250_000  # beyond which no further record is taken; a token takes some 200 bytes meanwhile
 DETECTION_RECORDS = 100
 LISTED = 100  # records that are named in a profile
 FAULT_CHARACTERS = 500  # of what is said of a record, as it may name a field or a value of any length

@@ -179,12 +179,9 @@ def test_json_that_is_called_csv_is_told(tmp_path, write):
 
 @pytest.mark.parametrize("write", [as_list, as_lines, as_csv])
 def test_a_line_of_a_megabyte_is_a_row(tmp_path, write):
-    long = GOOD | {"output": "ä" * 320_000}  # each spelled by six characters in JSON
-    assert read(tmp_path / "data.csv" if write is as_csv else tmp_path / "data", write([GOOD, long, GOOD])) == [
-        GOOD,
-        long,
-        GOOD,
-    ]
+    long = GOOD | {"output": "ä" * 1_000_000}
+    path = tmp_path / "data.csv" if write is as_csv else tmp_path / "data"
+    assert bounded_rows(path, write([GOOD, long, GOOD]), 10_000_000) == [GOOD, long, GOOD]
 
 
 def test_rows_come_before_the_file_has_been_read(tmp_path):
@@ -723,28 +720,25 @@ def test_an_object_around_all_the_records_is_told_even_where_it_is_too_long():
         formats.detect([formats.too_long(9)], "data.json")
 
 
-def repeated(rows, text):
-    """A Parquet file that holds a text once, and that often a reference to it."""
-    file = io.BytesIO()
-    parquet.write_table(pa.table({"instruction": pa.array([text] * rows), "output": pa.array(["4"] * rows)}), file)
-    return file.getvalue()
+def references(count, text):
+    """An Arrow array that holds a text once, and refers to it that often."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([text]))
 
 
 def test_a_few_bytes_of_parquet_are_unpacked_a_few_rows_at_a_time(tmp_path):
-    """Of 64 MB; the same file with a thousand times the text is as small."""
-    path = tmp_path / "data"
-    path.write_bytes(repeated(1000, "x" * 64_000))
-    assert path.stat().st_size < 70_000
+    """A gigabyte of text, which as a whole would be more than may be taken."""
+    text, path = "x" * 1_000_000, tmp_path / "data"
+    table = pa.table({"instruction": references(1000, text), "output": references(1000, "4")})
+    parquet.write_table(table, path, store_schema=False)  # it would be read as references otherwise
+    assert path.stat().st_size < 100_000
     found = formats.rows(path)
-    assert next(found) == {"instruction": "x" * 64_000, "output": "4"}
+    assert next(found) == {"instruction": text, "output": "4"}
     found.close()
 
 
 def test_parquet_that_needs_more_memory_than_it_may_take_is_refused_by_name(tmp_path):
     """One row of 16 GB. Its text is written once, and the list is of references."""
-    text = pa.array(["x" * 800_000])
-    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, np.int32)), text)
-    history = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), texts)
+    history = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), references(20_000, "x" * 800_000))
     parquet.write_table(pa.table({"instruction": ["a"], "output": ["b"], "history": history}), tmp_path / "data")
     with pytest.raises(
         ValueError, match=r"data is a Parquet file that needs more than \d+ MiB of memory; get it again"
