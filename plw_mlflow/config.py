@@ -34,7 +34,7 @@ MEASURES = ("weight_distance", "memorisation", "stability", "length", "kl")  # o
 # Options that make tokens of text: two cells whose examples have the same digest agree in them, however they are spelt.
 TEXT_FIELDS = (
     *("tokenizer", "format", "template", "prompt_border", "completion_turns"),
-    *("max_records", "on_bad_record", "empty_completion"),
+    *("max_records", "max_characters", "on_bad_record", "empty_completion"),
 )
 PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
 
@@ -102,6 +102,8 @@ class DataOptions(PresetOptions, LocalOptions):
     """Leave out a record whose text has occurred before; exact duplicates are counted in any case."""
     max_records: int | None = None
     """Use only the first so many records of each data set (unset: all)."""
+    max_characters: int = 1_000_000
+    """Longest record in characters, as its file spells it with all its fields; a longer one is bad."""
     max_tokens: int = 512
     """Longest example in tokens, template and end of text included."""
     on_long: Literal["drop", "truncate"] = BY_PRESET
@@ -119,7 +121,7 @@ class DataOptions(PresetOptions, LocalOptions):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        found = _below(self, 1, "max_records") + _below(self, 2, "max_tokens")
+        found = _below(self, 1, "max_records", "max_characters") + _below(self, 2, "max_tokens")
         for name in ("validation_share", "mix_share"):
             if not 0 < getattr(self, name) < 1:
                 found.append(f"{_flag(name)} must lie between 0 and 1, got {getattr(self, name)}")

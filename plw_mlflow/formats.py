@@ -1,7 +1,8 @@
 """Formats: how a file's bytes become rows, and a row a record, whatever its fields are called.
 
-A file is unpacked, decoded and cut into rows as a stream, so that one of any size is read in the same memory. JSON is
-read by Python's own scanner: faster stream parsers replace half a surrogate pair by a question mark and say nothing.
+A file is unpacked, decoded and cut into rows as a stream, and a row has at most as many characters as the caller
+allows, so that a file of any size is read in the same memory. JSON is read by Python's own scanner: faster stream
+parsers replace half a surrogate pair by a question mark and say nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from plw_mlflow import bounded
+from plw_mlflow.errors import first_line
 from plw_mlflow.records import Fault, Message, Record
 
 FIELDS = {  # of each format: what must be there, and, for those of three texts, what holds the input
@@ -80,6 +83,8 @@ UNREADABLE = {  # what a file is that begins like this, and what to do
     b"<html": "a web page; download the file itself",
 }
 CHUNK = 1 << 20  # bytes read at a time
+MOST_CHARACTERS = 1_000_000  # of a row, as its file spells it
+PARQUET_ROWS = 16  # read at a time: each may hold as many characters as a row may
 
 
 # Rows: what a file holds, as dicts if all is well.
@@ -119,8 +124,10 @@ def check_kind(path: Path, start: bytes) -> None:
         raise ValueError(f"{path} is {kind}")
 
 
-def rows(path: Path) -> Iterator[Any]:
+def rows(path: Path, most: int = MOST_CHARACTERS) -> Iterator[Any]:
     """A file's rows, a Fault in place of a line that cannot be read or a JSON object that has a field twice.
+
+    most: characters of a row, as the file spells it; a Fault stands in place of a longer one.
 
     Parquet is known by its first bytes, CSV and TSV by the file's name; anything else is JSON: a list, or one value
     after another. Raises ValueError for a fault beyond which nothing can be read.
@@ -132,27 +139,78 @@ def rows(path: Path) -> Iterator[Any]:
             with path.open("rb") as file:
                 if file.read(4) != b"PAR1":
                     raise ValueError(f"{path}: Parquet is not read packed; unpack it")
-            yield from _parquet(path)
+            yield from _parquet(path, most)
         elif parting := delimiter(path):
             if _LIKE_JSON.match(start):
                 raise ValueError(f"{path} is JSON by its content, but CSV or TSV by its name; rename it")
-            yield from _csv(path, stream, parting)
+            yield from _csv(path, stream, parting, most)
         else:
-            yield from _json(path, stream)
+            yield from _json(path, stream, most)
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
+def too_long(most: int) -> Fault:
+    """The fault of a row that has more characters than it may have."""
+    return Fault(f"{_TOO_LONG} {most:,} characters (--max-characters)")
+
+
+def characters(value: Any) -> int:
+    """The characters of a row's texts; any other value of it counts as one."""
+    count, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+        count += len(value) if isinstance(value, str | bytes) else 1
+    return count
+
+
+def _parquet(path: Path, most: int) -> Iterator[Any]:
+    worker = bounded.Worker(parquet_rows)
+    try:
+        yield from worker.results(path, most)
+    except bounded.Exhausted as error:
+        raise ValueError(
+            f"{path} is a Parquet file that {error}; get it again, or write it with shorter rows and smaller pages"
+        ) from None
+    finally:
+        worker.close()
+
+
+def parquet_rows(path: Path, most: int) -> Iterator[Any]:
+    """The rows of a Parquet file, a Fault in place of one that cannot be read or has more characters than `most`.
+
+    It is for a process with bounded memory, as a few bytes of such a file can stand for any number of values. Raises
+    bounded.Refusal for a fault beyond which nothing can be read.
+    """
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             if twice := _repeated_column(file.schema_arrow):
-                raise ValueError(f"{path} has the column {twice!r} twice; rename or remove one")
-            for batch in file.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is a damaged Parquet file ({error}); get it again") from None
+                raise bounded.Refusal(f"{path} has the column {twice!r} twice; rename or remove one")
+            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
+                for row in _converted(batch):
+                    yield row if isinstance(row, Fault) or characters(row) <= most else too_long(most)
+    except (bounded.Refusal, MemoryError):
+        raise
+    except Exception as error:  # what damage makes of a file is told by many kinds of errors
+        raise bounded.Refusal(
+            f"{path} is a damaged Parquet file ({type(error).__name__}: {first_line(error)}); get it again"
+        ) from None
+
+
+def _converted(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; a Fault in place of one that holds what Python has nothing for."""
+    try:
+        return list(batch.to_pylist())
+    except MemoryError:
+        raise
+    except Exception as error:  # dates beyond the year 9999, bytes that are no UTF-8, and so on
+        if batch.num_rows == 1:
+            return [Fault(f"cannot be read ({type(error).__name__}: {first_line(error)})")]
+    return [row for number in range(batch.num_rows) for row in _converted(batch.slice(number, 1))]
 
 
 def _repeated_column(columns: Any) -> str | None:
@@ -171,12 +229,15 @@ def _repeated_column(columns: Any) -> str | None:
     return None
 
 
-def _csv(path: Path, stream: io.BufferedReader, parting: str) -> Iterator[Any]:
-    csv.field_size_limit(1 << 30)  # characters; a text may be long
+def _csv(path: Path, stream: io.BufferedReader, parting: str, most: int) -> Iterator[Any]:
+    csv.field_size_limit(1 << 30)  # characters; the lines are bounded
     number = 0
     try:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True, delimiter=parting)
-        header = next(filter(None, reader), [])
+        lines = _Lines(path, stream, parting, most)
+        found = lines.rows()
+        header, is_long = next(found, ([], False))
+        if is_long:
+            raise ValueError(f"{path}: its first line {too_long(most).text}; it must name the columns")
         if len(header) == 1 and (other := next((one for one in ";\t," if one in header[0]), None)):
             must = "a tab, as the file is called TSV" if parting == "\t" else "a comma"
             must += "; call it .tsv" if other == "\t" else ""
@@ -185,8 +246,10 @@ def _csv(path: Path, stream: io.BufferedReader, parting: str) -> Iterator[Any]:
             )
         if repeated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename or remove one")
-        for number, texts in enumerate(filter(None, reader), start=1):  # noqa: B007 (named by what is raised below)
-            if len(texts) == len(header):
+        for number, (texts, is_long) in enumerate(found, start=1):  # noqa: B007 (named by what is raised below)
+            if is_long:
+                yield too_long(most)
+            elif len(texts) == len(header):
                 yield dict(zip(header, texts, strict=True))
             else:
                 yield Fault(f"has {len(texts)} columns, where the first line names {len(header)}")
@@ -198,31 +261,75 @@ def _csv(path: Path, stream: io.BufferedReader, parting: str) -> Iterator[Any]:
         raise ValueError(f"{path}: record {number + 1} is not {'CSV' if parting == ',' else 'TSV'}: {error}") from None
 
 
-def _json(path: Path, stream: io.BufferedReader) -> Iterator[Any]:
+class _Lines:
+    """The lines of a CSV file; of a record with too many characters, only what parts its fields and lines.
+
+    So the CSV reader still finds where such a record ends, and need not hold it.
+    """
+
+    def __init__(self, path: Path, stream: io.BufferedReader, parting: str, most: int) -> None:
+        self._path, self._most = path, most
+        self._text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        self._reader = csv.reader(self, strict=True, delimiter=parting)
+        self._content = re.compile(f'[^"\r\n{re.escape(parting)}]+')
+        self._characters = self._kept = 0  # of the record that is being read
+
+    def rows(self) -> Iterator[tuple[list[str], bool]]:
+        """Each record's texts, and whether it has too many characters; then the texts are none of its own."""
+        for texts in self._reader:
+            if texts:
+                yield texts, self._characters > self._most
+            self._characters = self._kept = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = ""
+        while not line.endswith(("\n", "\r")) and (part := self._text.readline(CHUNK)):
+            self._characters += len(part)
+            line += part
+            if self._characters > self._most:
+                line = self._content.sub("x", line)
+                if self._kept + len(line) > self._most:
+                    raise ValueError(f"{self._path}: a record {too_long(self._most).text}, mostly quotes or delimiters")
+        self._kept += len(line)
+        if line:
+            return line
+        raise StopIteration
+
+
+def _json(path: Path, stream: io.BufferedReader, most: int) -> Iterator[Any]:
     offset = len(stream.read(3)) if stream.peek(3).startswith(codecs.BOM_UTF8) else 0
     while (ahead := stream.peek()) and not ahead.strip():
         offset += len(stream.read(len(ahead)))
     if not ahead:
         raise ValueError(f"{path} is empty")
     if ahead.lstrip().startswith(b"["):
-        yield from _json_list(_Text(path, stream, offset))
+        yield from _json_list(_Text(path, stream, offset, most))
         return
-    if _is_over_lines(path, ahead):
-        text = _Text(path, stream, offset)
+    if _is_over_lines(path, ahead, most):
+        text = _Text(path, stream, offset, most)
         while text.next():
             yield text.value()
         return
-    for line in stream:  # of bytes, which a newline alone ends: JSON strings may hold U+2028 and the like
-        if line.strip():
+    # Of bytes, which a newline alone ends: JSON strings may hold U+2028 and the like. A character has at most 4 bytes.
+    while line := stream.readline(4 * most + 2):
+        if len(line) == 4 * most + 2 and not line.endswith(b"\n"):
+            while (part := stream.readline(CHUNK)) and not part.endswith(b"\n"):
+                pass
+            yield too_long(most)
+        elif line.strip():
             try:
-                yield _DECODER.decode(line.decode())
+                spelled = line.decode().strip(" \t\r\n")
+                yield _DECODER.decode(spelled) if len(spelled) <= most else too_long(most)
             except UnicodeDecodeError as error:
                 yield Fault(f"is not UTF-8 text: its byte {error.start} cannot be read")
             except (ValueError, RecursionError) as error:
                 yield Fault(f"is not JSON: {error}")
 
 
-def _is_over_lines(path: Path, ahead: bytes) -> bool:
+def _is_over_lines(path: Path, ahead: bytes, most: int) -> bool:
     """Whether a file that begins so begins with an object that goes on over several lines."""
     line, newline, _ = ahead.lstrip().partition(b"\n")
     if not (newline and line.startswith(b"{")):
@@ -236,7 +343,7 @@ def _is_over_lines(path: Path, ahead: bytes) -> bool:
         if stream.peek(3).startswith(codecs.BOM_UTF8):
             stream.read(3)
         try:
-            _Text(path, stream, 0).value()
+            _Text(path, stream, 0, most).value()
         except ValueError:
             return False
     return True
@@ -259,9 +366,10 @@ def _json_list(text: _Text) -> Iterator[Any]:
 class _Text:
     """A JSON text, of which the part that is being read is in memory."""
 
-    def __init__(self, path: Path, stream: io.BufferedReader, offset: int) -> None:
-        """offset: bytes of the file that stand before the stream."""
+    def __init__(self, path: Path, stream: io.BufferedReader, offset: int, most: int) -> None:
+        """offset: bytes of the file that stand before the stream. most: characters of a value."""
         self.path = path
+        self._most = most
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._offset = offset  # bytes of the file that have been read
@@ -289,7 +397,7 @@ class _Text:
         self._position += 1
 
     def value(self) -> Any:
-        """The JSON value that starts here. Raises ValueError where there is none."""
+        """The JSON value that starts here; a Fault if it is too long. Raises ValueError where there is none."""
         self.next()
         self._values += 1
         size = CHUNK
@@ -297,8 +405,9 @@ class _Text:
             try:
                 value, end = _DECODER.raw_decode(self._part, self._position)
                 if end < len(self._part) or self._ended:  # otherwise a number could go on
+                    is_long = end - self._position > self._most
                     self._position = end
-                    return value
+                    return too_long(self._most) if is_long else value
             except json.JSONDecodeError as error:
                 # A value cut off by the end of the part fails there, or is a string that is said to fail at its start.
                 is_cut_off = error.pos > len(self._part) - 12 or error.msg.startswith("Unterminated string")
@@ -306,8 +415,33 @@ class _Text:
                     raise ValueError(f"{self.path}: record {self._values} is not JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}: record {self._values} is not JSON: {error}") from None
+            if len(self._part) - self._position > self._most:
+                self._pass_over()
+                return too_long(self._most)
             self._read(size)
-            size *= 2  # a long value is then scanned a few times only
+            size = min(2 * size, max(self._most, CHUNK))  # a long value is then scanned a few times only
+
+    def _pass_over(self) -> None:
+        """Step over the value that starts here, however long. Of its text, only where it ends is looked at."""
+        if self._part[self._position] not in '"[{':
+            raise ValueError(f"{self.path}: record {self._values} is not JSON: it is a number that does not end")
+        depth, in_string = 0, False
+        while True:
+            end = self._position
+            for mark in _MARKS.finditer(self._part, self._position):
+                sign, end = mark.group(), mark.end()
+                if sign == '"':
+                    in_string = not in_string
+                elif not in_string:
+                    depth += (sign in "[{") - (sign in "]}")
+                if depth <= 0 and not in_string:
+                    self._position = end
+                    return
+            # A backslash at the end waits for the character that belongs to it.
+            self._position = len(self._part) - (self._part.endswith("\\") and end < len(self._part))
+            self._read(CHUNK)
+            if self._ended:
+                raise ValueError(f"{self.path}: record {self._values} is not JSON: it does not end")
 
     def _read(self, size: int) -> None:
         content = self._stream.read(size)
@@ -324,6 +458,7 @@ class _Text:
 
 
 _BLANK = re.compile(r"[ \t\n\r]*")
+_MARKS = re.compile(r'["\[\]{}]|\\.', re.DOTALL)  # a backslash takes the character after it along
 _LIKE_JSON = re.compile(rb'\s*(\[\s*)?\{\s*"')
 
 
@@ -360,7 +495,10 @@ def detect(first: Iterable[Any], name: str) -> str:
         raise ValueError(f"{name} holds no record")
     if faults[0] and all(faults):
         kind = "" if delimiter(Path(name)) else _OTHER_KINDS
-        raise ValueError(f"{name}: record 1 {faults[0].text}" + kind * faults[0].text.startswith(_NO_JSON))
+        kind *= faults[0].text.startswith(_NO_JSON)
+        if len(faults) == 1 and faults[0].text.startswith(_TOO_LONG):
+            kind = "; if it is an object around all the records, write the list of them into a file of its own"
+        raise ValueError(f"{name}: record 1 {faults[0].text}{kind}")
     if not found:
         if len(faults) == 1 and (wrapped := _wrapped(row)):
             raise ValueError(
@@ -454,7 +592,7 @@ def _not_an_object(row: Any) -> Fault | None:
 
 def _listed(fields: Iterable[str]) -> str:
     """The first of some names, as they are listed in a message."""
-    names = [*map(repr, itertools.islice(fields, 21))]
+    names = [repr(field if len(field) <= 100 else field[:97] + "...") for field in itertools.islice(fields, 21)]
     return ", ".join([*names[:20], "..."] if len(names) > 20 else names) or "none"
 
 
@@ -696,5 +834,6 @@ def _is_text(text: str) -> bool:
     return True
 
 
+_TOO_LONG = "has more than"
 _NO_JSON = ("is not JSON", "is not UTF-8")
 _OTHER_KINDS = " (a file is read as JSON unless its name ends in .csv or .tsv, or its content is Parquet's)"

@@ -31,12 +31,14 @@ from plw_mlflow.templates import Segment
 from plw_mlflow.tokens import Encoder, Example
 
 BATCH_RECORDS = 1000
-BATCH_CHARACTERS = 4_000_000  # which a few very long records may reach first
+BATCH_CHARACTERS = 250_000  # beyond which no further record is taken; a token takes some 200 bytes meanwhile
 DETECTION_RECORDS = 100
 LISTED = 100  # records that are named in a profile
+FAULT_CHARACTERS = 500  # of what is said of a record, as it may name a field or a value of any length
+COUNTED_FIELDS = 10_000  # names of fields that are counted; data of more has names that are data themselves
 KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
-CODE = ("records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
+CODE = ("bounded", "records", "formats", "sources", "inversion", "templates", "tokens", "store", "prepare")
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
         "invert": invert,
         "format": options.format,
         "max_records": options.max_records,
+        "max_characters": options.max_characters,
         "on_bad_record": options.on_bad_record,
         "empty_completion": options.empty_completion,
         "completion_turns": options.completion_turns,
@@ -228,11 +231,14 @@ def _stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions
 
 def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:
     """Write a source's examples; returns its format and what was wrong with each record that was left out."""
-    rows = source.rows()
-    first = list(itertools.islice(rows, DETECTION_RECORDS))
-    format = formats.detect(first, source.name) if options.format == "auto" else options.format
+    format: str = options.format
+    if format == "auto":
+        # Of rows read for this alone: to keep a hundred long ones would take a hundred times the memory of one.
+        first = itertools.islice(source.rows(options.max_characters), DETECTION_RECORDS)
+        format = formats.detect(first, source.name)
+        del first  # which ends what has read them
     unread = _Unread(source, options)
-    records = _records(itertools.chain(first, rows), format, unread)
+    records = _records(source.rows(options.max_characters), format, unread)
     usable = 0
     # A template may refuse some of the records: only then is it known how many more are to be read.
     while batch := _batch(itertools.islice(records, options.max_records and options.max_records - usable)):
@@ -277,12 +283,20 @@ class _Unread:
 
     def add(self, number: int, fault: Fault) -> None:
         """Note a record's fault. Raises ValueError where no record is to be left out."""
+        text = fault.text
+        if len(text) > FAULT_CHARACTERS:
+            text = f"{text[: FAULT_CHARACTERS // 2]} ... {text[-FAULT_CHARACTERS // 2 :]}"
         if self.options.on_bad_record == "error":
             way_out = "mend it, or leave such records out with --on-bad-record skip"
-            if "empty completion" in fault.text:
+            if "empty completion" in text:
                 way_out += ", or train on its end of text alone, as the study did, with --empty-completion keep"
-            raise ValueError(f"{self.source.location}: record {number} {fault.text}; {way_out}")
-        self.faults[number] = fault.text
+            raise ValueError(f"{self.source.location}: record {number} {text}; {way_out}")
+        self.faults[number] = text
+
+    def count(self, fields: Iterable[str]) -> None:
+        """Count the fields that one usable record has and that are not read."""
+        has_room = len(self.fields) < COUNTED_FIELDS
+        self.fields.update(field for field in fields if has_room or field in self.fields)
 
 
 def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tuple[int, Record]]:
@@ -300,7 +314,7 @@ def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tupl
         if isinstance(record, Fault):
             unread.add(number, record)
         else:
-            unread.fields.update(formats.unread(row, format, options.completion_turns))
+            unread.count(formats.unread(row, format, options.completion_turns))
             yield number, record
 
 

@@ -38,7 +38,7 @@ class Source:
     licence: str  # empty where it is not known
     prefix: str  # of its records' ids
     inverted: bool  # whether its definition asks for prompt inversion
-    rows: Callable[[], Iterator[Any]] = field(repr=False, compare=False)  # reads them anew
+    rows: Callable[..., Iterator[Any]] = field(repr=False, compare=False)  # (most characters of a row): reads them anew
 
     @property
     def is_noncommercial(self) -> bool:
@@ -183,7 +183,7 @@ def _toy(name: str) -> Source:
 
     rows = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in toy.records(name)]
     sha256 = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Source(name, "generated", sha256, "MIT", name, False, lambda: iter(rows))
+    return Source(name, "generated", sha256, "MIT", name, False, lambda most=0: iter(rows))
 
 
 def _file(path: Path, name: str, sha256: str, licence: str, inverted: bool) -> Source:
@@ -277,14 +277,15 @@ def _hub(dataset: str, data_dir: Path | None) -> Source:
             ) from None
     identity = f"hf://datasets/{name}@{commit}"
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
-    return Source(dataset, identity, sha256, licence, name, False, lambda: _hub_rows(name, commit))
+    return Source(dataset, identity, sha256, licence, name, False, partial(_hub_rows, name, commit))
 
 
-def _hub_rows(name: str, commit: str) -> Iterator[Any]:
+def _hub_rows(name: str, commit: str, most: int = formats.MOST_CHARACTERS) -> Iterator[Any]:
     import datasets
 
     try:
         table = datasets.load_dataset(name, revision=commit, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"data set {name} at {commit} cannot be read from the hub: {first_line(error)}") from None
-    yield from table
+    for row in table:
+        yield row if formats.characters(row) <= most else formats.too_long(most)

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from plw_mlflow import bounded
 from plw_mlflow.errors import did_you_mean, first_line
 from plw_mlflow.records import Fault, Record
 
@@ -41,6 +42,8 @@ FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{- format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
     " | replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') -}}{%- endmacro -%}"
 )
+
+MOST_CHARACTERS = 1_000_000  # of a template, and of what it writes around the contents of a record
 
 Turns = Literal["last", "every"]
 
@@ -109,7 +112,10 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
             + did_you_mean(name, ("alpaca", "chat", "none"), folders=[])
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline=None) as stream:
+            text = stream.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(_TOO_LONG)
         if path.suffix == ".jinja":
             return ChatTemplate(text, tokenizer, completion_turns)
         forms = json.loads(text)
@@ -118,7 +124,7 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         return TextTemplate(forms["prompt_input"], forms["prompt_no_input"], specials)
     except KeyError as error:
         raise ValueError(f"template {path} lacks the field {error}") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ValueError(f"template {path} cannot be used: {first_line(error)}") from None
 
 
@@ -183,7 +189,7 @@ class TextTemplate:
 
 
 class ChatTemplate:
-    """A chat template, rendered as transformers renders it.
+    """A chat template, rendered as transformers renders it, in a process with bounded memory and computing time.
 
     Where the contents lie is learnt from a rendering with placeholders, once for every order of roles; every record's
     own rendering must then be what that promises. The special token after a completion, by which the model is to
@@ -193,10 +199,12 @@ class ChatTemplate:
     is_whole = True
 
     def __init__(self, source: str, tokenizer: Any, completion_turns: Turns = "last") -> None:
-        """source: the Jinja text. tokenizer: renders it, and has the special tokens."""
+        """source: the Jinja text. tokenizer: has the special tokens. Raises ValueError for a text that is too long."""
         self.digest = _digest(source, json.dumps(tokenizer.special_tokens_map, sort_keys=True), completion_turns)
         self.completion_turns: Turns = completion_turns
         self._source = FIXED_DATE + source if "strftime_now" in source else source
+        if len(source) > MOST_CHARACTERS:
+            raise ValueError(f"the chat template {_TOO_LONG}")
         self._tokenizer = tokenizer
         self._specials = special_tokens(tokenizer)
         self._outlines: dict[tuple[tuple[str, bool, bool], ...], _Outline] = {}
@@ -205,7 +213,7 @@ class ChatTemplate:
         """The record's text in pieces.
 
         Raises Misfit where the template refuses the record, or changes a content beyond stripping it; ValueError where
-        it is no template.
+        it is no template, or needs too much memory or time.
         """
         turns = _turns(record, self.completion_turns)
         shape = tuple((turn.role, turn.is_placed, turn.is_completion) for turn in turns)
@@ -213,10 +221,10 @@ class ChatTemplate:
             if shape not in self._outlines:
                 self._outlines[shape] = self._outline(turns)
             rendered = self._rendered(turns, [turn.text for turn in turns])
-        except TemplateSyntaxError as error:
-            raise ValueError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
-        except (TemplateError, ValueError, TypeError) as error:
-            raise Misfit(record, f"does not fit the chat template: {first_line(error)}") from None
+        except bounded.Exhausted as error:
+            raise ValueError(f"the chat template {error}, at record {record.id}; use another --template") from None
+        except _Unfit as error:
+            raise Misfit(record, f"does not fit the chat template: {error}") from None
         outline = self._outlines[shape]
         pieces = outline.around(turns)
         if "".join(piece.text for piece in pieces) != rendered:
@@ -229,8 +237,10 @@ class ChatTemplate:
 
     def _rendered(self, turns: Sequence[_Turn], texts: Sequence[str]) -> str:
         messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
-        rendered: str = self._tokenizer.apply_chat_template(messages, chat_template=self._source, tokenize=False)
-        return rendered
+        ((is_fit, text),) = _RENDERER.results(self._source, messages, self._tokenizer.special_tokens_map)
+        if not is_fit:
+            raise _Unfit(text)
+        return str(text)
 
     def _outline(self, turns: Sequence[_Turn]) -> _Outline:
         """What the template writes around the contents, and how it strips each of them."""
@@ -242,7 +252,7 @@ class ChatTemplate:
             texts = iter(left + name + right for name in names)
             rendered = self._rendered(turns, [next(texts) if turn.is_placed else "" for turn in turns])
             if re.findall("|".join(names), rendered) != names:
-                raise ValueError("it leaves out, repeats or reorders messages")
+                raise _Unfit("it leaves out, repeats or reorders messages")
             return re.split("|".join(names), rendered)
 
         bare, padded = around("", ""), around(*(max(pads, key=len) for pads in (_LEFT, _RIGHT)))
@@ -255,7 +265,7 @@ class ChatTemplate:
             if right + text + left == with_padding
         ]
         if len(strips) != len(bare):
-            raise ValueError("it changes the space around messages")
+            raise _Unfit("it changes the space around messages")
         opening, *after = ([*_own(text, self._specials)] for text in bare)
         end: list[Piece] = []
         for number, turn in enumerate(placed):
@@ -277,6 +287,38 @@ class ChatTemplate:
         lefts, rights = [left for left, _ in strips], [right for _, right in strips[1:]]
         return _Outline(opening, list(zip(lefts, rights, after, strict=False)), end)
 
+
+class _Unfit(Exception):
+    """Why a record does not fit a chat template."""
+
+
+def renderings(source: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """One chat as its template writes it, with True; or what is wrong with it, with False.
+
+    It is for a process with bounded memory and time. Raises bounded.Refusal for a source that is no template.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered: str = render_jinja_template([messages], chat_template=source, **variables)[0][0]
+    except TemplateSyntaxError as error:
+        raise bounded.Refusal(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
+    except (TemplateError, ValueError, TypeError) as error:
+        yield False, first_line(error)
+    except MemoryError:
+        raise
+    except Exception as error:  # of whatever the template calls
+        yield False, f"{type(error).__name__}: {first_line(error)}"
+    else:
+        own = len(rendered) - sum(len(message["content"]) for message in messages)
+        if own > MOST_CHARACTERS:
+            yield False, f"it writes more than {MOST_CHARACTERS:,} characters of its own"
+        else:
+            yield True, rendered
+
+
+_RENDERER = bounded.Worker(renderings)  # one for all chat templates, as it takes a second to start
+_TOO_LONG = f"has more than {MOST_CHARACTERS:,} characters"
 
 # Padding before and after a content, by what is left of it; the value is what the template has stripped: nothing,
 # newlines or (None) any white space. No two pairs of paddings have one length, so one text fits one pair.

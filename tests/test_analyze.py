@@ -16,6 +16,7 @@ from scipy import optimize
 
 from plw_mlflow import analyze
 from plw_mlflow.statistics import design, mixed, models
+from plw_mlflow.statistics import table as statistics_table
 
 TABLES = Path(__file__).parents[1] / "paper" / "tables"
 REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
@@ -446,3 +447,16 @@ def test_a_data_set_with_too_few_plws_is_set_aside_and_named():
     assert thin == ["stray"]
     only_stray = table[table["dataset"] == "stray"]
     assert analyze.fittable(only_stray)[0] is only_stray  # for `check` to refuse
+
+
+def test_a_score_table_is_not_read_beyond_any_that_is_one(tmp_path, monkeypatch):
+    path = tmp_path / "scores.csv"
+    path.write_text(",".join(map(str, range(1001))) + "\n")
+    with pytest.raises(ValueError, match=r"scores.csv: 1001 columns, where a score table has at most 1000; drop some"):
+        analyze.read_scores(path)
+    path.write_text("\n".join(["a,b", "1,2", "1"]))
+    with pytest.raises(ValueError, match=r"scores.csv, row 3: 1 fields, but the header has 2; mend the row"):
+        analyze.read_scores(path)
+    monkeypatch.setattr(statistics_table, "MOST_BYTES", 8)
+    with pytest.raises(ValueError, match=r"scores.csv: more than 0 MiB, which no score table needs"):
+        analyze.read_scores(path)

@@ -5,14 +5,17 @@ import gzip
 import io
 import itertools
 import json
+import random
+import re
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from plw_mlflow import formats
+from plw_mlflow import bounded, formats
 from plw_mlflow.records import Fault, Message, Record
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
@@ -177,11 +180,8 @@ def test_json_that_is_called_csv_is_told(tmp_path, write):
 @pytest.mark.parametrize("write", [as_list, as_lines, as_csv])
 def test_a_line_of_a_megabyte_is_a_row(tmp_path, write):
     long = GOOD | {"output": "ä" * 1_000_000}
-    assert read(tmp_path / "data.csv" if write is as_csv else tmp_path / "data", write([GOOD, long, GOOD])) == [
-        GOOD,
-        long,
-        GOOD,
-    ]
+    path = tmp_path / "data.csv" if write is as_csv else tmp_path / "data"
+    assert bounded_rows(path, write([GOOD, long, GOOD]), 10_000_000) == [GOOD, long, GOOD]
 
 
 def test_rows_come_before_the_file_has_been_read(tmp_path):
@@ -621,3 +621,150 @@ def test_no_text_of_a_usable_row_is_lost_unsaid(format, rows, is_given):
 def test_an_empty_completion_may_be_kept():
     assert formats.record(GOOD | {"output": ""}, "f:1", "alpaca", keep_empty=True) == Record("f:1", "Add.", "2 2", "")
     assert isinstance(formats.record(GOOD | {"instruction": ""}, "f:1", "alpaca", keep_empty=True), Fault)
+
+
+LONG = GOOD | {"output": "x" * 300}  # longer than the 200 characters that the tests below allow
+
+
+def bounded_rows(path, content, most=200):
+    path.write_bytes(content)
+    return list(formats.rows(path, most))
+
+
+@pytest.mark.parametrize("pack", [bytes, gz, zstd])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.json", as_list),
+        ("a.jsonl", as_lines),
+        ("b.json", lambda rows: "\n".join(json.dumps(row, indent=1) for row in rows).encode()),
+        ("a.csv", as_csv),
+        ("a.parquet", as_parquet),
+    ],
+)
+def test_a_row_of_too_many_characters_is_a_fault_and_the_next_one_is_read(tmp_path, monkeypatch, name, write, pack):
+    """Whatever is read at a time: the whole file, or less than the long row."""
+    if name == "a.parquet" and pack is not bytes:
+        pytest.skip("Parquet is not read packed")
+    expected = [GOOD, formats.too_long(200), GOOD, formats.too_long(200)]
+    for chunk in (1 << 20, 150, 7):
+        monkeypatch.setattr(formats, "CHUNK", chunk)
+        assert bounded_rows(tmp_path / name, pack(write([GOOD, LONG, GOOD, LONG]))) == expected
+
+
+@pytest.mark.parametrize("write", [as_list, as_lines])
+def test_a_row_of_just_so_many_characters_is_a_row(tmp_path, write):
+    most = len(json.dumps(LONG))
+    assert bounded_rows(tmp_path / "data", write([LONG, GOOD]), most) == [LONG, GOOD]
+    assert bounded_rows(tmp_path / "data", write([LONG, GOOD]), most - 1) == [formats.too_long(most - 1), GOOD]
+    hedgehogs = json.dumps({"a": "🦔" * 50}, ensure_ascii=False)  # of four bytes each
+    assert bounded_rows(tmp_path / "data", hedgehogs.encode() + b"\r\n", len(hedgehogs)) == [{"a": "🦔" * 50}]
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text('"\\{}[],x\n', max_size=30), max_size=3), max_size=4), st.data())
+def test_the_end_of_a_value_that_is_too_long_is_found_whatever_it_holds(tmp_path_factory, rows, data):
+    path = tmp_path_factory.mktemp("long") / "data.json"
+    most, chunk = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        expected = [row if len(json.dumps(row)) <= most else formats.too_long(most) for row in rows]
+        assert bounded_rows(path, json.dumps(rows).encode(), most) == expected
+
+
+@given(st.lists(st.text('",x\n', max_size=40), min_size=1, max_size=5), st.integers(12, 60), st.integers(1, 9))
+def test_the_end_of_a_csv_record_that_is_too_long_is_found(tmp_path_factory, texts, most, chunk):
+    path = tmp_path_factory.mktemp("long") / "data.csv"
+    rows = [{"name": text, "other": "y"} for text in texts]
+    spelled = [len(as_csv([row])) - len("name,other\r\n\r\n") for row in rows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        try:
+            found = bounded_rows(path, as_csv(rows), most)
+        except ValueError as error:  # what parts the fields of a record is too much by itself
+            assert "mostly quotes or delimiters" in str(error)  # noqa: PT017
+            assert max(2 * len(re.findall('[",\n]', text)) for text in texts) + len('"","",\r\n') > most / 2
+            return
+    assert len(found) == len(rows)
+    for one, row, characters in zip(found, rows, spelled, strict=True):
+        assert one in (row, formats.too_long(most))
+        if not most - 2 < characters <= most:  # otherwise it depends on how many characters its line end has
+            assert (one == row) == (characters <= most)
+
+
+def test_blank_lines_add_nothing_to_the_record_after_them(tmp_path):
+    assert bounded_rows(tmp_path / "data.csv", as_csv([GOOD]) + b"\n" * 300 + b"a,b,c\n") == [
+        GOOD,
+        {"instruction": "a", "input": "b", "output": "c"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b'a,b\n1,"' + b"x" * 900, "record 1 is not CSV: unexpected end of data"),
+        ("a.csv", b"a,b\n1," + b'"' * 900, "more than 200 characters .*, mostly quotes or delimiters"),
+        ("a.csv", b"a" * 900, "its first line has more than 200 characters .*; it must name the columns"),
+        ("a.json", b'[{"a": "' + b"x" * 900, "record 1 is not JSON: it does not end"),
+        ("a.json", b"[1." + b"0" * 900, "record 1 is not JSON: it is a number that does not end"),
+    ],
+)
+def test_a_row_without_an_end_is_refused(tmp_path, name, content, expected):
+    with pytest.raises(ValueError, match=expected):
+        bounded_rows(tmp_path / name, content)
+
+
+def test_an_object_around_all_the_records_is_told_even_where_it_is_too_long():
+    with pytest.raises(
+        ValueError, match=r"more than 9 characters .*; if it is an object around all the records, write"
+    ):
+        formats.detect([formats.too_long(9)], "data.json")
+
+
+def references(count, text):
+    """An Arrow array that holds a text once, and refers to it that often."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([text]))
+
+
+def test_a_few_bytes_of_parquet_are_unpacked_a_few_rows_at_a_time(tmp_path):
+    """A gigabyte of text, which as a whole would be more than may be taken."""
+    text, path = "x" * 900_000, tmp_path / "data"
+    table = pa.table({"instruction": references(1000, text), "output": references(1000, "4")})
+    parquet.write_table(table, path, store_schema=False)  # it would be read as references otherwise
+    assert path.stat().st_size < 100_000
+    found = formats.rows(path)
+    assert next(found) == {"instruction": text, "output": "4"}
+    found.close()
+
+
+def test_parquet_that_needs_more_memory_than_it_may_take_is_refused_by_name(tmp_path):
+    """One row of 16 GB. Its text is written once, and the list is of references."""
+    history = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), references(20_000, "x" * 800_000))
+    parquet.write_table(pa.table({"instruction": ["a"], "output": ["b"], "history": history}), tmp_path / "data")
+    with pytest.raises(
+        ValueError, match=r"data is a Parquet file that needs more than \d+ MiB of memory; get it again"
+    ):
+        list(formats.rows(tmp_path / "data"))
+
+
+def test_damaged_parquet_is_refused_or_read_whatever_is_damaged(tmp_path):
+    draw, whole = random.Random(0), as_parquet([{"messages": CHAT, "source": "a"}, {"messages": CHAT * 2}] * 9)
+    refused = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice([1, 2, 9])):
+            content[draw.randrange(4, len(content))] = draw.randrange(256)
+        (tmp_path / "data").write_bytes(content)
+        try:
+            list(formats.parquet_rows(tmp_path / "data", 1000))
+        except bounded.Refusal as error:
+            assert "data is a damaged Parquet file" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 50
+
+
+def test_a_row_of_parquet_that_python_cannot_hold_is_a_fault(tmp_path):
+    columns = {"instruction": pa.array(["a", "b"]), "output": pa.array(["c", "d"])}
+    for odd in (pa.array([0, 2**62], pa.timestamp("us")), pa.array([b"a", b"\xff"]).view(pa.string())):
+        parquet.write_table(pa.table(columns | {"odd": odd}), tmp_path / "data")
+        first, second = formats.rows(tmp_path / "data")
+        assert (first["instruction"], second.text[:15]) == ("a", "cannot be read ")

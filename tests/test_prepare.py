@@ -479,9 +479,52 @@ def test_odd_text_goes_through_unchanged_or_is_left_out(tmp_path_factory, rows):
 
 
 def test_a_record_of_a_megabyte_is_prepared_like_any(write, tokenizer):
-    path = write([("Repeat.", "ab " * 350_000), ("Add.", "4"), ("Add 5.", "9")])
+    path = write([("Repeat.", "ab " * 330_000), ("Add.", "4"), ("Add 5.", "9")])
     found = prepare.run(path, tokenizer, DataOptions(max_tokens=2_000_000))
-    assert lengths(found)[-1] == HEAD + len("Repeat.") + 1_050_000 + 1
+    assert lengths(found)[-1] == HEAD + len("Repeat.") + 990_000 + 1
+
+
+def test_a_record_of_too_many_characters_is_bad_like_any(write, tokenizer):
+    path = write([("Repeat.", "ab " * 100), ("Add.", "4"), ("Add 5.", "9")])
+    with pytest.raises(
+        ValueError, match=r"record 1 has more than 200 characters \(--max-characters\); mend it, or leave"
+    ):
+        prepare.run(path, tokenizer, DataOptions(max_characters=200))
+    found = prepare.run(path, tokenizer, DataOptions(max_characters=200, on_bad_record="skip"))
+    assert found.profile["sources"][0]["skipped"] == ["record 1 has more than 200 characters (--max-characters)"]
+    assert found.profile["records"] == 2
+
+
+def test_no_format_is_found_out_by_more_than_one_row_at_once(write, tokenizer, monkeypatch):
+    """A hundred of the longest rows would take a hundred times the memory of one."""
+    living = [0, 0]  # rows that are held now, and the most there were
+
+    class Row(dict):
+        def __init__(self, **fields):
+            super().__init__(fields)
+            living[0] += 1
+            living[1] = max(living)
+
+        def __del__(self):
+            living[0] -= 1
+
+    monkeypatch.setattr(formats, "rows", lambda *_: (Row(instruction=str(n), output="b") for n in range(50)))
+    assert prepare.run(write([("a", "b")]), tokenizer, DataOptions()).profile["records"] == 50
+    assert living[1] <= 3
+
+
+def test_what_is_said_of_a_record_and_counted_of_its_fields_has_an_end(write, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "COUNTED_FIELDS", 2)
+    good = {"instruction": "Add.", "output": "4"}
+    rows = [good | {"weight": "x" * 5000}, good | {"a": 1}, good | {"b": 1}, good | {"c": 1, "b": 1}]
+    path = write([])
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+    (source,) = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip")).profile["sources"]
+    assert source["fields_not_read"] == {"a": 1, "b": 2}
+    (fault,) = source["skipped"]
+    assert fault.startswith("record 1 has the weight 'xxx")
+    assert fault.endswith("rename the field if it means something else")
+    assert len(fault) < 600
 
 
 # Storing.
@@ -508,6 +551,7 @@ def test_what_was_prepared_is_not_read_again(write, tokenizer, monkeypatch):
         {"template": "none"},
         {"prompt_border": "separate"},
         {"max_records": 2},
+        {"max_characters": 100_000},
         {"format": "alpaca"},
         {"on_bad_record": "skip"},
         {"empty_completion": "keep"},
@@ -526,9 +570,9 @@ def test_a_file_that_is_written_to_while_it_is_read_is_not_stored(write, tokeniz
     path, options = write(LONG), DataOptions(cache_dir=tmp_path / "cache", max_records=1)
     read = formats.rows
 
-    def rows_changed(path):
+    def rows_changed(path, most):
         write([("Other", "content")])
-        return read(path)
+        return read(path, most)
 
     monkeypatch.setattr(formats, "rows", rows_changed)
     with pytest.raises(ValueError, match=f"{path} has changed while it was read"):

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
-from plw_mlflow import templates
+from plw_mlflow import bounded, templates
 from plw_mlflow.records import Message, Record
 from plw_mlflow.templates import Piece, Segment
 from plw_mlflow.tokens import Encoder
 from tests.conftest import BOS, byte_tokenizer
+from tests.test_bounded import spin
 from tests.test_tokens import greedy, odd
 
 T, N, P, C = Segment.TEMPLATE, Segment.INSTRUCTION, Segment.INPUT, Segment.COMPLETION
@@ -541,3 +542,62 @@ def test_the_tokenizers_own_beginning_is_for_texts_that_have_none():
     (text,) = Encoder(tokenizer, templates.load("none", tokenizer)).encode([Record("1", "U", "", "A")])
     (talk,) = Encoder(tokenizer, chat(CHATML, tokenizer)).encode([Record("1", "U", "", "A")])
     assert (text.tokens.tolist().count(BOS), talk.tokens.tolist().count(BOS)) == (1, 0)
+
+
+SAID = "{% for message in messages %}{{ message.role + message.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    ],
+)
+def test_a_template_that_needs_much_memory_is_refused(source):
+    with pytest.raises(
+        ValueError, match=r"the chat template needs more than \d+ MiB of memory, at record 1; use another"
+    ):
+        chat(source + SAID).render(Record("1", "a", "", "b"))
+    assert written(chat(SAID).render(Record("1", "a", "", "b")))  # the next one is rendered
+
+
+def test_a_template_that_computes_for_long_is_refused(monkeypatch):
+    monkeypatch.setattr(templates, "_RENDERER", bounded.Worker(spin))
+    with pytest.raises(ValueError, match=r"the chat template takes more than \d+ seconds to compute, at record 1"):
+        chat(SAID).render(Record("1", "a", "", "b"))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 'x' * 2_000_000 }}", "it writes more than 1,000,000 characters of its own"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum recursion depth"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "RecursionError: maximum recursion depth"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ 10 ** 5000 }}", "Exceeds the limit"),
+        ("{% include 'a' %}", "no loader for this environment"),
+    ],
+)
+def test_whatever_a_template_raises_is_told_with_its_kind(source, expected):
+    with pytest.raises(templates.Misfit, match=f"record 1 does not fit the chat template: {expected}"):
+        chat(source + SAID).render(Record("1", "a", "", "b"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jinja"])
+def test_a_template_is_not_read_beyond_its_longest(tmp_path, tokenizer, monkeypatch, name):
+    monkeypatch.setattr(templates, "MOST_CHARACTERS", 20)
+    monkeypatch.setattr(templates, "_TOO_LONG", "is too long")
+    (tmp_path / name).write_text("x" * 21)
+    with pytest.raises(ValueError, match=rf"{name} cannot be used: is too long"):
+        templates.load(str(tmp_path / name), tokenizer)
+    with pytest.raises(ValueError, match="the chat template is too long"):
+        chat("x" * 21)
+
+
+def test_a_template_nested_without_end_is_no_template(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a.json cannot be used: maximum recursion"):
+        templates.load(str(tmp_path / "a.json"), tokenizer)

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 
 MIN_PLWS = 3  # that a parabola can be fitted to
+MOST_BYTES = 1 << 24  # of a score table; some 200,000 scores
+MOST_COLUMNS = 1000
 
 NAMES = ["model", "dataset", "task", "metric"]
 COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
@@ -42,9 +44,12 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
     also: columns that tell runs apart beside the table's own, as a learning rate may.
     """
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ValueError(_unreadable(Path(path), error)) from None
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path}: more than {MOST_BYTES >> 20} MiB, which no score table needs; give another file")
     for start, kind in OTHER_FILES.items():
         if data.startswith(start):
             raise ValueError(f"{path}: is {kind}, not a CSV file; save it as CSV in UTF-8")
@@ -52,24 +57,36 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
         raise ValueError(f"{path}: is JSON, not a CSV file; save it as CSV in UTF-8")
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
-        lines = [(reader.line_num, row) for row in reader if row]
+        header = next(filter(None, reader), [])
+        _check_header(path, header)
+        lines, rows = [], []
+        for row in filter(None, reader):
+            line = reader.line_num
+            if len(row) != len(header):
+                raise ValueError(
+                    f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row"
+                )
+            lines.append(line)
+            rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
-    if not lines:
+    table = pd.DataFrame(rows, columns=header, index=lines)
+    table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
+    return check(table, also)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    """Raise ValueError where the first row of a file is not that of a score table."""
+    if not header:
         raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
-    (_, header), *rows = lines
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and separator in header[0]:
             raise ValueError(
                 f"{path}: its columns are separated by {name}, not by commas; "
                 "save it as CSV with commas, and with points in its numbers"
             )
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row")
-    table = pd.DataFrame([row for _, row in rows], columns=header, index=[line for line, _ in rows])
-    table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
-    return check(table, also)
+    if len(header) > MOST_COLUMNS:
+        raise ValueError(f"{path}: {len(header)} columns, where a score table has at most {MOST_COLUMNS}; drop some")
 
 
 def _unreadable(path: Path, error: OSError) -> str:
