@@ -7,6 +7,7 @@ or a tracking server has is found out later.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ def _inputs(config: Any) -> list[Path]:
         one for name in ("dataset", "model") if getattr(config, name, None) for one in _listed(config, name)
     ]
     given += [getattr(config, name, None) for name in ("mix", "template", "tokenizer", "scores", "data_dir")]
-    return [Path(one) for one in given if one and Path(one).exists()]
+    return [Path(one) for one in given if one and os.path.exists(one)]
 
 
 def _references(config: Any) -> Iterator[Callable[[], None]]:
@@ -123,9 +124,9 @@ def _folders(config: Any) -> Iterator[Callable[[], None]]:
     for name in ("output", "checkpoint_dir", "cache_dir"):
         folder = getattr(config, name, None)
         # What a cache has is read where nobody may write.
-        if folder is not None and not (name == "cache_dir" and folder.is_dir()):
+        if folder is not None and not (name == "cache_dir" and os.path.isdir(folder)):
             yield partial(_folder, name.replace("_", "-"), folder)
-    if _reads_data(config) and config.cache_dir is None and not cache_folder(config).is_dir():
+    if _reads_data(config) and config.cache_dir is None and not os.path.isdir(cache_folder(config)):
         yield lambda: _folder("cache-dir", cache_folder(config))
 
 

@@ -1,0 +1,210 @@
+"""Does any string, given as any option, end in one line or in a config, and touch nothing but the folders it names?
+
+Here, every string is tried with some of the options, and every option with some of the strings, as far as a command
+goes before its work. All pairs are tried by `PLW_TEST_ALL=1`, in some minutes.
+"""
+
+import hashlib
+import os
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from plw_mlflow import checks, cli
+from plw_mlflow.config import CONFIGS
+
+ODD = [
+    "",
+    " ",
+    "-",
+    "--",
+    "--plw=0.9",
+    ".",
+    "..",
+    "../..",
+    "../outside/precious.txt",
+    "~",
+    "~root",
+    "*",
+    "?",
+    "%s",
+    "{0}",
+]
+ODD += [
+    "a\x00b",
+    "a\nb",
+    "a\rb",
+    "\t",
+    "\x1b[2J",
+    "\u202ecod.exe",
+    "\ud800",
+    "\ufdd05\ufdd1",
+    "💥",
+    "日本語",
+    "１２",
+    "é" * 300,
+]
+ODD += [
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "| touch pwned",
+    "'",
+    '"',
+    "''",
+    "\\",
+    "a b",
+    "=1+1",
+    "@",
+    "@x",
+]
+ODD += [
+    "x@y",
+    "a/b",
+    "a/b/c",
+    "a/b@",
+    "/etc/passwd",
+    "/dev/null",
+    "/dev/zero/x",
+    "/proc/self/mem",
+    "CON",
+    "x" * 300,
+    "x" * 5000,
+]
+ODD += [
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "0x10",
+    "1_000",
+    "9" * 400,
+    "True",
+    "none",
+    "null",
+    ",",
+    ",,a,,",
+    "a=b",
+    "toy",
+]
+ODD += [
+    "http://me:secret@host/x",
+    "file:///etc/passwd",
+    "sqlite:///x.db",
+    "models:/",
+    "models:/X/1",
+    "s3://x/y",
+    "toy.jsonl",
+]
+ODD += ["given.jsonl", "given.json", "given.csv", "given.jinja", "link", "loop", "fifo", "folder", "unreadable"]
+FOLDERS = {"output", "checkpoint_dir", "cache_dir"}  # options that name folders to be made
+PAIRS = [(name, field.name, odd) for name, kind in CONFIGS.items() for field in fields(kind) for odd in ODD]
+# What a command needs beside the option that is tried, so that it gets beyond its own demands.
+BESIDE = {"evaluate": {"run_id": "r"}, "analyze": {"experiment": "e"}, "advise": {"ratio": "1"}}
+
+
+def tree(folder):
+    """Every path of a folder, with its kind, and its content or where it leads."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        kind = path.lstat().st_mode
+        content = os.readlink(path) if path.is_symlink() else ""
+        if path.is_file() and not path.is_symlink():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path] = (kind, content)
+    return found
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in, beside one that nobody has named."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/precious.txt").write_text("precious")
+    here = tmp_path / "here"
+    (here / "folder").mkdir(parents=True)
+    (here / "folder/scores.csv").write_text("mine")
+    (here / "given.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (here / "given.json").write_text('{"prompt_input": 3}')
+    (here / "given.csv").write_text("model,dataset\n")
+    (here / "given.jinja").write_text("{% for %}")
+    (here / "unreadable").write_bytes(b"\xff\xfe\x00")
+    (here / "link").symlink_to(tmp_path / "outside")
+    (here / "loop").symlink_to(here / "loop")
+    os.mkfifo(here / "fifo")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/.cache"))
+    (tmp_path / "home/.cache/plw_mlflow").mkdir(parents=True)
+    return tmp_path
+
+
+def start(name, given):
+    """A command up to its work. Returns what a person would be told, None if it would begin to work."""
+
+    @click.command(cls=cli._Command)
+    def parsed(**values):
+        config = CONFIGS[name](**values)
+        checks.check(config)
+        with checks.reserved_output(config):
+            pass
+
+    for option in cli.options(CONFIGS[name]):
+        parsed = option(parsed)
+    try:
+        parsed.main([f"--{key.replace('_', '-')}={value}" for key, value in given.items()], standalone_mode=False)
+    except click.ClickException as error:
+        return error.format_message()
+    except ValueError as error:
+        if not cli._raised_here(error):
+            raise
+        return str(error)
+    return None
+
+
+def chosen():
+    """All pairs, or some strings for every option."""
+    if os.environ.get("PLW_TEST_ALL") == "1":
+        return PAIRS
+    draw = random.Random(0)
+    return [
+        (name, field.name, odd)
+        for name, kind in CONFIGS.items()
+        for field in fields(kind)
+        # An unknown task costs a search of all of the harness's files.
+        for odd in draw.sample(ODD, 1 if field.name == "tasks" else 3)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_string_as_any_option_ends_in_a_traceback_or_touches_what_it_does_not_name(place):
+    before = tree(place)
+    tried = chosen()
+    assert {odd for *_, odd in tried} == {*ODD}
+    told = 0
+    for name, option, odd in tried:
+        if option in FOLDERS and odd.startswith("/"):
+            continue  # which names a folder outside the place
+        what = f"{name} --{option}={odd!r}"
+        try:
+            message = start(name, BESIDE.get(name, {}) | {option: odd})
+        except Exception as error:
+            raise AssertionError(what) from error
+        told += message is not None
+        assert message is None or len(message) < 20_000, what
+        after = tree(place)
+        named = [place / "here/checkpoints"]  # by default
+        if option in FOLDERS and odd.strip() and "\x00" not in odd:
+            named.append(Path(os.path.abspath(odd)))
+        for path in before.keys() | after.keys():
+            if before.get(path) != after.get(path):
+                assert path not in before, f"{what} changed {path}"
+                assert any(path.is_relative_to(one) or one.is_relative_to(path) for one in named), f"{what} made {path}"
+        for path in sorted(after.keys() - before.keys(), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert told > len(tried) / 4
+    assert not (place / "here/pwned").exists()
