@@ -35,7 +35,7 @@ def main(config: EvaluateConfig) -> None:
             elif config.model.startswith("models:/"):
                 model, tokenizer = tracking.load_registered(config.model)
             else:
-                model, tokenizer = models.load_for_scoring(config.model)
+                model, tokenizer = models.load_for_scoring(config.model, config.base)
             wrapping = cell.wrapping(config, run, tokenizer)
             evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, unfinished, wrapping)
         rows = evaluate.table(evaluation, row)

@@ -185,6 +185,8 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
             print(f"trained to step {done.steps}, {done.tokens_per_second:.0f} tokens per second")
         with tempfile.TemporaryDirectory() as adapter:
             merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
+            if any(Path(adapter).iterdir()):
+                models.note_base(Path(adapter), config.model, contents["base"])
             end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
             run.log_folder(Path(adapter), outputs.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)

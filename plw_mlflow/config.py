@@ -350,6 +350,8 @@ class EvaluateConfig(Checked, ScoreOptions):
     """MLflow run of the cell to score; its scores are added to that run."""
     model: str | None = None
     """Model to score where there is no run: toy, a folder (of LoRA adapters, too), a hub id, models:/NAME/VERSION."""
+    base: str | None = None
+    """Base of a model that is a folder of adapters (unset: the one that they name)."""
     endpoint: str | None = None
     """OpenAI-compatible completions server that has the model, by its name there, such as http://127.0.0.1:8000/v1."""
     endpoint_key_env: str | None = None
@@ -366,6 +368,8 @@ class EvaluateConfig(Checked, ScoreOptions):
         found = []
         if (self.run_id is None) == (self.model is None):
             found.append("give either run-id or model")
+        if self.base is not None and (self.model is None or self.endpoint or self.model.startswith("models:/")):
+            found.append("base is of a folder of adapters: give it as model")
         if self.endpoint is not None and self.model is None:
             found.append("endpoint needs the model's name there")
         if self.endpoint is not None:

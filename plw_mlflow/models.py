@@ -13,6 +13,8 @@ import json
 import math
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,28 +26,32 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from plw_mlflow import loss, regularisers
+from plw_mlflow import __version__, loss, regularisers
 from plw_mlflow.errors import first_line
 from plw_mlflow.presets import MODELS
 
-# What transformers, tokenizers and torch raise where a file is damaged, lacks something or needs a package.
-UNREADABLE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-    pickle.UnpicklingError,
-)
 # How the names of transformers' classes end that are made for something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+
+# Of the weights that transformers does not use, those that make the logits: a numbered layer's, and the head's.
+MAKES_LOGITS = re.compile(r"(^|\.)\d+\.|^lm_head\.")
+# And among their like, those that do not: other modalities, heads for several tokens at once, tables that are computed.
+BESIDE_THE_LOGITS = re.compile(r"vision|visual|image|audio|mtp|nextn|inv_freq|masked_bias|position_ids")
+# Where a folder's weights are, in the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# A model may have so many numbers more than its files, for what they have no need to hold (tables of positions).
+SPARE_NUMBERS = 2**26
+# What no model has more of, by what is in a setting's name: building one that has takes hours, or all memory.
+LARGEST = {"layer": 10_000, "head": 10_000, "position": 2**27, "seq": 2**27, "": 2**31}
+# What an adapter's settings must not ask for: modules of another library, layers that are there several times, and
+# adapters that cannot be merged.
+REFUSED_SETTINGS = ("megatron_config", "layer_replication", "alora_invocation_tokens", "arrow_config")
+BASE_FILE = "plw-base.json"  # beside an adapter: what it was trained on
 
 TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 
@@ -81,11 +87,10 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     where = locate(tokenizer or model)
-    try:
-        return AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
-    except Exception as error:  # tokenizers raises no other type for a damaged file
-        what = "tokenizer" if tokenizer else "the tokenizer of model"
-        raise ValueError(_not_loaded(what, tokenizer or model, error)) from None
+    with _reading("tokenizer" if tokenizer else "the tokenizer of model", tokenizer or model):
+        loaded = AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
+        loaded("any text")  # some settings are not looked at before
+    return loaded
 
 
 def load_config(model: str) -> Any:
@@ -93,22 +98,39 @@ def load_config(model: str) -> Any:
 
     Raises ValueError for whatever can be known to be no such model before its weights are read.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
     where = locate(model)
     if where.is_folder:
         _check_folder(model, Path(where.path))
-    try:
+    with _reading("model", model):
+        settings, _ = PreTrainedConfig.get_config_dict(where.path, revision=where.revision or "main")
+        too_large = next(_too_large(settings), None)
+    if too_large is not None:  # some configs make lists of this length, so it comes before them
+        raise ValueError(f"model {model!r} cannot be loaded: in its config.json, {too_large}, more than any model's")
+    with _reading("model", model):
         config = AutoConfig.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
-    except UNREADABLE as error:
-        raise ValueError(_not_loaded("model", model, error)) from None
+        made_for = [name for name in config.architectures or [] if name.endswith(OTHER_TASKS)]
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
-    made_for = [name for name in config.architectures or [] if name.endswith(OTHER_TASKS)]
     if made_for or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = made_for[0] if made_for else f"of type {config.model_type}"
         raise ValueError(f"model {model!r} is {kind}, which is no causal language model; choose a decoder-only one")
+    if where.is_folder:
+        _check_size(model, Path(where.path), config)
     return config
+
+
+def _too_large(settings: Any, name: str = "") -> Iterator[str]:
+    """Every whole number in a config that is larger than such a one can be, as NAME is NUMBER."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield from _too_large(value, str(key))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _too_large(value, name)
+    elif isinstance(settings, int) and settings > min(most for part, most in LARGEST.items() if part in name):
+        yield f"{name} is {settings}"
 
 
 def length_limit(config: Any) -> int | None:
@@ -161,7 +183,7 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     where, config = locate(model), load_config(model)
     if dropout is not None:
         regularisers.set_dropout(config, dropout)
-    try:
+    with _reading("model", model):
         loaded_and_found: Any = AutoModelForCausalLM.from_pretrained(
             where.path,
             config=config,
@@ -171,23 +193,26 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
             trust_remote_code=False,
             **({} if four_bit is None else _four_bit(four_bit)),
         )
-    except UNREADABLE as error:
-        raise ValueError(_not_loaded("model", model, error)) from None
     loaded, found = loaded_and_found
     if found["missing_keys"]:  # transformers would draw them at random, and train on
         raise ValueError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
+    unused = [
+        name for name in found["unexpected_keys"] if MAKES_LOGITS.search(name) and not BESIDE_THE_LOGITS.search(name)
+    ]
+    if unused and getattr(config, "quantization_config", None) is None:  # those have weights beside the weights
+        raise ValueError(f"model {model!r} has weights that its config.json does not use, among them {min(unused)}")
     _check_finite(model, loaded)
     loaded.eval()
     try:
         with torch.no_grad():
             reason = _trial(loaded)
-    except UNREADABLE as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(
-            f"{config.model_type} cannot be used here; a trial of a few tokens ended with {what}"
-        ) from None
+        raise ValueError(f"model {model!r} cannot be used here; a trial of a few tokens ended with {what}") from None
     if reason:
-        raise ValueError(f"{config.model_type} {reason}")
+        raise ValueError(f"model {model!r} cannot be used here: {config.model_type} {reason}")
     return loaded
 
 
@@ -226,12 +251,14 @@ def load_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     rows = _embedding_rows(base, folder)
-    if rows is not None and rows != base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    try:
+    with _reading("the adapter of", str(folder)):
+        if rows is not None and rows != base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(rows, mean_resizing=False)
         adapter = PeftModel.from_pretrained(base, str(folder)).eval()
-    except UNREADABLE as error:
-        raise ValueError(_not_loaded("the adapter of", str(folder), error)) from None
+        found = adapter.load_adapter(str(folder), "default")  # the same again, as only this tells what did not fit
+    for names, fault in ((found.missing_keys, "lacks"), (found.unexpected_keys, "does not fit its base: it also has")):
+        if names:
+            raise ValueError(f"the adapter of {str(folder)!r} {fault} the weights {min(names)}")
     _check_finite(str(folder), adapter)
     return adapter
 
@@ -260,32 +287,81 @@ def adapted(base: Any, folder: Path) -> Iterator[Any]:
 def _embedding_rows(base: Any, folder: Path) -> int | None:
     """How many tokens the embeddings know that a folder of adapters holds; None where it holds none.
 
-    Raises ValueError where the folder cannot be read.
+    Raises ValueError where the folder cannot be read, or holds other adapters than those of LoRA.
     """
     from peft.utils import load_peft_weights
 
-    try:
+    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        # peft would ask the hub for what has the folder's name.
+        raise ValueError(f"the adapter of {str(folder)!r} cannot be loaded: it has no adapter_model.safetensors")
+    with _reading("the adapter of", str(folder)):
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, asked = settings.get("peft_type"), [name for name in REFUSED_SETTINGS if settings.get(name)]
+        ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
         weights = load_peft_weights(str(folder), device="cpu")
-    except UNREADABLE as error:
-        raise ValueError(_not_loaded("the adapter of", str(folder), error)) from None
+        largest = max(max(weight.shape, default=0) for weight in weights.values())
+        is_too_large = max(ranks) > largest
+    if kind != "LORA" or asked:
+        what = f"asks for {asked[0]}" if asked else f"is of type {kind}"
+        raise ValueError(f"the adapter of {str(folder)!r} {what}, which is not loaded here; plain LoRA is")
+    if is_too_large:
+        raise ValueError(f"the adapter of {str(folder)!r} has rank {max(ranks)}, but its weights have no such shape")
     embedding = base.get_input_embeddings().weight
     (name,) = (name for name, parameter in base.named_parameters() if parameter is embedding)
     found = weights.get(f"base_model.model.{name}")
     return None if found is None else len(found)
 
 
-def load_for_scoring(model: str) -> tuple[Any, Any]:
+def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer; a folder of LoRA adapters stands for the base it names, with them merged in.
 
-    Raises ValueError as `load` does, and where an adapter's base is not to be had.
+    base: the adapters' base, in place of the one that they name. If it is known that they were trained on other
+        weights, a warning says so.
+
+    Raises ValueError as `load` does, where an adapter's base is not to be had, and where it is known to have other
+    weights than the one that the adapter was trained on.
     """
-    settings = Path(model) / "adapter_config.json"
+    folder = Path(model)
+    settings = folder / "adapter_config.json"
     if not settings.is_file():
+        if base is not None:
+            raise ValueError(f"base is of adapters, but there is no adapter_config.json in {model}")
         return load(model), load_tokenizer(model)
-    base = _base_of(settings)
-    adapter = load_adapter(load(base), Path(model))
-    has_own = (Path(model) / "tokenizer_config.json").is_file()
-    return adapter.merge_and_unload(), load_tokenizer(base, model if has_own else None)
+    named, trained_on = _base_of(settings), _trained_on(folder)
+    if base is None and trained_on is not None and Path(named).is_absolute() and not Path(named).is_dir():
+        named = trained_on["base"]  # the folder has another place on this machine, or it was ours; the digest tells
+    chosen = base or named
+    try:
+        locate(chosen)
+    except ValueError as error:
+        raise ValueError(f"{settings} names its base so: {error}; say by --base where that is now") from None
+    loaded = load(chosen)
+    if trained_on is not None and (found := digest(chosen)) != trained_on["digest"]:
+        differs = f"the adapter of {model} was trained on {trained_on['digest']}, but its base {chosen} is {found}"
+        if base is None:
+            raise ValueError(f"{differs}; name the right one by --base")
+        warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=2)
+    adapter = load_adapter(loaded, folder)
+    has_own = (folder / "tokenizer_config.json").is_file()
+    with _reading("the adapter of", model):
+        merged = adapter.merge_and_unload()
+    return merged, load_tokenizer(chosen, model if has_own else None)
+
+
+def note_base(folder: Path, base: str, content: str) -> None:
+    """Write beside an adapter which model it was trained on, by name and digest; `load_for_scoring` compares."""
+    noted = {"base": base, "digest": content, "plw_mlflow": __version__}
+    (folder / BASE_FILE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+def _trained_on(folder: Path) -> dict[str, str] | None:
+    """What `note_base` has written beside an adapter; None for one from elsewhere. Raises ValueError where damaged."""
+    file = folder / BASE_FILE
+    if not file.is_file():
+        return None
+    with _reading("the file", str(file)):
+        noted = json.loads(file.read_text(encoding="utf-8"))
+        return {name: str(noted[name]) for name in ("base", "digest")}
 
 
 def digest(model: str) -> str:
@@ -398,25 +474,84 @@ def _check_folder(model: str, folder: Path) -> None:
         raise ValueError(f"folder {model} holds no model: it has no config.json{gguf}")
     for index in folder.glob("*.index.json"):
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
+        except Exception as error:
             raise ValueError(f"folder {model} holds a damaged {index.name}: {first_line(error)}") from None
+        if outside:
+            raise ValueError(f"folder {model} has its weights in another one: {index.name} names {outside[0]!r}")
         if lacking := [shard for shard in shards if not (folder / shard).is_file()]:
             raise ValueError(
                 f"folder {model} lacks {len(lacking)} of the {len(shards)} files of its weights: {lacking[0]}"
             )
 
 
+def _check_size(model: str, folder: Path, config: Any) -> None:
+    """Raise ValueError where a config is of a much larger model than its folder's files, before that is built."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import load_state_dict
+
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None or getattr(config, "transformers_weights", None):
+        return  # transformers says what it lacks; and may be told of another file in the folder
+    with _reading("model", model):
+        files = [name]
+        if name.endswith(".index.json"):
+            files = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+        # Of files on the device "meta", names and shapes alone are read.
+        weights = [weight for file in files for weight in load_state_dict(folder / file, "meta").values()]
+        stored = sum(weight.numel() for weight in weights)
+        parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+        layers = [count for part in parts if (count := getattr(part, "num_hidden_layers", None)) is not None]
+        wrong = next((count for count in layers if not 0 < count <= len(weights)), None)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        has_none = positions is not None and positions < 1
+    if has_none:
+        raise ValueError(f"model {model!r} has {positions} positions by its config.json")
+    if wrong is not None:
+        raise ValueError(
+            f"model {model!r} has {wrong} layers by its config.json, but {len(weights)} weights in its files"
+        )
+    with _reading("model", model), torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        count = sum(part.numel() for part in (*built.parameters(), *built.buffers()))
+    # Where weights are stored in fewer bits, a stored number holds up to 8 of them.
+    if count > SPARE_NUMBERS + stored * (2 if getattr(config, "quantization_config", None) is None else 8):
+        raise ValueError(f"model {model!r} has {count} numbers by its config.json, but {stored} in its files")
+
+
 def _base_of(settings: Path) -> str:
     """The base that an adapter's settings name, with its revision. Raises ValueError where they name none."""
     try:
-        named = json.loads(settings.read_text())
+        named = json.loads(settings.read_text(encoding="utf-8"))
         base, revision = named["base_model_name_or_path"], named.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(f"{settings} names no base model: {type(error).__name__} {first_line(error)}") from None
-    if not base:
+    if not base or (isinstance(base, str) and not base.strip()):
         raise ValueError(f"{settings} names no base model: base_model_name_or_path is empty")
-    return f"{base}@{revision}" if revision else str(base)
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        raise ValueError(f"{settings} names no base model: {base!r} with revision {revision!r} is no name")
+    if base.startswith("."):  # as it was to whoever trained, who was elsewhere
+        raise ValueError(f"{settings} names its base by a path of another place: {base!r}; say by --base where it is")
+    return f"{base}@{revision}" if revision else base
+
+
+@contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong within is the fault of the files that are read: ValueError, which names them.
+
+    But not where this machine has no memory left, and not an interrupt.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(_not_loaded(what, name, error)) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; its type is nowhere to be imported
+            raise
+        raise ValueError(_not_loaded(what, name, RuntimeError(*error.args))) from None
 
 
 def _check_finite(name: str, model: Any) -> None:
@@ -433,7 +568,7 @@ def _not_loaded(what: str, name: str, error: Exception) -> str:
 
     reason = first_line(error)
     if "trust_remote_code" in str(error):
-        reason = "it needs program code of its own, which is never run here"
+        reason = "it needs program code of its own, which is not run"
     elif "does not recognize this architecture" in reason:
         reason = f"{reason} This is transformers {transformers.__version__}."
     elif "ignore_mismatched_sizes" in reason:

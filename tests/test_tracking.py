@@ -16,9 +16,10 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+import yaml
 from mlflow.entities import ViewType
 from mlflow.utils import validation
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from plw_mlflow import checkpoints, outbox, prepare, sweep, tracking
 from plw_mlflow.checkpoints import Checkpoint
@@ -985,3 +986,93 @@ def test_several_processes_make_one_fresh_store(tmp_path):
     ]
     assert [process.communicate()[0].strip() for process in several] == ["well"] * 3
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ml.db", "ml.db.lock"]
+
+
+@pytest.fixture
+def registered(store):
+    """The folder in the store of a model that is registered as plw-tiny-toy-short, version 1, and its run."""
+    config = TrainConfig(model="tiny")
+    with tracking.open_run(config, "cell") as run:
+        run.log_checkpoint(tiny_llama(), byte_tokenizer(), config)
+    return Path(store.get_logged_model(run._model_id).artifact_location.removeprefix("file://")), run
+
+
+def _edit_mlmodel(**changes):
+    """Damage to what MLflow says of a logged model's flavour transformers."""
+
+    def damage(folder):
+        told = yaml.safe_load((folder / "MLmodel").read_text())
+        told["flavors"]["transformers"] |= changes
+        (folder / "MLmodel").write_text(yaml.safe_dump(told))
+
+    return damage
+
+
+def _of_another_flavour(folder):
+    told = yaml.safe_load((folder / "MLmodel").read_text())
+    del told["flavors"]["transformers"]
+    (folder / "MLmodel").write_text(yaml.safe_dump(told))
+
+
+def _with_code(folder):
+    file = folder / "model/config.json"
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    (folder / "model/mine.py").write_text(f"open({str(folder / 'was run')!r}, 'w')\n")
+
+
+def _with_a_number_that_is_none(folder):
+    file = folder / "model/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][0, 0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+STRANGE = [
+    (_of_another_flavour, "is of the flavour python_function; models of the flavour transformers are loaded"),
+    (_edit_mlmodel(task="summarization"), "is for the task summarization"),
+    (_edit_mlmodel(model_binary="../../elsewhere"), "lacks its own weights or its tokenizer"),
+    (_edit_mlmodel(components=[]), "lacks its own weights or its tokenizer"),
+    (_edit_mlmodel(components=3), "its MLmodel is damaged"),
+    (lambda folder: (folder / "MLmodel").write_text("[1"), "its MLmodel is damaged"),
+    (lambda folder: (folder / "MLmodel").write_text("3"), "its MLmodel is damaged"),
+    (lambda folder: (folder / "MLmodel").unlink(), "its MLmodel is damaged"),
+    (lambda folder: shutil.rmtree(folder / "components"), "lacks the folder components/tokenizer"),
+    (_with_code, "'models:/.*/model' cannot be loaded: it needs program code of its own, which is not run"),
+    (_with_a_number_that_is_none, "model 'models:/.*/model' is damaged: 1 numbers of lm_head.weight"),
+]
+
+
+def test_a_strangers_logged_model_is_refused_in_one_line(registered, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, run = registered
+    shutil.copytree(folder, tmp_path / "kept")
+    for damage, expected in STRANGE:  # one after another, as it takes a second to log a model
+        damage(folder)
+        for load in (lambda: tracking.load_registered("models:/plw-tiny-toy-short/1"), run.load_checkpoint):
+            with pytest.raises(ValueError, match=expected) as raised:
+                load()
+            assert "models:/" in str(raised.value)
+            assert "\n" not in str(raised.value)
+        assert not (folder / "was run").exists()
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_logged_model_is_read_and_not_written(is_here, registered, monkeypatch, tmp_path):
+    """From a store on this machine in its place, from another by a copy that is then removed."""
+    folder, run = registered
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    if not is_here:
+        monkeypatch.setattr("plw_mlflow.tracking.run.LocalArtifactRepository", type(None))
+    model, tokenizer = run.load_checkpoint()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert list(scratch.iterdir()) == []
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    tokens = torch.arange(6).unsqueeze(0)
+    assert torch.equal(model(tokens).logits, tiny_llama()(tokens).logits)
+    assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids

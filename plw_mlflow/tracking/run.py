@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import click
 import mlflow
 import pandas as pd
+import yaml
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
@@ -25,9 +27,11 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.types import ColSpec, Schema
 
-from plw_mlflow import __version__, figures, outputs, seeding, tasksets, templates
+from plw_mlflow import __version__, figures, models, outputs, seeding, tasksets, templates
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
 from plw_mlflow.errors import first_line, without_passwords
 from plw_mlflow.evaluate import Evaluation
@@ -244,15 +248,14 @@ class Run:
         return str(mlflow.register_model(model, name, tags=tags).version)
 
     def load_checkpoint(self) -> tuple[Any, Any]:
-        """The model and tokenizer that this run has logged. Raises ValueError where there is none."""
+        """The model and tokenizer that this run has logged. Raises ValueError where there is none, or it is damaged."""
         outputs = self._client.get_run(self.id).outputs
         logged = [self._client.get_logged_model(one.model_id) for one in outputs.model_outputs] if outputs else []
         whole = [one.model_id for one in logged if one.status == LoggedModelStatus.READY]  # not cut off by a lost store
         if not whole:
             raise ValueError(f"run {self.id} has logged no model; train it first")
         self._model_id = whole[-1]
-        parts = mlflow.transformers.load_model(f"models:/{self._model_id}", return_type="components")
-        return parts["model"], parts["tokenizer"]
+        return _load_logged(f"models:/{self._model_id}")
 
     def log_scores(
         self, evaluation: Evaluation, rows: list[dict[str, Any]], whole: Sequence[str] | None = None
@@ -515,13 +518,55 @@ class _FileSource(FileSystemDatasetSource):
 
 
 def load_registered(uri: str) -> tuple[Any, Any]:
-    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS. Raises ValueError where there is none."""
+    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS.
+
+    Raises ValueError where there is none, where it is no text-generation model of MLflow's flavour transformers, and as
+    `models.load` does.
+    """
     check_reachable()
-    try:
-        parts = mlflow.transformers.load_model(uri, return_type="components")
-    except MlflowException as error:
-        raise ValueError(f"model {uri} cannot be loaded: {first_line(error)} (in {connection.address()})") from None
-    return parts["model"], parts["tokenizer"]
+    return _load_logged(uri)
+
+
+def _load_logged(uri: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a logged model; MLflow brings the files, but would run code that lies among them."""
+    with _downloaded(uri) as folder:
+        try:
+            flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+            saved = flavors.get("transformers")
+            kinds, task = ", ".join(flavors), saved and saved.get("task")
+            # The folders have these names always; whatever else is named is not followed.
+            is_whole = saved and saved.get("model_binary") == "model" and "tokenizer" in saved.get("components")
+        except Exception as error:
+            raise ValueError(
+                f"model {uri} cannot be loaded: its MLmodel is damaged ({type(error).__name__}: {first_line(error)})"
+            ) from None
+        if not saved:
+            raise ValueError(f"model {uri} is of the flavour {kinds}; models of the flavour transformers are loaded")
+        if task != "text-generation":
+            raise ValueError(f"model {uri} is for the task {task}; models for text-generation are loaded")
+        if not is_whole:
+            raise ValueError(f"model {uri} lacks its own weights or its tokenizer; log both with it")
+        parts = folder / "model", folder / "components" / "tokenizer"
+        if lacking := [part for part in parts if not part.is_dir()]:
+            raise ValueError(f"model {uri} lacks the folder {lacking[0].relative_to(folder)}")
+        try:
+            return models.load(str(parts[0])), models.load_tokenizer(str(parts[1]))
+        except ValueError as error:  # the folder may be a temporary one, of which nobody knows
+            raise ValueError(str(error).replace(str(folder), uri)) from None
+
+
+@contextmanager
+def _downloaded(uri: str) -> Iterator[Path]:
+    """A logged model's folder: the store's own, where that is on this machine, else a copy for as long as the block."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            # Not by mlflow.artifacts, which writes into the store's own folder.
+            store = ModelsArtifactRepository(uri).repo
+            is_here = isinstance(store, LocalArtifactRepository)
+            folder = Path(store.download_artifacts("", None if is_here else scratch)).resolve()
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"model {uri} cannot be loaded: {first_line(error)} (in {connection.address()})") from None
+        yield folder
 
 
 def parameters(run: mlflow.entities.Run) -> dict[str, str]:
