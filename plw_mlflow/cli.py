@@ -28,7 +28,7 @@ import click
 
 from plw_mlflow import checks
 from plw_mlflow.config import UNSET, spell
-from plw_mlflow.errors import PrintableStream, not_installed, printable, without_passwords
+from plw_mlflow.errors import PrintableStream, first_line, not_installed, printable, without_passwords
 from plw_mlflow.origin import ROOT, is_first_process, says_interrupts
 
 PACKAGE = Path(__file__).resolve().parent
@@ -146,7 +146,10 @@ class _FieldType(click.ParamType):
             if self.is_optional:
                 return None
             self.fail("a value is needed", param, ctx)
-        return self.inner.convert(value, param, ctx)
+        try:
+            return self.inner.convert(value, param, ctx)
+        except (UnicodeError, OSError) as error:  # half a surrogate pair, or a name that is too long for the disk
+            self.fail(f"{value!r} is not a valid {self.name}: {first_line(error)}", param, ctx)
 
 
 def _help(config_type: type[Any]) -> dict[str, str]:
