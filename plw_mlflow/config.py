@@ -71,7 +71,7 @@ class LocalOptions(Options):
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the values, a phrase each."""
-        if self.data_dir is not None and not self.data_dir.is_dir():
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
             return [f"data-dir {self.data_dir} is not a folder"]
         return []
 

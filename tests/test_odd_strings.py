@@ -4,6 +4,7 @@ Here, every string is tried with some of the options, and every option with some
 goes before its work. All pairs are tried by `PLW_TEST_ALL=1`, in some minutes.
 """
 
+import functools
 import hashlib
 import os
 import random
@@ -143,8 +144,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(name, given):
-    """A command up to its work. Returns what a person would be told, None if it would begin to work."""
+@functools.cache
+def command(name):
+    """A command up to its work."""
 
     @click.command(cls=cli._Command)
     def parsed(**values):
@@ -155,8 +157,15 @@ def start(name, given):
 
     for option in cli.options(CONFIGS[name]):
         parsed = option(parsed)
+    return parsed
+
+
+def start(name, given):
+    """Returns what a person would be told of a command, None if it would begin to work."""
     try:
-        parsed.main([f"--{key.replace('_', '-')}={value}" for key, value in given.items()], standalone_mode=False)
+        command(name).main(
+            [f"--{key.replace('_', '-')}={value}" for key, value in given.items()], standalone_mode=False
+        )
     except click.ClickException as error:
         return error.format_message()
     except ValueError as error:
