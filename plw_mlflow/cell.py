@@ -143,7 +143,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         longest = max(len(example.tokens) for part in (prepared.training, prepared.validation) for example in part)
         models.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
-    prepare.write(prepared, config.output)
+    prepare.write(prepared, config.output if is_first_process() else None)
     print(prepare.text(prepared.profile))
     is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
     arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32

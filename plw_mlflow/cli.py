@@ -148,7 +148,7 @@ class _FieldType(click.ParamType):
             self.fail("a value is needed", param, ctx)
         try:
             return self.inner.convert(value, param, ctx)
-        except (UnicodeError, OSError) as error:  # half a surrogate pair, or a name that is too long for the disk
+        except (ValueError, OSError) as error:  # half a surrogate pair, a NUL, or a name that is too long
             self.fail(f"{value!r} is not a valid {self.name}: {first_line(error)}", param, ctx)
 
 
@@ -225,7 +225,11 @@ def _show_traceback(error: BaseException) -> None:
 def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """What a library logs, without the passwords that addresses may hold."""
     record = logging.LogRecord(*args, **kwargs)
-    record.msg, record.args = _said(record.getMessage()), ()
+    try:
+        text = record.getMessage()
+    except Exception:  # a library's mistake, which logging itself would only note
+        text = str(record.msg)
+    record.msg, record.args = _said(text), ()
     if record.exc_info:
         record.exc_text = without_passwords(logging.Formatter().formatException(record.exc_info))
     return record

@@ -214,7 +214,11 @@ class RecipeOptions(PresetOptions):
             found.append("lora-targets must name at least one layer, or be all-linear")
         if self.warmup_ratio > 1:
             found.append(f"warmup-ratio must be at most 1, got {self.warmup_ratio}")
-        if self.batch_examples % self.micro_batch_examples and self.batch_examples > self.micro_batch_examples:
+        if (
+            self.micro_batch_examples > 0
+            and self.batch_examples % self.micro_batch_examples
+            and self.batch_examples > self.micro_batch_examples
+        ):
             found.append(
                 f"batch-examples ({self.batch_examples}) must be a multiple of "
                 f"micro-batch-examples ({self.micro_batch_examples})"
@@ -628,7 +632,9 @@ def short_name(name: str) -> str:
 
     It keeps the letters and digits of all scripts.
     """
-    last = re.sub(r"(\.(jsonl?|csv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name, flags=re.I)
+    last = re.sub(
+        r"(\.(jsonl?|ndjson|csv|tsv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name, flags=re.I
+    )
     letters = unicodedata.normalize("NFC", last)
     kept = "".join(one if one in "._-" or unicodedata.category(one)[0] in "LMN" else " " for one in letters)
     return "-".join(kept.split()).strip("-.") or "unnamed"

@@ -127,7 +127,7 @@ class Endpoint(Asking):
     def _score(self, pieces: list[Piece]) -> list[tuple[float, bool]]:
         found = self._each(self._log_probabilities, pieces)
         values = [value for own, _ in found for value in own]
-        if len(values) > 3 and len(set(values)) == 1:
+        if len(values) > 3 and len(set(values)) == 1 and values[0] < -SLACK:  # a few may all be certain
             raise self._unusable(f"it gives every token the log-probability {values[0]:g}")
         return [(sum(own), is_greedy) for own, is_greedy in found]
 
@@ -253,7 +253,8 @@ class Endpoint(Asking):
         try:
             said = self._ask("GET", "models", attempts=1, absent={})
         except ConnectionError as error:
-            raise ConnectionError(f"no server answers at {self.root}: {first_line(error)}") from None
+            trouble = first_line(error).removeprefix(f"the endpoint {self.root} gives no answer: ")
+            raise ConnectionError(f"no server answers at {self.root}: {trouble}") from None
         rows = said.get("data") if isinstance(said, dict) else None
         listed = {str(one["id"]): one for one in rows or [] if isinstance(one, dict) and "id" in one}
         if listed and self._model not in listed:

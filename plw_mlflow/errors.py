@@ -22,6 +22,7 @@ _SECRET_PARAMETER = (
 )
 _SECRETS = (
     # scheme://user:SECRET@host. A secret may itself hold an @, and in a database's address a slash; a port is none.
+    (re.compile(r"((?<!https)(?<!http)://[^\s/?#:@\[]*):[^\s'\"<>]*@", re.IGNORECASE), r"\1:***@"),
     (re.compile(r"(://[^\s/?#:@\[]*):(?:[^\s/?#]*|(?!\d+[/?#])[^\s@]*)@"), r"\1:***@"),
     # https://SECRET@host: a user alone may be a token. Other schemes have names there, as in abfss://container@account.
     (re.compile(r"(https?://)[^\s/?#:@]+@", re.IGNORECASE), r"\1***@"),

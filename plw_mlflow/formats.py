@@ -523,13 +523,11 @@ def record(
     *,
     is_given: bool = False,
     keep_empty: bool = False,
-    completion_turns: Literal["last", "every"] = "last",
 ) -> Record | Fault:
     """A row as a record, or what makes it unusable as one.
 
     is_given: the caller has chosen the format, so that text in fields of other formats is left out.
     keep_empty: an empty completion is no fault.
-    completion_turns: which answers of a conversation are completions.
     """
     if fault := _not_an_object(row):
         return fault
@@ -548,7 +546,7 @@ def record(
             f"has text in the field {field!r}, and how it belongs to a record of format {format} is not certain "
             f"(--format {format} leaves it out and counts it)"
         )
-    empty = _empty_completion(found, format, completion_turns)
+    empty = _empty_answer(found, format)
     if empty and not keep_empty:
         return Fault(f"has an empty completion ({empty})")
     if not found.instruction.strip():
@@ -703,9 +701,9 @@ def _left_out(row: dict[str, Any], found: Record, format: str) -> str | None:
     return None
 
 
-def _empty_completion(found: Record, format: str, completion_turns: str) -> str | None:
-    """What a record calls the first of its completions that is empty; None if none is."""
-    for number, message in enumerate(found.messages[:-1] if completion_turns == "every" else (), start=1):
+def _empty_answer(found: Record, format: str) -> str | None:
+    """What a record calls the first of its answers that is empty, but for those marked as not to be trained on."""
+    for number, message in enumerate(found.messages[:-1], start=1):
         if message.role == "assistant" and message.is_trained and not message.content.strip():
             return f"turn {number}"
     if found.output.strip():

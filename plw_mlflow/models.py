@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,8 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading and saving; the bar a person needs is training's
+    # On some processors it asks the hub for a kernel as it is imported, and says at length that there is none.
+    getLogger("bitsandbytes").setLevel(ERROR)
     where, config = locate(model), load_config(model)
     if dropout is not None:
         regularisers.set_dropout(config, dropout)

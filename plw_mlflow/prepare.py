@@ -309,7 +309,6 @@ def _records(rows: Iterable[Any], format: str, unread: _Unread) -> Iterator[tupl
             format,
             is_given=options.format != "auto",
             keep_empty=options.empty_completion == "keep",
-            completion_turns=options.completion_turns,
         )
         if isinstance(record, Fault):
             unread.add(number, record)

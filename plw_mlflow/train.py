@@ -67,7 +67,7 @@ def run(
     before_save: called before each checkpoint, to put in safety whatever the caller holds back.
     after_save: called with each checkpoint's folder, once it is complete, by another thread.
 
-    Every process that torchrun has started is to call this; `folder` and the four functions are used in the first
+    Every process that torchrun has started is to call this; `folder` and what the functions do is for the first
     alone.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, naming the step, and RuntimeError where

@@ -482,15 +482,14 @@ def test_of_two_conversations_neither_wins():
         assert said(formats.record(row | {"messages": empty}, "f:1", "chat")) == [("u", "Hi"), ("a", "Hello")]
 
 
-def test_an_empty_answer_is_a_fault_wherever_it_is_trained_on():
+def test_an_empty_answer_is_a_fault_wherever_it_stands():
     for blank in ("", " \n"):
         turns = [turn("user", "Hi"), turn("assistant", blank), *CHAT]
-        found = formats.record({"messages": turns}, "f:1", "chat", completion_turns="every")
+        found = formats.record({"messages": turns}, "f:1", "chat")
         assert found == Fault("has an empty completion (turn 2)")
-        for told in ({"completion_turns": "last"}, {"completion_turns": "every", "keep_empty": True}):
-            assert said(formats.record({"messages": turns}, "f:1", "chat", **told))[1] == ("a", blank)
+        assert said(formats.record({"messages": turns}, "f:1", "chat", keep_empty=True))[1] == ("a", blank)
         turns[1]["weight"] = 0
-        assert isinstance(formats.record({"messages": turns}, "f:1", "chat", completion_turns="every"), Record)
+        assert isinstance(formats.record({"messages": turns}, "f:1", "chat"), Record)
 
 
 def test_what_is_not_read_is_known():

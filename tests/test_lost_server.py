@@ -236,12 +236,13 @@ def test_an_error_that_is_not_the_stores_is_not_waited_out(server, monkeypatch):
 
 def test_no_password_of_an_address_is_shown_or_stored(server, folder, tmp_path, monkeypatch, capfd):
     mlflow.set_tracking_uri(server.uri.replace("://", "://me:geheim123@"))
-    config = EvaluateConfig(model="m", endpoint="http://me:geheim123@127.0.0.1:9/v1?token=geheim123")
-    with tracking.open_run(config, f"evaluate {config.endpoint}") as run:
+    secret = "http://me:geheim123@127.0.0.1:9/v1?token=geheim123"
+    config = EvaluateConfig(model=secret)  # a mistake, as which option it is of is not known here
+    with tracking.open_run(config, f"evaluate {secret}") as run:
         run.log_checkpoint(tiny_llama(), byte_tokenizer(), MainConfig())
         print(run.address())
     with pytest.raises(ConnectionError, match="gives no answer"), tracking.open_run(config, "another"):
-        raise ConnectionError(f"{config.endpoint} gives no answer")
+        raise ConnectionError(f"{secret} gives no answer")
     server.kill()
     with pytest.raises(ConnectionError, match=r"the tracking store .* cannot be used: Connection refused"):
         connection.check_reachable()

@@ -1,9 +1,8 @@
 """Tracking: everything that goes into MLflow or comes out of it. Nothing outside this package imports mlflow.
 
 A cell is one run (`run`, `opening`), with its curves (`curves`) and the checkpoints that the store has of it
-(`stored`). A score table is what many runs give together (`table`), if
-they are `comparable`. While a model trains, nothing waits for the store
-or fails because it is away; what comes after the training waits for it (`connection`).
+(`stored`). A score table is what many runs give together (`table`), if they are `comparable`. While a model trains,
+nothing waits for the store or fails because it is away; what comes after the training waits for it (`connection`).
 """
 
 import os

@@ -101,6 +101,11 @@ class Naming:
                     f"{_start(content)}), so their cells cannot be pooled; choose by "
                     f'--where \'tags."{tag}" = "{content}"\', or give them experiments of their own'
                 )
+        if what == "model":  # one folder has many spellings, some of which look like a hub id
+            shortest: dict[str, str] = {}
+            for short, content in sorted(zip(shown, contents, strict=True), key=lambda pair: len(pair[0])):
+                shortest.setdefault(content, short)
+            shown = [shortest[content] for content in contents]
         sharing: dict[str, set[str]] = {}
         for short, content in zip(shown, contents, strict=True):
             sharing.setdefault(short, set()).add(content)
