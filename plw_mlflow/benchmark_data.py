@@ -22,6 +22,8 @@ from plw_mlflow.errors import first_line
 
 MOST_BYTES = 1 << 28  # of a file, unpacked; the largest of those that are known has 2 MB
 
+LABELS = ("answerKey", "answer", "label")  # fields that hold the right option
+
 Document = dict[str, Any]
 Reader = Callable[[Sequence[str]], list[Document]]
 
@@ -116,6 +118,16 @@ def _content(path: Path) -> bytes:
     return _bounded(path, content)
 
 
+def _check_labels(named: str, documents: list[Document]) -> None:
+    """Raise ValueError where one question is there twice, with two answers."""
+    known: dict[str, Any] = {}
+    for number, document in enumerate(documents, start=1):
+        label = [document.get(name) for name in LABELS]
+        asked = json.dumps({name: value for name, value in document.items() if name not in LABELS}, sort_keys=True)
+        if known.setdefault(asked, label) != label:
+            raise ValueError(f"{named}: question {number} is there before, with another answer")
+
+
 def _bounded(path: Path, content: bytes) -> bytes:
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} holds more than {MOST_BYTES >> 20} MiB, which no file of a benchmark here does")
@@ -138,6 +150,7 @@ def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError, csv.Error) as error:
         told = f"field {error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{named} is not what task {task} reads: {told}") from None
+    _check_labels(named, documents)
     if not documents:
         raise ValueError(f"{named} holds no document for task {task}")
     return documents

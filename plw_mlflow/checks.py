@@ -43,6 +43,7 @@ TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
+FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
 OUTPUTS: dict[type[Checked], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
@@ -80,8 +81,10 @@ def check(config: Checked) -> None:
 @contextmanager
 def reserved_output(config: Any) -> Iterator[None]:
     """Keep the folder for what a command writes as files to this process, if it was given one (`outputs.reserve`)."""
-    folder = config.output if is_first_process() else None
-    with outputs.reserve(folder, OUTPUTS[type(config)], _inputs(config)):
+    folder, names = config.output if is_first_process() else None, [*OUTPUTS[type(config)]]
+    if folder is not None and "report.html" in names:  # of figures, only those that are there can be known
+        names += [path.name for pattern in FIGURES for path in sorted(folder.glob(pattern))]
+    with outputs.reserve(folder, names, _inputs(config)):
         yield
 
 

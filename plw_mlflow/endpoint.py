@@ -10,9 +10,9 @@ become a score, and bounded in size and time.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
-import math
 import os
 import time
 import warnings
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
+from aiohttp import ClientError, ClientSession, ClientTimeout
 from lm_eval.models.utils import postprocess_generated_text
 
 from plw_mlflow import answers, models
@@ -39,6 +39,7 @@ ANSWER_SECONDS = 300.0  # for one answer, from the request to its last byte
 ANSWER_BYTES = 1 << 26  # of one answer; 100,000 log-probabilities with their names take about a tenth
 # Rounding may lift the log-probability of a certain token above 0, and above the largest that is named beside it.
 SLACK = 1e-3
+LEAST = -1e5  # nats; a token that is less likely than this is none of a model's
 
 
 class Endpoint(Asking):
@@ -61,10 +62,7 @@ class Endpoint(Asking):
         super().__init__()
         self.root = address.rstrip("/").removesuffix("/completions")
         self._model = model
-        self._session = requests.Session()
-        self._session.mount("http://", adapter := requests.adapters.HTTPAdapter(pool_maxsize=CONCURRENT))
-        self._session.mount("https://", adapter)
-        self._session.auth = partial(_authorise, _key(self.root, key_env))
+        self._key = _key(self.root, key_env)
         window = self._window()
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         self.window = window - 2  # the server's own token, and the last target, count too
@@ -126,9 +124,6 @@ class Endpoint(Asking):
 
     def _score(self, pieces: list[Piece]) -> list[tuple[float, bool]]:
         found = self._each(self._log_probabilities, pieces)
-        values = [value for own, _ in found for value in own]
-        if len(values) > 3 and len(set(values)) == 1 and values[0] < -SLACK:  # a few may all be certain
-            raise self._unusable(f"it gives every token the log-probability {values[0]:g}")
         return [(sum(own), is_greedy) for own, is_greedy in found]
 
     def _log_probabilities(self, piece: Piece) -> tuple[list[float], bool]:
@@ -146,8 +141,13 @@ class Endpoint(Asking):
                 f"it does not echo the prompt: for {len(tokens)} tokens it gives {len(own)} log-probabilities and "
                 f"{len(top)} times the largest ones"
             )
+        if own[0] is not None:
+            raise self._unusable("its first log-probability is not null, so that all of them may be shifted")
+        given = [self._checked(value) for value in own[1 : len(tokens)]]
+        if len(given) > 3 and len(set(given)) == 1 and given[0] < -SLACK:  # a few may all be certain
+            raise self._unusable(f"it gives every token the log-probability {given[0]:g}")
         first = len(tokens) - len(piece.targets)
-        values = [self._checked(value) for value in own[first : len(tokens)]]
+        values = given[first - 1 :]
         is_greedy = True
         for value, likeliest in zip(values, top[first : len(tokens)], strict=True):
             if not isinstance(likeliest, dict) or not likeliest:
@@ -160,7 +160,8 @@ class Endpoint(Asking):
 
     def _checked(self, value: Any) -> float:
         """A log-probability. Raises ValueError for what can be none."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > SLACK:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not LEAST <= value <= SLACK:  # which no NaN does
             raise self._unusable(f"{_shown(value)} is no log-probability")
         return float(value)
 
@@ -184,9 +185,10 @@ class Endpoint(Asking):
         """The one choice of an answer."""
         answer = self._ask("POST", "completions", {"model": self._model, **asked})
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        (choice, *more) = choices if isinstance(choices, list) and choices else [None]
+        if more or not isinstance(choice, dict) or choice.get("index", 0) != 0:
             raise self._unusable("its answer does not hold one choice")
-        return choices[0]
+        return choice
 
     def _unusable(self, why: str) -> ValueError:
         return ValueError(f"the endpoint {self.root} cannot give scores: {why}")
@@ -211,7 +213,7 @@ class Endpoint(Asking):
                 time.sleep(2.0**attempt / 2)
             try:
                 status, content = self._request(method, path, asked)
-            except (OSError, TimeoutError) as error:  # what requests raises is an OSError
+            except (ClientError, OSError) as error:
                 trouble = reason(error)
                 continue
             if status == 200:
@@ -221,7 +223,10 @@ class Endpoint(Asking):
                     raise self._unusable("its answer is no JSON") from None
             if status == 404 and absent is not None:
                 return absent
-            trouble = f"status {status}: {_shown(content.decode(errors='replace'))}"
+            said = content.decode(errors="replace")
+            if self._key is not None:  # which a server may send back
+                said = said.replace(self._key, "***")
+            trouble = f"status {status}: {_shown(said)}"
             if status in (401, 403):
                 raise ValueError(
                     f"the endpoint {self.root} refuses access (status {status}); name the environment variable that "
@@ -235,18 +240,25 @@ class Endpoint(Asking):
 
     def _request(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
         """Status and content of an answer. Raises OSError for one that takes too long or is too large."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        with self._session.request(
-            method, f"{self.root}/{path}", json=asked, stream=True, allow_redirects=False, timeout=ANSWER_SECONDS
-        ) as answer:
+        try:
+            return asyncio.run(self._answer_of(method, path, asked))
+        except TimeoutError:
+            raise TimeoutError(f"an answer that takes longer than {ANSWER_SECONDS:.0f} s") from None
+
+    async def _answer_of(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
+        """The same. Settings of the environment (proxies, .netrc) are not used: a key goes to the endpoint alone."""
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        timeout = ClientTimeout(total=ANSWER_SECONDS)  # to the last byte, however slowly they come
+        async with (
+            ClientSession(timeout=timeout, headers=headers) as session,
+            session.request(method, f"{self.root}/{path}", json=asked, allow_redirects=False) as answer,
+        ):
             content = bytearray()
-            for part in answer.iter_content(1 << 16):
+            async for part in answer.content.iter_chunked(1 << 16):
                 content += part
                 if len(content) > ANSWER_BYTES:
                     raise OSError(f"an answer of more than {ANSWER_BYTES >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"an answer that takes longer than {ANSWER_SECONDS:.0f} s")
-            return answer.status_code, bytes(content)
+            return answer.status, bytes(content)
 
     def _window(self) -> int:
         """How many tokens the server's model takes, as far as the server lists its models (vLLM does, with this)."""
@@ -289,13 +301,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _authorise(key: str | None, request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Put the key, if any, into a request; in place of what requests would find in a .netrc file."""
-    if key is not None:
-        request.headers["Authorization"] = f"Bearer {key}"
-    return request
 
 
 def _shown(value: Any) -> str:

@@ -23,12 +23,14 @@ _SECRET_PARAMETER = (
 _SECRETS = (
     # scheme://user:SECRET@host. A secret may itself hold an @, and in a database's address a slash; a port is none.
     (re.compile(r"((?<!https)(?<!http)://[^\s/?#:@\[]*):[^\s'\"<>]*@", re.IGNORECASE), r"\1:***@"),
+    (re.compile(r"((?<!https)(?<!http)://[^\s/?#:@\[]*):[^@\n'\"<>]{1,80}@", re.IGNORECASE), r"\1:***@"),
+    (re.compile(r"(\bBearer\s+)[^\s'\",]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"(://[^\s/?#:@\[]*):(?:[^\s/?#]*|(?!\d+[/?#])[^\s@]*)@"), r"\1:***@"),
     # https://SECRET@host: a user alone may be a token. Other schemes have names there, as in abfss://container@account.
     (re.compile(r"(https?://)[^\s/?#:@]+@", re.IGNORECASE), r"\1***@"),
     (re.compile(rf"([?&;#](?:{_SECRET_PARAMETER})=)[^\s&#;'\"<>)]+", re.IGNORECASE), r"\1***"),
 )
-_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")
+_COLOURS = re.compile(r"(\x1b\[(?:0|32|34|36|90)m)")  # those of show.py
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
@@ -71,6 +73,11 @@ class PrintableStream:
         parts = _COLOURS.split(text)  # every other one is a colour
         cleaned = (part if number % 2 else printable(part) for number, part in enumerate(parts))
         return self._stream.write("".join(cleaned))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -14,8 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +25,12 @@ from typing import Any
 
 from plw_mlflow.errors import first_line
 
-LARGE_BYTES = 1 << 26  # of a file that is told by its size alone, as reading gigabytes of weights takes its time
+LARGE_BYTES = 1 << 26  # of a file that is told by its size and time, as reading gigabytes of weights takes its own
 MODEL, ADAPTER = "model", "adapter"  # folders of a trained model (export.py)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 LIST, LOCK = ".plw_mlflow.json", ".plw_mlflow.lock"
 UNFINISHED = ".plw_mlflow-"  # with which the names of unfinished files and folders begin
+EARLIER = re.compile(rf"{re.escape(UNFINISHED)}earlier-(.+)-[0-9a-f]{{8}}")  # of a folder that is to be replaced
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"another command writes into {folder} at this moment; wait for it, or give another --output"
             ) from None
@@ -97,7 +100,7 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
     not take them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     check(folder, contents)
     made = {name: _unfinished(folder, name) for name in contents}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -124,12 +127,12 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
     Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
     not take them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     check(folder, builders)
     made = {name: _unfinished(folder, name) for name, build in builders.items() if build is not None}
     earlier = {name: _unfinished(folder, f"earlier-{name}") for name in builders if (folder / name).exists()}
-    _list(folder, {}, unfinished=[path.name for path in (*made.values(), *earlier.values())])
     try:
+        _list(folder, {}, unfinished=[path.name for path in (*made.values(), *earlier.values())])
         for name, path in made.items():
             path.mkdir()
             if (build := builders[name]) is not None:
@@ -141,11 +144,14 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
             if file.is_file()
         }
         _list(folder, digests, keep_earlier=True)
+        check(folder, builders)  # again, as building takes its time
         for name, path in earlier.items():
             os.replace(folder / name, path)
         for name, path in made.items():
             os.replace(path, folder / name)
         _list(folder, digests, forget=tuple(builders))
+        for path in earlier.values():
+            shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise RuntimeError(f"output {folder} cannot be written to: {error.strerror or error}") from None
     finally:
@@ -164,6 +170,13 @@ def no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"output {folder} cannot be made: {error.strerror}") from None
+
+
 def _unfinished(folder: Path, name: str) -> Path:
     """A name that nothing has; whoever makes it, makes it exclusively."""
     return folder / f"{UNFINISHED}{name.replace('/', '-')}-{secrets.token_hex(4)}"
@@ -176,9 +189,9 @@ def _create(path: Path, content: bytes) -> None:
 
 
 def _digest(path: Path) -> str:
-    """What tells a file's content: its SHA-256, of a large one its size."""
-    if (size := path.stat().st_size) > LARGE_BYTES:
-        return f"{size} bytes"
+    """What tells a file's content: its SHA-256, of a large one its size and when it was changed."""
+    if (known := path.stat()).st_size > LARGE_BYTES:
+        return f"{known.st_size} bytes, {known.st_mtime_ns}"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,12 +202,14 @@ def _listed(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {"files": {}, "unfinished": []}
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
             listed = json.load(file)
         files, unfinished = listed["files"], listed["unfinished"]
         if not (isinstance(unfinished, list) and all(isinstance(one, list) for one in files.values())):
             raise ValueError("it lists no digests")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}, which lists what may be replaced in that folder, cannot be read ({first_line(error)}); give "
             "another --output"
@@ -234,7 +249,11 @@ def _remove_unfinished(folder: Path) -> None:
         if path.parent != folder or not path.name.startswith(UNFINISHED):
             continue  # somebody else has written that name
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            earlier = EARLIER.fullmatch(path.name)
+            if earlier and not os.path.lexists(folder / earlier[1]):  # nothing has taken its place
+                os.replace(path, folder / earlier[1])
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     if listed["unfinished"]:
@@ -243,4 +262,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _not_ours(path: Path) -> str:
-    return f"{path} is there, and was not written by plw_mlflow; move it, or give another --output"
+    return (
+        f"{path} is there, and was not written by plw_mlflow (or by a version that did not list what it wrote); "
+        "move it, or give another --output"
+    )

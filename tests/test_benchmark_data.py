@@ -156,6 +156,11 @@ def test_examples_come_from_their_own_files(tmp_path):
             "'Chew.' occurs tw",
         ),
         (
+            "arc_easy",
+            {"arc_easy_test.jsonl": ARC + ARC.replace('"answer": 1', '"answer": 2')},
+            "question 2 is there before, with another answer",
+        ),
+        (
             "winogrande",
             {"winogrande_dev.jsonl": '{"sentence": "He _.", "option1": "a", "option2": "a", "answer": 1}'},
             "its option 'a' occurs twice",

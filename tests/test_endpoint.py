@@ -3,8 +3,9 @@
 import json
 import math
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     status = 200  # of an answer to a POST
+    drip = 0.0  # seconds between its bytes
+    echoes = False  # whether an answer to a POST is what was asked, headers and all
 
     def do_GET(self):
         self.answer({"data": [{"id": "served", "max_model_len": self.server.window}]})
@@ -61,6 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == "served"
         self.server.headers.append(dict(self.headers))
+        if self.echoes:
+            self.answer(str(self.headers))
+            return
         self.answer(self.server.lie({"choices": [self.server.complete(asked)]}))
 
     def answer(self, content):
@@ -69,7 +75,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if not self.drip or self.command == "GET":
+            self.wfile.write(body)
+            return
+        with suppress(OSError):  # whoever asked has gone
+            for byte in body[:40]:
+                self.wfile.write(bytes([byte]))
+                sleep(self.drip)
 
     def log_message(self, *_):
         pass
@@ -170,6 +182,15 @@ LIES = {
     "without end": (changed(token_logprobs=lambda own: [None, *(-math.inf for _ in own[1:])]), "-inf is no log-prob"),
     "text": (changed(token_logprobs=lambda own: [None, *("-1" for _ in own[1:])]), "-1 is no log-probability"),
     "truth": (changed(token_logprobs=lambda own: [None, *(False for _ in own[1:])]), "False is no log-probability"),
+    "shifted": (
+        changed(token_logprobs=lambda own: [*own[1:], -1.0], top_logprobs=lambda top: [*top[1:], {"a": -1.0}]),
+        "its first log-probability is not null",
+    ),
+    "unlikely": (
+        changed(token_logprobs=lambda own: [None, *(-1e300 for _ in own[1:])]),
+        "-1e.300 is no log-probability",
+    ),
+    "another index": (lambda answer: {"choices": [answer["choices"][0] | {"index": 7}]}, "does not hold one choice"),
     "repeated": (
         changed(token_logprobs=lambda own: [None] + [-1.0] * (len(own) - 1)),
         "gives every token the log-probability -1|is above the largest one",
@@ -189,7 +210,9 @@ LIES = {
     "no JSON": (lambda answer: "<html>", "is no JSON"),
     "control characters": (
         lambda answer: {
-            "choices": [{"logprobs": {"token_logprobs": [0] * 14, "top_logprobs": [{"a": "\x1b[2J"}] * 14}}]
+            "choices": [
+                {"logprobs": {"token_logprobs": [None, *range(-13, 0)], "top_logprobs": [{"a": "\x1b[2J"}] * 14}}
+            ]
         },
         r"\\x1b\[2J is no log-probability",
     ),
@@ -227,15 +250,15 @@ def test_an_answer_is_bounded_in_size_and_in_time(served, monkeypatch):
     server.lie = lambda answer: "x" * 5000
     endpoint = Endpoint(server.address, "served", folder)
     asked = instances("loglikelihood", ("Is it so?", " yes"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("plw_mlflow.endpoint.time.sleep", lambda seconds: None)
     monkeypatch.setattr("plw_mlflow.endpoint.ANSWER_BYTES", 4000)
     with pytest.raises(ConnectionError, match="an answer of more than 0 MiB"):
         endpoint.loglikelihood(asked, True)
     monkeypatch.setattr("plw_mlflow.endpoint.ANSWER_BYTES", 9000)
-    clock = iter(range(0, 10**9, 200))  # each look at the clock is 200 s later
-    monkeypatch.setattr("plw_mlflow.endpoint.time.monotonic", lambda: next(clock))
-    with pytest.raises(ConnectionError, match="an answer that takes longer than 300 s"):
-        endpoint._ask("POST", "completions", {"model": "served", "prompt": [[5]], "max_tokens": 1})
+    monkeypatch.setattr("plw_mlflow.endpoint.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(Handler, "drip", 0.05)  # seconds a byte
+    with pytest.raises(ConnectionError, match="an answer that takes longer than 0 s"):
+        endpoint.loglikelihood(asked, True)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +278,7 @@ def test_a_refusal_is_told_without_the_key(served, monkeypatch, capfd, status, e
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     endpoint = Endpoint(server.address, "served", folder, key_env="MY_KEY")
     monkeypatch.setattr(Handler, "status", status)
+    monkeypatch.setattr(Handler, "echoes", True)
     server.headers.clear()
     with pytest.raises(error, match=message) as refused:
         endpoint.loglikelihood(instances("loglikelihood", ("Is it so?", " yes")), True)
@@ -262,8 +286,9 @@ def test_a_refusal_is_told_without_the_key(served, monkeypatch, capfd, status, e
     assert {sent["Authorization"] for sent in server.headers} == {"Bearer canary-of-mine"}
 
 
-def test_no_key_is_sent_that_was_not_asked_for(served, monkeypatch, tmp_path):
+def test_no_key_is_sent_that_was_not_asked_for_nor_to_a_proxy(served, monkeypatch, tmp_path):
     server, folder = served
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server.lie = lambda answer: answer
     monkeypatch.setenv("OPENAI_API_KEY", "canary")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -20,6 +20,10 @@ from plw_mlflow.errors import first_line, reason, without_passwords
         ("mysql://me:se/cret@host/db", "mysql://me:***@host/db"),
         ("http://me:se#cret@host", "http://me:***@host"),
         ("mysql://me:1234@host", "mysql://me:***@host"),
+        ("mysql://me:12345/x@host/db", "mysql://me:***@host/db"),
+        ("postgresql://me:se@cr/et@host/db", "postgresql://me:***@host/db"),
+        ("mysql+pymysql://me:se cret@host/db", "mysql+pymysql://me:***@host/db"),
+        ("Authorization: Bearer sk-secret", "Authorization: Bearer ***"),
         ("redis://:secret@host", "redis://:***@host"),
         ("https://secret@github.com/a/b", "https://***@github.com/a/b"),
         ("a http://u:secret@x b http://v:secret@y c", "a http://u:***@x b http://v:***@y c"),
@@ -90,5 +94,6 @@ def test_what_strangers_write_drives_no_terminal(text, expected):
 
 def test_colours_of_our_own_stay():
     stream = io.StringIO()
-    print("\x1b[32mgreen\x1b[0m \x1b]0;title\x07", file=errors.PrintableStream(stream))
-    assert stream.getvalue() == "\x1b[32mgreen\x1b[0m \\x1b]0;title\\x07\n"
+    print("\x1b[32mgreen\x1b[0m \x1b]0;title\x07 \x1b[8mhidden", file=errors.PrintableStream(stream))
+    errors.PrintableStream(stream).writelines(["\x1b[2J"])
+    assert stream.getvalue() == "\x1b[32mgreen\x1b[0m \\x1b]0;title\\x07 \\x1b[8mhidden\n\\x1b[2J"

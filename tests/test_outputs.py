@@ -132,8 +132,18 @@ def linked_list(folder):
     return "which lists what may be replaced in that folder, cannot be read"
 
 
+def nested_list(folder):
+    (folder / outputs.LIST).write_text("[" * 100_000)
+    return "which lists what may be replaced in that folder, cannot be read"
+
+
+def pipe_for_a_list(folder):
+    os.mkfifo(folder / outputs.LIST)
+    return "which lists what may be replaced in that folder, cannot be read"
+
+
 TAKEN = [users_file, users_model, empty_folder, folder_for_a_file, file_in_our_folder, link_to_a_file, dangling_link]
-TAKEN += [link_to_a_folder, link_in_our_folder, changed_file, damaged_list, linked_list]
+TAKEN += [link_to_a_folder, link_in_our_folder, changed_file, damaged_list, linked_list, nested_list, pipe_for_a_list]
 
 
 @pytest.mark.parametrize("make", TAKEN)
@@ -253,3 +263,46 @@ def test_no_text_of_a_table_is_a_formula():
     text = outputs.table(frame).decode()
     assert text == "dataset,score\n'=1+1,-0.5\n'@x,0.25\n'-a,1.0\nb,1e-09\n,2.0\n"
     assert outputs.table(pd.read_csv(io.StringIO(text))).decode() == text
+
+
+def test_large_weights_that_somebody_has_changed_are_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "LARGE_BYTES", 3)
+    outputs.write_folders(tmp_path, {"model": fill(weights="1234")})
+    outputs.write_folders(tmp_path, {"model": fill(weights="1234")})
+    with (tmp_path / "model/weights").open("r+") as file:
+        file.write("5")
+    with pytest.raises(ValueError, match="model/weights has been changed since it was written"):
+        outputs.write_folders(tmp_path, {"model": fill(weights="1234")})
+
+
+def test_a_file_that_comes_while_a_folder_is_built_is_not_lost(tmp_path):
+    outputs.write_folders(tmp_path, {"model": fill(config="1")})
+
+    def build(folder):
+        (folder / "config").write_text("2")
+        (tmp_path / "model/notes").write_text("mine")
+
+    with pytest.raises(ValueError, match="model/notes is there, and was not written by plw_mlflow"):
+        outputs.write_folders(tmp_path, {"model": build})
+    assert (tmp_path / "model/notes").read_text() == "mine"
+    assert (tmp_path / "model/config").read_text() == "1"
+
+
+@pytest.mark.parametrize("replaced", range(4))
+def test_an_interrupt_between_two_renames_leaves_a_model(replaced, tmp_path, monkeypatch):
+    outputs.write_folders(tmp_path, {"model": fill(config="1"), "adapter": fill(config="1")})
+    replace, calls = os.replace, []
+
+    def interrupted(one, other):
+        if Path(other).name in ("model", "adapter") or "earlier" in Path(other).name:
+            calls.append(other)
+            if len(calls) == replaced + 1:
+                raise KeyboardInterrupt
+        replace(one, other)
+
+    monkeypatch.setattr(outputs.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.write_folders(tmp_path, {"model": fill(config="2"), "adapter": fill(config="2")})
+    monkeypatch.undo()
+    with outputs.reserve(tmp_path, ["model", "adapter"], []):
+        assert {(tmp_path / name / "config").read_text() for name in ("model", "adapter")} <= {"1", "2"}

@@ -97,9 +97,20 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _await_lock(lock)
         yield
         _ANSWERED.add(uri)
+
+
+def _await_lock(lock: int) -> None:
+    """Return with the lock, or without it where it has been held for WAIT_SECONDS: a stopped process may have it."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
 
 
 def _sqlite_file(uri: str) -> Path | None:
