@@ -976,6 +976,7 @@ def check_page_of_logged_model(store, run_id):
     assert {metric.dataset_name for metric in metrics} == {None}
 
 
+@pytest.mark.slow
 def test_several_processes_make_one_fresh_store(tmp_path):
     """MLflow's migrations race: without a lock, all but one of them end in an error of the database."""
     script = "from plw_mlflow.tracking import connection; connection.check_reachable(); print('well')"
