@@ -12,7 +12,6 @@ does not guard against somebody who can write to the folder or to the store and 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -177,23 +176,18 @@ def reserve(folder: Path) -> Iterator[None]:
     """
     if folder.is_symlink():  # what is in it is removed at the end
         raise ValueError(f"{folder} is a link, and is to be a folder of its own; remove it, or change --checkpoint-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be used ({first_line(error)}); mend it, or change --checkpoint-dir"
-        ) from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = (
                 f"another process is training or scoring this very cell or model in {folder}; wait for it, or end it"
+            )
+            stack.enter_context(disk.held(folder / "lock", taken))
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be used ({first_line(error)}); mend it, or change --checkpoint-dir"
             ) from None
         yield
-    finally:
-        os.close(lock)
 
 
 def step_of(name: str) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,3 +50,21 @@ def locked(lock: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+@contextmanager
+def held(lock: Path, taken: str) -> Iterator[None]:
+    """Keep every other process out of such a block of the same lock; it dies with its process.
+
+    taken: what to say where another process has it. Raises ValueError with that, and OSError where the lock cannot be
+    made or is a link.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(taken) from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,6 @@ together when all of them are whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,10 +18,11 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from plw_mlflow import disk
 from plw_mlflow.errors import first_line
 
 LARGE_BYTES = 1 << 26  # of a file that is told by its size and time, as reading gigabytes of weights takes its own
@@ -46,18 +46,13 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
     if folder is None:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ValueError(f"output {folder} cannot be written to: {error.strerror}") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another command writes into {folder} at this moment; wait for it, or give another --output"
-            ) from None
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = f"another command writes into {folder} at this moment; wait for it, or give another --output"
+            stack.enter_context(disk.held(folder / LOCK, taken))
+        except OSError as error:
+            raise ValueError(f"output {folder} cannot be written to: {error.strerror}") from None
         _remove_unfinished(folder)
         names = list(names)
         check(folder, names)
@@ -69,8 +64,6 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
                         f"{path} is read by this command, which would replace {what}; give another --output"
                     )
         yield
-    finally:
-        os.close(lock)
 
 
 def check(folder: Path, names: Iterable[str]) -> None:
