@@ -12,10 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import click
+import numpy as np
+import pandas as pd
 import pytest
 
-from plw_mlflow import checks, cli
-from plw_mlflow.config import CONFIGS
+from plw_mlflow import analyze, checks, cli, figures, prepare, report
+from plw_mlflow.config import CONFIGS, DataOptions
+from tests.conftest import byte_tokenizer
 
 ODD = [
     "",
@@ -217,3 +220,49 @@ def test_no_string_as_any_option_ends_in_a_traceback_or_touches_what_it_does_not
             path.rmdir() if path.is_dir() else path.unlink()
     assert told > len(tried) / 4
     assert not (place / "here/pwned").exists()
+
+
+def test_no_name_of_a_file_ends_in_a_traceback_or_touches_another(place, monkeypatch):
+    """Its records are prepared, or it is refused; only the cache, which is named, gets anything."""
+    tokenizer = byte_tokenizer()
+    content = "".join(f'{{"instruction": "Say {number}.", "output": "{number}"}}\n' for number in range(3))
+    read = 0
+    for odd in ODD:
+        path = place / "here/names" / f"{odd}.jsonl"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+        except (OSError, ValueError):  # no name of a file
+            continue
+        monkeypatch.chdir(path.parent)
+        cache = place / "cache"
+        before = {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)}
+        try:
+            found = prepare.run(os.path.relpath(path), tokenizer, DataOptions(cache_dir=cache, validation_share=0.5))
+        except ValueError as error:
+            is_told = cli._raised_here(error)
+        else:
+            is_told, read = True, read + (found.profile["records"] == 3)
+        assert is_told, odd
+        assert {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)} == before, odd
+        path.unlink()
+    assert read > 30
+
+
+@pytest.mark.slow
+def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(place, monkeypatch):
+    """Each is in a score table, and in the report of it."""
+    for draw in ("svg", "png"):
+        monkeypatch.setattr(figures, draw, lambda figure: b"")
+    names = [odd for odd in ODD if odd.strip() and len(odd) < 400 and odd.isprintable()]
+    rows = [("m", names[plw % 2], plw / 10, 1, task, "acc", 0.5 + 0.01 * plw) for plw in range(16) for task in names]
+    table = pd.DataFrame(rows, columns=["model", "dataset", "plw", "seed", "task", "metric", "score"])
+    table["score"] += np.random.default_rng(0).normal(0, 0.01, len(table))
+    table.to_csv(place / "here/scores.csv", index=False)
+    before = tree(place)
+    found = analyze.analyze(analyze.read_scores(place / "here/scores.csv"), draws=0)
+    written = report.write(found, table, place / "here/report")
+    assert {path.parent for path in written} == {place / "here/report"}
+    after = tree(place)
+    assert {path: kept for path, kept in after.items() if not path.is_relative_to(place / "here/report")} == before
+    assert len(after) - len(before) == len(written) + 2  # the folder, and the list of what was written there
