@@ -253,9 +253,11 @@ def test_whenever_it_is_killed_the_same_command_may_be_given_again(replaced, tmp
     assert (listed["unfinished"], listed["files"].keys()) == ([], {"fit.json", "report.html", "model/config"})
 
 
-def test_no_folder_is_nothing_to_do():
+def test_no_folder_is_nothing_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with outputs.reserve(None, ["fit.json"], [Path("fit.json")]):
         pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_text_of_a_table_is_a_formula():
