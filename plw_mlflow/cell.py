@@ -198,11 +198,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
     """Have a model's generation settings name further tokens that end a text, beside those that they name."""
-    settings = model.generation_config
-    known = settings.eos_token_id
-    before = set(known if isinstance(known, list) else [known]) - {None}
+    before = models.text_ends(model)
     if not before.issuperset(ends):
-        settings.eos_token_id = sorted(before.union(ends))
+        model.generation_config.eos_token_id = sorted(before.union(ends))
 
 
 def _some(prepared: Prepared) -> Iterator[Example]:

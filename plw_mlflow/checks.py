@@ -37,9 +37,8 @@ from plw_mlflow.config import (
 )
 from plw_mlflow.errors import did_you_mean
 from plw_mlflow.origin import is_first_process
-from plw_mlflow.presets import MODELS
+from plw_mlflow.presets import MODELS, TOY_FOLDER
 
-TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")

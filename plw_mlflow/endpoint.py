@@ -28,7 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from plw_mlflow import answers, models
 from plw_mlflow.asking import Asking, Batch, Piece, Prompt
-from plw_mlflow.errors import first_line, printable, reason
+from plw_mlflow.errors import printable, reason
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
 BATCH = 16 * CONCURRENT  # requests whose answers are kept together
@@ -201,6 +201,7 @@ class Endpoint(Asking):
         *,
         attempts: int = ATTEMPTS,
         absent: Any = None,
+        unanswered: str = "the endpoint {} gives no answer",
     ) -> Any:
         """What the server answers, as JSON, or `absent` where it has no such path, if that is given.
 
@@ -236,7 +237,7 @@ class Endpoint(Asking):
                 raise ValueError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
             if 400 <= status < 500 and status not in (408, 429):
                 raise ValueError(f"the endpoint {self.root} refuses the request: {trouble}")
-        raise ConnectionError(f"the endpoint {self.root} gives no answer: {trouble}")
+        raise ConnectionError(f"{unanswered.format(self.root)}: {trouble}")
 
     def _request(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
         """Status and content of an answer. Raises OSError for one that takes too long or is too large."""
@@ -262,11 +263,7 @@ class Endpoint(Asking):
 
     def _window(self) -> int:
         """How many tokens the server's model takes, as far as the server lists its models (vLLM does, with this)."""
-        try:
-            said = self._ask("GET", "models", attempts=1, absent={})
-        except ConnectionError as error:
-            trouble = first_line(error).removeprefix(f"the endpoint {self.root} gives no answer: ")
-            raise ConnectionError(f"no server answers at {self.root}: {trouble}") from None
+        said = self._ask("GET", "models", attempts=1, absent={}, unanswered="no server answers at {}")
         rows = said.get("data") if isinstance(said, dict) else None
         listed = {str(one["id"]): one for one in rows or [] if isinstance(one, dict) and "id" in one}
         if listed and self._model not in listed:

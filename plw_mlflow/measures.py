@@ -170,9 +170,7 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens
     Its end is not among them: the end of text, or the special token by which the examples' answers end. An answer may
     take what the prompt leaves of `max_tokens`, as in training.
     """
-    settings = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
-    ends.update(answer_ends(examples, tokenizer, max_tokens))
+    ends = {tokenizer.eos_token_id, *models.text_ends(model), *answer_ends(examples, tokenizer, max_tokens)} - {None}
     found: dict[int, tuple[list[int], bool]] = {}
     # Where a long text changes what is computed for others, each has a batch of its own.
     together = BATCH_EXAMPLES if models.length_limit(model.config) is None else 1

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from plw_mlflow import __version__, loss, regularisers
 from plw_mlflow.errors import first_line
-from plw_mlflow.presets import MODELS
+from plw_mlflow.presets import MODELS, TOY_FOLDER
 
 # How the names of transformers' classes end that are made for something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -53,8 +53,6 @@ LARGEST = {"layer": 10_000, "head": 10_000, "position": 2**27, "seq": 2**27, "":
 # adapters that cannot be merged.
 REFUSED_SETTINGS = ("megatron_config", "layer_replication", "alora_invocation_tokens", "arrow_config")
 BASE_FILE = "plw-base.json"  # beside an adapter: what it was trained on
-
-TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"
 
 
 @dataclass(frozen=True)
@@ -402,6 +400,12 @@ def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[st
     scale = math.prod((getattr(config, name, None) or 1) ** power for name, power in powers.items())
     softcap = getattr(config, "final_logit_softcapping", None)
     return hidden, {"head": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
+
+
+def text_ends(model: Any) -> set[int]:
+    """The tokens that end a text by a model's own generation settings; none where it has no such settings."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    return set(known if isinstance(known, list) else [known]) - {None}
 
 
 def body(causal: Any) -> Any:

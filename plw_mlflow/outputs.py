@@ -245,10 +245,9 @@ def _remove_unfinished(folder: Path) -> None:
             earlier = EARLIER.fullmatch(path.name)
             if earlier and not os.path.lexists(folder / earlier[1]):  # nothing has taken its place
                 os.replace(path, folder / earlier[1])
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+                continue
+        with suppress(OSError):
+            disk.remove(path)
     if listed["unfinished"]:
         with suppress(OSError):  # on a full disk the names stay listed, of what is gone
             _replace_list(folder, listed | {"unfinished": []})

@@ -1,4 +1,4 @@
-"""Presets: named recipes, each a value for the options that a caller leaves unset; and the study's models by name.
+"""Presets: named recipes, each a value for the options that a caller leaves unset; and models by name.
 
 An option's place in a preset does not make it special: whatever is given explicitly wins. Model, data set and PLW are
 what a recipe is applied to, so no preset sets them.
@@ -9,7 +9,10 @@ what a recipe is applied to, so no preset sets them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+TOY_FOLDER = Path(__file__).resolve().parent / "assets" / "toy"  # of the laboratory's base model
 
 # The laboratory's: everything at a scale that two CPU cores train in seconds.
 TOY: dict[str, Any] = {

@@ -167,9 +167,8 @@ class Scorer(Asking, HFLM):
 
     def _ends(self, prompts: Sequence[Prompt]) -> set[int]:
         """The tokens that end the texts of prompts: by the tokenizer, the model's own settings, and the template."""
-        settings = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        own = settings if isinstance(settings, list) else [settings]
-        return {self.eot_token_id, *own, *(end for prompt in prompts for end in prompt.ends)} - {None}
+        taught = {end for prompt in prompts for end in prompt.ends}
+        return ({self.eot_token_id} | models.text_ends(self.model) | taught) - {None}
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy texts of prompts with the same settings; padded on the left, as `generate` has them."""

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import click
 
 from plw_mlflow import inversion, world
+from plw_mlflow.presets import TOY_FOLDER
 from plw_mlflow.records import Record
 from plw_mlflow.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextTemplate, prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BASE = Path(__file__).parent / "assets" / "toy"
+BASE = TOY_FOLDER
 RECORDS = 800  # in each instruction set
 PIECES = 1024  # of the tokenizer
 WINDOW = 256  # tokens of a pre-training row

@@ -72,7 +72,21 @@ class Server:
         self._parent.stdout.close()
 
 
-class Line:
+class Local:
+    """A server of this process, which one class answers for."""
+
+    def __init__(self, handler):
+        handler.log_message = lambda *_: None
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.uri = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class Line(Local):
     """A line to a server that, asked for one of `breaking`, passes the request on and then loses the answer.
 
     breaking: ends of paths, each for one request.
@@ -103,19 +117,10 @@ class Line:
 
             do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
-            def log_message(self, *_):
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.uri = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(Handler)
 
 
-class Refusing:
+class Refusing(Local):
     """A server, or a proxy in its place, that answers every request with one status and no more."""
 
     def __init__(self, status):
@@ -128,16 +133,7 @@ class Refusing:
 
             do_POST = do_HEAD = do_GET
 
-            def log_message(self, *_):
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.uri = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(Handler)
 
 
 def main(port):
