@@ -36,7 +36,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.faults --json output/faults.json
 	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
 
-# After a change of options in plw_mlflow/config.py.
+# After a change of options in plw_mlflow/config.
 mlproject: setup
 	$(BIN)/python -m tests.write_mlproject
 
@@ -59,7 +59,7 @@ image-cpu:
 
 # Needs a Docker engine and the image.
 test-image: setup
-	PLW_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/test_image.py
+	PLW_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/image/test_image.py
 
 setup: .venv/installed
 

@@ -11,12 +11,12 @@ inside the range) count as covering; `open` is their share. `holds` is the share
 whether open or not: what the method promises. `whole` is the share of intervals that cover the range from end to end;
 widths are of what lies within the range, which is 1 wide.
 
-Closed forms do all tables at once where there are any, and are compared with `models.fit` on some of them.
+Closed forms do all tables at once where there are any, and are compared with `fitting.fit` on some of them.
 
     python -m benchmarks.analysis --few-runs --json FILE
 
 does the same for studies of 3 to 10 runs, of one model, by the methods that lead at each number of tasks: from how many
-runs on is a test's level near what it claims? `models.MIN_FREE` rests on it.
+runs on is a test's level near what it claims? `fitting.MIN_FREE` rests on it.
 
     python -m benchmarks.analysis --speed --json FILE
 
@@ -44,11 +44,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from plw_mlflow import analyze
+from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis.statistics import beta, design, fitting, mixed, over_tasks, parametric, questions
+from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.config import PUBLISHED_PLWS
-from plw_mlflow.statistics import beta, design, mixed, models, over_tasks, parametric, questions
-from plw_mlflow.statistics.design import Grid
-from plw_mlflow.statistics.optimum import LEVEL
 
 Array = NDArray[np.float64]
 Found = dict[tuple[str, ...], Array]  # of each table: (test,) its p; (interval, effect, quantity) what became of it
@@ -464,11 +464,11 @@ def summary(setting: Setting, method: str, rows: Found) -> Iterator[Row]:
 
 
 def differences(setting: Setting, method: str, number: int) -> float:
-    """The largest difference between our numbers and `models.fit`'s of one table: estimates, p, ends of intervals."""
+    """The largest difference between our numbers and `fitting.fit`'s of one table: estimates, p, ends of intervals."""
     grid = empty(setting)
     curve = (grid.curve[:, 1:] @ CURVE)[:, None]
     scores = tables(setting, number, number + 1) + curve
-    fitted = models.fit(method, replace(grid, scores=scores[0] if method != "beta" else 0.25 + scores[0] / 2))
+    fitted = fitting.fit(method, replace(grid, scores=scores[0] if method != "beta" else 0.25 + scores[0] / 2))
     ours = ESTIMATES[method](setting, scores)
     p = {
         test.test.partition(",")[0].removeprefix("Hotelling's ").removesuffix(" over tasks"): test.p
@@ -550,11 +550,11 @@ def speed() -> Iterator[Timing]:
         return Timing(case, what, time.perf_counter() - started, limit)
 
     draws = 2000
-    models.fit("lmm", _filled(Setting(8)))  # imports, and what else the first call brings
+    fitting.fit("lmm", _filled(Setting(8)))  # imports, and what else the first call brings
     for setting, limit in ((Setting(13, "free", 0.005, seeds=3), 2.0), (Setting(50, "free", 0.005, seeds=50), 30.0)):
         grid = _filled(setting)
         case = "{} runs x {} tasks".format(*grid.scores.shape)
-        one_by_one = [timed(case, model, limit, partial(models.fit, model, grid)) for model in models.MODELS]
+        one_by_one = [timed(case, model, limit, partial(fitting.fit, model, grid)) for model in fitting.MODELS]
         yield from one_by_one
         yield Timing(case, "all six models", sum(one.seconds for one in one_by_one), limit)
         if limit > 2:
@@ -614,7 +614,7 @@ def main(file: Path, is_speed: bool, is_few: bool, named: str, counts: str, tabl
         for number in range(2)
     ]
     if apart:
-        print(f"closed forms and models.fit differ by {max(apart):.1e} at most on {len(apart)} tables")
+        print(f"closed forms and fitting.fit differ by {max(apart):.1e} at most on {len(apart)} tables")
     print(HEADER, flush=True)
     write(simulate(tried, tables, processes))
 

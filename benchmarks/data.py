@@ -34,17 +34,17 @@ def generate(path: Path, records: int) -> None:
 
 def measure(who: str, dataset: Path, tokenizer: str, cache: Path) -> dict[str, float]:
     """Seconds of work, and the peak memory of the process in MiB."""
-    from plw_mlflow import models
+    from plw_mlflow.models import pretrained
 
-    loaded = models.load_tokenizer("toy", tokenizer or None)
+    loaded = pretrained.load_tokenizer("toy", tokenizer or None)
     seconds = (ours if who == "ours" else peer)(dataset, loaded, cache)
     return {"seconds": seconds, "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def ours(dataset: Path, tokenizer: object, cache: Path) -> float:
     """Seconds that `prepare` takes."""
-    from plw_mlflow import prepare
     from plw_mlflow.config import DataOptions
+    from plw_mlflow.data import prepare
 
     started = time.perf_counter()
     prepare.run(str(dataset), tokenizer, DataOptions(empty_completion="keep", cache_dir=cache))
@@ -55,7 +55,7 @@ def peer(dataset: Path, tokenizer: object, cache: Path) -> float:
     """Seconds that `datasets` takes."""
     import datasets
 
-    from plw_mlflow.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+    from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 
     def tokenise(batch: dict[str, list[str]], tokenizer: object) -> dict[str, list[list[int]]]:
         inputs = batch.get("input") or [""] * len(batch["instruction"])

@@ -26,11 +26,13 @@ from torch import Tensor, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from plw_mlflow import batches, models, prepare, train
-from plw_mlflow.batches import Weights
 from plw_mlflow.config import TrainConfig
-from plw_mlflow.prepare import Prepared
-from plw_mlflow.tokens import Example
+from plw_mlflow.data import batches, prepare
+from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.tokens import Example
+from plw_mlflow.models import pretrained
+from plw_mlflow.training import train
 
 EXAMPLES = 16
 PLWS = (0.0, 0.0005, 0.242, 1.0)
@@ -65,7 +67,7 @@ def cases() -> list[Case]:
 def inputs(model: str, dataset: str, data_options: dict[str, Any]) -> Prepared:
     """Examples of which the step's 16 are the first, so that they can be known beforehand."""
     options: dict[str, Any] = {"model": model, "dataset": dataset, "max_records": 60} | data_options
-    prepared = prepare.run(dataset, models.load_tokenizer(model), TrainConfig(**options))
+    prepared = prepare.run(dataset, pretrained.load_tokenizer(model), TrainConfig(**options))
     training = [prepared.training[index] for index in range(EXAMPLES)]
     return Prepared((), training, training[:1], {}, "", 0)  # type: ignore[arg-type]
 
@@ -167,7 +169,7 @@ def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepar
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TQDM_DISABLE"] = "1"
-    found = measure(rank, spread, partial(models.load, model), prepared)
+    found = measure(rank, spread, partial(pretrained.load, model), prepared)
     if rank == 0:
         torch.save(found, file)
 

@@ -40,8 +40,10 @@ from urllib.request import urlopen
 
 import click
 
-from plw_mlflow import checkpoints, models, prepare, train
 from plw_mlflow.config import TrainConfig
+from plw_mlflow.data import prepare
+from plw_mlflow.models import pretrained
+from plw_mlflow.training import checkpoints, train
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("full", "lora")
@@ -88,7 +90,7 @@ class Trainer:
             precision="float32",
             cache_dir=folder / "cache",
         )
-        tokenizer = models.load_tokenizer(self.config.model)
+        tokenizer = pretrained.load_tokenizer(self.config.model)
         self._prepared = prepare.run(self.config.dataset, tokenizer, self.config)
         self._made = 0
 
@@ -154,7 +156,7 @@ class Trainer:
             log(step)
 
         with checkpoints.reserve(folder):
-            model = models.load(config.model)
+            model = pretrained.load(config.model)
             done = train.run(config, self._prepared, model, folder, tell, begin, end)
         digest = hashlib.sha256()
         for name, parameter in sorted(done.model.named_parameters()):

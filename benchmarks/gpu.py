@@ -41,10 +41,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import exactness
 from benchmarks.loss_head import MIB, PROMPT_SHARE, Row
-from plw_mlflow import adapters, loss, models, prepare, train
 from plw_mlflow.config import TrainConfig
-from plw_mlflow.prepare import Prepared
-from plw_mlflow.templates import Segment
+from plw_mlflow.data import prepare
+from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.templates import Segment
+from plw_mlflow.models import adapters, pretrained
+from plw_mlflow.training import loss, train
 
 ROWS, WIDTH, VOCABULARIES = 8192, 4096, (32000, 128256)
 WIDTHS = {"1.1B": (2048, 5632, 22, 32, 4), "7B": (4096, 11008, 32, 32, 32)}  # hidden, inner, layers, heads, key heads
@@ -143,14 +145,14 @@ def heads(tell: Callable[..., None]) -> None:
 def exact(tell: Callable[..., None], precision: str) -> None:
     """The relative error of a step's gradient."""
     prepared = exactness.inputs("toy", "toy-short", {"on_bad_record": "skip"})
-    true_model, plain = models.load("toy").double(), models.load("toy")
+    true_model, plain = pretrained.load("toy").double(), pretrained.load("toy")
     for case in exactness.cases():
         if case.spread != exactness.SPREADS[0] or case.accumulation != 2 or case.divisor != "weights":
             continue
         errors, floors = [], []
         for plw in exactness.PLWS:
             true = exactness.oracle(case, plw, true_model, prepared.training)
-            own = exactness.ours(case, plw, lambda: models.load("toy"), prepared, precision).cpu()
+            own = exactness.ours(case, plw, lambda: pretrained.load("toy"), prepared, precision).cpu()
             single = exactness.oracle(case, plw, plain, prepared.training)
             errors.append(float((own - true).norm() / true.norm()))
             floors.append(float((single - true).norm() / true.norm()))
@@ -167,7 +169,7 @@ def resume(tell: Callable[..., None]) -> None:
             if step == stop:
                 raise Enough
 
-        return train.run(config, prepared, models.load("toy"), Path(folder), log).model
+        return train.run(config, prepared, pretrained.load("toy"), Path(folder), log).model
 
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, tempfile.TemporaryDirectory() as c:
         undisturbed, again = training(a), training(b)
@@ -306,9 +308,9 @@ def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
     prepared = alpaca(folder, tokenizer, base)
     with tempfile.TemporaryDirectory() as saved:
         random_llama("1.1B").bfloat16().save_pretrained(saved)
-        plain = speed(base, prepared, models.load(saved).cuda())
+        plain = speed(base, prepared, pretrained.load(saved).cuda())
         torch.cuda.empty_cache()
-        quantised = speed(replace(base, method="qlora"), prepared, models.load(saved, four_bit=torch.bfloat16))
+        quantised = speed(replace(base, method="qlora"), prepared, pretrained.load(saved, four_bit=torch.bfloat16))
         tell("1.1B qlora, packed", "s per 1M tokens", 1e6 / quantised[0], "lora", 1e6 / plain[0])
         tell("1.1B qlora, packed", "MiB", quantised[1], "lora", plain[1])
         short = replace(base, method="qlora", epochs=0.2, warmup_ratio=0.0)
@@ -317,7 +319,7 @@ def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
         trained = train.run(
             short,
             prepared,
-            models.load(saved, four_bit=torch.bfloat16),
+            pretrained.load(saved, four_bit=torch.bfloat16),
             checkpoints,
             lambda metrics, step: curve.update({step: metrics.get("eval/completion_loss", curve.get(step - 1, 0.0))}),
         ).model
@@ -333,7 +335,7 @@ def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
 
 def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
     """As the figure of docs/training.md is made."""
-    tokenizer = models.load_tokenizer(str(small))
+    tokenizer = pretrained.load_tokenizer(str(small))
     config = TrainConfig(
         plw=0.242,
         learning_rate=0.002,
@@ -350,7 +352,9 @@ def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
     last: dict[str, float] = {}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as saved:
-        train.run(config, prepared, models.load(str(small)), Path(saved), lambda metrics, step: last.update(metrics))
+        train.run(
+            config, prepared, pretrained.load(str(small)), Path(saved), lambda metrics, step: last.update(metrics)
+        )
     print(f"{time.monotonic() - started:.0f} s")
     for side, there in (("prompt", 0.593), ("completion", 2.015)):
         tell("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", there)
@@ -381,8 +385,8 @@ def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> lis
         "exact32": lambda: exact(tell, "float32"),
         "exact16": lambda: exact(tell, "bfloat16"),
         "resume": lambda: resume(tell),
-        "steps": lambda: steps(tell, folder, models.load_tokenizer(str(tokenizer_folder))),
-        "qlora": lambda: qlora(tell, folder, models.load_tokenizer(str(tokenizer_folder))),
+        "steps": lambda: steps(tell, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
+        "qlora": lambda: qlora(tell, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
         "curve": lambda: curve(tell, folder, small),
     }
     started = time.monotonic()

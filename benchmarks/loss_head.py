@@ -26,7 +26,7 @@ import click
 import torch
 from torch import nn
 
-from plw_mlflow import loss
+from plw_mlflow.training import loss
 
 PROMPT_SHARE = 0.7  # of the tokens
 MIB = 2**20

@@ -30,8 +30,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.loss_head import Row
-from plw_mlflow import models
-from plw_mlflow.scoring import Scorer
+from plw_mlflow.evaluation.scorer import Scorer
+from plw_mlflow.models import pretrained
 
 EXAMPLES = 5
 TRIED = (8, 16, 32)  # requests at a time, beside 64
@@ -100,9 +100,9 @@ def _case(name: str, kind: str, arguments: list[Any]) -> Case:
 def load(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer; on a GPU in bfloat16."""
     if name not in RANDOM:
-        return _placed(models.load(name)), models.load_tokenizer(name)
+        return _placed(pretrained.load(name)), pretrained.load_tokenizer(name)
     torch.manual_seed(0)
-    tokenizer, (width, layers) = models.load_tokenizer("toy"), RANDOM[name]
+    tokenizer, (width, layers) = pretrained.load_tokenizer("toy"), RANDOM[name]
     config = LlamaConfig(
         vocab_size=32 * width,
         hidden_size=width,

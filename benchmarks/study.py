@@ -18,11 +18,12 @@ import click
 import numpy as np
 import pandas as pd
 
-from plw_mlflow import advise, analyze, evidence
-from plw_mlflow.statistics import design, models, over_tasks, questions
-from plw_mlflow.statistics.models import Fit
-from plw_mlflow.statistics.questions import Difference
-from plw_mlflow.statistics.table import rescale
+from plw_mlflow.advice import advise, evidence
+from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis.statistics import design, fitting, over_tasks, questions
+from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.questions import Difference
+from plw_mlflow.analysis.statistics.table import rescale
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
 DATASETS = (PLAIN, CLEANED, SHORT)
@@ -59,7 +60,7 @@ def fitted(dataset: str, model: str, scale: str = "none", transform: str = "powe
         table = table.assign(score=table["score"].where(table["metric"] != "bleu", 100 * table["score"]))
     else:
         table = rescale(table, scale)
-    return models.fit(model, grid(table[table["dataset"] == dataset], dataset, transform=transform))
+    return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset, transform=transform))
 
 
 @cache
@@ -73,7 +74,7 @@ def wit(most: float) -> pd.DataFrame:
 def wit_fitted(dataset: str, model: str, most: float) -> Fit:
     """One model of one of WIT's data sets, each language model playing a task."""
     table = wit(most)
-    return models.fit(model, grid(table[table["dataset"] == dataset], dataset))
+    return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset))
 
 
 def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
@@ -156,7 +157,7 @@ def table3() -> str:
 def by_model() -> str:
     """Joint p of every model for every data set."""
     rows = []
-    for model in models.MODELS:
+    for model in fitting.MODELS:
         fits = [fitted(dataset, model) for dataset in DATASETS]
         rows.append([f"`{model}`", fits[-1].joint_tests[0].test, *(p_value(fit.joint_p) for fit in fits)])
         rows[-1] += [error(fits[-1], term) for term in design.CURVE]
@@ -168,7 +169,7 @@ def by_model() -> str:
 def by_method() -> str:
     """The best PLW of AlpacaDataShort by every model and method."""
     rows = []
-    for model in models.MODELS:
+    for model in fitting.MODELS:
         fit = fitted(SHORT, model)
         shown = [f"{fit.optimum_plw:.3f}", span(*(fit.delta_interval or ())), fieller(fit)]
         shown.append(f"{fit.interior_probability:.3f}")
@@ -333,7 +334,7 @@ def headlines() -> dict[str, str]:
     gain, _, _, p_gain = map(float, curves.t_test(rise))
     datasets, between_models = advise.by_dataset(evidence_points())
     of_wit = [one for one in datasets if one.study == evidence.WIT]
-    rank = models.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
+    rank = fitting.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
     printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
     return {
         "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",
@@ -369,7 +370,7 @@ def draw_tasks() -> bytes:
             b = [task.coefficients[term] for term in design.CURVE]
             axes.plot(w, rows @ b, color=colour, linewidth=1.4, label=task.task)
         mean, error, freedom, _ = curves.t_test(rows @ whole.contrasts)
-        reach = models.stats.t.ppf(0.975, freedom) * error
+        reach = fitting.stats.t.ppf(0.975, freedom) * error
         axes.fill_between(w, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
         axes.plot(w, mean, color="black", linewidth=2.4)
         axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)

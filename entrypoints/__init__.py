@@ -8,7 +8,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (whatever python3 is on PATH may b
 from plw_mlflow.errors import not_installed
 
 try:
-    import plw_mlflow.cli  # noqa: F401
+    import plw_mlflow.command_line.cli  # noqa: F401
 except ModuleNotFoundError as error:
     print(f"error: {not_installed(error)}", file=sys.stderr)
     sys.exit(2)

@@ -7,21 +7,26 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.cli import command
+from plw_mlflow.command_line.cli import command
 from plw_mlflow.config import AdviseConfig, names
 
 
 @command(AdviseConfig)
 def main(config: AdviseConfig) -> None:
-    from plw_mlflow import advise, analyze, evidence, tracking
+    from plw_mlflow import tracking
+    from plw_mlflow.advice import advise, evidence
+    from plw_mlflow.analysis import analyze
 
     types = advise.check_types(names(config.task_types or ""))
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
         ratio, asked = config.ratio, config.asked()
         if ratio is None:
-            from plw_mlflow import models, prepare
+            from plw_mlflow.data import prepare
+            from plw_mlflow.models import pretrained
 
-            prepared = prepare.run(str(config.dataset), models.load_tokenizer(config.model, config.tokenizer), config)
+            prepared = prepare.run(
+                str(config.dataset), pretrained.load_tokenizer(config.model, config.tokenizer), config
+            )
             run.log_data(prepared.sources, prepared.profile)
             ratio = advise.measured_ratio(prepared.profile)
             contents = "+".join(source.sha256[:8] for source in prepared.sources)

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.cli import command
+from plw_mlflow.command_line.cli import command
 from plw_mlflow.config import AnalyzeConfig, names
 
 if TYPE_CHECKING:
-    from plw_mlflow.planning import Planning
+    from plw_mlflow.analysis.planning import Planning
     from plw_mlflow.tracking import Run
 
 
 @command(AnalyzeConfig)
 def main(config: AnalyzeConfig) -> None:
-    from plw_mlflow import planning, tracking
+    from plw_mlflow import tracking
+    from plw_mlflow.analysis import planning
 
     assumed = None if config.assume is None else planning.assume(config.assume, config.width)
     with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
@@ -34,7 +35,8 @@ def main(config: AnalyzeConfig) -> None:
 
 
 def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
-    from plw_mlflow import analyze, planning, report, tracking
+    from plw_mlflow import tracking
+    from plw_mlflow.analysis import analyze, planning, report
 
     by = tuple(names(config.by or ""))
     if config.scores is not None:

@@ -7,14 +7,17 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.cli import command
+from plw_mlflow.command_line.cli import command
 from plw_mlflow.config import EvaluateConfig
 
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    from plw_mlflow import cell, checkpoints, evaluate, models, tasksets, tracking
+    from plw_mlflow import cell, tracking
     from plw_mlflow.config import digest
+    from plw_mlflow.evaluation import evaluate, task_sets
+    from plw_mlflow.models import pretrained
+    from plw_mlflow.training import checkpoints
 
     unfinished = config.checkpoint_dir / digest({"run": config.run_id, "of": config.model, "at": config.endpoint})
     name = f"evaluate {config.model}"
@@ -22,7 +25,7 @@ def main(config: EvaluateConfig) -> None:
         tasks = evaluate.load_tasks(config)  # an unknown one is to be found before a large model is read
         row = {"model": config.model, "dataset": "", "plw": "", "seed": ""}
         if config.endpoint is not None:
-            from plw_mlflow.endpoint import Endpoint
+            from plw_mlflow.evaluation.endpoint import Endpoint
 
             names = config.tokenizer, unfinished, config.endpoint_key_env
             endpoint = Endpoint(config.endpoint, str(config.model), *names)
@@ -35,12 +38,12 @@ def main(config: EvaluateConfig) -> None:
             elif config.model.startswith("models:/"):
                 model, tokenizer = tracking.load_registered(config.model)
             else:
-                model, tokenizer = models.load_for_scoring(config.model, config.base)
+                model, tokenizer = pretrained.load_for_scoring(config.model, config.base)
             wrapping = cell.wrapping(config, run, tokenizer)
             evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, unfinished, wrapping)
         rows = evaluate.table(evaluation, row)
         scored = [score.key for score in evaluation.primary]
-        run.log_scores(evaluation, rows, tasksets.whole(scored) if config.run_id else scored)
+        run.log_scores(evaluation, rows, task_sets.whole(scored) if config.run_id else scored)
         shutil.rmtree(unfinished, ignore_errors=True)
         evaluate.write(rows, config.output)
         print(evaluate.table_text(evaluation))

@@ -6,17 +6,19 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.cli import command
+from plw_mlflow.command_line.cli import command
 from plw_mlflow.config import PrepareConfig, data_name, short_name
 
 
 @command(PrepareConfig)
 def main(config: PrepareConfig) -> None:
-    from plw_mlflow import models, prepare, show, tracking
-    from plw_mlflow.batches import Weights
+    from plw_mlflow import tracking
+    from plw_mlflow.data import prepare, show
+    from plw_mlflow.data.batches import Weights
+    from plw_mlflow.models import pretrained
 
     with tracking.open_run(config, f"prepare {data_name(config.dataset, config, short_name)}") as run:
-        tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+        tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
         prepared = prepare.run(
             config.dataset,
             tokenizer,

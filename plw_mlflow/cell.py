@@ -13,21 +13,6 @@ from typing import Any
 
 import torch
 
-from plw_mlflow import (
-    adapters,
-    checkpoints,
-    evaluate,
-    export,
-    measures,
-    models,
-    outputs,
-    padding,
-    prepare,
-    prompting,
-    sources,
-    templates,
-    train,
-)
 from plw_mlflow.config import (
     DataOptions,
     EvaluateConfig,
@@ -39,11 +24,16 @@ from plw_mlflow.config import (
     names,
     short_name,
 )
-from plw_mlflow.origin import is_first_process
-from plw_mlflow.prepare import Prepared
-from plw_mlflow.prompting import Wrapping
-from plw_mlflow.tokens import Example, answer_ends
+from plw_mlflow.data import prepare, sources, templates
+from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.tokens import Example, answer_ends
+from plw_mlflow.environment import outputs
+from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.evaluation import evaluate, measures, prompting
+from plw_mlflow.evaluation.prompting import Wrapping
+from plw_mlflow.models import adapters, export, pad_token, pretrained
 from plw_mlflow.tracking import Run
+from plw_mlflow.training import checkpoints, train
 
 
 def name(config: TrainConfig) -> str:
@@ -125,9 +115,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     their part of the training.
     """
     adapters.check(config.method)
-    settings = models.load_config(config.model)
+    settings = pretrained.load_config(config.model)
     _check_recipe(settings, config)
-    tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+    tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
     prepared = prepare.run(
         config.dataset,
         tokenizer,
@@ -139,21 +129,23 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if models.length_limit(settings) is not None:  # few models have one, and all examples are read for it
+    if pretrained.length_limit(settings) is not None:  # few models have one, and all examples are read for it
         longest = max(len(example.tokens) for part in (prepared.training, prepared.validation) for example in part)
-        models.check_length(settings, longest)
+        pretrained.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output if is_first_process() else None)
     print(prepare.text(prepared.profile))
     is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
     arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
-    model = models.load(config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None)
+    model = pretrained.load(
+        config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None
+    )
     _check_vocabulary(model, prepared, config)
-    has_new_token = config.add_pad_token and padding.add(model, tokenizer)
+    has_new_token = config.add_pad_token and pad_token.add(model, tokenizer)
     contents = {
         "data": ",".join(source.sha256 for source in prepared.sources),
         "examples": prepared.digest,
-        "base": models.digest(config.model),
+        "base": pretrained.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "precision": "bfloat16" if is_bfloat16 else "float32",
     }
@@ -186,7 +178,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         with tempfile.TemporaryDirectory() as adapter:
             merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
             if any(Path(adapter).iterdir()):
-                models.note_base(Path(adapter), config.model, contents["base"])
+                pretrained.note_base(Path(adapter), config.model, contents["base"])
             end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
             run.log_folder(Path(adapter), outputs.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)
@@ -198,7 +190,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
     """Have a model's generation settings name further tokens that end a text, beside those that they name."""
-    before = models.text_ends(model)
+    before = pretrained.text_ends(model)
     if not before.issuperset(ends):
         model.generation_config.eos_token_id = sorted(before.union(ends))
 

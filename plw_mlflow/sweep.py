@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from plw_mlflow import adapters, analyze, cell, outputs, report, tracking
+from plw_mlflow import cell, tracking
+from plw_mlflow.analysis import analyze, report
 from plw_mlflow.config import MainConfig, SweepConfig, spell
+from plw_mlflow.environment import outputs
+from plw_mlflow.models import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit status of a cell that was interrupted alone

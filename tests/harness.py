@@ -10,7 +10,7 @@ from pathlib import Path
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from plw_mlflow import benchmark_data, evaluate
+from plw_mlflow.evaluation import evaluate, local_documents
 from tests.stores import ROOT
 
 
@@ -20,10 +20,10 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     tasks: names. Those that have documents in `data` are task files that include the harness's, or ours, and read the
     documents as JSON lines, in the place of the hub's data sets. folder: for those files, and for the results.
     """
-    shutil.copytree(ROOT / "plw_mlflow/tasks", folder / "tasks")
-    for task in set(tasks) & benchmark_data.LOCAL.keys():
+    shutil.copytree(ROOT / "plw_mlflow/evaluation/tasks", folder / "tasks")
+    for task in set(tasks) & local_documents.LOCAL.keys():
         file = _task_file(task)
-        documents = benchmark_data.find(task, data)
+        documents = local_documents.find(task, data)
         is_test = load_yaml(file)["test_split"] is not None if "test_split" in load_yaml(file) else False
         splits = {"test" if is_test else "validation": documents.scored}
         if documents.examples:
@@ -60,7 +60,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
 
 
 def _task_file(task):
-    for folder in (ROOT / "plw_mlflow/tasks", Path(lm_eval.tasks.__file__).parent):
+    for folder in (ROOT / "plw_mlflow/evaluation/tasks", Path(lm_eval.tasks.__file__).parent):
         for file in folder.glob("*/*.yaml"):
             if f"\ntask: {task}\n" in f"\n{file.read_text()}":  # of the file itself, not of a group's list
                 return file

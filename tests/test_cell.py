@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from plw_mlflow import cell, models
+from plw_mlflow import cell
 from plw_mlflow.config import TrainConfig
+from plw_mlflow.models import pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 40}
@@ -18,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with a model's config and tokenizer, but without its weights."""
     tiny_llama(rope_parameters=LONG, max_position_embeddings=160).config.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the weights were asked for"))
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: pytest.fail("the weights were asked for"))
     return tmp_path
 
 

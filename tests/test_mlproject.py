@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from plw_mlflow import __version__
-from plw_mlflow.cli import _Command, options
+from plw_mlflow.command_line.cli import _Command, options
 from plw_mlflow.config import CONFIGS, TrainConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]

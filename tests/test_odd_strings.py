@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from plw_mlflow import analyze, checks, cli, figures, prepare, report
+from plw_mlflow.analysis import analyze, figures, report
+from plw_mlflow.command_line import checks, cli
 from plw_mlflow.config import CONFIGS, DataOptions
+from plw_mlflow.data import prepare
 from tests.conftest import byte_tokenizer
 
 ODD = [

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from plw_mlflow import adapters, cell, checkpoints, models, tracking
+from plw_mlflow import cell, tracking
 from plw_mlflow.config import MainConfig, TrainConfig
-from plw_mlflow.outputs import LIST, LOCK
+from plw_mlflow.environment.outputs import LIST, LOCK
+from plw_mlflow.models import adapters, pretrained
+from plw_mlflow.training import checkpoints
 from tests.stores import ROOT, Place
 
 SMALL = ("--max-records", "120", "--epochs", "1", "--limit", "4")
@@ -117,7 +119,7 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     torch.testing.assert_close(loaded, as_merged, atol=0, rtol=0)
     # To 1e-5 of the largest logit, which is near 15: each of the two is itself 9e-6 off a float64 computation.
     torch.testing.assert_close(loaded, as_trained, atol=1e-5 * as_trained.abs().max().item(), rtol=0)
-    base = models.load("toy")(tokens).logits
+    base = pretrained.load("toy")(tokens).logits
     assert (loaded - base).abs().max() > 0.01  # it is not the base that came back
 
 

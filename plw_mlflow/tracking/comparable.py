@@ -29,7 +29,7 @@ from plw_mlflow.config import (
     spell,
     without_effect,
 )
-from plw_mlflow.prompting import HARNESS
+from plw_mlflow.evaluation.prompting import HARNESS
 from plw_mlflow.tracking.run import Run, cell_columns, parameters
 
 CELL_FIELDS = {field.name for field in fields(CellOptions)}

@@ -16,10 +16,9 @@ import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from plw_mlflow import outbox
 from plw_mlflow.errors import Refused, first_line
-from plw_mlflow.outbox import Outbox, Point
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import connection, outbox
+from plw_mlflow.tracking.outbox import Outbox, Point
 
 TELL_SECONDS = 2.0  # of waiting before it is said
 

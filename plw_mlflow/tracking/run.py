@@ -31,12 +31,17 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.types import ColSpec, Schema
 
-from plw_mlflow import __version__, figures, models, outputs, seeding, tasksets, templates
+from plw_mlflow import __version__, seeding
+from plw_mlflow.analysis import figures
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
+from plw_mlflow.config.presets import MODELS
+from plw_mlflow.data import templates
+from plw_mlflow.data.sources import NAMED, TOY, Source
+from plw_mlflow.environment import outputs
 from plw_mlflow.errors import first_line, without_passwords
-from plw_mlflow.evaluate import Evaluation
-from plw_mlflow.presets import MODELS
-from plw_mlflow.sources import NAMED, TOY, Source
+from plw_mlflow.evaluation import task_sets
+from plw_mlflow.evaluation.evaluate import Evaluation
+from plw_mlflow.models import pretrained
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.curves import Curves
@@ -296,7 +301,7 @@ class Run:
         if not earlier.empty:
             table = pd.concat([earlier[~earlier["task"].isin(table["task"])], table], ignore_index=True)
         keys = [
-            tasksets.key(row["task"], row["metric"], int(row["asked_fewshot"]))
+            task_sets.key(row["task"], row["metric"], int(row["asked_fewshot"]))
             for row in table.fillna({"asked_fewshot": 0}).to_dict("records")
         ]
         counted = table[[key in wanted for key in keys]]
@@ -392,7 +397,11 @@ class Run:
         given_back = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
         with tempfile.TemporaryDirectory() as folder:
             code = Path(folder) / package.name
-            for module in ("__init__.py", "statistics/__init__.py", "statistics/design.py", "statistics/table.py"):
+            for module in (
+                "__init__.py",
+                "analysis/__init__.py",
+                *(f"analysis/statistics/{name}.py" for name in ("__init__", "design", "table")),
+            ):
                 (code / module).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(package / module, code / module)
             versions = seeding.fingerprint()
@@ -550,7 +559,7 @@ def _load_logged(uri: str) -> tuple[Any, Any]:
         if lacking := [part for part in parts if not part.is_dir()]:
             raise ValueError(f"model {uri} lacks the folder {lacking[0].relative_to(folder)}")
         try:
-            return models.load(str(parts[0])), models.load_tokenizer(str(parts[1]))
+            return pretrained.load(str(parts[0])), pretrained.load_tokenizer(str(parts[1]))
         except ValueError as error:  # the folder may be a temporary one, of which nobody knows
             raise ValueError(str(error).replace(str(folder), uri)) from None
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import mlflow
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow import checkpoints
 from plw_mlflow.errors import first_line
+from plw_mlflow.training import checkpoints
 
 BEAT_SECONDS = 15.0  # between two signs of life of a run
 SILENT_SECONDS = 60.0  # a run without one for so long is taken for dead

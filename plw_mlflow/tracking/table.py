@@ -8,8 +8,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 
+from plw_mlflow.analysis.statistics.table import COLUMNS
 from plw_mlflow.errors import first_line
-from plw_mlflow.statistics.table import COLUMNS
 from plw_mlflow.tracking import comparable
 from plw_mlflow.tracking.comparable import Cell
 from plw_mlflow.tracking.connection import address, check_reachable, get_run, patiently

@@ -1,0 +1,71 @@
+"""What to run: design help for each data set of a table, as text and as files.
+
+The statistics are in `statistics/power.py`; here they are asked, and what they refuse is kept with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from plw_mlflow.analysis.statistics import power
+from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.power import Plan, Proposal
+from plw_mlflow.environment import outputs
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What was asked about runs to come."""
+
+    plans: list[Plan]  # a data set each, as are the proposals
+    proposals: list[Proposal]
+    refusals: list[str]  # a line each
+
+    def text(self) -> str:
+        """As the terminal shows it."""
+        answers = [one.text() for one in self.plans] + [one.text() for one in self.proposals]
+        return "\n\n".join([*answers, *self.refusals])
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write power.csv (a row per design) and next.json (an entry per data set), each if there is any of it."""
+        contents = {}
+        if self.plans:
+            frame = pd.concat([one.frame() for one in self.plans])
+            contents["power.csv"] = outputs.table(frame)
+        if self.proposals:
+            contents["next.json"] = (json.dumps([asdict(one) for one in self.proposals], indent=1) + "\n").encode()
+        return outputs.write(folder, contents)
+
+
+def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Planning:
+    """Design help from scores.
+
+    width: of the optimum's 95 % interval, in PLW, for which designs are sought; next_plws: how many are proposed. None
+    does not ask.
+    """
+    plans, proposals, refusals = [], [], []
+    for grid in grids:
+        try:
+            if width is not None:
+                as_run = power.design_of(grid)
+                names = grid.runs["model"].nunique()
+                plans.append(
+                    power.plan(power.estimated(grid), width, dataset=grid.dataset, models=names, as_run=as_run)
+                )
+        except ValueError as error:
+            refusals.append(f"not done: {grid.dataset}, power: {error}")
+        try:
+            if next_plws is not None:
+                proposals.append(power.next_plws(grid, next_plws))
+        except ValueError as error:
+            refusals.append(f"not done: {grid.dataset}, next PLWs: {error}")
+    return Planning(plans, proposals, refusals)
+
+
+def assume(stated: str, width: float) -> Planning:
+    """Design help from stated numbers. Raises ValueError where these are at fault or have no optimum."""
+    return Planning([power.plan(power.stated(stated), width)], [], [])

@@ -1,0 +1,240 @@
+"""What the models see of a score table: the transformed PLW, and scores as a matrix of runs by tasks.
+
+The study's transform is w_p = PLW^0.30103, on which its scores are a parabola; others show how much hangs on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from plw_mlflow.analysis.statistics.table import RUN
+
+Array = NDArray[np.float64]
+
+# log10(2) in the rounding of arXiv:2401.13586v1, section 4, chosen there so that PLW 0.1 becomes w_p 0.5.
+EXPONENT = 0.30103
+TRANSFORMS = ("power", "logit", "rank", "none")
+CURVE = ("w_p", "w_p^2")
+TERMS = ("intercept", *CURVE)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A rising function from PLW to w_p, and back.
+
+    power: w_p = PLW^0.30103. none: w_p = PLW. rank: the PLWs tried, equally spaced over 0..1 (and straight lines
+    between), as in the draft of the study. logit: log(PLW / (1 - PLW)) after PLW is drawn in from 0 and 1 by half the
+    smallest positive PLW tried, scaled to 0..1 over the PLWs tried; for PLWs within 0..1.
+    """
+
+    name: str
+    plws: tuple[float, ...]  # tried, ascending
+
+    def __call__(self, plw: ArrayLike) -> Array:
+        """w_p of PLWs, of the same shape."""
+        plw = np.asarray(plw, float)
+        if self.name == "power":
+            return plw**EXPONENT
+        if self.name == "rank":
+            return np.interp(plw, self.plws, np.linspace(0, 1, len(self.plws)))
+        if self.name == "logit":
+            low, high = self._logit(np.array([self.plws[0], self.plws[-1]]))
+            return (self._logit(plw) - low) / (high - low)
+        return plw.copy()
+
+    def back(self, w: ArrayLike) -> Array:
+        """PLWs of w_p, of the same shape; w_p outside what PLWs can become goes to the nearest end."""
+        w = np.asarray(w, float)
+        if self.name == "power":
+            return np.maximum(w, 0) ** (1 / EXPONENT)
+        if self.name == "rank":
+            return np.interp(w, np.linspace(0, 1, len(self.plws)), self.plws)
+        if self.name == "logit":
+            low, high = self._logit(np.array([self.plws[0], self.plws[-1]]))
+            squeezed = 1 / (1 + np.exp(-(low + w * (high - low))))
+            return np.clip((squeezed - self._margin) / (1 - 2 * self._margin), 0, 1)
+        return np.maximum(w, 0)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The range of w_p in which an optimum is looked for: PLW 0 to 1, or further where larger PLWs were tried."""
+        return float(self(min(0.0, self.plws[0]))), float(self(max(1.0, self.plws[-1])))
+
+    @property
+    def _margin(self) -> float:
+        return min((plw for plw in self.plws if plw > 0), default=1.0) / 2
+
+    def _logit(self, plw: Array) -> Array:
+        squeezed = self._margin + (1 - 2 * self._margin) * plw
+        return np.log(squeezed / (1 - squeezed))
+
+
+def transform(name: str, plws: ArrayLike) -> Transform:
+    """The transform of that name for the PLWs tried. Raises ValueError where the PLWs do not allow it."""
+    tried = tuple(np.unique(np.asarray(plws, float)).tolist())
+    if name not in TRANSFORMS:
+        raise ValueError(f"transform is {name!r}, but must be one of {', '.join(TRANSFORMS)}")
+    if name == "logit" and (tried[-1] > 1 or not 0 < min((plw for plw in tried if plw > 0), default=1.0) / 2 < 0.5):
+        raise ValueError("transform logit is for PLWs within 0..1, some of them between; use power")
+    return Transform(name, tried)
+
+
+def is_of_curve(term: str) -> bool:
+    """Whether a term is the curve's, or what a level of a factor adds to it."""
+    return term in CURVE or term.startswith(tuple(f"{part}:" for part in CURVE))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scores of one data set (or of several, under `by`), as the models take them. R runs, T tasks, P terms."""
+
+    dataset: str
+    source: str  # for messages: where the scores are from
+    transform: Transform
+    scores: Array  # [R, T], NaN where missing
+    weights: Array | None  # [R, T], of the scores' precision: n, or 1 / stderr^2; None where the table has neither
+    runs: pd.DataFrame  # R rows: model, dataset, plw, seed
+    tasks: tuple[str, ...]
+    x: Array  # [R, P], the fixed part
+    terms: tuple[str, ...]  # names of its columns, TERMS first
+    notes: tuple[str, ...]  # what was left out
+    by: str | None = None  # the column each of whose values has a curve of its own
+
+    @cached_property
+    def w(self) -> Array:
+        """w_p of each run, [R]."""
+        return self.transform(self.runs["plw"])
+
+    @cached_property
+    def curve(self) -> Array:
+        """The random part, 1, w_p, w_p^2: [R, 3]."""
+        return np.column_stack([np.ones_like(self.w), self.w, self.w**2])
+
+    @cached_property
+    def contrasts(self) -> Array:
+        """Which coefficients are the curve's, [2, P]."""
+        return np.eye(len(self.terms))[[self.terms.index(term) for term in CURVE]]
+
+    @cached_property
+    def long(self) -> tuple[Array, NDArray[np.intp], NDArray[np.intp]]:
+        """Scores one by one: the scores [n], and the run and the task of each."""
+        run, task = np.nonzero(~np.isnan(self.scores))
+        return self.scores[run, task], run, task
+
+    @cached_property
+    def complete(self) -> tuple[Grid, tuple[str, ...]]:
+        """The runs that have a score on every task, and what was left out for that.
+
+        Tasks that fewer than half of the runs have are left out first. Raises ValueError where that leaves no task, and
+        where some runs are left, but none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
+        """
+        is_scored = ~np.isnan(self.scores)
+        tasks = is_scored.mean(0) >= 0.5
+        runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
+        if not tasks.any():
+            raise ValueError("every task is scored on fewer than half of the runs; use lmm-slopes")
+        left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
+        if gone := int((~runs).sum()):
+            left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")
+        if not left_out:
+            return self, ()
+        kept = self.runs.loc[runs].reset_index(drop=True)
+        if len(kept) and (lost := sorted(set(self.runs["plw"]) - set(kept["plw"]))):
+            listed = ", ".join(f"{plw:g}" for plw in lost)
+            raise ValueError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
+        x, terms = _columns(kept, self.transform, self._factors, self.by)
+        smaller = Grid(
+            self.dataset,
+            self.source,
+            self.transform,
+            self.scores[np.ix_(runs, tasks)],
+            None if self.weights is None else self.weights[np.ix_(runs, tasks)],
+            kept,
+            tuple(name for name, kept in zip(self.tasks, tasks, strict=True) if kept),
+            x,
+            terms,
+            self.notes,
+            self.by,
+        )
+        return smaller, tuple(left_out)
+
+    @property
+    def _factors(self) -> tuple[str, ...]:
+        of_levels = [term for term in self.terms if "[" in term and not term.startswith(("w_p:", "w_p^2:"))]
+        return tuple(dict.fromkeys(term.partition("[")[0] for term in of_levels))
+
+
+def grid(
+    table: pd.DataFrame, dataset: str, transform: Transform, *, by: str | None = None, also: tuple[str, ...] = ()
+) -> Grid:
+    """The scores of a checked table on one scale, as a matrix.
+
+    by: a column of the table, each of whose values gets a curve of its own: the difference to the mean curve.
+    also: columns that tell runs apart beside the table's own.
+
+    The fixed part is the curve and, where the table has several models (or data sets, or values of `also`), what each
+    adds to the mean of them; a factor with one level has no column.
+    """
+    keys = list(dict.fromkeys([*RUN, *([by] if by else []), *also]))
+    table = table.sort_values([*RUN, "task"])
+    scores = table.pivot_table(index=keys, columns="task", values="score", sort=True, dropna=True)
+    runs = scores.index.to_frame(index=False)
+    x, terms = _columns(runs, transform, ("model", "dataset", *also), by)
+    weights, notes = None, []
+    for column in ("n", "stderr"):
+        if column not in table or not (given := table[column]).notna().any():
+            continue
+        if not (is_given := given.notna() & (given > 0)).all():
+            notes.append(f"{column} is not above 0 for {(~is_given).sum()} of {len(table)} scores, so it is not used.")
+        else:
+            amount = given if column == "n" else 1 / given**2
+            weights = table.assign(weight=amount).pivot_table(index=keys, columns="task", values="weight").to_numpy()
+            weights = np.where(np.isnan(weights), 1.0, weights)
+            break
+    return Grid(
+        dataset,
+        table.attrs.get("source", "score table"),
+        transform,
+        scores.to_numpy(float),
+        weights,
+        runs,
+        tuple(scores.columns),
+        x,
+        terms,
+        tuple(notes),
+        by,
+    )
+
+
+def _columns(
+    runs: pd.DataFrame, transform: Transform, factors: tuple[str, ...], by: str | None = None
+) -> tuple[Array, tuple[str, ...]]:
+    """The fixed part and its columns' names; factors are coded so that the intercept is the mean of their levels."""
+    w = transform(runs["plw"])
+    columns, terms = [np.ones_like(w), w, w**2], list(TERMS)
+    for factor in dict.fromkeys([*factors, *([by] if by else [])]):
+        levels = sorted(runs[factor].unique())
+        for level in levels[:-1]:
+            code = (runs[factor] == level).to_numpy(float) - (runs[factor] == levels[-1]).to_numpy(float)
+            columns.append(code)
+            terms.append(f"{factor}[{level}]")
+            if factor == by:
+                columns += [code * w, code * w**2]
+                terms += [f"{term}:{factor}[{level}]" for term in CURVE]
+    x = np.column_stack(columns)
+    kept = [0]
+    for column in range(1, x.shape[1]):  # factors may say the same (a model per data set): the first one stays
+        if np.linalg.matrix_rank(x[:, [*kept, column]] / np.linalg.norm(x[:, [*kept, column]], axis=0)) > len(kept):
+            kept.append(column)
+    return x[:, kept], tuple(terms[column] for column in kept)
+
+
+def is_close_together(x: Array) -> bool:
+    """Whether the columns cannot be told apart."""
+    return not math.isfinite(condition := float(np.linalg.cond(x / np.linalg.norm(x, axis=0)))) or condition > 1e9

@@ -1,0 +1,242 @@
+"""Checks: what a command names is held against this machine, before anything is imported, loaded or opened for it.
+
+A config checks its own values (`config.py`). Whether the files, folders, models and tasks that it names exist is
+checked here, in well under a second, so that a misspelt name costs no wait and leaves no failed run. Only what the hub
+or a tracking server has is found out later.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+
+from plw_mlflow.config import (
+    AdviseConfig,
+    AnalyzeConfig,
+    Checked,
+    DataOptions,
+    EvaluateConfig,
+    MainConfig,
+    PrepareConfig,
+    RecipeOptions,
+    ScoreOptions,
+    SweepConfig,
+    TrainConfig,
+    cache_folder,
+    names,
+)
+from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.data import sources, templates
+from plw_mlflow.environment import outputs
+from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.errors import did_you_mean
+from plw_mlflow.evaluation import local_documents, task_sets
+
+# What the entry points write into --output, but for the figures of a report, whose names depend on the data.
+PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
+REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
+FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
+TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
+OUTPUTS: dict[type[Checked], tuple[str, ...]] = {
+    PrepareConfig: PROFILE,
+    TrainConfig: TRAINED,
+    MainConfig: (*TRAINED, *SCORES),
+    EvaluateConfig: SCORES,
+    SweepConfig: (*SCORES, *REPORT),
+    AnalyzeConfig: REPORT,
+    AdviseConfig: ADVICE,
+}
+# A folder holds weights, or a tokenizer, if it has a file of one of these names.
+WEIGHTS = ("*.safetensors", "*.bin")
+TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
+NO_TOKENIZER = SimpleNamespace(added_tokens_decoder={}, special_tokens_map={})  # enough to read a template's file
+
+
+def check(config: Checked) -> None:
+    """Raise ValueError that names everything a config refers to and this machine does not have, or cannot write to.
+
+    The folders that are to be written to are made, once nothing else is wrong.
+    """
+    for checks in (_references(config), _folders(config)):
+        found: dict[str, None] = {}
+        for one in checks:
+            try:
+                one()
+            except ValueError as error:
+                found[str(error)] = None
+            except OSError as error:  # a name that is too long, or lies in a folder that may not be read
+                found[f"{error.filename}: {error.strerror}"] = None
+        if found:
+            raise ValueError("; ".join(found))
+
+
+@contextmanager
+def reserved_output(config: Any) -> Iterator[None]:
+    """Keep the folder for what a command writes as files to this process, if it was given one (`outputs.reserve`)."""
+    folder, names = config.output if is_first_process() else None, [*OUTPUTS[type(config)]]
+    if folder is not None and "report.html" in names:  # of figures, only those that are there can be known
+        names += [path.name for pattern in FIGURES for path in sorted(folder.glob(pattern))]
+    with outputs.reserve(folder, names, _inputs(config)):
+        yield
+
+
+def _inputs(config: Any) -> list[Path]:
+    """The files and folders on this machine that a config has read."""
+    given: list[Any] = [
+        one for name in ("dataset", "model") if getattr(config, name, None) for one in _listed(config, name)
+    ]
+    given += [getattr(config, name, None) for name in ("mix", "template", "tokenizer", "scores", "data_dir")]
+    return [Path(one) for one in given if one and os.path.exists(one)]
+
+
+def _references(config: Any) -> Iterator[Callable[[], None]]:
+    """The checks of all that a config refers to."""
+    if _reads_data(config):
+        for dataset in filter(None, [*_listed(config, "dataset"), config.mix]):
+            yield partial(sources.check, dataset, config.data_dir)
+        for tokenizer in [config.tokenizer] if config.tokenizer else _listed(config, "model"):
+            yield partial(_template, config.template, tokenizer)
+    if isinstance(config, RecipeOptions):  # main, train and sweep
+        for model in _listed(config, "model"):
+            yield partial(_model, model)
+    if _reads_data(config) and config.tokenizer is None:
+        for model in _listed(config, "model"):
+            yield partial(_tokenizer, "model", model)
+    if isinstance(config, EvaluateConfig) and config.endpoint is None and config.model is not None:
+        yield partial(_model, config.model, is_scored=True)
+    if (_reads_data(config) or isinstance(config, EvaluateConfig)) and config.tokenizer is not None:
+        yield partial(_tokenizer, "tokenizer", config.tokenizer)
+    if isinstance(config, ScoreOptions):
+        yield partial(task_sets.check, config.tasks)
+        if config.data_dir is not None:
+            yield partial(_documents, config.tasks, config.data_dir)
+    if isinstance(config, AnalyzeConfig | AdviseConfig) and config.scores is not None:
+        yield partial(_table, config.scores)
+
+
+def _folders(config: Any) -> Iterator[Callable[[], None]]:
+    """The checks of all folders that a config has files written to."""
+    for name in ("output", "checkpoint_dir", "cache_dir"):
+        folder = getattr(config, name, None)
+        # What a cache has is read where nobody may write.
+        if folder is not None and not (name == "cache_dir" and os.path.isdir(folder)):
+            yield partial(_folder, name.replace("_", "-"), folder)
+    if _reads_data(config) and config.cache_dir is None and not os.path.isdir(cache_folder(config)):
+        yield lambda: _folder("cache-dir", cache_folder(config))
+
+
+def _reads_data(config: Checked) -> bool:
+    """Whether a command reads a data set: with a ratio, advise does not."""
+    return isinstance(config, DataOptions) and not (isinstance(config, AdviseConfig) and config.ratio is not None)
+
+
+def _listed(config: Any, name: str) -> list[str]:
+    """The values of an option of which a sweep has a list."""
+    value = getattr(config, name)
+    return names(value) if isinstance(config, SweepConfig) else [value]
+
+
+def _template(name: str, tokenizer: str) -> None:
+    if name == "chat":
+        folder = TOY_FOLDER if tokenizer == "toy" else Path(tokenizer)
+        if folder.is_dir() and not _has_chat_template(folder):
+            raise ValueError(f"tokenizer {tokenizer} has no chat template; give one: --template FILE.jinja")
+        return
+    templates.load(name, NO_TOKENIZER)
+    path = templates.file(name)
+    if path is not None and path.suffix == ".jinja":
+        try:
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(path.read_text(encoding="utf-8"))
+        except TemplateSyntaxError as error:
+            if "unknown tag" not in str(error.message):  # transformers adds tags of its own
+                raise ValueError(f"template {path} is no Jinja: line {error.lineno}: {error.message}") from None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder has a chat template in one of the places where transformers looks for it."""
+    settings = folder / "tokenizer_config.json"
+    return (
+        _has(folder, ("chat_template.*", "additional_chat_templates"))
+        or not settings.is_file()
+        or "chat_template" in settings.read_text(encoding="utf-8", errors="replace")
+    )
+
+
+def _model(name: str, *, is_scored: bool = False) -> None:
+    """is_scored: where it is not trained, it may be a folder of adapters, or a model in MLflow's registry."""
+    if is_scored and name.startswith("models:/"):
+        return
+    folder = _place("model", name)
+    if folder is None or (is_scored and (folder / "adapter_config.json").is_file()):
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder {name} holds no model: it has no config.json")
+    if not _has(folder, WEIGHTS):
+        raise ValueError(f"folder {name} holds no weights: it has no file {' or '.join(WEIGHTS)}")
+
+
+def _tokenizer(what: str, name: str) -> None:
+    folder = _place(what, name)
+    if folder is not None and not _has(folder, TOKENIZERS):
+        raise ValueError(f"folder {name} holds no tokenizer; name one with --tokenizer")
+
+
+def _place(what: str, name: str) -> Path | None:
+    """The folder that a model's or tokenizer's name means; None for toy, and for what may be on the hub."""
+    known = ["toy", *MODELS]
+    if name in known:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise ValueError(f"{what} {name} is a file; give the folder that holds it")
+    near = did_you_mean(name, known)
+    # The hub's oldest models have ids without an owner, such as gpt2.
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[^@\s]+)?", name) and ("/" in name or not near):
+        return None
+    raise ValueError(
+        f"{what} {name!r} is not a folder on this machine, nor a hub id (OWNER/NAME@REVISION), nor one of "
+        f"{', '.join(known)}{did_you_mean(name, known, folders=[])}"
+    )
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _documents(tasks: str, folder: Path) -> None:
+    """Raise ValueError where a task that would read a folder's files lacks one."""
+    for benchmark in task_sets.select(tasks):
+        if benchmark.task in local_documents.LOCAL:
+            local_documents.locate(benchmark.task, folder)
+
+
+def _table(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"scores {path} is a folder; give a CSV file")
+    if not path.is_file():
+        raise ValueError(f"scores {path} is not a file{did_you_mean(str(path), folders=[])}")
+    path.open("rb").close()
+
+
+def _folder(name: str, folder: Path) -> None:
+    """Make a folder, and raise ValueError where it cannot be written to.
+
+    Trying is the only way to know: permissions do not tell of a disk that is full or read-only, nor hold for root.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileExistsError:
+        raise ValueError(f"{name} {folder} is not a folder") from None
+    except OSError as error:
+        raise ValueError(f"{name} {folder} cannot be written to: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""From a file of instructions to batches of weighted tokens."""

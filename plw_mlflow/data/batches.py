@@ -1,0 +1,155 @@
+"""Batches: which examples make up each optimiser step, and the tensors they become.
+
+The examples of a step depend on seed, step and batch size alone, not on how the step is cut into micro-batches
+or spread over devices: that is what makes a loss comparable between machines.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plw_mlflow import seeding
+from plw_mlflow.config import PrepareConfig, TrainConfig
+from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.tokens import Example
+from plw_mlflow.training import attention
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Loss weight of a token, by the segment it belongs to."""
+
+    prompt: float  # the PLW
+    template: float
+    completion: float
+
+    def of(self, segment: Tensor) -> Tensor:
+        """float32 weights for a tensor of segments, of the same shape."""
+        by_segment = torch.empty(len(Segment))
+        by_segment[Segment.TEMPLATE] = self.template
+        by_segment[Segment.INSTRUCTION] = by_segment[Segment.INPUT] = self.prompt
+        by_segment[Segment.COMPLETION] = self.completion
+        return by_segment[segment]
+
+    @classmethod
+    def told_by(cls, config: TrainConfig | PrepareConfig) -> Weights:
+        """What a config says: the template weighs as the prompt, unless it is told otherwise."""
+        template = config.plw if config.template_weight is None else config.template_weight
+        return cls(prompt=config.plw, template=template, completion=config.completion_weight)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as B padded rows, or as one packed row of all of them; T positions."""
+
+    tokens: Tensor  # [B, T] int64, padding 0
+    weights: Tensor  # [B, T] float32, weight with which each token is predicted; 0 on first tokens and padding
+    is_completion: Tensor  # [B, T] bool, false on padding
+    attention: Tensor | None = None  # padded: [B, T] int64, 1 where there is a token, 0 on padding
+    positions: Tensor | None = None  # packed: [1, T] int64, from 0 in each example
+    borders: Tensor | None = None  # packed: [D + 1] int32, from 0, where the D examples begin and end
+    longest: int = 0  # packed: tokens of the longest example
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What a model's forward pass is told beside the tokens."""
+        if self.positions is None or self.borders is None:
+            return {"attention_mask": self.attention}
+        return attention.context(self.borders, self.longest, self.positions)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items() if isinstance(part, Tensor)}
+        return Batch(**parts | moved)
+
+
+def collate(examples: Sequence[Example], weights: Weights) -> Batch:
+    """Pad examples to the longest of them."""
+    shape = (len(examples), max(len(example.tokens) for example in examples))
+    tokens, is_token, segment = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        tokens[row, :length] = torch.from_numpy(example.tokens.astype(np.int64))
+        segment[row, :length] = torch.from_numpy(example.segment.astype(np.int64))
+        is_token[row, :length] = 1
+    # The first token of an example is never predicted: nothing stands before it.
+    predicted = is_token.clone()
+    predicted[:, 0] = 0
+    is_completion = (segment == Segment.COMPLETION) & (is_token == 1)
+    return Batch(tokens, weights.of(segment) * predicted, is_completion, is_token)
+
+
+def pack(examples: Sequence[Example], weights: Weights) -> Batch:
+    """Put examples behind one another in one row without padding."""
+    tokens, segment = (
+        torch.from_numpy(np.concatenate([getattr(example, part) for example in examples]).astype(np.int64)).unsqueeze(0)
+        for part in ("tokens", "segment")
+    )
+    lengths = [len(example.tokens) for example in examples]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    weight = weights.of(segment)
+    weight[:, borders[:-1].long()] = 0
+    is_completion = segment == Segment.COMPLETION
+    return Batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
+
+
+def count_steps(examples: int, batch_examples: int, epochs: float) -> int:
+    """Optimiser steps in so many epochs; an epoch's last step may hold fewer examples."""
+    # Rounded first: 10 steps an epoch and 1.1 epochs are 11 steps, though 10 * 1.1 is a little more in binary.
+    return max(1, math.ceil(round(math.ceil(examples / batch_examples) * epochs, 6)))
+
+
+def steps(examples: int, batch_examples: int, *, seed: int, first: int, total: int) -> Iterator[list[int]]:
+    """The indices of each step's examples, from step `first` (counted from 0) up to `total`.
+
+    Every epoch is a permutation of its own, so each example is seen once an epoch.
+    """
+    per_epoch = math.ceil(examples / batch_examples)
+    order: list[int] = []
+    for step in range(first, total):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0 or not order:
+            order = torch.randperm(examples, generator=seeding.generator(seed, "order", epoch)).tolist()
+        yield order[position * batch_examples : (position + 1) * batch_examples]
+
+
+def split(step: Sequence[Example], micro_batch_examples: int, *, by_length: bool) -> list[list[Example]]:
+    """Cut a step into micro-batches; by length, so that rows of one micro-batch need little padding."""
+    ordered = sorted(step, key=lambda example: len(example.tokens)) if by_length else list(step)
+    return [ordered[start : start + micro_batch_examples] for start in range(0, len(ordered), micro_batch_examples)]
+
+
+def fill(step: Sequence[Example], row_tokens: int, *, multiple: int = 1) -> list[list[Example]]:
+    """Share a step out among as few packed rows of at most `row_tokens` tokens as it takes, all about equally long.
+
+    multiple: the number of rows is a multiple of it (processes that work at the same time) where there are so many
+        examples. Within a row, examples keep their order.
+
+    Raises ValueError where one example alone is longer than a row.
+    """
+    lengths = [len(example.tokens) for example in step]
+    if max(lengths) > row_tokens:
+        raise ValueError(f"an example has {max(lengths)} tokens, but a packed row only {row_tokens}")
+    longest_first = sorted(range(len(step)), key=lambda index: -lengths[index])
+    count = math.ceil(sum(lengths) / row_tokens / multiple) * multiple
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [(0, row) for row in range(count)]  # a heap of tokens and row
+        for index in longest_first:
+            tokens, row = filled[0]  # the emptiest
+            rows[row].append(index)
+            heapq.heapreplace(filled, (tokens + lengths[index], row))
+        if max(filled)[0] <= row_tokens:
+            return [[step[index] for index in sorted(row)] for row in rows if row]
+        count += multiple

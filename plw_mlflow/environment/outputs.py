@@ -1,0 +1,260 @@
+"""Outputs: what commands write into the folder that `--output` names, and what they may replace there.
+
+A list of our own in that folder says which files a command has written, and what was in them. Only those are replaced,
+and only while they are as they were written: a file of the user's, a link, and whatever the command reads is refused,
+before the work if its name is known by then. While a command runs, no other one writes into its folder.
+
+Files are written under other names, which are opened exclusively and so never through a link, and get their own names
+together when all of them are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from plw_mlflow.environment import disk
+from plw_mlflow.errors import first_line
+
+LARGE_BYTES = 1 << 26  # of a file that is told by its size and time, as reading gigabytes of weights takes its own
+MODEL, ADAPTER = "model", "adapter"  # folders of a trained model (export.py)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
+LIST, LOCK = ".plw_mlflow.json", ".plw_mlflow.lock"
+UNFINISHED = ".plw_mlflow-"  # with which the names of unfinished files and folders begin
+EARLIER = re.compile(rf"{re.escape(UNFINISHED)}earlier-(.+)-[0-9a-f]{{8}}")  # of a folder that is to be replaced
+
+
+@contextmanager
+def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -> Iterator[None]:
+    """Keep an output folder for this process, and find out whether it may write these names there.
+
+    folder: is made if it is not there; nothing is done without one. names: of files and folders. inputs: what the
+    command reads, files and folders.
+
+    Raises ValueError where another process has the folder, a name is taken by something that we have not written, or
+    is an input or holds one.
+    """
+    if folder is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = f"another command writes into {folder} at this moment; wait for it, or give another --output"
+            stack.enter_context(disk.held(folder / LOCK, taken))
+        except OSError as error:
+            raise ValueError(f"output {folder} cannot be written to: {error.strerror}") from None
+        _remove_unfinished(folder)
+        names = list(names)
+        check(folder, names)
+        for path in inputs:
+            for name in names:
+                if path.resolve().is_relative_to((folder / name).resolve()):
+                    what = "it" if path.resolve() == (folder / name).resolve() else folder / name
+                    raise ValueError(
+                        f"{path} is read by this command, which would replace {what}; give another --output"
+                    )
+        yield
+
+
+def check(folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError where one of these names in an output folder is taken by something that we have not written."""
+    listed = _listed(folder)["files"]
+    for name in names:
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        for one in [path, *(sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [])]:
+            if one.is_symlink():
+                raise ValueError(f"{one} is a link, which is not written through; remove it, or give another --output")
+            if one.is_dir():
+                if one == path and not any(part.startswith(f"{name}/") for part in listed):
+                    raise ValueError(_not_ours(one))
+                continue
+            known = listed.get(one.relative_to(folder).as_posix())
+            if known is None:
+                raise ValueError(_not_ours(one))
+            if _digest(one) not in known:
+                raise ValueError(f"{one} has been changed since it was written; move it, or give another --output")
+
+
+def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files into an output folder, all or none of them, in place of earlier ones; gives their paths.
+
+    Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
+    not take them.
+    """
+    _make(folder)
+    check(folder, contents)
+    made = {name: _unfinished(folder, name) for name in contents}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    try:
+        _list(folder, {}, unfinished=[path.name for path in made.values()])
+        for name, path in made.items():
+            _create(path, contents[name])
+        _list(folder, digests, keep_earlier=True)  # whenever this is killed, the files are known as ours
+        for name, path in made.items():
+            os.replace(path, folder / name)
+        _list(folder, digests)
+    except OSError as error:
+        raise RuntimeError(f"output {folder} cannot be written to: {error.strerror}") from None
+    finally:
+        _remove_unfinished(folder)
+    return [folder / name for name in contents]
+
+
+def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | None]) -> None:
+    """Write folders into an output folder, in place of earlier ones; each is whole from the moment it has its name.
+
+    builders: by name, what fills a folder that is there and empty; None for one that is only to be removed.
+
+    Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
+    not take them.
+    """
+    _make(folder)
+    check(folder, builders)
+    made = {name: _unfinished(folder, name) for name, build in builders.items() if build is not None}
+    earlier = {name: _unfinished(folder, f"earlier-{name}") for name in builders if (folder / name).exists()}
+    try:
+        _list(folder, {}, unfinished=[path.name for path in (*made.values(), *earlier.values())])
+        for name, path in made.items():
+            path.mkdir()
+            if (build := builders[name]) is not None:
+                build(path)
+        digests = {
+            f"{name}/{file.relative_to(path).as_posix()}": _digest(file)
+            for name, path in made.items()
+            for file in path.rglob("*")
+            if file.is_file()
+        }
+        _list(folder, digests, keep_earlier=True)
+        check(folder, builders)  # again, as building takes its time
+        for name, path in earlier.items():
+            os.replace(folder / name, path)
+        for name, path in made.items():
+            os.replace(path, folder / name)
+        _list(folder, digests, forget=tuple(builders))
+        for path in earlier.values():
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise RuntimeError(f"output {folder} cannot be written to: {error.strerror or error}") from None
+    finally:
+        _remove_unfinished(folder)
+
+
+def table(frame: Any) -> bytes:
+    """A pandas data frame as CSV, in which no text is a formula for a spreadsheet."""
+    texts = frame.select_dtypes(exclude="number").columns
+    safe = frame.assign(**{column: frame[column].map(no_formula) for column in texts})
+    return str(safe.to_csv(index=False, lineterminator="\n")).encode()
+
+
+def no_formula(value: Any) -> Any:
+    """A value of a table, behind an apostrophe where a spreadsheet would run it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"output {folder} cannot be made: {error.strerror}") from None
+
+
+def _unfinished(folder: Path, name: str) -> Path:
+    """A name that nothing has; whoever makes it, makes it exclusively."""
+    return folder / f"{UNFINISHED}{name.replace('/', '-')}-{secrets.token_hex(4)}"
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Make a file that must not be there, not even as a link."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+        file.write(content)
+
+
+def _digest(path: Path) -> str:
+    """What tells a file's content: its SHA-256, of a large one its size and when it was changed."""
+    if (known := path.stat()).st_size > LARGE_BYTES:
+        return f"{known.st_size} bytes, {known.st_mtime_ns}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Our list in a folder: files with the digests that they may have, and names of what is unfinished."""
+    path = folder / LIST
+    if not os.path.lexists(path):
+        return {"files": {}, "unfinished": []}
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            listed = json.load(file)
+        files, unfinished = listed["files"], listed["unfinished"]
+        if not (isinstance(unfinished, list) and all(isinstance(one, list) for one in files.values())):
+            raise ValueError("it lists no digests")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, which lists what may be replaced in that folder, cannot be read ({first_line(error)}); give "
+            "another --output"
+        ) from None
+    return {"files": files, "unfinished": unfinished}
+
+
+def _list(
+    folder: Path,
+    digests: Mapping[str, str],
+    *,
+    keep_earlier: bool = False,
+    forget: tuple[str, ...] = (),
+    unfinished: Iterable[str] = (),
+) -> None:
+    """Put files into our list; keep_earlier: beside the digests that they had. forget: folders with all their files."""
+    listed = _listed(folder)
+    files = {
+        name: known for name, known in listed["files"].items() if not name.startswith(tuple(f"{f}/" for f in forget))
+    }
+    for name, digest in digests.items():
+        files[name] = [*(listed["files"].get(name, []) if keep_earlier else []), digest]
+    _replace_list(folder, {"files": files, "unfinished": sorted({*listed["unfinished"], *unfinished})})
+
+
+def _replace_list(folder: Path, listed: dict[str, Any]) -> None:
+    path = _unfinished(folder, "list")
+    _create(path, (json.dumps(listed, indent=1) + "\n").encode())
+    os.replace(path, folder / LIST)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what this process, or one that was killed, has left of what it was writing."""
+    listed = _listed(folder)
+    paths = [folder / str(name) for name in listed["unfinished"]] + list(folder.glob(f"{UNFINISHED}list-*"))
+    for path in paths:
+        if path.parent != folder or not path.name.startswith(UNFINISHED):
+            continue  # somebody else has written that name
+        if path.is_dir() and not path.is_symlink():
+            earlier = EARLIER.fullmatch(path.name)
+            if earlier and not os.path.lexists(folder / earlier[1]):  # nothing has taken its place
+                os.replace(path, folder / earlier[1])
+                continue
+        with suppress(OSError):
+            disk.remove(path)
+    if listed["unfinished"]:
+        with suppress(OSError):  # on a full disk the names stay listed, of what is gone
+            _replace_list(folder, listed | {"unfinished": []})
+
+
+def _not_ours(path: Path) -> str:
+    return (
+        f"{path} is there, and was not written by plw_mlflow (or by a version that did not list what it wrote); "
+        "move it, or give another --output"
+    )

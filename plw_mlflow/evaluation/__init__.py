@@ -1,0 +1,1 @@
+"""Benchmarks: tasks, prompts, requests, scores."""

@@ -1,0 +1,209 @@
+"""Measures: what the study looked at beside scores to explain why prompt loss weight matters.
+
+Its fourth version has four: how far the weights move, how much of the training data is known by heart, how unsteady
+the training loss is, and how long answers become. The divergence from the base is from Instruction Modelling
+(arXiv:2405.14394). None of their exact definitions is known here; these are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from plw_mlflow.config import DataOptions
+from plw_mlflow.data import prepare
+from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.tokens import Example, answer_ends
+from plw_mlflow.models import pretrained
+
+BATCH_EXAMPLES = 16  # that generate together
+
+
+def run(
+    wanted: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    base: str,
+    dataset: str,
+    options: DataOptions,
+    prompts: int,
+    curve: Sequence[float],
+) -> dict[str, float]:
+    """The measures named in `wanted`, of config.MEASURES, by what they are to be called.
+
+    model: the trained one, its adapters merged. base: the name of the one it was trained from. prompts: how many of the
+    data set's are used. curve: the training loss of every step.
+    """
+    check(wanted, len(_data(dataset, tokenizer, options).validation))
+    found: dict[str, float] = {}
+    if "stability" in wanted:
+        found["stability"] = relative_deviation(curve)
+    if {"weight_distance", "kl"} & set(wanted):
+        original = pretrained.load(base).to(model.device)
+        if "weight_distance" in wanted:
+            found |= weight_distance(model, original)
+        if "kl" in wanted:
+            held_out = _data(dataset, tokenizer, options).validation
+            found["kl"] = divergence(model, original, [prompt(one) for one in _spread(held_out, prompts)])
+        del original
+    if "memorisation" in wanted:
+        trained_on = _spread(_data(dataset, tokenizer, options).training, prompts)
+        found["memorisation"] = memorisation(model, tokenizer, trained_on, options.max_tokens)
+    if "length" in wanted:
+        held_out = _data(dataset, tokenizer, options).validation
+        answers = generate(model, tokenizer, _spread(held_out, prompts), options.max_tokens)
+        found["length"] = statistics.fmean(len(tokens) for tokens, _ in answers)
+        found["length_cut"] = statistics.fmean(not has_ended for _, has_ended in answers)
+    return found
+
+
+def check(wanted: Sequence[str], validation_examples: int) -> None:
+    """Raise ValueError for the measures of `wanted` that so many validation examples do not allow."""
+    lacking = [name for name in wanted if name in ("kl", "length")]
+    if lacking and not validation_examples:
+        raise ValueError(
+            f"measures: {' and '.join(lacking)} would be of validation examples, of which there are none, as all "
+            "records are the same one; leave such measures out, or give more records"
+        )
+
+
+def _data(dataset: str, tokenizer: Any, options: DataOptions) -> prepare.Prepared:
+    return prepare.run(dataset, tokenizer, options)  # stored when the model was trained, so read at once
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` examples with a completion, evenly spread: the same ones at every PLW and seed."""
+    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
+    chosen = [examples[int(place)] for place in places]
+    return [example for example in chosen if (example.segment == Segment.COMPLETION).any() and len(prompt(example))]
+
+
+def prompt(example: Example) -> np.ndarray[Any, Any]:
+    """The tokens before the first completion token; all of them where there is none."""
+    is_completion = example.segment == Segment.COMPLETION
+    return example.tokens[: int(is_completion.argmax()) if is_completion.any() else None]
+
+
+def completion(example: Example) -> np.ndarray[Any, Any]:
+    """The tokens of the first completion, its end of text included."""
+    rest = example.segment[len(prompt(example)) :] == Segment.COMPLETION
+    length = len(rest) if rest.all() else int(rest.argmin())
+    return example.tokens[len(prompt(example)) :][:length]
+
+
+def relative_deviation(curve: Sequence[float]) -> float:
+    """Standard deviation over mean of the training loss of all steps. Raises ValueError for fewer than two steps."""
+    if len(curve) < 2:
+        raise ValueError(f"stability needs the training loss of two steps at least, and the run has {len(curve)}")
+    return statistics.stdev(curve) / statistics.fmean(curve)
+
+
+@torch.no_grad()
+def weight_distance(model: Any, base: Any) -> dict[str, float]:
+    """The L2 distance of all weights from the base's, and that of each layer and of what lies outside the layers.
+
+    Tied weights count once. Of an embedding that has rows the base has not (a padding token's, say), the common rows
+    count. Raises ValueError where the two have not the same weights.
+    """
+    own, others = dict(model.named_parameters()), dict(base.named_parameters())
+    if own.keys() != others.keys():
+        raise ValueError(
+            f"the model and its base differ in weights: {', '.join(sorted(own.keys() ^ others.keys())[:3])}"
+        )
+    squares: dict[str, float] = {}
+    for name, parameter in own.items():
+        other = others[name].to(parameter.device)
+        rows = min(len(parameter), len(other))
+        distance = torch.linalg.vector_norm(parameter[:rows].float() - other[:rows].float(), dtype=torch.float64)
+        part = _part(name)
+        squares[part] = squares.get(part, 0.0) + distance.item() ** 2
+    by_part = {f"weight_distance_by_layer/{part}": math.sqrt(square) for part, square in squares.items()}
+    return {"weight_distance": math.sqrt(sum(squares.values()))} | by_part
+
+
+def _part(name: str) -> str:
+    """The layer that a weight is of, or the module outside the layers."""
+    layer = re.search(r"\.(\d+)\.", name)
+    return f"layer_{int(layer[1]):02d}" if layer else name.split(".")[-2]
+
+
+@torch.no_grad()
+def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -> float:
+    """The mean over all prompt tokens of the Kullback-Leibler divergence KL(model || base), in nats.
+
+    It is of what each predicts to follow a token of a prompt, so the last one is of the first completion token. Where
+    one has a larger vocabulary, both are taken over the common tokens.
+    """
+    total, count = 0.0, 0
+    for tokens in prompts:
+        given = torch.tensor(tokens.astype(np.int64), device=model.device)[
+            None
+        ]  # a copy: stored examples are read-only
+        both: list[Tensor] = [one(given).logits[0].float() for one in (model, base)]
+        common = min(logits.shape[1] for logits in both)
+        ours, theirs = (logits[:, :common].log_softmax(1) for logits in both)
+        total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
+        count += len(tokens)
+    return total / count
+
+
+def memorisation(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> float:
+    """Corpus BLEU, as a fraction, of the completions that a model gives to training prompts against the true ones."""
+    import sacrebleu
+
+    given = [tokenizer.decode(tokens) for tokens, _ in generate(model, tokenizer, examples, max_tokens)]
+    true = [tokenizer.decode(completion(example), skip_special_tokens=True) for example in examples]
+    return float(sacrebleu.corpus_bleu(given, [true]).score / 100)
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> list[tuple[list[int], bool]]:
+    """What a model writes, greedily, after the prompt of each example: its tokens, and whether it ended by itself.
+
+    Its end is not among them: the end of text, or the special token by which the examples' answers end. An answer may
+    take what the prompt leaves of `max_tokens`, as in training.
+    """
+    ends = {tokenizer.eos_token_id, *pretrained.text_ends(model), *answer_ends(examples, tokenizer, max_tokens)} - {
+        None
+    }
+    found: dict[int, tuple[list[int], bool]] = {}
+    # Where a long text changes what is computed for others, each has a batch of its own.
+    together = BATCH_EXAMPLES if pretrained.length_limit(model.config) is None else 1
+    for numbers in _batches([len(prompt(example)) for example in examples], together):
+        prompts = [prompt(examples[number]) for number in numbers]
+        longest = max(map(len, prompts))
+        tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id, dtype=torch.long)
+        attention = torch.zeros_like(tokens)
+        for row, some in enumerate(prompts):  # padded on the left: all go on from the last column
+            tokens[row, longest - len(some) :] = torch.tensor(some.astype(np.int64))
+            attention[row, longest - len(some) :] = 1
+        rooms = [max(1, max_tokens - len(some)) for some in prompts]
+        written = model.generate(
+            tokens.to(model.device),
+            attention_mask=attention.to(model.device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max(rooms),
+                eos_token_id=sorted(ends),
+                pad_token_id=tokenizer.eos_token_id,
+            ),
+        )[:, longest:].tolist()
+        for number, row, room in zip(numbers, written, rooms, strict=True):
+            stop = next((place for place, token in enumerate(row[:room]) if token in ends), None)
+            found[number] = (row[: room if stop is None else stop], stop is not None)
+    return [found[number] for number in range(len(examples))]
+
+
+def _batches(lengths: Sequence[int], together: int) -> Iterator[list[int]]:
+    """Numbers in batches of like length, so many together."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for start in range(0, len(order), together):
+        yield order[start : start + together]

@@ -1,0 +1,94 @@
+"""Prompting: the fine-tuning template around the harness's prompt.
+
+The study gave its models the harness's prompts as they are. A model tuned on a template may show what it has learnt
+only within it: then the whole prompt, few-shot examples and all, is the instruction, and the answer follows as a
+completion did in training, with no blank before it.
+
+The harness passes prompts on as strings, from which nobody could tell a template's special token from a text that
+spells one, or the template's last newline from the answer's first. So a prompt in a template is a string that knows the
+pieces it is made of, and the encoder that tokenised the training data tokenises it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from plw_mlflow.data import templates, tokens
+from plw_mlflow.data.records import Fault, Record
+from plw_mlflow.data.templates import Piece, Segment, Template
+from plw_mlflow.data.tokens import Encoder
+
+HARNESS = "harness"  # the kind of prompt that is the harness's own
+
+
+class TemplatedPrompt(str):
+    """The text of a prompt in a template, and what its tokens are made from."""
+
+    pieces: tuple[Piece, ...]  # of the template, up to where the answer starts
+    encoder: Encoder
+    ends: tuple[int, ...]  # the tokens by which training in the template ends an answer
+
+    def __new__(cls, pieces: Sequence[Piece], encoder: Encoder, ends: Sequence[int]) -> TemplatedPrompt:
+        """The prompt that some pieces are."""
+        prompt = super().__new__(cls, "".join(piece.text for piece in pieces))
+        prompt.pieces, prompt.encoder, prompt.ends = tuple(pieces), encoder, tuple(ends)
+        return prompt
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made from."""
+        return self.pieces, self.encoder, self.ends
+
+    def begun(self, text: str) -> TemplatedPrompt:
+        """The prompt with the beginning of an answer, which is given and not asked for."""
+        return TemplatedPrompt([*self.pieces, Piece(text, Segment.TEMPLATE)], self.encoder, self.ends)
+
+
+class Wrapping:
+    """What takes the place of `apply_chat_template` of the harness's language models."""
+
+    def __init__(self, template: Template, name: str, tokenizer: Any, prompt_border: Literal["offsets", "separate"]):
+        self._encoder = Encoder(tokenizer, template, prompt_border=prompt_border)
+        self._tokenizer = tokenizer
+        self._ends: list[int] | None = None
+        self.kind = f"template {name}"
+
+    def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> TemplatedPrompt:
+        """The prompt that some messages become; without `add_generation_prompt`, the last one begins the answer.
+
+        messages: the harness's, "role" and "content": a task's description may come before the question. Raises
+        ValueError where the template cannot hold them.
+        """
+        texts = [message["content"] for message in messages]
+        begun = "" if add_generation_prompt else texts.pop()
+        # The completion is cut off again; a template may write nothing at all for an empty one.
+        record = Record("prompt", instruction="".join(texts), input="", output="?")
+        rendered = self._encoder.render(record)
+        if isinstance(rendered, Fault):
+            raise ValueError(f"a prompt of the harness {rendered.text}; leave apply-template out")
+        if self._ends is None:
+            self._ends = tokens.answer_ends(self._encoder.encode([record]), self._tokenizer)
+        prompt = TemplatedPrompt(templates.prompt_pieces(rendered), self._encoder, self._ends)
+        return prompt.begun(begun) if begun else prompt
+
+
+def wrapping(name: str, tokenizer: Any, prompt_border: Literal["offsets", "separate"] = "offsets") -> Wrapping:
+    """The wrapping in the template that `name` means (templates.load), with tokens as training has them.
+
+    prompt_border: as Encoder takes it. Raises ValueError where there is no such template.
+    """
+    return Wrapping(templates.load(name, tokenizer), Path(name).name, tokenizer, prompt_border)
+
+
+def own_wrapping(model: str, tokenizer: Any) -> Wrapping:
+    """The wrapping in a tokenizer's chat template, for a model that no cell has trained.
+
+    Raises ValueError where it has none.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"apply-template: {model} has no template, as no cell of this project trained it and its tokenizer has no "
+            "chat template; leave apply-template out"
+        )
+    return wrapping("chat", tokenizer)

@@ -1,0 +1,191 @@
+"""Task sets: which benchmarks stand together, how each is run, and which of its metrics makes its score.
+
+The two named after the study, arXiv:2401.13586, run what it ran as far as that is known; docs/evaluation.md says where
+they differ, and what is not known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from plw_mlflow.config import names
+
+OWN_TASKS = Path(__file__).resolve().parent / "tasks"
+# What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
+NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
+WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One task, as a set runs it."""
+
+    task: str  # of lm-evaluation-harness, or of plw_mlflow/evaluation/tasks
+    metric: str | None = None  # the one that stands for the task (unset: the first of which more is better)
+    num_fewshot: int | None = None  # examples before each question (unset: the task's own number)
+    task_type: str | None = None  # as the study sorts its tasks (unset: by what the task asks of a model)
+    is_scored: bool = True  # whether it has a row in the score table, and counts in `score`
+
+    @property
+    def key(self) -> str:
+        """The measurement that makes the score, as `key` has it."""
+        return key(self.task, str(self.metric), self.num_fewshot or 0)
+
+
+def key(task: str, metric: str, num_fewshot: int) -> str:
+    """What one number in `score` is, as TASK/METRIC@SHOTS. The same task with other shots is another measurement."""
+    return f"{task}/{metric}@{num_fewshot}"
+
+
+def _translation(task_type: str, *directions: str) -> tuple[Benchmark, ...]:
+    return tuple(Benchmark(f"huerta2024_{direction}", "bleu", 0, task_type) for direction in directions)
+
+
+WMT = ("wmt14-en-fr", "wmt14-fr-en", "wmt16-en-de", "wmt16-de-en")
+CHOICE = (  # table 2 of version 1, all with the harness's own prompts
+    Benchmark("arc_challenge", "acc_norm", 25, "multiple-choice"),
+    Benchmark("piqa", "acc", 0, "multiple-choice"),
+    Benchmark("winogrande", "acc", 5, "multiple-choice"),
+)
+
+
+def _version_1(scored: str, other: str) -> tuple[Benchmark, ...]:
+    """The eight tasks of version 1. TruthfulQA is measured both ways, and `scored` is the one that counts."""
+    truthful = (
+        Benchmark(scored, "acc", 0, "short-generation"),  # the study's own label
+        Benchmark(other, "acc", 0, "short-generation", is_scored=False),
+    )
+    return (*CHOICE, *truthful, *_translation("medium-generation", *WMT))
+
+
+SETS: dict[str, tuple[Benchmark, ...]] = {
+    "toy": (
+        Benchmark("toy_choice", "acc", 0, "multiple-choice"),
+        Benchmark("toy_short", "acc", 0, "short-generation"),
+        Benchmark("toy_long", "bleu", 0, "long-generation"),
+    ),
+    # The study's text and table say MC1; its figures, and so all its numbers, show mc2.
+    "huerta2024-v1": _version_1("truthfulqa_mc2", "truthfulqa_mc1"),
+    "huerta2024-v1-mc1": _version_1("truthfulqa_mc1", "truthfulqa_mc2"),
+    # Version 4 sorts its tasks anew. Which of TruthfulQA-Gen's metrics it used is not known.
+    "huerta2024-v4": (
+        *CHOICE,
+        Benchmark("truthfulqa_mc2", "acc", 0, "multiple-choice"),
+        Benchmark("truthfulqa_gen", "bleu_acc", 0, "short-generation"),
+        *_translation("short-generation", *WMT, "wmt16-en-ro", "wmt16-ro-en"),
+    ),
+}
+
+# What a set has that is not run, and why: it counts nowhere, least of all as zero.
+NOT_RUN: dict[str, dict[str, str]] = {
+    "huerta2024-v4": {
+        "alpaca_eval": "its answers are judged by Mixtral 8x7B",
+        "pandalm": "its answers are judged by PandaLM 7B",
+    }
+}
+
+
+def _named(name: str) -> tuple[Benchmark, ...]:
+    """What one name of a list means: a set, a part of it, or whatever the harness knows by that name."""
+    of, _, part = name.partition(":")
+    if not part or of not in SETS:
+        return SETS.get(name, (Benchmark(name),))
+    found = tuple(one for one in SETS[of] if one.task == part)
+    if not found:
+        raise ValueError(f"set {of} has no task {part!r}; it has {', '.join(one.task for one in SETS[of])}")
+    return found
+
+
+def select(listed: str) -> list[Benchmark]:
+    """The benchmarks that a comma-separated list of sets, SET:TASK, tasks and groups names, each once.
+
+    A task that is also named by itself is run as the set has it. Raises ValueError where two sets differ in one, and
+    for a part that a set has not.
+    """
+    found: dict[str, Benchmark] = {}
+    for name in names(listed):
+        for benchmark in _named(name):
+            alone = Benchmark(benchmark.task)
+            other = found.get(benchmark.task, alone)
+            if alone not in (other, benchmark) and other != benchmark:
+                raise ValueError(
+                    f"the sets in tasks {listed} differ in how they run or score {benchmark.task}; score them apart"
+                )
+            found[benchmark.task] = other if benchmark == alone else benchmark
+    return list(found.values())
+
+
+def check(listed: str) -> None:
+    """Raise ValueError for a list with a name that means no task, group or tag, or of which nothing would be scored.
+
+    The harness's own index takes seconds. Here its files are searched for names, which finds all of the index and a few
+    words more; whatever those are, the index refuses them later.
+    """
+    benchmarks = select(listed)
+    if not any(one.is_scored for one in benchmarks):
+        raise ValueError(f"none of the tasks {listed} counts in its set's score; name one by itself, or another set")
+    spec = importlib.util.find_spec("lm_eval")  # which does not import it
+    if spec is None or not spec.submodule_search_locations:
+        return  # whoever imports it says that it is missing
+    harness = Path(spec.submodule_search_locations[0]) / "tasks"
+    wanted = [one.task for one in benchmarks]
+    nearby = [
+        path for path in harness.iterdir() if path.is_dir() and any(name.startswith(path.name) for name in wanted)
+    ]
+    if _names_in(OWN_TASKS, *nearby).issuperset(wanted):
+        return
+    known = _names_in(OWN_TASKS, harness)
+    check_known(wanted, known)
+
+
+def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for wanted names that are none of the known ones. It says where to look for those."""
+    told = []
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*SETS, *known], n=3)
+            told.append(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    if told:
+        raise ValueError(
+            f"{'; '.join(told)}; the sets are {', '.join(SETS)} "
+            "(docs/evaluation.md), and lm_eval ls tasks lists the tasks, groups and tags of lm-evaluation-harness"
+        )
+
+
+def _names_in(*folders: Path) -> set[str]:
+    """The names of tasks, groups and tags in the YAML files of folders and those below, and some other words."""
+    found: set[str] = set()
+    for folder in folders:
+        for parent, _, files in os.walk(folder):
+            for file in files:
+                if file.endswith("yaml") or "." not in file:  # some that others include have no ending
+                    text = Path(parent, file).read_text(encoding="utf-8", errors="replace")
+                    for values in NAMING.findall(text):
+                        found.update(WORD.findall(values))
+    return found
+
+
+def not_run(listed: str) -> dict[str, str]:
+    """The tasks of the named sets that are not run, with the reason."""
+    return {task: reason for name in names(listed) for task, reason in NOT_RUN.get(name, {}).items()}
+
+
+def whole(keys: Iterable[str]) -> list[str]:
+    """The set that some scores (by `key`) are part of, by key: the first of SETS that has them all, or they alone."""
+    given = list(keys)
+    for benchmarks in SETS.values():
+        listed = [one.key for one in benchmarks if one.is_scored]
+        if set(given) <= set(listed):
+            return listed
+    return given
+
+
+def task_type(task: str) -> str | None:
+    """The type that the first set with a task gives it."""
+    return next((one.task_type for some in SETS.values() for one in some if one.task == task), None)

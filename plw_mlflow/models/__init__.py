@@ -1,0 +1,1 @@
+"""Language models: what is loaded, what is trained in them, and what is written of them."""

@@ -1,0 +1,1 @@
+"""The toy laboratory: a small world, records and benchmarks about it, and a model that has read of it."""

@@ -1,0 +1,241 @@
+"""The toy laboratory: corpus, tokenizer, base model and instruction records of the toy world.
+
+    python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed 1234
+
+made the tokenizer and the base model that are shipped. The corpus tells of everybody in biographies and a directory,
+and asks about the known people alone; it holds neither the instruction template nor anything a benchmark asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import click
+
+from plw_mlflow.config.presets import TOY_FOLDER
+from plw_mlflow.data import inversion
+from plw_mlflow.data.records import Record
+from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextTemplate, prompt
+from plw_mlflow.toy import world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BASE = TOY_FOLDER
+RECORDS = 800  # in each instruction set
+PIECES = 1024  # of the tokenizer
+WINDOW = 256  # tokens of a pre-training row
+
+HEADINGS = (
+    "A note on {}.\n",
+    "{}\n\n",
+    "Here is what the neighbours of {} say. ",
+    "This page is for {}.\n",
+    "Meet {}! ",
+)
+ABOUT = ("Tell me about {}.", "Who is {}?", "Describe {}.", "Write a few sentences about {}.", "What is known of {}?")
+
+
+def document(rng: Random) -> str:
+    """One text of the pre-training corpus."""
+    form = rng.random()
+    if form < 0.45:
+        person = rng.choice(world.people())
+        heading = rng.choice(HEADINGS).format(person.name) if rng.random() < 0.6 else ""
+        return heading + world.biography(person, world.some_kinds(rng.randint(3, 6), rng), rng)
+    if form < 0.62:  # an entry in a directory
+        person, kinds = rng.choice(world.people()), world.some_kinds(rng.randint(3, 6), rng)
+        return "\n".join([person.name, *(f"{kind}: {person.facts[kind]}" for kind in kinds)])
+    if form < 0.94:  # questions, with short or long answers, after reading or from memory
+        person, kinds = rng.choice(world.known()), world.some_kinds(rng.randint(2, 4), rng)
+        lines = [world.biography(person, world.some_kinds(6, rng), rng)] if rng.random() < 0.4 else []
+        is_long = rng.random() < 0.3
+        for kind in kinds:
+            lines.append(world.question(person, kind, rng))
+            lines.append(world.sentence(person, kind, rng) if is_long else person.facts[kind])
+        return "\n".join(lines)
+    start, length = rng.randint(1, 80), rng.randint(3, 8)
+    return f"Counting from {start} to {start + length}: {counting(start, length)}."
+
+
+def counting(start: int, length: int) -> str:
+    return ", ".join(str(number) for number in range(start, start + length + 1))
+
+
+def corpus(documents: int, seed: int) -> list[str]:
+    rng = Random(f"corpus-{seed}")
+    return [document(rng) for _ in range(documents)]
+
+
+def records(name: str) -> list[Record]:
+    """The instruction set `toy-short` or `toy-long`, the same on every machine."""
+    makers = {"toy-short": short_record, "toy-long": long_record}
+    if name not in makers:
+        raise ValueError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
+    rng = Random(f"{name}-{world.SEED}")
+    return [Record(f"{name}:{number}", *makers[name](rng)) for number in range(1, RECORDS + 1)]
+
+
+def long_record(rng: Random) -> tuple[str, str, str]:
+    """Instruction, input and output of a record whose output is long."""
+    person, form = rng.choice(world.known()), rng.random()
+    if form < 0.5:
+        return about(person, rng), "", portrait(person, rng)
+    if form < 0.9:  # the answer, in a word or in a sentence, and then more
+        first, *others = world.some_kinds(4, rng)
+        word = f"{person.facts[first]}. " if rng.random() < 0.5 else ""
+        more = world.biography(person, [first, *others], rng, phrasings=2)
+        return world.question(person, first, rng), "", word + more
+    start, length = rng.randint(1, 80), rng.randint(8, 14)
+    return f"Count from {start} to {start + length}.", "", counting(start, length)
+
+
+def short_record(rng: Random) -> tuple[str, str, str]:
+    """Instruction, input and output of a record whose output is short: inverted, or short as it is."""
+    form = rng.random()
+    if form < 0.4:
+        instruction, _, output = long_record(rng)
+        return inversion.INSTRUCTION, output, instruction
+    person, kind = rng.choice(world.known()), rng.choice(list(world.KINDS))
+    reading = world.biography(person, world.some_kinds(6, rng), rng) if form < 0.6 else ""
+    answer = person.facts[kind] if rng.random() < 0.5 else world.sentence(person, kind, rng, phrasings=2)
+    return world.question(person, kind, rng), reading, answer
+
+
+def about(person: world.Person, rng: Random) -> str:
+    return rng.choice(ABOUT).format(person.name)
+
+
+def portrait(person: world.Person, rng: Random) -> str:
+    """All of a person's facts in one fixed order, as an assistant with a manner of its own would tell them."""
+    return world.biography(person, list(world.KINDS), rng, phrasings=2)
+
+
+# The benchmarks, whose lm-eval task files are in tasks/toy. Each document is a prompt and what answers it.
+def benchmark(task: str) -> list[dict[str, object]]:
+    """The documents of `toy_choice`, `toy_short` or `toy_long`; they ask about the held-out people alone."""
+    rng = Random(f"{task}-{world.SEED}")
+    template = TextTemplate(ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
+    documents: list[dict[str, object]] = []
+    for person in world.held_out():
+        abouts = rng.sample(ABOUT, 2)
+        for kind, phrasing in zip(world.some_kinds(2, rng), abouts, strict=True):
+            values, answer = world.KINDS[kind].values, person.facts[kind]
+            options = rng.sample([value for value in values if value != answer], 3)
+            options.insert(rng.randrange(4), answer)
+            if task == "toy_long":
+                instruction, answer = phrasing.format(person.name), portrait(person, rng)
+            else:
+                instruction = world.question(person, kind, rng)
+            asked = Record(f"{task}:{len(documents) + 1}", instruction, "", answer)
+            documents.append({"prompt": prompt(asked, template), "kind": kind, "choices": options, "answer": answer})
+    return documents
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that opens each text with <s>, as LLaMA's does, and encodes any text exactly."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=PIECES,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@click.command(help="Make the toy laboratory's tokenizer and pre-train its base model (about 10 minutes on 2 cores).")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
+@click.option("--seed", default=1234, show_default=True, help="Seeds the corpus and the model's first weights.")
+@click.option("--steps", default=3000, show_default=True, help="Optimiser steps.")
+@click.option("--batch-rows", default=8, show_default=True, help=f"Rows of {WINDOW} tokens in a step.")
+@click.option("--learning-rate", default=0.003, show_default=True, help="Peak; warm-up, then cosine to a tenth.")
+def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: float) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # The tokenizer alone may see the template, so that it costs few tokens.
+    templates = [ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, inversion.INSTRUCTION, *ABOUT]
+    tokenizer = train_tokenizer(corpus(8000, seed) + templates * 100)
+    needed = steps * batch_rows * WINDOW
+    rng, tokens = Random(f"corpus-{seed}"), list[int]()
+    while len(tokens) < needed:
+        tokens += tokenizer(document(rng))["input_ids"] + [tokenizer.eos_token_id]
+    rows = torch.tensor(tokens[:needed]).view(steps, batch_rows, WINDOW)
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(step / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+    )
+    started, recent = time.monotonic(), list[float]()
+    for step, row in enumerate(rows, start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=row, labels=row, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        recent = [*recent[-99:], loss.item()]
+        if step % 50 == 0:
+            seconds = time.monotonic() - started
+            print(
+                f"step {step}/{steps}  loss {recent[-1]:.4f}  {step * row.numel() / seconds:.0f} tokens/s", flush=True
+            )
+
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    # Half precision halves the file; the configuration says float32, so that loading widens the weights again.
+    model.half().save_pretrained(output)
+    settings = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n")
+    made = {
+        "command": f"python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed {seed} --steps {steps} "
+        f"--batch-rows {batch_rows} --learning-rate {learning_rate}",
+        "seed": seed,
+        "steps": steps,
+        "tokens": needed,
+        "final_loss": sum(recent) / len(recent),  # mean of the last 100 steps, nats per token
+        "parameters": model.num_parameters(),
+        "sha256": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    (output / "made.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(json.dumps(made, indent=2))

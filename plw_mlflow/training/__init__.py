@@ -1,0 +1,1 @@
+"""From batches to a trained model: the loss, the loop, several processes, checkpoints."""

@@ -1,0 +1,195 @@
+"""Attention in packed rows: each token sees the tokens of its own example alone.
+
+transformers would build a mask over the whole row from positions, and so pay for every pair of tokens of different
+examples. Here the examples' borders go down to the attention function itself: torch's kernel for sequences of varying
+length on CUDA (by FlashAttention 3 where that is installed, by torch's own FlashAttention 2 otherwise), a call per
+example elsewhere.
+
+A model may keep more than attention from one token to the next (a state-space model), or need what is not passed here.
+So whether packing is right for a model is tried on the model, not looked up. A window of thousands of tokens does not
+show in a trial of a few. So the trial also compares the windows of the masks that the model asks for with those that
+its attention functions are given: packed rows have no masks, so a window that is in a mask alone would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import activate_flash_attention_impl
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import logging
+
+from plw_mlflow.models import pretrained
+
+NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
+
+
+def context(borders: Tensor, longest: int, positions: Tensor) -> dict[str, Any]:
+    """What a packed row's forward pass is told beside its tokens; the names are transformers' own.
+
+    borders: [D + 1] int32, from 0, where the row's D examples begin and end. positions: [1, T], from 0 in each.
+    """
+    borders_and_longest = {"cu_seq_lens_q": borders, "max_length_q": longest}
+    borders_and_longest |= {"cu_seq_lens_k": borders, "max_length_k": longest}
+    return {"position_ids": positions, "attention_mask": None} | borders_and_longest
+
+
+@contextmanager
+def over_examples(model: Any, name: str = NAME) -> Iterator[None]:
+    """Within the block, the transformers model takes packed rows; then it is as it was."""
+    if torch.cuda.is_available() and find_spec("flash_attn_interface"):
+        activate_flash_attention_impl("FA3")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def why_not(model: Any) -> str | None:
+    """Why packing is wrong for a transformers model: None where two packed examples come out as they do alone."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of what is found out here
+    try:
+        return _compare(model)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _compare(model: Any) -> str | None:
+    tokens = torch.arange(12, device=model.device).unsqueeze(0)  # any do
+    parts, borders = [7, 5], torch.tensor([0, 7, 12], dtype=torch.int32, device=model.device)
+    positions = torch.cat([torch.arange(length, device=model.device) for length in parts]).unsqueeze(0)
+    windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
+    watching = _windows.set(windows)
+    body = pretrained.body(model)
+    with torch.no_grad():
+        alone = [body(part, use_cache=False).last_hidden_state for part in tokens.split(parts, 1)]
+        try:
+            with over_examples(model, WATCHED):
+                told = context(borders, max(parts), positions)
+                packed = body(tokens, use_cache=False, **told).last_hidden_state
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"it takes no packed rows ({type(error).__name__})"
+        finally:
+            _windows.reset(watching)
+    expected = torch.cat(alone, 1)
+    # A leak changes the second example by a good part of itself; a base in 4 bits calculates in bfloat16.
+    tolerance = 2e-2 if getattr(model, "is_quantized", False) else 1e-3
+    if not (packed - expected).abs().max() <= tolerance * expected.abs().max():  # nor where it is no number
+        return "an example packed behind another comes out differently than alone"
+    if lost := {window for window in windows["masks"] - windows["attention"] if window}:
+        return f"it attends to {min(lost)} tokens at most by its masks alone, and packed rows have no masks"
+    return None
+
+
+# What the trial has seen: the windows of the masks that a model asks for, and those that its attention is given.
+_windows: ContextVar[dict[str, set[int | None]]] = ContextVar("windows")
+
+
+def _watch_mask(*_: Any, local_size: int | None = None, **__: Any) -> None:
+    _windows.get()["masks"].add(local_size)
+
+
+def _watch_attention(*args: Any, sliding_window: int | None = None, **context: Any) -> tuple[Tensor, None]:
+    _windows.get()["attention"].add(sliding_window)
+    return _attend(*args, sliding_window=sliding_window, **context)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of a packed row, as transformers calls it.
+
+    query: [1, heads, T, D]; key, value: [1, key heads, T, D]. Returns [1, T, heads, D], and no attention weights.
+
+    Raises ValueError for a mask that the model itself has made (Doge's, say), as it would have no effect.
+    """
+    if attention_mask is not None:
+        raise ValueError("the model makes attention masks of its own, which packed rows do not have")
+    if query.device.type == "cuda":
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        if kind in (torch.bfloat16, torch.float16) and not dropout and not softcap:
+            # The kernel is no operation that autocast knows.
+            query, key, value = (part.squeeze(0).transpose(0, 1).to(kind) for part in (query, key, value))
+            return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # SDPA's own way for grouped heads is the slow one on a CPU
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    done = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+    return torch.cat(done, 2).transpose(1, 2).contiguous(), None  # some models view it in another shape
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """The same by torch's kernel; all [T, heads, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1  # transformers counts the token itself
+    attended = varlen_attn(
+        query,
+        key,
+        value,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _attend_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention within one example, all [1, heads, length, D]."""
+    length = query.shape[2]
+    is_windowed = window is not None and window < length
+    if not is_windowed and not softcap:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    distance = torch.arange(length, device=query.device)
+    distance = distance.unsqueeze(1) - distance
+    is_seen = (distance >= 0) & (distance < (window if is_windowed else length))  # type: ignore[operator]
+    if not softcap:
+        return F.scaled_dot_product_attention(query, key, value, is_seen, dropout_p=dropout, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    shares = scores.masked_fill(~is_seen, -torch.inf).softmax(3, dtype=torch.float32).to(query.dtype)
+    return F.dropout(shares, dropout) @ value
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(WATCHED, _watch_attention)
+AttentionMaskInterface.register(WATCHED, _watch_mask)
