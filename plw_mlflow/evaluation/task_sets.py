@@ -151,7 +151,7 @@ def check(listed: str) -> None:
     spec = importlib.util.find_spec("lm_eval")  # which does not import it
     if spec is None or not spec.submodule_search_locations:
         return  # whoever imports it says that it is missing
-    harness = Path(spec.submodule_search_locations[0]) / "task_files"
+    harness = Path(spec.submodule_search_locations[0]) / "tasks"
     wanted = [one.task for one in benchmarks]
     nearby = [
         path for path in harness.iterdir() if path.is_dir() and any(name.startswith(path.name) for name in wanted)

@@ -118,7 +118,7 @@ def portrait(person: world.Person, rng: Random) -> str:
     return world.biography(person, list(world.KINDS), rng, phrasings=2)
 
 
-# The benchmarks, whose lm-eval task files are in evaluation/task_files/toy. Each document is a prompt and what answers it.
+# The benchmarks. Their lm-eval task files are in evaluation/task_files/toy.
 def benchmark(task: str) -> list[dict[str, object]]:
     """The documents of `toy_choice`, `toy_short` or `toy_long`; they ask about the held-out people alone."""
     rng = Random(f"{task}-{world.SEED}")
