@@ -22,7 +22,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from plw_mlflow.config.presets import PRESETS
-from plw_mlflow.data.formats import ENDINGS
+from plw_mlflow.study import PUBLISHED_PLWS
 
 # The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
 # not become an explicit choice by being passed on, as `mlflow run` passes on every default.
@@ -36,7 +36,11 @@ TEXT_FIELDS = (
     *("tokenizer", "format", "template", "prompt_border", "completion_turns"),
     *("max_records", "max_characters", "on_bad_record", "empty_completion"),
 )
-PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
+# Endings of data files' names, those that cannot be read included: a name that has one is a file's, not a hub id.
+DATA_FILE_ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".gz", ".zst"),
+    *(".txt", ".xls", ".xlsx", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -623,7 +627,7 @@ def shown_name(name: str) -> str:
 
     A hub id and the names that this package gives stay as they are.
     """
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[^@\s]+)?", name) and not name.lower().endswith(ENDINGS)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[^@\s]+)?", name) and not name.lower().endswith(DATA_FILE_ENDINGS)
     return name if is_hub_id else Path(name).name or name
 
 
