@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from plw_mlflow import study
+from plw_mlflow.errors import UserError
 from plw_mlflow.toy import world
 
 ROWS = 800  # in each instruction set
@@ -22,7 +23,7 @@ def rows(name: str) -> list[dict[str, str]]:
     """The instruction set `toy-short` or `toy-long`, in Alpaca's fields; the same on every machine."""
     makers = {"toy-short": short_row, "toy-long": long_row}
     if name not in makers:
-        raise ValueError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
+        raise UserError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
     rng = Random(f"{name}-{world.SEED}")
     return [makers[name](rng) for _ in range(ROWS)]
 
