@@ -367,7 +367,7 @@ def test_what_is_wrong_with_a_config(values, fault):
 def test_names_and_ratios_of_a_config():
     config = AdviseConfig(dataset="folder/mine.json", invert=True, scores="a", ratios="a b = 0.5, c=2")
     assert config.given_ratios() == {"a b": 0.5, "c": 2.0}
-    assert config.asked() == ("mine.json inverted", "folder/mine.json inverted", "mine inverted")
+    assert config.dataset_names() == ("mine.json inverted", "folder/mine.json inverted", "mine inverted")
 
 
 @pytest.mark.slow
