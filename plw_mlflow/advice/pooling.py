@@ -11,12 +11,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from plw_mlflow.analysis.statistics.optimum import LEVEL
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 
 @dataclass(frozen=True)
