@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from plw_mlflow.errors import UserError
+
 Array = NDArray[np.float64]
 
 # log10(2) in the rounding of arXiv:2401.13586v1, section 4, chosen there so that PLW 0.1 becomes w_p 0.5.
@@ -71,12 +73,12 @@ class Transform:
 
 
 def make_transform(name: str, plws: ArrayLike) -> Transform:
-    """The transform of that name for the PLWs tried. Raises ValueError where the PLWs do not allow it."""
+    """The transform of that name for the PLWs tried. Raises UserError where the PLWs do not allow it."""
     tried = tuple(np.unique(np.asarray(plws, float)).tolist())
     if name not in TRANSFORMS:
-        raise ValueError(f"transform is {name!r}, but must be one of {', '.join(TRANSFORMS)}")
+        raise UserError(f"transform is {name!r}, but must be one of {', '.join(TRANSFORMS)}")
     if name == "logit" and (tried[-1] > 1 or not 0 < min((plw for plw in tried if plw > 0), default=1.0) / 2 < 0.5):
-        raise ValueError("transform logit is for PLWs within 0..1, some of them between; use power")
+        raise UserError("transform logit is for PLWs within 0..1, some of them between; use power")
     return Transform(name, tried)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from plw_mlflow.analysis.statistics.optimum import LEVEL
+from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import Array
 
 
@@ -46,11 +47,11 @@ class Pooled:
 def pool(y: Array, variances: Array, x: Array) -> Pooled:
     """Pool n estimates: y [n], the variances of their errors [n], and x [n, P] of full rank.
 
-    Raises ValueError where there are no more points than coefficients.
+    Raises UserError where there are no more points than coefficients.
     """
     n, p = x.shape
     if n <= p:
-        raise ValueError(f"{n} points are too few to pool by {p} coefficients")
+        raise UserError(f"{n} points are too few to pool by {p} coefficients")
 
     def weighted(tau2: float) -> tuple[Array, Array, Array]:
         weights = 1 / (variances + tau2)

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from plw_mlflow.config.presets import PRESETS
 from plw_mlflow.data.formats import ENDINGS
+from plw_mlflow.errors import UserError
 
 # The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
 # not become an explicit choice by being passed on, as `mlflow run` passes on every default.
@@ -46,7 +47,7 @@ class Options:
     def __post_init__(self) -> None:
         preset = getattr(self, "preset", "toy")
         if preset not in PRESETS:
-            raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}")
+            raise UserError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}")
         hints = typing.get_type_hints(type(self))
         for name, value in PRESETS[preset].items():
             if name in hints and getattr(self, name) is None:
@@ -296,7 +297,7 @@ class Checked(Options):
             if "faults" in vars(part):
                 found += vars(part)["faults"](self)
         if found:
-            raise ValueError("; ".join(found))
+            raise UserError("; ".join(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -641,11 +642,11 @@ def short_name(name: str) -> str:
 
 
 def cache_folder(options: DataOptions) -> Path:
-    """The folder for downloads and stored examples, which may not exist. Raises ValueError where no home is known."""
+    """The folder for downloads and stored examples, which may not exist. Raises UserError where no home is known."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        raise ValueError("there is no home folder to keep prepared data in; name a folder with --cache-dir") from None
+        raise UserError("there is no home folder to keep prepared data in; name a folder with --cache-dir") from None
     return options.cache_dir or home / "plw_mlflow"
 
 

@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
 from plw_mlflow.data.tokens import Encoder, added_around
+from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import answers
 from plw_mlflow.evaluation.answers import Answers
 from plw_mlflow.evaluation.prompting import TemplatedPrompt, Wrapping
@@ -113,7 +114,7 @@ class Asking(TemplateLM):
         pieces: list[list[Piece]] = []
         for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
             if not len(continuation):  # it would be certain, and win every question
-                raise ValueError(
+                raise UserError(
                     f"task {request.task_name} asks for the continuation {request.args[1]!r}, which has no token "
                     "beyond its context's"
                 )
@@ -138,7 +139,7 @@ class Asking(TemplateLM):
         """The text that goes on from each context until a stop sequence, cut off before it.
 
         A context is cut from the left so that the answer fits the window, as HFLM does; this is counted. Raises
-        ValueError where the window has no room for a context at all.
+        UserError where the window has no room for a context at all.
         """
         self._check_templated(requests)
         prompts = [
@@ -155,14 +156,14 @@ class Asking(TemplateLM):
     # From texts to pieces and prompts.
 
     def _check_templated(self, requests: list[Any]) -> None:
-        """Raise ValueError where a task has made another string of a prompt in a template, whose tokens are then lost.
+        """Raise UserError where a task has made another string of a prompt in a template, whose tokens are then lost.
 
         An empty context is none: some metrics ask for the likelihood of an answer without its question.
         """
         if isinstance(getattr(self, "apply_chat_template", None), Wrapping):
             for request in requests:
                 if request.args[0] and not isinstance(request.args[0], TemplatedPrompt):
-                    raise ValueError(
+                    raise UserError(
                         f"task {request.task_name} changes its prompts after the template was put around them, so that "
                         "they are not what training saw; leave apply-template out for it"
                     )
@@ -259,7 +260,7 @@ class Asking(TemplateLM):
         most = settings.pop("max_gen_toks")
         room = self.window - most
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"task {request.task_name} asks for answers of {most} tokens, but the model's window has "
                 f"{self.window}; leave the task out, or take a model with a longer window"
             )

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from lm_eval.models.utils import postprocess_generated_text
 
-from plw_mlflow.errors import printable, reason
+from plw_mlflow.errors import Unreachable, UserError, printable, reason
 from plw_mlflow.evaluation import answers
 from plw_mlflow.evaluation.caching_lm import Asking, Batch, Piece, Prompt
 from plw_mlflow.models import pretrained
@@ -49,7 +49,7 @@ class Endpoint(Asking):
     tokenizer: toy, a folder, or a hub id (unset: that of `model`). folder: where finished requests are kept. key_env:
     the environment variable with the key that the server asks for; a key goes out to https or this machine alone.
 
-    Raises ConnectionError where no server answers, ValueError for one that does not have the model.
+    Raises Unreachable where no server answers, UserError for one that does not have the model.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Endpoint(Asking):
         return values, is_greedy
 
     def _checked(self, value: Any) -> float:
-        """A log-probability. Raises ValueError for what can be none."""
+        """A log-probability. Raises UserError for what can be none."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not LEAST <= value <= SLACK:  # which no NaN does
             raise self._unusable(f"{_shown(value)} is no log-probability")
@@ -191,8 +191,8 @@ class Endpoint(Asking):
             raise self._unusable("its answer does not hold one choice")
         return choice
 
-    def _unusable(self, why: str) -> ValueError:
-        return ValueError(f"the endpoint {self.root} cannot give scores: {why}")
+    def _unusable(self, why: str) -> UserError:
+        return UserError(f"the endpoint {self.root} cannot give scores: {why}")
 
     def _ask(
         self,
@@ -206,7 +206,7 @@ class Endpoint(Asking):
     ) -> Any:
         """What the server answers, as JSON, or `absent` where it has no such path, if that is given.
 
-        Raises ConnectionError where it does not answer at the last of the attempts, ValueError where it refuses the
+        Raises Unreachable where it does not answer at the last of the attempts, UserError where it refuses the
         request.
         """
         trouble = ""
@@ -230,15 +230,15 @@ class Endpoint(Asking):
                 said = said.replace(self._key, "***")
             trouble = f"status {status}: {_shown(said)}"
             if status in (401, 403):
-                raise ValueError(
+                raise UserError(
                     f"the endpoint {self.root} refuses access (status {status}); name the environment variable that "
                     "holds its key: --endpoint-key-env NAME"
                 )
             if 300 <= status < 400:
-                raise ValueError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
+                raise UserError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
             if 400 <= status < 500 and status not in (408, 429):
-                raise ValueError(f"the endpoint {self.root} refuses the request: {trouble}")
-        raise ConnectionError(f"{unanswered.format(self.root)}: {trouble}")
+                raise UserError(f"the endpoint {self.root} refuses the request: {trouble}")
+        raise Unreachable(f"{unanswered.format(self.root)}: {trouble}")
 
     def _request(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
         """Status and content of an answer. Raises OSError for one that takes too long or is too large."""
@@ -268,7 +268,7 @@ class Endpoint(Asking):
         rows = said.get("data") if isinstance(said, dict) else None
         listed = {str(one["id"]): one for one in rows or [] if isinstance(one, dict) and "id" in one}
         if listed and self._model not in listed:
-            raise ValueError(
+            raise UserError(
                 f"the endpoint {self.root} has no model {self._model!r}; it has {_shown(', '.join(sorted(listed)))}"
             )
         window = listed.get(self._model, {}).get("max_model_len")
@@ -281,16 +281,16 @@ class Endpoint(Asking):
 
 
 def _key(root: str, key_env: str | None) -> str | None:
-    """The key for a server. Raises ValueError where there is none, or where others could read it on its way."""
+    """The key for a server. Raises UserError where there is none, or where others could read it on its way."""
     if key_env is None:
         return None
     if not (key := os.environ.get(key_env)):
-        raise ValueError(f"the environment variable {key_env} that is to hold the endpoint's key is not set")
+        raise UserError(f"the environment variable {key_env} that is to hold the endpoint's key is not set")
     parts = urlsplit(root)
     if parts.scheme != "https" and not _is_loopback(str(parts.hostname)):
-        raise ValueError(f"a key is sent to https or to this machine alone, not to {root}; use https")
+        raise UserError(f"a key is sent to https or to this machine alone, not to {root}; use https")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the environment variable {key_env} holds characters that no key has")
+        raise UserError(f"the environment variable {key_env} holds characters that no key has")
     return key
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from plw_mlflow.analysis.statistics.table import RUN
+from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import CURVE_TERMS, TERMS, Array, Transform, curve_terms
 
 
@@ -60,14 +61,14 @@ class Grid:
     def complete(self) -> tuple[Grid, tuple[str, ...]]:
         """The runs that have a score on every task, and what was left out for that.
 
-        Tasks that fewer than half of the runs have are left out first. Raises ValueError where that leaves no task, and
+        Tasks that fewer than half of the runs have are left out first. Raises UserError where that leaves no task, and
         where some runs are left, but none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5
         runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
         if not tasks.any():
-            raise ValueError("every task is scored on fewer than half of the runs; use lmm-slopes")
+            raise UserError("every task is scored on fewer than half of the runs; use lmm-slopes")
         left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
         if gone := int((~runs).sum()):
             left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")
@@ -76,7 +77,7 @@ class Grid:
         kept = self.runs.loc[runs].reset_index(drop=True)
         if len(kept) and (lost := sorted(set(self.runs["plw"]) - set(kept["plw"]))):
             listed = ", ".join(f"{plw:g}" for plw in lost)
-            raise ValueError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
+            raise UserError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
         x, terms = _columns(kept, self.transform, self._factors, self.by)
         smaller = Grid(
             self.dataset,
