@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from plw_mlflow.advice.evidence import OWN, STUDY, TASK_TYPES, VAUGHN, WIT, Point, to_plw
+from plw_mlflow.advice.evidence import OWN, STUDY, VAUGHN, WIT, Point, to_plw
 from plw_mlflow.advice.pooling import Pooled, pool
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError
+from plw_mlflow.evaluation.task_sets import TASK_TYPES
 from plw_mlflow.transforms import EXPONENT, Array
 
 SCHEMA = "plw_mlflow.advice/1"

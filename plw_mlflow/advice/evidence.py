@@ -27,7 +27,6 @@ from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 TABLES = Path(__file__).resolve().parents[2] / "paper" / "tables"
 STUDY, WIT, VAUGHN, OWN = "Huerta-Enochian and Ko 2024", "WIT 2025", "Vaughn 2024", "own runs"
-TASK_TYPES = ("multiple-choice", "short-generation", "medium-generation", "long-generation")
 DRAWS = 20_000  # of a curve's coefficients; seeded, so the same every time
 EVEN = 1 / 12  # variance of the even distribution on 0..1
 

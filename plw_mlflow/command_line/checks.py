@@ -22,7 +22,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from plw_mlflow.config import (
     AdviseConfig,
     AnalyzeConfig,
-    Checked,
+    Config,
     DataOptions,
     EvaluateConfig,
     MainConfig,
@@ -34,19 +34,20 @@ from plw_mlflow.config import (
     cache_folder,
     names,
 )
-from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
-from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
+from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
 FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
-OUTPUTS: dict[type[Checked], tuple[str, ...]] = {
+OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
     TrainConfig: TRAINED,
     MainConfig: (*TRAINED, *SCORES),
@@ -61,7 +62,7 @@ TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "mer
 NO_TOKENIZER = SimpleNamespace(added_tokens_decoder={}, special_tokens_map={})  # enough to read a template's file
 
 
-def check(config: Checked) -> None:
+def check(config: Config) -> None:
     """Raise UserError that names everything a config refers to and this machine does not have, or cannot write to.
 
     The folders that are to be written to are made, once nothing else is wrong.
@@ -134,7 +135,7 @@ def _folders(config: Any) -> Iterator[Callable[[], None]]:
         yield lambda: _folder("cache-dir", cache_folder(config))
 
 
-def _reads_data(config: Checked) -> bool:
+def _reads_data(config: Config) -> bool:
     """Whether a command reads a data set: with a ratio, advise does not."""
     return isinstance(config, DataOptions) and not (isinstance(config, AdviseConfig) and config.ratio is not None)
 

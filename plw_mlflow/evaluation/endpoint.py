@@ -27,8 +27,8 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from lm_eval.models.utils import postprocess_generated_text
 
 from plw_mlflow.errors import Unreachable, UserError, printable, reason
-from plw_mlflow.evaluation import answers
-from plw_mlflow.evaluation.caching_lm import Asking, Batch, Piece, Prompt
+from plw_mlflow.evaluation import answer_store
+from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
 from plw_mlflow.models import pretrained
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
@@ -43,7 +43,7 @@ SLACK = 1e-3
 LEAST = -1e5  # nats; a token that is less likely than this is none of a model's
 
 
-class Endpoint(Asking):
+class Endpoint(CachingLM):
     """The model that a server at `address` (http://HOST:PORT/v1) calls `model`; its tokenizer is read here.
 
     tokenizer: toy, a folder, or a hub id (unset: that of `model`). folder: where finished requests are kept. key_env:
@@ -67,7 +67,7 @@ class Endpoint(Asking):
         window = self._window()
         self.tokenizer = pretrained.load_tokenizer(model, tokenizer)
         self.window = window - 2  # the server's own token, and the last target, count too
-        self.keep(None if folder is None else folder / f"answers-{answers.key(self.root, model)[:16]}.jsonl")
+        self.keep(None if folder is None else folder / f"answers-{answer_store.key(self.root, model)[:16]}.jsonl")
 
     # What the harness asks of a language model.
 
@@ -90,14 +90,14 @@ class Endpoint(Asking):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError  # abstract in the harness, which calls it through methods that are replaced here
 
-    # Batches, as Asking wants them.
+    # Batches, as CachingLM wants them.
 
-    def plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
-        """Pieces that begin alike together."""
-        numbers = sorted(range(len(pieces)), key=lambda number: pieces[number].inputs.astype(">u4").tobytes())
-        yield from self._batches(numbers, pieces, self._score)
+    def plan_scores(self, queries: list[Query]) -> Iterator[PlannedBatch]:
+        """Queries that begin alike together."""
+        numbers = sorted(range(len(queries)), key=lambda number: queries[number].inputs.astype(">u4").tobytes())
+        yield from self._batches(numbers, queries, self._score)
 
-    def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
+    def plan_generation(self, prompts: list[Prompt]) -> Iterator[PlannedBatch]:
         """Prompts that begin alike together."""
         numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].tokens.astype(">u4").tobytes())
         yield from self._batches(numbers, prompts, self.generate_otherwise)
@@ -108,7 +108,7 @@ class Endpoint(Asking):
 
     def _batches(
         self, numbers: Sequence[int], asked: Sequence[Any], run: Callable[[list[Any]], list[Any]]
-    ) -> Iterator[Batch]:
+    ) -> Iterator[PlannedBatch]:
         for start in range(0, len(numbers), BATCH):
             some = list(numbers[start : start + BATCH])
             yield some, partial(run, [asked[number] for number in some])
@@ -123,13 +123,13 @@ class Endpoint(Asking):
 
     # One request.
 
-    def _score(self, pieces: list[Piece]) -> list[tuple[float, bool]]:
-        found = self._each(self._log_probabilities, pieces)
+    def _score(self, queries: list[Query]) -> list[tuple[float, bool]]:
+        found = self._each(self._log_probabilities, queries)
         return [(sum(own), is_greedy) for own, is_greedy in found]
 
-    def _log_probabilities(self, piece: Piece) -> tuple[list[float], bool]:
-        """Log-probabilities of the targets of a piece, and whether each is the likeliest token."""
-        tokens = [*piece.inputs.tolist(), int(piece.targets[-1])]
+    def _log_probabilities(self, query: Query) -> tuple[list[float], bool]:
+        """Log-probabilities of the targets of a query, and whether each is the likeliest token."""
+        tokens = [*query.inputs.tolist(), int(query.targets[-1])]
         choice = self._complete(
             {"prompt": [tokens], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": SEED}
         )
@@ -147,7 +147,7 @@ class Endpoint(Asking):
         given = [self._checked(value) for value in own[1 : len(tokens)]]
         if len(given) > 3 and len(set(given)) == 1 and given[0] < -SLACK:  # a few may all be certain
             raise self._unusable(f"it gives every token the log-probability {given[0]:g}")
-        first = len(tokens) - len(piece.targets)
+        first = len(tokens) - len(query.targets)
         values = given[first - 1 :]
         is_greedy = True
         for value, likeliest in zip(values, top[first : len(tokens)], strict=True):

@@ -35,13 +35,6 @@ PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
 # Of the standard errors of what is no mean over documents. The harness takes no more for BLEU either, but 100,000 for
 # metrics such as Matthews' correlation.
 BOOTSTRAP_ROUNDS = 100
-# What a task asks of a model, where no set says it.
-TASK_TYPES = {
-    "multiple_choice": "multiple-choice",
-    "generate_until": "generation",
-    "loglikelihood": "likelihood",
-    "loglikelihood_rolling": "likelihood",
-}
 # The per-sample log is for looking at, in MLflow's page: some documents of each task, of long texts the end.
 LOGGED_SAMPLES = 200
 LOGGED_CHARACTERS = 1000
@@ -269,7 +262,7 @@ def score(
     results["cut"] = {name: dict(counts) for name, counts in cut.items()}
     results["documents_sha256"] = tasks.sha256
     kinds = {
-        task.task_name: task_sets.task_type(task.task_name) or TASK_TYPES.get(task.OUTPUT_TYPE, "")
+        task.task_name: task_sets.task_type(task.task_name) or task_sets.TASK_TYPE_OF_OUTPUT.get(task.OUTPUT_TYPE, "")
         for task in tasks.loaded
     }
     prompt = HARNESS if wrapping is None else wrapping.kind

@@ -22,6 +22,23 @@ OWN_TASKS = Path(__file__).resolve().parent / "tasks"
 NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
 WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
 
+# The types of task that a score table may name. The first four are the study's; the last two are for other tasks.
+TASK_TYPES = (
+    "multiple-choice",
+    "short-generation",
+    "medium-generation",
+    "long-generation",
+    "generation",
+    "likelihood",
+)
+# The type of a task that no set names, by the harness's name for what the task asks of a model.
+TASK_TYPE_OF_OUTPUT = {
+    "multiple_choice": "multiple-choice",
+    "generate_until": "generation",
+    "loglikelihood": "likelihood",
+    "loglikelihood_rolling": "likelihood",
+}
+
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from plw_mlflow import __version__
-from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.config.presets import MODELS
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import regularisers
+from plw_mlflow.toy import TOY_FOLDER
 from plw_mlflow.training import loss
 
 # How the names of transformers' classes end that are made for something else than the next token.

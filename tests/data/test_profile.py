@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from plw_mlflow.config import PUBLISHED_PLWS, DataOptions
+from plw_mlflow.config import DataOptions
 from plw_mlflow.data import prepare, profile_figure
 from plw_mlflow.data.profile import profile, profile_text
+from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
 COLUMNS = {

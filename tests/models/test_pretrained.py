@@ -26,6 +26,7 @@ from transformers import (
 from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Weights
 from plw_mlflow.models import pretrained
+from plw_mlflow.toy import TOY_FOLDER
 from plw_mlflow.training import attention
 from tests.conftest import byte_tokenizer, make_example, tiny_llama
 from tests.families import tiny
@@ -598,7 +599,7 @@ def test_a_digest_follows_the_weights_and_nothing_else(tmp_path):
         ("org/name@abc123", ("org/name", "abc123")),
         ("org/name", ("org/name", None)),
         ("gpt2", ("gpt2", None)),
-        ("toy", (str(pretrained.TOY_FOLDER), None)),
+        ("toy", (str(TOY_FOLDER), None)),
         ("llama-2-7b", ("meta-llama/Llama-2-7b-hf", "01c7f73d771dfac7d292323805ebc428287df4f9")),
     ],
 )
