@@ -26,7 +26,7 @@ from torch.nn.attention import activate_flash_attention_impl
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import causal
 
 NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
 
@@ -70,7 +70,7 @@ def _compare(model: Any) -> str | None:
     positions = torch.cat([torch.arange(length, device=model.device) for length in parts]).unsqueeze(0)
     windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
     watching = _windows.set(windows)
-    body = pretrained.body(model)
+    body = causal.body(model)
     with torch.no_grad():
         alone = [body(part, use_cache=False).last_hidden_state for part in tokens.split(parts, 1)]
         try:
