@@ -19,7 +19,7 @@ def main(config: AdviseConfig) -> None:
 
     types = advise.check_types(names(config.task_types or ""))
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
-        ratio, asked = config.ratio, config.asked()
+        ratio, asked = config.ratio, config.dataset_names()
         if ratio is None:
             from plw_mlflow.data import prepare
             from plw_mlflow.models import pretrained

@@ -29,6 +29,7 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.models import adapters, causal, export, pad_token, pretrained
@@ -63,7 +64,7 @@ def run(config: MainConfig, run: Run) -> None:
 def wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
     """What puts prompts into the template of the run's cell, or of a model without a cell; None if not asked for.
 
-    Raises ValueError where there is none.
+    Raises UserError where there is none.
     """
     if not config.apply_template:
         return None
@@ -88,7 +89,7 @@ def measure(
 def measure_trained(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
     """The same for a run of earlier, by the options that it was given.
 
-    Raises ValueError where its data are no longer what it was trained on.
+    Raises UserError where its data are no longer what it was trained on.
     """
     if not config.measures:
         return
@@ -201,23 +202,23 @@ def _some(prepared: Prepared) -> Iterator[Example]:
 
 
 def _check_recipe(settings: Any, config: TrainConfig) -> None:
-    """Raise ValueError where a model's config (`models.load_config`) shows that it cannot be trained as told."""
+    """Raise UserError where a model's config (`models.load_config`) shows that it cannot be trained as told."""
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
-        raise ValueError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
+        raise UserError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
     stored = getattr(settings, "quantization_config", None)
     if stored is not None and config.method == "full":
         kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-        raise ValueError(
+        raise UserError(
             f"{config.model} is stored in fewer bits ({kind}), which method full cannot train; name the model that it "
             f"was made of, or use --method lora"
         )
 
 
 def _check_vocabulary(model: Any, prepared: Prepared, config: TrainConfig) -> None:
-    """Raise ValueError where the examples are of another vocabulary than the model's."""
+    """Raise UserError where the examples are of another vocabulary than the model's."""
     vocabulary = model.get_input_embeddings().num_embeddings
     if prepared.largest_token >= vocabulary:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer gives token {prepared.largest_token}, but {config.model} knows only {vocabulary} tokens"
         )

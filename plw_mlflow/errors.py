@@ -35,8 +35,32 @@ _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
-class Refused(ValueError):
+class ExpectedError(Exception):
+    """An error whose message tells the caller everything: a command shows it in one line and exits with `status`.
+
+    Raise one of the classes below wherever a message is meant for the caller. Any other exception is a fault in this
+    package or in a library, and commands show its traceback.
+    """
+
+    status = 1
+
+
+class UserError(ExpectedError, ValueError):
+    """The caller has given something that cannot be used: an option, a file, a model, a data set."""
+
+    status = 2
+
+
+class Refused(UserError):
     """A service has answered that it will not do what was asked of it, however often that is asked again."""
+
+
+class RunError(ExpectedError, RuntimeError):
+    """The work cannot be finished: the loss is not finite, memory or disk is full, cells of a sweep have failed."""
+
+
+class Unreachable(ExpectedError, ConnectionError):
+    """A service does not answer, and may do so later."""
 
 
 def without_passwords(text: str) -> str:

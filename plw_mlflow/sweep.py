@@ -18,6 +18,7 @@ from plw_mlflow import cell, tracking
 from plw_mlflow.analysis import analyze, report
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.environment import outputs
+from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ class Outcome:
 
 
 def run(config: SweepConfig) -> None:
-    """Run every cell, analyse what finished, and raise RuntimeError if any did not, naming it."""
+    """Run every cell, analyse what finished, and raise RunError if any did not, naming it."""
     cells = config.cells()
     for method in {one.method for one in cells}:
         adapters.check(method)
@@ -53,7 +54,7 @@ def run(config: SweepConfig) -> None:
         print(f"\nrun {parent.id}\n{parent.address()}")
         if failed:
             listed = "; ".join(f"{cell.name(o.config)} (exit status {o.exit_status}, run {o.run_id})" for o in failed)
-            raise RuntimeError(f"{len(failed)} of {len(outcomes)} cells did not finish: {listed}")
+            raise RunError(f"{len(failed)} of {len(outcomes)} cells did not finish: {listed}")
 
 
 def arguments(config: MainConfig) -> list[str]:

@@ -24,11 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from plw_mlflow.advice.evidence import OWN, STUDY, TASK_TYPES, VAUGHN, WIT, Point, to_plw
+from plw_mlflow.advice.evidence import OWN, STUDY, VAUGHN, WIT, Point, to_plw
 from plw_mlflow.advice.pooling import Pooled, pool
 from plw_mlflow.analysis.statistics.design import EXPONENT
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.environment import outputs
+from plw_mlflow.errors import UserError
+from plw_mlflow.evaluation.task_sets import TASK_TYPES
 
 Array = NDArray[np.float64]
 
@@ -147,7 +149,7 @@ def advise(
     dataset: names of the data set asked about, if any; own runs on it are set against what the others say.
     """
     if not 0 < ratio < math.inf:
-        raise ValueError(f"the generation ratio must be a number above 0, got {ratio}")
+        raise UserError(f"the generation ratio must be a number above 0, got {ratio}")
     mine = [point for point in points if point.study == OWN and point.dataset in dataset]
     own = mine[0] if mine else None
     line = fit_line([point for point in points if point is not own])
@@ -167,18 +169,18 @@ def advise(
 
 
 def measured_ratio(profile: Mapping[str, Any]) -> float:
-    """The generation ratio of a length profile. Raises ValueError where prompts or completions have no tokens."""
+    """The generation ratio of a length profile. Raises UserError where prompts or completions have no tokens."""
     if not profile["generation_ratio"]:
-        raise ValueError(
+        raise UserError(
             f"{profile['name']} has no generation ratio: its prompts or completions are empty; give --ratio"
         )
     return float(profile["generation_ratio"])
 
 
 def check_types(task_types: Sequence[str]) -> tuple[str, ...]:
-    """The types of task. Raises ValueError where one is none of TASK_TYPES."""
+    """The types of task. Raises UserError where one is none of TASK_TYPES."""
     if unknown := [name for name in task_types if name not in TASK_TYPES]:
-        raise ValueError(f"task-types must be among {', '.join(TASK_TYPES)}, got {', '.join(unknown)}")
+        raise UserError(f"task-types must be among {', '.join(TASK_TYPES)}, got {', '.join(unknown)}")
     return tuple(task_types)
 
 

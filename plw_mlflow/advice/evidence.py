@@ -23,10 +23,10 @@ from plw_mlflow.analysis.statistics.design import EXPONENT
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.table import check, read_scores, rescale
+from plw_mlflow.errors import UserError
 
 TABLES = Path(__file__).resolve().parents[2] / "paper" / "tables"
 STUDY, WIT, VAUGHN, OWN = "Huerta-Enochian and Ko 2024", "WIT 2025", "Vaughn 2024", "own runs"
-TASK_TYPES = ("multiple-choice", "short-generation", "medium-generation", "long-generation")
 DRAWS = 20_000  # of a curve's coefficients; seeded, so the same every time
 EVEN = 1 / 12  # variance of the even distribution on 0..1
 
@@ -147,7 +147,7 @@ def own(
     given, measured: generation ratios by data set; those of the study's data sets are known. task_types: as in
     `published`, where the table has a column task_type.
 
-    Raises ValueError for a table that is at fault, or where a data set's ratio is not known or no curve can be fitted.
+    Raises UserError for a table that is at fault, or where a data set's ratio is not known or no curve can be fitted.
     """
     source = table.attrs.get("source", "score table")
     printed = printed_ratios()
@@ -155,14 +155,14 @@ def own(
     how = {**dict.fromkeys(printed, "printed"), **dict.fromkeys(measured, "measured"), **dict.fromkeys(given, "given")}
     scaled = rescale(check(table), scale)
     if unknown := sorted(set(scaled["dataset"]) - set(ratios)):
-        raise ValueError(
+        raise UserError(
             f"{source}: the generation ratio of {', '.join(unknown)} is not known; "
             f'give it, as in --ratios "{unknown[0]}=0.5"'
         )
     if task_types and "task_type" in scaled:
         scaled = scaled[scaled["task_type"].isin(task_types)]
         if scaled.empty:
-            raise ValueError(f"{source}: has no task of the type {' or '.join(task_types)}; leave --task-types away")
+            raise UserError(f"{source}: has no task of the type {' or '.join(task_types)}; leave --task-types away")
     return _of_table(scaled, scale, OWN, ratios, how)
 
 
@@ -228,7 +228,7 @@ def _of_table(
 
 def _grid(part: pd.DataFrame, dataset: str) -> design.Grid:
     if part["plw"].nunique() < 3:
-        raise ValueError(f"data set {dataset} has {part['plw'].nunique()} PLWs within 0..1; a curve needs 3 or more")
+        raise UserError(f"data set {dataset} has {part['plw'].nunique()} PLWs within 0..1; a curve needs 3 or more")
     return design.grid(part, dataset, design.transform("power", part["plw"]))
 
 
@@ -240,7 +240,7 @@ def _lead(grid: design.Grid, scale: str) -> Fit:
             return fitting.fit(model, grid, scale)
         except ValueError as error:
             reasons.append(f"{model}: {error}")
-    raise ValueError(f"{grid.source}: data set {grid.dataset} can be fitted by no model ({'; '.join(reasons)})")
+    raise UserError(f"{grid.source}: data set {grid.dataset} can be fitted by no model ({'; '.join(reasons)})")
 
 
 def _rows(name: str) -> list[dict[str, str]]:

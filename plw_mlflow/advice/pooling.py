@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from plw_mlflow.analysis.statistics.optimum import LEVEL
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -48,11 +49,11 @@ class Pooled:
 def pool(y: Array, variances: Array, x: Array) -> Pooled:
     """Pool n estimates: y [n], the variances of their errors [n], and x [n, P] of full rank.
 
-    Raises ValueError where there are no more points than coefficients.
+    Raises UserError where there are no more points than coefficients.
     """
     n, p = x.shape
     if n <= p:
-        raise ValueError(f"{n} points are too few to pool by {p} coefficients")
+        raise UserError(f"{n} points are too few to pool by {p} coefficients")
 
     def weighted(tau2: float) -> tuple[Array, Array, Array]:
         weights = 1 / (variances + tau2)

@@ -33,6 +33,7 @@ from plw_mlflow.analysis.statistics.table import (
     rescale,
     widest_difference,
 )
+from plw_mlflow.errors import UserError
 
 T = TypeVar("T")
 
@@ -114,14 +115,14 @@ def analyze(
     curves are compared; `dataset` always is. draws: of each bootstrap of the optimum, 0 for none. refits: of the
     parametric bootstraps of the mixed models' likelihood ratios, 0 for none.
 
-    Raises ValueError for a table or a margin that is at fault, or where no model can be fitted to a data set.
+    Raises UserError for a table or a margin that is at fault, or where no model can be fitted to a data set.
     """
     checked = check(table, by).sort_values([*SCORE, *by])  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
     source = table.attrs.get("source", "score table")
     widest = widest_difference(scaled, scale)
     if margin is not None and widest is not None and margin >= widest:
-        raise ValueError(
+        raise UserError(
             f"margin is {margin:g}, but no two scores can differ by more than {widest:g}; "
             "give a margin on the scale of the scores"
         )
@@ -138,7 +139,7 @@ def analyze(
         fits += here
         if not here:
             reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
-            raise ValueError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
+            raise UserError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
         lead = _lead(here, len(part), refusals)
         equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin, widest))])
         answers.append(
@@ -255,7 +256,7 @@ def _by_type(
 def grids(
     table: pd.DataFrame, scale: str = "none", transform: str = "power", by: tuple[str, ...] = ()
 ) -> list[design.Grid]:
-    """A table's data sets as the models take them. Raises ValueError as `analyze` does."""
+    """A table's data sets as the models take them. Raises UserError as `analyze` does."""
     scaled = rescale(check(table, by), scale)
     return [_grid(part, str(dataset), transform, also=by) for dataset, part in scaled.groupby("dataset")]
 

@@ -67,5 +67,5 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
 
 
 def assume(stated: str, width: float) -> Planning:
-    """Design help from stated numbers. Raises ValueError where these are at fault or have no optimum."""
+    """Design help from stated numbers. Raises UserError where these are at fault or have no optimum."""
     return Planning([power.plan(power.stated(stated), width)], [], [])

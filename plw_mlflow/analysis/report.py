@@ -40,7 +40,7 @@ from plw_mlflow.analysis.figures import Estimate
 from plw_mlflow.analysis.statistics.fitting import JointTest
 from plw_mlflow.analysis.statistics.table import RUN, SCORE
 from plw_mlflow.environment import outputs, provenance
-from plw_mlflow.errors import printable
+from plw_mlflow.errors import UserError, printable
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 MISSING_SHOWN = 100  # rows; fit.json has them all
@@ -473,7 +473,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; --output takes a directory")
+        raise UserError(f"{directory} is a file; --output takes a directory")
     table = check(table, analysis.by)
     drawn = drawings(analysis, rescale(table, analysis.scale))
     names = file_names(list(drawn))

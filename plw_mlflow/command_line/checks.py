@@ -22,7 +22,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from plw_mlflow.config import (
     AdviseConfig,
     AnalyzeConfig,
-    Checked,
+    Config,
     DataOptions,
     EvaluateConfig,
     MainConfig,
@@ -38,7 +38,7 @@ from plw_mlflow.config.presets import MODELS, TOY_FOLDER
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.provenance import is_first_process
-from plw_mlflow.errors import did_you_mean
+from plw_mlflow.errors import UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
@@ -46,7 +46,7 @@ PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("ad
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
 FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
-OUTPUTS: dict[type[Checked], tuple[str, ...]] = {
+OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
     TrainConfig: TRAINED,
     MainConfig: (*TRAINED, *SCORES),
@@ -61,8 +61,8 @@ TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "mer
 NO_TOKENIZER = SimpleNamespace(added_tokens_decoder={}, special_tokens_map={})  # enough to read a template's file
 
 
-def check(config: Checked) -> None:
-    """Raise ValueError that names everything a config refers to and this machine does not have, or cannot write to.
+def check(config: Config) -> None:
+    """Raise UserError that names everything a config refers to and this machine does not have, or cannot write to.
 
     The folders that are to be written to are made, once nothing else is wrong.
     """
@@ -76,7 +76,7 @@ def check(config: Checked) -> None:
             except OSError as error:  # a name that is too long, or lies in a folder that may not be read
                 found[f"{error.filename}: {error.strerror}"] = None
         if found:
-            raise ValueError("; ".join(found))
+            raise UserError("; ".join(found))
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _folders(config: Any) -> Iterator[Callable[[], None]]:
         yield lambda: _folder("cache-dir", cache_folder(config))
 
 
-def _reads_data(config: Checked) -> bool:
+def _reads_data(config: Config) -> bool:
     """Whether a command reads a data set: with a ratio, advise does not."""
     return isinstance(config, DataOptions) and not (isinstance(config, AdviseConfig) and config.ratio is not None)
 
@@ -149,7 +149,7 @@ def _template(name: str, tokenizer: str) -> None:
     if name == "chat":
         folder = TOY_FOLDER if tokenizer == "toy" else Path(tokenizer)
         if folder.is_dir() and not _has_chat_template(folder):
-            raise ValueError(f"tokenizer {tokenizer} has no chat template; give one: --template FILE.jinja")
+            raise UserError(f"tokenizer {tokenizer} has no chat template; give one: --template FILE.jinja")
         return
     templates.load(name, NO_TOKENIZER)
     path = templates.file(name)
@@ -158,7 +158,7 @@ def _template(name: str, tokenizer: str) -> None:
             Environment(extensions=["jinja2.ext.loopcontrols"]).parse(path.read_text(encoding="utf-8"))
         except TemplateSyntaxError as error:
             if "unknown tag" not in str(error.message):  # transformers adds tags of its own
-                raise ValueError(f"template {path} is no Jinja: line {error.lineno}: {error.message}") from None
+                raise UserError(f"template {path} is no Jinja: line {error.lineno}: {error.message}") from None
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -179,15 +179,15 @@ def _model(name: str, *, is_scored: bool = False) -> None:
     if folder is None or (is_scored and (folder / "adapter_config.json").is_file()):
         return
     if not (folder / "config.json").is_file():
-        raise ValueError(f"folder {name} holds no model: it has no config.json")
+        raise UserError(f"folder {name} holds no model: it has no config.json")
     if not _has(folder, WEIGHTS):
-        raise ValueError(f"folder {name} holds no weights: it has no file {' or '.join(WEIGHTS)}")
+        raise UserError(f"folder {name} holds no weights: it has no file {' or '.join(WEIGHTS)}")
 
 
 def _tokenizer(what: str, name: str) -> None:
     folder = _place(what, name)
     if folder is not None and not _has(folder, TOKENIZERS):
-        raise ValueError(f"folder {name} holds no tokenizer; name one with --tokenizer")
+        raise UserError(f"folder {name} holds no tokenizer; name one with --tokenizer")
 
 
 def _place(what: str, name: str) -> Path | None:
@@ -198,12 +198,12 @@ def _place(what: str, name: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise ValueError(f"{what} {name} is a file; give the folder that holds it")
+        raise UserError(f"{what} {name} is a file; give the folder that holds it")
     near = did_you_mean(name, known)
     # The hub's oldest models have ids without an owner, such as gpt2.
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[^@\s]+)?", name) and ("/" in name or not near):
         return None
-    raise ValueError(
+    raise UserError(
         f"{what} {name!r} is not a folder on this machine, nor a hub id (OWNER/NAME@REVISION), nor one of "
         f"{', '.join(known)}{did_you_mean(name, known, folders=[])}"
     )
@@ -214,7 +214,7 @@ def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _documents(tasks: str, folder: Path) -> None:
-    """Raise ValueError where a task that would read a folder's files lacks one."""
+    """Raise UserError where a task that would read a folder's files lacks one."""
     for benchmark in task_sets.select(tasks):
         if benchmark.task in local_documents.LOCAL:
             local_documents.locate(benchmark.task, folder)
@@ -222,14 +222,14 @@ def _documents(tasks: str, folder: Path) -> None:
 
 def _table(path: Path) -> None:
     if path.is_dir():
-        raise ValueError(f"scores {path} is a folder; give a CSV file")
+        raise UserError(f"scores {path} is a folder; give a CSV file")
     if not path.is_file():
-        raise ValueError(f"scores {path} is not a file{did_you_mean(str(path), folders=[])}")
+        raise UserError(f"scores {path} is not a file{did_you_mean(str(path), folders=[])}")
     path.open("rb").close()
 
 
 def _folder(name: str, folder: Path) -> None:
-    """Make a folder, and raise ValueError where it cannot be written to.
+    """Make a folder, and raise UserError where it cannot be written to.
 
     Trying is the only way to know: permissions do not tell of a disk that is full or read-only, nor hold for root.
     """
@@ -237,6 +237,6 @@ def _folder(name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except FileExistsError:
-        raise ValueError(f"{name} {folder} is not a folder") from None
+        raise UserError(f"{name} {folder} is not a folder") from None
     except OSError as error:
-        raise ValueError(f"{name} {folder} cannot be written to: {error.strerror}") from None
+        raise UserError(f"{name} {folder} cannot be written to: {error.strerror}") from None

@@ -29,9 +29,8 @@ import click
 from plw_mlflow.command_line import checks
 from plw_mlflow.config import UNSET, spell
 from plw_mlflow.environment.provenance import ROOT, is_first_process, says_interrupts
-from plw_mlflow.errors import PrintableStream, first_line, not_installed, printable, without_passwords
+from plw_mlflow.errors import ExpectedError, PrintableStream, first_line, not_installed, printable, without_passwords
 
-PACKAGE = Path(__file__).resolve().parents[1]
 # What a machine refuses; of other errors of the system, the traceback tells more.
 REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
@@ -188,12 +187,8 @@ def _run(parsed: click.Command) -> NoReturn:
         if says_interrupts():
             _stop(INTERRUPTED, 130)
         sys.exit(130)
-    except (ValueError, ArithmeticError, ConnectionError, RuntimeError) as error:
-        # Only errors that this package raised on purpose are messages to the caller; others are bugs to be seen.
-        if not _raised_here(error):
-            _show_traceback(error)
-            sys.exit(1)
-        _stop(" ".join(str(error).split()), 2 if isinstance(error, ValueError) else 1)
+    except ExpectedError as error:
+        _stop(" ".join(str(error).split()), error.status)
     except ModuleNotFoundError as error:
         _stop(not_installed(error), 2)
     except OSError as error:
@@ -201,11 +196,6 @@ def _run(parsed: click.Command) -> NoReturn:
             raise
         _stop(": ".join(str(part) for part in (error.filename, error.strerror) if part is not None), 1)
     sys.exit(0)
-
-
-def _raised_here(error: BaseException) -> bool:
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return Path(last.filename).resolve().is_relative_to(PACKAGE) and (last.line or "").startswith("raise ")
 
 
 def _stop(message: str, status: int) -> NoReturn:

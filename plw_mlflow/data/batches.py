@@ -21,6 +21,7 @@ from plw_mlflow import seeding
 from plw_mlflow.config import PrepareConfig, TrainConfig
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.errors import UserError
 from plw_mlflow.training import attention
 
 
@@ -136,11 +137,11 @@ def fill(step: Sequence[Example], row_tokens: int, *, multiple: int = 1) -> list
     multiple: the number of rows is a multiple of it (processes that work at the same time) where there are so many
         examples. Within a row, examples keep their order.
 
-    Raises ValueError where one example alone is longer than a row.
+    Raises UserError where one example alone is longer than a row.
     """
     lengths = [len(example.tokens) for example in step]
     if max(lengths) > row_tokens:
-        raise ValueError(f"an example has {max(lengths)} tokens, but a packed row only {row_tokens}")
+        raise UserError(f"an example has {max(lengths)} tokens, but a packed row only {row_tokens}")
     longest_first = sorted(range(len(step)), key=lambda index: -lengths[index])
     count = math.ceil(sum(lengths) / row_tokens / multiple) * multiple
     while True:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from plw_mlflow.data.records import Fault, Message, Record
 from plw_mlflow.environment import bounded
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 FIELDS = {  # of each format: what must be there, and, for those of three texts, what holds the input
     "alpaca": ("instruction", "input", "output"),
@@ -104,7 +104,7 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
         except OSError as error:
             if kind is None:
                 raise
-            raise ValueError(f"{path} is a damaged {kind} file ({error}); get it again") from None
+            raise UserError(f"{path} is a damaged {kind} file ({error}); get it again") from None
 
 
 def delimiter(path: Path) -> str | None:
@@ -116,12 +116,12 @@ def delimiter(path: Path) -> str | None:
 
 
 def check_kind(path: Path, start: bytes) -> None:
-    """Raise ValueError for a file that begins (`start`) as one that cannot be read begins."""
+    """Raise UserError for a file that begins (`start`) as one that cannot be read begins."""
     kind = next((kind for magic, kind in UNREADABLE.items() if start.startswith(magic)), None)
     if start[257:262] == b"ustar":
         kind = "a tar archive; unpack it"
     if kind:
-        raise ValueError(f"{path} is {kind}")
+        raise UserError(f"{path} is {kind}")
 
 
 def rows(path: Path, most: int = MOST_CHARACTERS) -> Iterator[Any]:
@@ -130,7 +130,7 @@ def rows(path: Path, most: int = MOST_CHARACTERS) -> Iterator[Any]:
     most: characters of a row, as the file spells it; a Fault stands in place of a longer one.
 
     Parquet is known by its first bytes, CSV and TSV by the file's name; anything else is JSON: a list, or one value
-    after another. Raises ValueError for a fault beyond which nothing can be read.
+    after another. Raises UserError for a fault beyond which nothing can be read.
     """
     with unpacked(path) as stream:
         start = stream.peek(512)
@@ -138,11 +138,11 @@ def rows(path: Path, most: int = MOST_CHARACTERS) -> Iterator[Any]:
         if start[:4] == b"PAR1":
             with path.open("rb") as file:
                 if file.read(4) != b"PAR1":
-                    raise ValueError(f"{path}: Parquet is not read packed; unpack it")
+                    raise UserError(f"{path}: Parquet is not read packed; unpack it")
             yield from _parquet(path, most)
         elif parting := delimiter(path):
             if _LIKE_JSON.match(start):
-                raise ValueError(f"{path} is JSON by its content, but CSV or TSV by its name; rename it")
+                raise UserError(f"{path} is JSON by its content, but CSV or TSV by its name; rename it")
             yield from _csv(path, stream, parting, most)
         else:
             yield from _json(path, stream, most)
@@ -171,7 +171,7 @@ def _parquet(path: Path, most: int) -> Iterator[Any]:
     try:
         yield from worker.results(path, most)
     except bounded.Exhausted as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is a Parquet file that {error}; get it again, or write it with shorter rows and smaller pages"
         ) from None
     finally:
@@ -237,15 +237,15 @@ def _csv(path: Path, stream: io.BufferedReader, parting: str, most: int) -> Iter
         found = lines.rows()
         header, is_long = next(found, ([], False))
         if is_long:
-            raise ValueError(f"{path}: its first line {too_long(most).text}; it must name the columns")
+            raise UserError(f"{path}: its first line {too_long(most).text}; it must name the columns")
         if len(header) == 1 and (other := next((one for one in ";\t," if one in header[0]), None)):
             must = "a tab, as the file is called TSV" if parting == "\t" else "a comma"
             must += "; call it .tsv" if other == "\t" else ""
-            raise ValueError(
+            raise UserError(
                 f"{path}: its first line is a single field, which holds {other!r}; the delimiter must be {must}"
             )
         if repeated := [name for name in header if header.count(name) > 1]:
-            raise ValueError(f"{path} has the column {repeated[0]!r} twice; rename or remove one")
+            raise UserError(f"{path} has the column {repeated[0]!r} twice; rename or remove one")
         for number, (texts, is_long) in enumerate(found, start=1):  # noqa: B007 (named by what is raised below)
             if is_long:
                 yield too_long(most)
@@ -254,11 +254,11 @@ def _csv(path: Path, stream: io.BufferedReader, parting: str, most: int) -> Iter
             else:
                 yield Fault(f"has {len(texts)} columns, where the first line names {len(header)}")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not UTF-8 text, soon after record {number} ({error.reason}); save it as UTF-8"
         ) from None
     except csv.Error as error:
-        raise ValueError(f"{path}: record {number + 1} is not {'CSV' if parting == ',' else 'TSV'}: {error}") from None
+        raise UserError(f"{path}: record {number + 1} is not {'CSV' if parting == ',' else 'TSV'}: {error}") from None
 
 
 class _Lines:
@@ -292,7 +292,7 @@ class _Lines:
             if self._characters > self._most:
                 line = self._content.sub("x", line)
                 if self._kept + len(line) > self._most:
-                    raise ValueError(f"{self._path}: a record {too_long(self._most).text}, mostly quotes or delimiters")
+                    raise UserError(f"{self._path}: a record {too_long(self._most).text}, mostly quotes or delimiters")
         self._kept += len(line)
         if line:
             return line
@@ -304,7 +304,7 @@ def _json(path: Path, stream: io.BufferedReader, most: int) -> Iterator[Any]:
     while (ahead := stream.peek()) and not ahead.strip():
         offset += len(stream.read(len(ahead)))
     if not ahead:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     if ahead.lstrip().startswith(b"["):
         yield from _json_list(_Text(path, stream, offset, most))
         return
@@ -360,7 +360,7 @@ def _json_list(text: _Text) -> Iterator[Any]:
         yield text.value()
     text.skip("]")
     if text.next():
-        raise ValueError(f"{text.path} is not JSON: something follows the end of its list")
+        raise UserError(f"{text.path} is not JSON: something follows the end of its list")
 
 
 class _Text:
@@ -389,15 +389,15 @@ class _Text:
             self._read(CHUNK)
 
     def skip(self, expected: str) -> None:
-        """Step over a character. Raises ValueError if it is not the expected one."""
+        """Step over a character. Raises UserError if it is not the expected one."""
         found = self.next()
         if found != expected:
             found = f"followed by {found!r}" if found else "the last thing in the file"
-            raise ValueError(f"{self.path} is not JSON: record {self._values} is {found}, not followed by {expected!r}")
+            raise UserError(f"{self.path} is not JSON: record {self._values} is {found}, not followed by {expected!r}")
         self._position += 1
 
     def value(self) -> Any:
-        """The JSON value that starts here; a Fault if it is too long. Raises ValueError where there is none."""
+        """The JSON value that starts here; a Fault if it is too long. Raises UserError where there is none."""
         self.next()
         self._values += 1
         size = CHUNK
@@ -412,9 +412,9 @@ class _Text:
                 # A value cut off by the end of the part fails there, or is a string that is said to fail at its start.
                 is_cut_off = error.pos > len(self._part) - 12 or error.msg.startswith("Unterminated string")
                 if self._ended or not is_cut_off:
-                    raise ValueError(f"{self.path}: record {self._values} is not JSON: {error.msg}") from None
+                    raise UserError(f"{self.path}: record {self._values} is not JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}: record {self._values} is not JSON: {error}") from None
+                raise UserError(f"{self.path}: record {self._values} is not JSON: {error}") from None
             if len(self._part) - self._position > self._most:
                 self._pass_over()
                 return too_long(self._most)
@@ -424,7 +424,7 @@ class _Text:
     def _pass_over(self) -> None:
         """Step over the value that starts here, however long. Of its text, only where it ends is looked at."""
         if self._part[self._position] not in '"[{':
-            raise ValueError(f"{self.path}: record {self._values} is not JSON: it is a number that does not end")
+            raise UserError(f"{self.path}: record {self._values} is not JSON: it is a number that does not end")
         depth, in_string = 0, False
         while True:
             end = self._position
@@ -441,7 +441,7 @@ class _Text:
             self._position = len(self._part) - (self._part.endswith("\\") and end < len(self._part))
             self._read(CHUNK)
             if self._ended:
-                raise ValueError(f"{self.path}: record {self._values} is not JSON: it does not end")
+                raise UserError(f"{self.path}: record {self._values} is not JSON: it does not end")
 
     def _read(self, size: int) -> None:
         content = self._stream.read(size)
@@ -450,7 +450,7 @@ class _Text:
             text = self._decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
             byte = self._offset - waiting + error.start
-            raise ValueError(f"{self.path} is not UTF-8 text: byte {byte} cannot be read; save it as UTF-8") from None
+            raise UserError(f"{self.path} is not UTF-8 text: byte {byte} cannot be read; save it as UTF-8") from None
         self._offset += len(content)
         self._part = self._part[self._position :] + text
         self._position = 0
@@ -478,7 +478,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def detect(first: Iterable[Any], name: str) -> str:
-    """The format most of the first rows have. Raises ValueError where none has any, or two are equally likely.
+    """The format most of the first rows have. Raises UserError where none has any, or two are equally likely.
 
     A field that holds nothing is none: Parquet has every field in every row.
     """
@@ -492,27 +492,27 @@ def detect(first: Iterable[Any], name: str) -> str:
             found.update(format for format in [*FIELDS, "chat"] if _has(fields, format))
         faults.append(_not_an_object(row))
     if not faults:
-        raise ValueError(f"{name} holds no record")
+        raise UserError(f"{name} holds no record")
     if faults[0] and all(faults):
         kind = "" if delimiter(Path(name)) else _OTHER_KINDS
         kind *= faults[0].text.startswith(_NO_JSON)
         if len(faults) == 1 and faults[0].text.startswith(_TOO_LONG):
             kind = "; if it is an object around all the records, write the list of them into a file of its own"
-        raise ValueError(f"{name}: record 1 {faults[0].text}{kind}")
+        raise UserError(f"{name}: record 1 {faults[0].text}{kind}")
     if not found:
         if len(faults) == 1 and (wrapped := _wrapped(row)):
-            raise ValueError(
+            raise UserError(
                 f"{name} is one JSON object, which holds its records in the list {wrapped!r}; a file must hold the "
                 "list itself: write it into a file of its own"
             )
-        raise ValueError(
+        raise UserError(
             f"{name} has records of no known format (the first has the fields {_listed(seen)}): "
             + "; ".join(f"{format} needs {' and '.join(map(repr, _needed(format)))}" for format in FIELDS)
             + f"; chat needs {' or '.join(map(repr, CONVERSATIONS))}. Rename the fields"
         )
     (best, count), *others = found.most_common()
     if others and others[0][1] == count:
-        raise ValueError(f"{name} could be of format {best} or {others[0][0]}; say which with --format")
+        raise UserError(f"{name} could be of format {best} or {others[0][0]}; say which with --format")
     return best
 
 

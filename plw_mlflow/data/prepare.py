@@ -31,6 +31,7 @@ from plw_mlflow.data.store import BARE, BY_SEGMENT, COUNTS, Examples, Store, Wri
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder, Example
 from plw_mlflow.environment import outputs
+from plw_mlflow.errors import UserError
 
 BATCH_RECORDS = 1000
 BATCH_CHARACTERS = 250_000  # beyond which no further record is taken; a token takes some 200 bytes meanwhile
@@ -75,7 +76,7 @@ def run(
 ) -> Prepared:
     """Read, invert, tokenise, mix and split a data set, and measure it; the two weights are for the measuring alone.
 
-    Raises ValueError where a record is unusable, or where no example is left to train on; ConnectionError where a
+    Raises UserError where a record is unusable, or where no example is left to train on; Unreachable where a
     data set has to be downloaded and cannot be.
     """
     cache = cache_dir(options)
@@ -94,14 +95,14 @@ def run(
     chosen = ~is_repeated if options.drop_duplicates else np.ones(len(rows), bool)
     if options.mix is not None:
         if not chosen[which == 1].any():
-            raise ValueError(
+            raise UserError(
                 f"drop-duplicates leaves no record of {options.mix}, as {dataset} has them all; mix in another set, or "
                 "keep the duplicates"
             )
         chosen &= blend(columns["key"], which == 1, chosen, options.mix_share)
         for number, source in enumerate(found):
             if not chosen[which == number].any():
-                raise ValueError(
+                raise UserError(
                     f"mix-share={options.mix_share:g} with so few records leaves no record of {source.name}; change it"
                 )
     chosen = np.flatnonzero(chosen)
@@ -124,7 +125,7 @@ def run(
     is_training, is_validation = ~is_dropped & (place >= share), ~is_dropped & (place < share)
     is_lost = ~is_dropped & (columns["completion_kept"] == 0)
     if not (is_training & ~is_lost).any():
-        raise ValueError(
+        raise UserError(
             f"no example of {dataset} is left to train on: of {len(rows)} records {is_dropped.sum()} were dropped and "
             f"{is_lost.sum()} lost their whole completion at max-tokens={options.max_tokens} (raise --max-tokens), and "
             f"{is_validation.sum()} are kept for validation"
@@ -163,12 +164,12 @@ def run(
 
 
 def cache_dir(options: DataOptions) -> Path:
-    """The folder for downloads and stored examples, which is there now. Raises ValueError where it cannot be made."""
+    """The folder for downloads and stored examples, which is there now. Raises UserError where it cannot be made."""
     folder = cache_folder(options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the cache {folder} cannot be made ({error.strerror}); name another: --cache-dir") from None
+        raise UserError(f"the cache {folder} cannot be made ({error.strerror}); name another: --cache-dir") from None
     return folder
 
 
@@ -281,7 +282,7 @@ def _tokenise(source: Source, invert: bool, encoder: Encoder, options: DataOptio
     skipped = sorted(unread.faults.items())
     if not usable:
         why = f" ({len(skipped)} were read; record {skipped[0][0]} {skipped[0][1]})" if skipped else ""
-        raise ValueError(f"{source.location} holds no usable record{why}")
+        raise UserError(f"{source.location} holds no usable record{why}")
     return {"format": format, "skipped": skipped, "fields_not_read": dict(unread.fields.most_common(100))}
 
 
@@ -294,7 +295,7 @@ class _Unread:
         self.fields: Counter[str] = Counter()  # records that have them
 
     def add(self, number: int, fault: Fault) -> None:
-        """Note a record's fault. Raises ValueError where no record is to be left out."""
+        """Note a record's fault. Raises UserError where no record is to be left out."""
         text = fault.text
         if len(text) > FAULT_CHARACTERS:
             text = f"{text[: FAULT_CHARACTERS // 2]} ... {text[-FAULT_CHARACTERS // 2 :]}"
@@ -302,7 +303,7 @@ class _Unread:
             way_out = "mend it, or leave such records out with --on-bad-record skip"
             if "empty completion" in text:
                 way_out += ", or train on its end of text alone, as the study did, with --empty-completion keep"
-            raise ValueError(f"{self.source.location}: record {number} {text}; {way_out}")
+            raise UserError(f"{self.source.location}: record {number} {text}; {way_out}")
         self.faults[number] = text
 
     def count(self, fields: Iterable[str]) -> None:

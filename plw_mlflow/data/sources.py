@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from plw_mlflow.data import formats
 from plw_mlflow.environment import disk
-from plw_mlflow.errors import did_you_mean, first_line
+from plw_mlflow.errors import Unreachable, UserError, did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
@@ -47,10 +47,10 @@ class Source:
         return re.search(r"\bnc\b", self.licence, re.IGNORECASE) is not None
 
     def check_unchanged(self) -> None:
-        """Raise ValueError if a file is no longer what it was when it was found."""
+        """Raise UserError if a file is no longer what it was when it was found."""
         path = Path(self.location)
         if path.is_absolute() and _sha256(path) != self.sha256:
-            raise ValueError(f"{path} has changed while it was read; start again once nothing writes to it")
+            raise UserError(f"{path} has changed while it was read; start again once nothing writes to it")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ INVERTED = ("AlpacaDataShort",)  # arXiv:2401.13586v1, 3.3: AlpacaDataCleaned, i
 def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
     """The source of a data set: a toy or named one, a local file, or a hub id OWNER/NAME, with @REVISION to pin it.
 
-    Raises ValueError where there is none or its content is not what it must be, ConnectionError where the network is
+    Raises UserError where there is none or its content is not what it must be, Unreachable where the network is
     needed and does not answer.
     """
     check(dataset, data_dir)
@@ -115,7 +115,7 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
 
 
 def check(dataset: str, data_dir: Path | None = None) -> None:
-    """Raise ValueError for what cannot be a data set, as far as its name and the first bytes of a file tell.
+    """Raise UserError for what cannot be a data set, as far as its name and the first bytes of a file tell.
 
     It imports nothing large, asks no network, and makes no folder: whatever is to be told early is told by it.
     """
@@ -124,28 +124,28 @@ def check(dataset: str, data_dir: Path | None = None) -> None:
     path = Path(dataset)
     try:
         if path.is_dir():
-            raise ValueError(_of_folder(dataset))
+            raise UserError(_of_folder(dataset))
         if path.is_file():
             with path.open("rb") as file:
                 start = file.read(512)
             if not start:
-                raise ValueError(f"{dataset} is empty")
+                raise UserError(f"{dataset} is empty")
             formats.check_kind(path, start)
             return
         if path.exists():
-            raise ValueError(f"data set {dataset!r} is no regular file, so it cannot be read twice; save it as one")
+            raise UserError(f"data set {dataset!r} is no regular file, so it cannot be read twice; save it as one")
     except OSError as error:
-        raise ValueError(f"data set {dataset!r} cannot be read: {error.strerror}") from None
+        raise UserError(f"data set {dataset!r} cannot be read: {error.strerror}") from None
     if HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(formats.ENDINGS):
         if "@" not in dataset and (begun := _begun(path, _files(path.parent))):
-            raise ValueError(
+            raise UserError(
                 f"data set {dataset!r} is no file; did you mean {path.parent / begun[0]}? The data set of this name on "
                 "the hub needs its @REVISION"
             )
         return
     if "://" in dataset:
-        raise ValueError(f"data set {dataset!r} is an address; download the file, and give its path")
-    raise ValueError(
+        raise UserError(f"data set {dataset!r} is an address; download the file, and give its path")
+    raise UserError(
         f"data set {dataset!r} is neither a file, nor a hub id (OWNER/NAME@REVISION), nor one of "
         + ", ".join([*TOY, *NAMED])
         + (_hint(dataset, data_dir) if path.parent.is_dir() else f"; there is no folder {path.parent}")
@@ -218,7 +218,7 @@ def _download(url: str, path: Path, name: str) -> None:
     except (OSError, http.client.HTTPException) as error:
         with suppress(OSError):
             disk.remove(path)
-        raise ConnectionError(
+        raise Unreachable(
             f"{name} cannot be downloaded ({first_line(error)}); get {url} elsewhere, put it into a folder, and name "
             f"that with --data-dir"
         ) from None
@@ -232,7 +232,7 @@ def _verified(path: Path, name: str, pinned: Pinned) -> str:
     else:
         found, expected, kind = _git_blob(path), pinned.blob, "git blob id"
     if not found.startswith(expected):
-        raise ValueError(
+        raise UserError(
             f"{path} is not {name}: its content has the {kind} {found}, which must be (or start with) {expected}; "
             f"remove it, or give its path as --dataset to use it under its own name"
         )
@@ -268,11 +268,11 @@ def _hub(dataset: str, data_dir: Path | None) -> Source:
         licence, commit = str(getattr(info.card_data, "license", None) or ""), str(info.sha)
     except Exception as error:  # of whichever HTTP library the hub's client uses
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
-            raise ValueError(
+            raise UserError(
                 f"the hub has no data set {dataset} for you: {first_line(error)}{_hint(dataset, data_dir)}"
             ) from None
         if not re.fullmatch("[0-9a-f]{40}", revision):
-            raise ConnectionError(
+            raise Unreachable(
                 f"the hub cannot be asked for {dataset} ({first_line(error)}); with the whole commit as @REVISION, "
                 f"what was downloaded before can be used{_hint(dataset, data_dir)}"
             ) from None
@@ -287,6 +287,6 @@ def _hub_rows(name: str, commit: str, most: int = formats.MOST_CHARACTERS) -> It
     try:
         table = datasets.load_dataset(name, revision=commit, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data set {name} at {commit} cannot be read from the hub: {first_line(error)}") from None
+        raise UserError(f"data set {name} at {commit} cannot be read from the hub: {first_line(error)}") from None
     for row in table:
         yield row if formats.characters(row) <= most else formats.too_long(most)

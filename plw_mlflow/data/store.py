@@ -29,7 +29,7 @@ import pyarrow as pa
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.environment import disk
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 BARE = ("instruction", "input", "completion")  # tokens of a record's own texts, each tokenised alone
 BY_SEGMENT = {segment: f"{segment.name.lower()}_tokens" for segment in Segment}  # tokens of the example
@@ -67,7 +67,7 @@ class Writer:
         keys: of each record as it was read (`Record.key`).
         bare: int [N, 3] tokens of instruction, input and completion, each alone.
 
-        Raises ValueError where they cannot be written.
+        Raises UserError where they cannot be written.
         """
         lengths = np.array([len(example.tokens) for example in examples])
         tokens = np.concatenate([example.tokens for example in examples])
@@ -99,7 +99,7 @@ class Store:
         """Raises one of DAMAGE where what lies in the folder is not what was stored there."""
         about, examples = (folder / ABOUT).read_bytes(), pa.memory_map(str(folder / EXAMPLES)).read_buffer()
         if _sums(about, examples) != (folder / SUMS).read_text():
-            raise ValueError(f"its files are not those of its {SUMS}")
+            raise UserError(f"its files are not those of its {SUMS}")
         self.about: dict[str, Any] = json.loads(about)
         file = pa.ipc.open_file(examples)
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
@@ -157,7 +157,7 @@ def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
 
     build: adds the examples, and returns what is to be said of them (JSON).
 
-    Raises ValueError where it cannot be written, and what `build` raises; nothing is then left of what was begun.
+    Raises UserError where it cannot be written, and what `build` raises; nothing is then left of what was begun.
     """
     with suppress(*DAMAGE):
         return Store(folder)

@@ -22,7 +22,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.environment import bounded
-from plw_mlflow.errors import did_you_mean, first_line
+from plw_mlflow.errors import UserError, did_you_mean, first_line
 
 # The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
 ALPACA_WITH_INPUT = (
@@ -76,7 +76,7 @@ class Template(Protocol):
         """The record's text in pieces. Raises Misfit for a record that the template cannot hold."""
 
 
-class Misfit(ValueError):
+class Misfit(UserError):
     """A template cannot hold a record."""
 
     def __init__(self, record: Record, fault: str) -> None:
@@ -89,7 +89,7 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
 
     `none` is instruction and input (if any), each followed by a newline, and then the completion. A .json file holds
     `prompt_input` and `prompt_no_input`, texts with {instruction} and {input} in them, as Alpaca-LoRA's templates do;
-    a .jinja file holds a chat template. Raises ValueError where there is no such template.
+    a .jinja file holds a chat template. Raises UserError where there is no such template.
     """
     specials = special_tokens(tokenizer)
     if name == "alpaca":
@@ -98,15 +98,13 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         return TextTemplate("{instruction}\n{input}\n", "{instruction}\n", specials)
     if name == "chat":
         if tokenizer.chat_template is None:
-            raise ValueError(
-                f"tokenizer {tokenizer.name_or_path} has no chat template; give one: --template FILE.jinja"
-            )
+            raise UserError(f"tokenizer {tokenizer.name_or_path} has no chat template; give one: --template FILE.jinja")
         return ChatTemplate(tokenizer.get_chat_template(), tokenizer, completion_turns)
     path = file(name)
     if path is None:
         if Path(name).is_dir():
-            raise ValueError(f"template {name} is a folder; give a .json or .jinja file")
-        raise ValueError(
+            raise UserError(f"template {name} is a folder; give a .json or .jinja file")
+        raise UserError(
             f"there is no template {name!r}; it must be alpaca, chat, none, or the path of a .json file (with "
             "prompt_input and prompt_no_input) or of a .jinja file (a chat template)"
             + did_you_mean(name, ("alpaca", "chat", "none"), folders=[])
@@ -115,17 +113,17 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
         with path.open(encoding="utf-8", newline=None) as stream:
             text = stream.read(MOST_CHARACTERS + 1)
         if len(text) > MOST_CHARACTERS:
-            raise ValueError(_TOO_LONG)
+            raise UserError(_TOO_LONG)
         if path.suffix == ".jinja":
             return ChatTemplate(text, tokenizer, completion_turns)
         forms = json.loads(text)
         if not isinstance(forms, dict):
-            raise ValueError("it must be one JSON object, with the fields prompt_input and prompt_no_input")
+            raise UserError("it must be one JSON object, with the fields prompt_input and prompt_no_input")
         return TextTemplate(forms["prompt_input"], forms["prompt_no_input"], specials)
     except KeyError as error:
-        raise ValueError(f"template {path} lacks the field {error}") from None
+        raise UserError(f"template {path} lacks the field {error}") from None
     except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"template {path} cannot be used: {first_line(error)}") from None
+        raise UserError(f"template {path} cannot be used: {first_line(error)}") from None
 
 
 def file(name: str) -> Path | None:
@@ -166,7 +164,7 @@ class TextTemplate:
     completion_turns: Turns = "last"
 
     def __init__(self, with_input: str, without_input: str, specials: Sequence[str] = ()) -> None:
-        """Raises ValueError for a form that does not hold {instruction} and {input}, or {instruction}, once each."""
+        """Raises UserError for a form that does not hold {instruction} and {input}, or {instruction}, once each."""
         self.digest = _digest(with_input, without_input)
         self._with_input = _parsed(with_input, ["input", "instruction"], specials)
         self._without_input = _parsed(without_input, ["instruction"], specials)
@@ -199,12 +197,12 @@ class ChatTemplate:
     is_whole = True
 
     def __init__(self, source: str, tokenizer: Any, completion_turns: Turns = "last") -> None:
-        """source: the Jinja text. tokenizer: has the special tokens. Raises ValueError for a text that is too long."""
+        """source: the Jinja text. tokenizer: has the special tokens. Raises UserError for a text that is too long."""
         self.digest = _digest(source, json.dumps(tokenizer.special_tokens_map, sort_keys=True), completion_turns)
         self.completion_turns: Turns = completion_turns
         self._source = FIXED_DATE + source if "strftime_now" in source else source
         if len(source) > MOST_CHARACTERS:
-            raise ValueError(f"the chat template {_TOO_LONG}")
+            raise UserError(f"the chat template {_TOO_LONG}")
         self._tokenizer = tokenizer
         self._specials = special_tokens(tokenizer)
         self._outlines: dict[tuple[tuple[str, bool, bool], ...], _Outline] = {}
@@ -212,7 +210,7 @@ class ChatTemplate:
     def render(self, record: Record) -> list[Piece]:
         """The record's text in pieces.
 
-        Raises Misfit where the template refuses the record, or changes a content beyond stripping it; ValueError where
+        Raises Misfit where the template refuses the record, or changes a content beyond stripping it; UserError where
         it is no template, or needs too much memory or time.
         """
         turns = _turns(record, self.completion_turns)
@@ -222,7 +220,7 @@ class ChatTemplate:
                 self._outlines[shape] = self._outline(turns)
             rendered = self._rendered(turns, [turn.text for turn in turns])
         except bounded.Exhausted as error:
-            raise ValueError(f"the chat template {error}, at record {record.id}; use another --template") from None
+            raise UserError(f"the chat template {error}, at record {record.id}; use another --template") from None
         except _Unfit as error:
             raise Misfit(record, f"does not fit the chat template: {error}") from None
         outline = self._outlines[shape]
@@ -402,7 +400,7 @@ def _parsed(form: str, expected: list[str], specials: Sequence[str]) -> list[Pie
             parsed.append(name)
     found = sorted(part for part in parsed if isinstance(part, str))
     if found != expected:
-        raise ValueError(f"a form must hold the fields {', '.join(expected)}, but has {', '.join(found) or 'none'}")
+        raise UserError(f"a form must hold the fields {', '.join(expected)}, but has {', '.join(found) or 'none'}")
     return parsed
 
 

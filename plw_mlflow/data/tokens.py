@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer
 
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.templates import Misfit, Piece, Segment, Template, contents
+from plw_mlflow.errors import UserError
 
 # How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as
 # noncharacters, which no text should hold.
@@ -52,14 +53,14 @@ class Encoder:
             last token. By `separate`, the prompt has as many tokens as it has when tokenised alone,
             as in the training code of Stanford Alpaca and of the study.
 
-        Raises ValueError for a tokenizer that is not fast or has no end-of-text token.
+        Raises UserError for a tokenizer that is not fast or has no end-of-text token.
         """
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise UserError(
                 f"{type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; use its fast form"
             )
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {tokenizer.name_or_path} has no end-of-text token, so no completion could end")
+            raise UserError(f"tokenizer {tokenizer.name_or_path} has no end-of-text token, so no completion could end")
         self.template = template
         self._prompt_border = prompt_border
         self._specials = {
@@ -109,7 +110,7 @@ class Encoder:
     def encode(self, records: Sequence[Record]) -> list[Example | Fault]:
         """Tokenise records in the template, a thousand or so at a time: all are in memory at once.
 
-        A Fault stands in place of a record that the template cannot hold. Raises ValueError where there is no template.
+        A Fault stands in place of a record that the template cannot hold. Raises UserError where there is no template.
         """
         found = [self.render(record) for record in records]
         examples = iter(self._encoded([pieces for pieces in found if not isinstance(pieces, Fault)]))
@@ -130,11 +131,11 @@ class Encoder:
     ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """The tokens of each prompt, and of the text that follows it, as training has a record's prompt and completion.
 
-        The end of the text is not among them. Raises ValueError for a text that spells what stands for special tokens.
+        The end of the text is not among them. Raises UserError for a text that spells what stands for special tokens.
         """
         rendered = [[*pieces, Piece(text, Segment.COMPLETION)] for pieces, text in zip(prompts, texts, strict=True)]
         if any(self._spells_specials(pieces[-1]) for pieces in rendered):
-            raise ValueError(f"the text to be scored {SPELLS_SPECIALS}")
+            raise UserError(f"the text to be scored {SPELLS_SPECIALS}")
         found = []
         for example in self._encoded(rendered):
             tokens = example.tokens[: len(example.tokens) - len(self._closing)]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 MEBIBYTES = 768  # of memory beyond what the process has when it starts; bounded on Linux alone
 SECONDS = 10  # of computing time for one result; neither waiting for others nor for the disk counts
@@ -44,7 +44,7 @@ class Worker:
         self._lock = threading.Lock()
 
     def results(self, *arguments: Any) -> Generator[Any, None, None]:
-        """What the function yields. Raises ValueError for a Refusal, Exhausted for anything else it raises."""
+        """What the function yields. Raises UserError for a Refusal, Exhausted for anything else it raises."""
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
@@ -65,7 +65,7 @@ class Worker:
                     self.close()
         kind, text = reply
         if kind == "refused":
-            raise ValueError(text)
+            raise UserError(text)
         if kind == "failed":
             self.close()  # what it holds may be what it had no memory for
             raise Exhausted(text)

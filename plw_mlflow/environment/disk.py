@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 
 def remove(path: Path) -> None:
@@ -27,11 +27,11 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def writing(cache: Path) -> Iterator[None]:
-    """Within the block, an OSError becomes a ValueError that names a folder of the cache, and says what to do."""
+    """Within the block, an OSError becomes a UserError that names a folder of the cache, and says what to do."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the cache {cache} cannot be written to ({first_line(error)}); mend that, or name another: --cache-dir"
         ) from None
 
@@ -40,7 +40,7 @@ def writing(cache: Path) -> Iterator[None]:
 def locked(lock: Path) -> Iterator[None]:
     """Within the block, no other process is in such a block of the same lock; one that wants to be waits.
 
-    Raises ValueError where the lock cannot be made, or something else than a file is at its place.
+    Raises UserError where the lock cannot be made, or something else than a file is at its place.
     """
     with writing(lock.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def locked(lock: Path) -> Iterator[None]:
 def held(lock: Path, taken: str) -> Iterator[None]:
     """Keep every other process out of such a block of the same lock; it dies with its process.
 
-    taken: what to say where another process has it. Raises ValueError with that, and OSError where the lock cannot be
+    taken: what to say where another process has it. Raises UserError with that, and OSError where the lock cannot be
     made or is a link.
     """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -64,7 +64,7 @@ def held(lock: Path, taken: str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(taken) from None
+            raise UserError(taken) from None
         yield
     finally:
         os.close(descriptor)

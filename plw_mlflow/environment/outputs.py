@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from plw_mlflow.environment import disk
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import RunError, UserError, first_line
 
 LARGE_BYTES = 1 << 26  # of a file that is told by its size and time, as reading gigabytes of weights takes its own
 MODEL, ADAPTER = "model", "adapter"  # folders of a trained model (export.py)
@@ -40,7 +40,7 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
     folder: is made if it is not there; nothing is done without one. names: of files and folders. inputs: what the
     command reads, files and folders.
 
-    Raises ValueError where another process has the folder, a name is taken by something that we have not written, or
+    Raises UserError where another process has the folder, a name is taken by something that we have not written, or
     is an input or holds one.
     """
     if folder is None:
@@ -52,7 +52,7 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
             taken = f"another command writes into {folder} at this moment; wait for it, or give another --output"
             stack.enter_context(disk.held(folder / LOCK, taken))
         except OSError as error:
-            raise ValueError(f"output {folder} cannot be written to: {error.strerror}") from None
+            raise UserError(f"output {folder} cannot be written to: {error.strerror}") from None
         _remove_unfinished(folder)
         names = list(names)
         check(folder, names)
@@ -60,14 +60,14 @@ def reserve(folder: Path | None, names: Iterable[str], inputs: Iterable[Path]) -
             for name in names:
                 if path.resolve().is_relative_to((folder / name).resolve()):
                     what = "it" if path.resolve() == (folder / name).resolve() else folder / name
-                    raise ValueError(
+                    raise UserError(
                         f"{path} is read by this command, which would replace {what}; give another --output"
                     )
         yield
 
 
 def check(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError where one of these names in an output folder is taken by something that we have not written."""
+    """Raise UserError where one of these names in an output folder is taken by something that we have not written."""
     listed = _listed(folder)["files"]
     for name in names:
         path = folder / name
@@ -75,22 +75,22 @@ def check(folder: Path, names: Iterable[str]) -> None:
             continue
         for one in [path, *(sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [])]:
             if one.is_symlink():
-                raise ValueError(f"{one} is a link, which is not written through; remove it, or give another --output")
+                raise UserError(f"{one} is a link, which is not written through; remove it, or give another --output")
             if one.is_dir():
                 if one == path and not any(part.startswith(f"{name}/") for part in listed):
-                    raise ValueError(_not_ours(one))
+                    raise UserError(_not_ours(one))
                 continue
             known = listed.get(one.relative_to(folder).as_posix())
             if known is None:
-                raise ValueError(_not_ours(one))
+                raise UserError(_not_ours(one))
             if _digest(one) not in known:
-                raise ValueError(f"{one} has been changed since it was written; move it, or give another --output")
+                raise UserError(f"{one} has been changed since it was written; move it, or give another --output")
 
 
 def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files into an output folder, all or none of them, in place of earlier ones; gives their paths.
 
-    Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
+    Raises UserError where one would replace something that we have not written, and RunError where the disk does
     not take them.
     """
     _make(folder)
@@ -106,7 +106,7 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
             os.replace(path, folder / name)
         _list(folder, digests)
     except OSError as error:
-        raise RuntimeError(f"output {folder} cannot be written to: {error.strerror}") from None
+        raise RunError(f"output {folder} cannot be written to: {error.strerror}") from None
     finally:
         _remove_unfinished(folder)
     return [folder / name for name in contents]
@@ -117,7 +117,7 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
 
     builders: by name, what fills a folder that is there and empty; None for one that is only to be removed.
 
-    Raises ValueError where one would replace something that we have not written, and RuntimeError where the disk does
+    Raises UserError where one would replace something that we have not written, and RunError where the disk does
     not take them.
     """
     _make(folder)
@@ -146,7 +146,7 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
         for path in earlier.values():
             shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
-        raise RuntimeError(f"output {folder} cannot be written to: {error.strerror or error}") from None
+        raise RunError(f"output {folder} cannot be written to: {error.strerror or error}") from None
     finally:
         _remove_unfinished(folder)
 
@@ -167,7 +167,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RuntimeError(f"output {folder} cannot be made: {error.strerror}") from None
+        raise RunError(f"output {folder} cannot be made: {error.strerror}") from None
 
 
 def _unfinished(folder: Path, name: str) -> Path:
@@ -197,13 +197,13 @@ def _listed(folder: Path) -> dict[str, Any]:
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError("it is no regular file")
+                raise UserError("it is no regular file")
             listed = json.load(file)
         files, unfinished = listed["files"], listed["unfinished"]
         if not (isinstance(unfinished, list) and all(isinstance(one, list) for one in files.values())):
-            raise ValueError("it lists no digests")
+            raise UserError("it lists no digests")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}, which lists what may be replaced in that folder, cannot be read ({first_line(error)}); give "
             "another --output"
         ) from None

@@ -13,6 +13,8 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from plw_mlflow.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_ROOT = Path("/plw_mlflow")  # Dockerfile's WORKDIR
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
@@ -48,7 +50,7 @@ def commit() -> str | None:
 
 
 def check_image(recorded: str | None) -> None:
-    """Raise ValueError where the image's code is not the code that MLflow's record of the run names.
+    """Raise UserError where the image's code is not the code that MLflow's record of the run names.
 
     recorded: the commit MLflow recorded for the run; None where it recorded none, and there is nothing to be wrong.
 
@@ -60,12 +62,12 @@ def check_image(recorded: str | None) -> None:
     folder = os.environ.get("PLW_FOLDER")
     if folder and (Path(folder) / "plw_mlflow").is_dir():
         if code_digest(Path(folder)) != code_digest(ROOT):
-            raise ValueError(
+            raise UserError(
                 f"image {image()} (commit {commit() or 'unknown'}) was built from other code than {folder} holds now; "
                 f"build it again (make image), or run its code all the same with --allow-stale-image true"
             )
     elif recorded and recorded != commit():
-        raise ValueError(
+        raise UserError(
             f"image {image()} was built from commit {commit() or 'unknown'}, but MLflow records {recorded} for this "
             f"run; build it again (make image), or run its code all the same with --allow-stale-image true"
         )
@@ -84,7 +86,7 @@ def code_digest(root: Path) -> str:
 
 
 def check_mounted(store: str, artifacts: str) -> None:
-    """Raise ValueError where artifacts would be written into the container itself, and be lost with it.
+    """Raise UserError where artifacts would be written into the container itself, and be lost with it.
 
     store: the tracking URI. artifacts: where the experiment keeps its runs' files and its models; a path or a URI.
     """
@@ -93,7 +95,7 @@ def check_mounted(store: str, artifacts: str) -> None:
         return
     if _in_container(place):
         folder = Path(place).parent.parent if Path(place).parent.name == "mlruns" else Path(place)
-        raise ValueError(
+        raise UserError(
             f"the store keeps its files in {place}, which is not mounted in the container; start mlflow in the "
             f"project's folder, or mount it with -A v={folder}:{folder}"
         )

@@ -1,7 +1,7 @@
-"""Asking: what the harness wants of a language model, as distinct requests that are each answered once, and kept.
+"""CachingLM: what the harness wants of a language model, as distinct requests that are each answered once, and kept.
 
 Texts are cut to the model's window as lm-evaluation-harness does it in HFLM. The harness's own prompts are tokenised as
-there, too; prompts in a template as they were in training (prompting.py). Requests for log-likelihoods become pieces,
+there, too; prompts in a template as they were in training (prompting.py). Requests for log-likelihoods become queries,
 pairs of input tokens and the targets that follow the last of them; requests for texts become prompts. A language model
 of this package says in which batches it answers them, and how.
 """
@@ -25,12 +25,14 @@ from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
 from plw_mlflow.data.tokens import Encoder, added_around
-from plw_mlflow.evaluation import answers
-from plw_mlflow.evaluation.answers import Answers
+from plw_mlflow.errors import UserError
+from plw_mlflow.evaluation import answer_store
+from plw_mlflow.evaluation.answer_store import AnswerStore
 from plw_mlflow.evaluation.prompting import TemplatedPrompt, Wrapping
 
 Array = np.ndarray[Any, Any]
-Batch = tuple[list[int], Callable[[], list[Any]]]  # the numbers of its requests, and what answers them in that order
+# The numbers of the requests that are answered together, and a function that answers them in that order.
+PlannedBatch = tuple[list[int], Callable[[], list[Any]]]
 
 STRINGS = 1024  # tokenised at a time
 
@@ -50,11 +52,11 @@ class Prompt:
     def key(self) -> str:
         """The request's key."""
         ends = ",".join(map(str, self.ends))
-        return answers.key("generation", self.tokens.tobytes(), self.most, self.other, ends, *self.until)
+        return answer_store.key("generation", self.tokens.tobytes(), self.most, self.other, ends, *self.until)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Query:
     """What is asked of the model at once: the log-probability of the targets, each given all that comes before it."""
 
     inputs: Array  # [T] no longer than the model's window
@@ -63,7 +65,7 @@ class Piece:
     @property
     def key(self) -> str:
         """The request's key."""
-        return answers.key("log-likelihood", self.inputs.tobytes(), self.targets.tobytes())
+        return answer_store.key("log-likelihood", self.inputs.tobytes(), self.targets.tobytes())
 
     @property
     def pair(self) -> tuple[None, list[int], list[int]]:
@@ -72,23 +74,23 @@ class Piece:
         return None, context.tolist(), self.targets.tolist()
 
 
-class Asking(TemplateLM):
+class CachingLM(TemplateLM):
     """A mixin before one of the harness's own language models, whose part is to compute."""
 
     window: int  # how many tokens the model takes at once
 
     def keep(self, file: Path | None) -> None:
         """Keep answers in a file, and know those that are there; to be called before anything is asked."""
-        self.answers = Answers(file)
+        self.answers = AnswerStore(file)
         self.done = 0  # requests to which the model itself has found the answer
         self.truncated: Counter[str] = Counter()  # requests of a task whose context was cut to fit the window
         self.windowed: Counter[str] = Counter()  # requests whose continuation alone is longer than the window
 
-    def plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
-        """Batches of pieces; each is answered with (log-likelihood, whether greedy)."""
+    def plan_scores(self, queries: list[Query]) -> Iterator[PlannedBatch]:
+        """Batches of queries; each is answered with (log-likelihood, whether greedy)."""
         raise NotImplementedError
 
-    def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
+    def plan_generation(self, prompts: list[Prompt]) -> Iterator[PlannedBatch]:
         """Batches of prompts; each is answered with its text."""
         raise NotImplementedError
 
@@ -110,10 +112,10 @@ class Asking(TemplateLM):
         are counted.
         """
         self._check_templated(requests)
-        pieces: list[list[Piece]] = []
+        queries: list[list[Query]] = []
         for request, (context, continuation) in zip(requests, self._pairs([r.args for r in requests]), strict=True):
             if not len(continuation):  # it would be certain, and win every question
-                raise ValueError(
+                raise UserError(
                     f"task {request.task_name} asks for the continuation {request.args[1]!r}, which has no token "
                     "beyond its context's"
                 )
@@ -121,24 +123,24 @@ class Asking(TemplateLM):
                 self.windowed[request.task_name] += 1
             elif len(context) + len(continuation) > self.window + 1:
                 self.truncated[request.task_name] += 1
-            pieces.append(self._pieces(context, continuation))
-        asked = [piece for several in pieces for piece in several]
+            queries.append(self._queries(context, continuation))
+        asked = [query for several in queries for query in several]
         found = self._log_likelihoods(asked, "log-likelihoods", disable_tqdm)
-        return [_sum(several) for several in _split(found, map(len, pieces))]
+        return [_sum(several) for several in _split(found, map(len, queries))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood in nats of each whole text, in windows where it is longer than one."""
         prefix = np.array([self.prefix_token_id])
-        pieces = [self._windows(prefix, text) for text in self._encode([request.args[0] for request in requests])]
-        asked = [piece for several in pieces for piece in several]
+        queries = [self._windows(prefix, text) for text in self._encode([request.args[0] for request in requests])]
+        asked = [query for several in queries for query in several]
         found = self._log_likelihoods(asked, "rolling log-likelihoods", disable_tqdm)
-        return [_sum(several)[0] for several in _split(found, map(len, pieces))]
+        return [_sum(several)[0] for several in _split(found, map(len, queries))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that goes on from each context until a stop sequence, cut off before it.
 
         A context is cut from the left so that the answer fits the window, as HFLM does; this is counted. Raises
-        ValueError where the window has no room for a context at all.
+        UserError where the window has no room for a context at all.
         """
         self._check_templated(requests)
         prompts = [
@@ -152,17 +154,17 @@ class Asking(TemplateLM):
         found = self._answer(distinct, self.plan_generation, "generations", disable_tqdm)
         return [found[key] for key in keys]
 
-    # From texts to pieces and prompts.
+    # From texts to queries and prompts.
 
     def _check_templated(self, requests: list[Any]) -> None:
-        """Raise ValueError where a task has made another string of a prompt in a template, whose tokens are then lost.
+        """Raise UserError where a task has made another string of a prompt in a template, whose tokens are then lost.
 
         An empty context is none: some metrics ask for the likelihood of an answer without its question.
         """
         if isinstance(getattr(self, "apply_chat_template", None), Wrapping):
             for request in requests:
                 if request.args[0] and not isinstance(request.args[0], TemplatedPrompt):
-                    raise ValueError(
+                    raise UserError(
                         f"task {request.task_name} changes its prompts after the template was put around them, so that "
                         "they are not what training saw; leave apply-template out for it"
                     )
@@ -237,20 +239,20 @@ class Asking(TemplateLM):
             else:
                 yield before if len(before) else prefix, after
 
-    def _pieces(self, context: Array, continuation: Array) -> list[Piece]:
+    def _queries(self, context: Array, continuation: Array) -> list[Query]:
         both = np.concatenate((context, continuation))
         if len(continuation) <= self.window:
-            return [Piece(both[-(self.window + 1) :][:-1], continuation)] if len(continuation) else []
+            return [Query(both[-(self.window + 1) :][:-1], continuation)] if len(continuation) else []
         found, behind = [], len(context) - 1
-        for piece in self._windows(both[:1], both[1:]):
-            if behind < len(piece.targets):  # what is still the context's is not scored
-                found.append(Piece(piece.inputs, piece.targets[max(0, behind) :]))
-            behind -= len(piece.targets)
+        for query in self._windows(both[:1], both[1:]):
+            if behind < len(query.targets):  # what is still the context's is not scored
+                found.append(Query(query.inputs, query.targets[max(0, behind) :]))
+            behind -= len(query.targets)
         return found
 
-    def _windows(self, prefix: Array, text: Array) -> list[Piece]:
+    def _windows(self, prefix: Array, text: Array) -> list[Query]:
         windows = get_rolling_token_windows(text.tolist(), int(prefix[0]), self.window, context_len=1)
-        return [Piece(np.array(inputs, np.int32), np.array(targets, np.int32)) for inputs, targets in windows]
+        return [Query(np.array(inputs, np.int32), np.array(targets, np.int32)) for inputs, targets in windows]
 
     def _prompt(self, request: Any, tokens: Array) -> Prompt:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1]))
@@ -259,7 +261,7 @@ class Asking(TemplateLM):
         most = settings.pop("max_gen_toks")
         room = self.window - most
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"task {request.task_name} asks for answers of {most} tokens, but the model's window has "
                 f"{self.window}; leave the task out, or take a model with a longer window"
             )
@@ -271,19 +273,19 @@ class Asking(TemplateLM):
 
     # From requests to answers.
 
-    def _log_likelihoods(self, pieces: Sequence[Piece], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        keys = [piece.key for piece in pieces]
-        distinct = {key: piece for key, piece in zip(keys, pieces, strict=True)}
+    def _log_likelihoods(self, queries: Sequence[Query], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        keys = [query.key for query in queries]
+        distinct = {key: query for key, query in zip(keys, queries, strict=True)}
         found = self._answer(distinct, self.plan_scores, what, disable_tqdm)
         return [(found[key][0], found[key][1]) for key in keys]
 
     def _answer(
         self,
         asked: dict[str, Any],
-        plan: Callable[[list[Any]], Iterator[Batch]],
+        plan: Callable[[list[Any]], Iterator[PlannedBatch]],
         what: str,
         disable_tqdm: bool,
-    ) -> Answers:
+    ) -> AnswerStore:
         """Have all that is asked answered, each once, in the batches that `plan` makes of it.
 
         The plan is made of all, answered or not, so that a process that goes on from another makes the same batches,
@@ -324,8 +326,8 @@ def _by_encoder(prompts: Sequence[TemplatedPrompt]) -> Iterator[tuple[Encoder, l
             yield encoder, some[start : start + STRINGS]
 
 
-def _sum(pieces: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
-    return sum(log_likelihood for log_likelihood, _ in pieces), all(is_greedy for _, is_greedy in pieces)
+def _sum(queries: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
+    return sum(log_likelihood for log_likelihood, _ in queries), all(is_greedy for _, is_greedy in queries)
 
 
 def _split(values: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]:

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from lm_eval.models.utils import postprocess_generated_text
 
-from plw_mlflow.errors import printable, reason
-from plw_mlflow.evaluation import answers
-from plw_mlflow.evaluation.caching_lm import Asking, Batch, Piece, Prompt
+from plw_mlflow.errors import Unreachable, UserError, printable, reason
+from plw_mlflow.evaluation import answer_store
+from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
 from plw_mlflow.models import pretrained
 
 CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
@@ -43,13 +43,13 @@ SLACK = 1e-3
 LEAST = -1e5  # nats; a token that is less likely than this is none of a model's
 
 
-class Endpoint(Asking):
+class Endpoint(CachingLM):
     """The model that a server at `address` (http://HOST:PORT/v1) calls `model`; its tokenizer is read here.
 
     tokenizer: toy, a folder, or a hub id (unset: that of `model`). folder: where finished requests are kept. key_env:
     the environment variable with the key that the server asks for; a key goes out to https or this machine alone.
 
-    Raises ConnectionError where no server answers, ValueError for one that does not have the model.
+    Raises Unreachable where no server answers, UserError for one that does not have the model.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Endpoint(Asking):
         window = self._window()
         self.tokenizer = pretrained.load_tokenizer(model, tokenizer)
         self.window = window - 2  # the server's own token, and the last target, count too
-        self.keep(None if folder is None else folder / f"answers-{answers.key(self.root, model)[:16]}.jsonl")
+        self.keep(None if folder is None else folder / f"answers-{answer_store.key(self.root, model)[:16]}.jsonl")
 
     # What the harness asks of a language model.
 
@@ -90,14 +90,14 @@ class Endpoint(Asking):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError  # abstract in the harness, which calls it through methods that are replaced here
 
-    # Batches, as Asking wants them.
+    # Batches, as CachingLM wants them.
 
-    def plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
-        """Pieces that begin alike together."""
-        numbers = sorted(range(len(pieces)), key=lambda number: pieces[number].inputs.astype(">u4").tobytes())
-        yield from self._batches(numbers, pieces, self._score)
+    def plan_scores(self, queries: list[Query]) -> Iterator[PlannedBatch]:
+        """Queries that begin alike together."""
+        numbers = sorted(range(len(queries)), key=lambda number: queries[number].inputs.astype(">u4").tobytes())
+        yield from self._batches(numbers, queries, self._score)
 
-    def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
+    def plan_generation(self, prompts: list[Prompt]) -> Iterator[PlannedBatch]:
         """Prompts that begin alike together."""
         numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].tokens.astype(">u4").tobytes())
         yield from self._batches(numbers, prompts, self.generate_otherwise)
@@ -108,7 +108,7 @@ class Endpoint(Asking):
 
     def _batches(
         self, numbers: Sequence[int], asked: Sequence[Any], run: Callable[[list[Any]], list[Any]]
-    ) -> Iterator[Batch]:
+    ) -> Iterator[PlannedBatch]:
         for start in range(0, len(numbers), BATCH):
             some = list(numbers[start : start + BATCH])
             yield some, partial(run, [asked[number] for number in some])
@@ -123,13 +123,13 @@ class Endpoint(Asking):
 
     # One request.
 
-    def _score(self, pieces: list[Piece]) -> list[tuple[float, bool]]:
-        found = self._each(self._log_probabilities, pieces)
+    def _score(self, queries: list[Query]) -> list[tuple[float, bool]]:
+        found = self._each(self._log_probabilities, queries)
         return [(sum(own), is_greedy) for own, is_greedy in found]
 
-    def _log_probabilities(self, piece: Piece) -> tuple[list[float], bool]:
-        """Log-probabilities of the targets of a piece, and whether each is the likeliest token."""
-        tokens = [*piece.inputs.tolist(), int(piece.targets[-1])]
+    def _log_probabilities(self, query: Query) -> tuple[list[float], bool]:
+        """Log-probabilities of the targets of a query, and whether each is the likeliest token."""
+        tokens = [*query.inputs.tolist(), int(query.targets[-1])]
         choice = self._complete(
             {"prompt": [tokens], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": SEED}
         )
@@ -147,7 +147,7 @@ class Endpoint(Asking):
         given = [self._checked(value) for value in own[1 : len(tokens)]]
         if len(given) > 3 and len(set(given)) == 1 and given[0] < -SLACK:  # a few may all be certain
             raise self._unusable(f"it gives every token the log-probability {given[0]:g}")
-        first = len(tokens) - len(piece.targets)
+        first = len(tokens) - len(query.targets)
         values = given[first - 1 :]
         is_greedy = True
         for value, likeliest in zip(values, top[first : len(tokens)], strict=True):
@@ -160,7 +160,7 @@ class Endpoint(Asking):
         return values, is_greedy
 
     def _checked(self, value: Any) -> float:
-        """A log-probability. Raises ValueError for what can be none."""
+        """A log-probability. Raises UserError for what can be none."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not LEAST <= value <= SLACK:  # which no NaN does
             raise self._unusable(f"{_shown(value)} is no log-probability")
@@ -191,8 +191,8 @@ class Endpoint(Asking):
             raise self._unusable("its answer does not hold one choice")
         return choice
 
-    def _unusable(self, why: str) -> ValueError:
-        return ValueError(f"the endpoint {self.root} cannot give scores: {why}")
+    def _unusable(self, why: str) -> UserError:
+        return UserError(f"the endpoint {self.root} cannot give scores: {why}")
 
     def _ask(
         self,
@@ -206,7 +206,7 @@ class Endpoint(Asking):
     ) -> Any:
         """What the server answers, as JSON, or `absent` where it has no such path, if that is given.
 
-        Raises ConnectionError where it does not answer at the last of the attempts, ValueError where it refuses the
+        Raises Unreachable where it does not answer at the last of the attempts, UserError where it refuses the
         request.
         """
         trouble = ""
@@ -230,15 +230,15 @@ class Endpoint(Asking):
                 said = said.replace(self._key, "***")
             trouble = f"status {status}: {_shown(said)}"
             if status in (401, 403):
-                raise ValueError(
+                raise UserError(
                     f"the endpoint {self.root} refuses access (status {status}); name the environment variable that "
                     "holds its key: --endpoint-key-env NAME"
                 )
             if 300 <= status < 400:
-                raise ValueError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
+                raise UserError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
             if 400 <= status < 500 and status not in (408, 429):
-                raise ValueError(f"the endpoint {self.root} refuses the request: {trouble}")
-        raise ConnectionError(f"{unanswered.format(self.root)}: {trouble}")
+                raise UserError(f"the endpoint {self.root} refuses the request: {trouble}")
+        raise Unreachable(f"{unanswered.format(self.root)}: {trouble}")
 
     def _request(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
         """Status and content of an answer. Raises OSError for one that takes too long or is too large."""
@@ -268,7 +268,7 @@ class Endpoint(Asking):
         rows = said.get("data") if isinstance(said, dict) else None
         listed = {str(one["id"]): one for one in rows or [] if isinstance(one, dict) and "id" in one}
         if listed and self._model not in listed:
-            raise ValueError(
+            raise UserError(
                 f"the endpoint {self.root} has no model {self._model!r}; it has {_shown(', '.join(sorted(listed)))}"
             )
         window = listed.get(self._model, {}).get("max_model_len")
@@ -281,16 +281,16 @@ class Endpoint(Asking):
 
 
 def _key(root: str, key_env: str | None) -> str | None:
-    """The key for a server. Raises ValueError where there is none, or where others could read it on its way."""
+    """The key for a server. Raises UserError where there is none, or where others could read it on its way."""
     if key_env is None:
         return None
     if not (key := os.environ.get(key_env)):
-        raise ValueError(f"the environment variable {key_env} that is to hold the endpoint's key is not set")
+        raise UserError(f"the environment variable {key_env} that is to hold the endpoint's key is not set")
     parts = urlsplit(root)
     if parts.scheme != "https" and not _is_loopback(str(parts.hostname)):
-        raise ValueError(f"a key is sent to https or to this machine alone, not to {root}; use https")
+        raise UserError(f"a key is sent to https or to this machine alone, not to {root}; use https")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the environment variable {key_env} holds characters that no key has")
+        raise UserError(f"the environment variable {key_env} holds characters that no key has")
     return key
 
 

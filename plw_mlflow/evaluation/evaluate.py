@@ -23,7 +23,7 @@ from typing import Any
 
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.environment import outputs
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.evaluation import local_documents, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
 from plw_mlflow.evaluation.task_sets import Benchmark
@@ -35,13 +35,6 @@ PERCENT_METRICS = re.compile(r"bleu|chrf|ter|(bleu|rouge[12L])_(max|diff)")
 # Of the standard errors of what is no mean over documents. The harness takes no more for BLEU either, but 100,000 for
 # metrics such as Matthews' correlation.
 BOOTSTRAP_ROUNDS = 100
-# What a task asks of a model, where no set says it.
-TASK_TYPES = {
-    "multiple_choice": "multiple-choice",
-    "generate_until": "generation",
-    "loglikelihood": "likelihood",
-    "loglikelihood_rolling": "likelihood",
-}
 # The per-sample log is for looking at, in MLflow's page: some documents of each task, of long texts the end.
 LOGGED_SAMPLES = 200
 LOGGED_CHARACTERS = 1000
@@ -108,7 +101,7 @@ class Tasks:
 def load_tasks(options: ScoreOptions) -> Tasks:
     """The tasks that `options.tasks` names.
 
-    Raises ValueError for an unknown task (with the nearest names), or one whose documents cannot be read.
+    Raises UserError for an unknown task (with the nearest names), or one whose documents cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import datasets
@@ -133,7 +126,7 @@ def load_tasks(options: ScoreOptions) -> Tasks:
             sha256[name] = documents.sha256
             wanted = config.get("num_fewshot") or 0
             if documents.examples is not None and len(documents.examples) <= wanted:  # one may be the question itself
-                raise ValueError(
+                raise UserError(
                     f"task {name} draws {wanted} examples, but {local_documents.examples_files(name)} in "
                     f"{options.data_dir} has {len(documents.examples)}"
                 )
@@ -145,25 +138,25 @@ def load_tasks(options: ScoreOptions) -> Tasks:
     try:
         loaded = list(manager.load(list(benchmarks))["tasks"].values())
     except (ConnectionError, OSError) as error:  # the hub, or a file
-        raise ValueError(
+        raise UserError(
             f"the documents of {options.tasks} cannot be read: {first_line(error)}; "
             "without a network, give local files by --data-dir"
         ) from None
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"the tasks {options.tasks} need a package that is not installed: {first_line(error)}; install it, or "
             "leave the task out"
         ) from None
     for task in loaded:
         if True not in task.higher_is_better().values():
-            raise ValueError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
+            raise UserError(f"task {task.config.task} has no metric of which more is better, so it gives no score")
     for name, (shots, files) in lacking.items():
         warnings.warn(f"{name} runs 0-shot, not {shots}: no {files} in {options.data_dir}", stacklevel=2)
     return Tasks(loaded, manager, benchmarks, lacking, sha256, task_sets.not_run(options.tasks))
 
 
 def _manager(wanted: list[str]) -> Any:
-    """The harness's TaskManager for these tasks. Raises ValueError where one of them is unknown.
+    """The harness's TaskManager for these tasks. Raises UserError where one of them is unknown.
 
     Reading the whole index takes seconds. Most tasks lie in a folder whose name theirs begins with; only a group or a
     tag may have parts elsewhere.
@@ -269,7 +262,7 @@ def score(
     results["cut"] = {name: dict(counts) for name, counts in cut.items()}
     results["documents_sha256"] = tasks.sha256
     kinds = {
-        task.task_name: task_sets.task_type(task.task_name) or TASK_TYPES.get(task.OUTPUT_TYPE, "")
+        task.task_name: task_sets.task_type(task.task_name) or task_sets.TASK_TYPE_OF_OUTPUT.get(task.OUTPUT_TYPE, "")
         for task in tasks.loaded
     }
     prompt = HARNESS if wrapping is None else wrapping.kind
@@ -369,7 +362,7 @@ def _scores(results: dict[str, Any], benchmarks: dict[str, Benchmark] | None = N
     """The harness's results as rows. Its keys are "METRIC,FILTER"; a filter other than "none" is part of the name.
 
     benchmarks: what a set says of a task. Of a task of no set, the first metric on 0..1 of which more is better is the
-    primary one. Raises ValueError for a task without: it has no score to average.
+    primary one. Raises UserError for a task without: it has no score to average.
     """
     scores = []
     for task, values in results["results"].items():
@@ -407,7 +400,7 @@ def _scores(results: dict[str, Any], benchmarks: dict[str, Benchmark] | None = N
                 )
             )
         if benchmark.is_scored and not has_primary:
-            raise ValueError(f"task {task} has no metric on 0 to 1 of which more is better, so it gives no score")
+            raise UserError(f"task {task} has no metric on 0 to 1 of which more is better, so it gives no score")
     return scores
 
 

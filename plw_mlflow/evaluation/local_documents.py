@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 MOST_BYTES = 1 << 28  # of a file, unpacked; the largest of those that are known has 2 MB
 
@@ -47,7 +47,7 @@ class Documents:
 
 
 def find(task: str, folder: Path) -> Documents:
-    """The documents of a task in LOCAL. Raises ValueError where its files are missing or damaged, naming the first."""
+    """The documents of a task in LOCAL. Raises UserError where its files are missing or damaged, naming the first."""
     local = LOCAL[task]
     scored = locate(task, folder)
     examples = [path for name in local.examples if (path := _nearest(name, folder)) is not None]
@@ -61,7 +61,7 @@ def find(task: str, folder: Path) -> Documents:
 
 
 def locate(task: str, folder: Path) -> list[Path]:
-    """The files of a task in LOCAL that are scored. Raises ValueError where one is missing, naming it."""
+    """The files of a task in LOCAL that are scored. Raises UserError where one is missing, naming it."""
     return [_locate(task, name, folder) for name in LOCAL[task].files]
 
 
@@ -95,7 +95,7 @@ def examples_files(task: str) -> str:
 def _locate(task: str, name: str, folder: Path) -> Path:
     path = _nearest(name, folder)
     if path is None:
-        raise ValueError(f"task {task} reads {folder / name}, which does not exist, nor in a folder below, nor as .gz")
+        raise UserError(f"task {task} reads {folder / name}, which does not exist, nor in a folder below, nor as .gz")
     return path
 
 
@@ -114,23 +114,23 @@ def _content(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     return _bounded(path, content)
 
 
 def _check_labels(named: str, documents: list[Document]) -> None:
-    """Raise ValueError where one question is there twice, with two answers."""
+    """Raise UserError where one question is there twice, with two answers."""
     known: dict[str, Any] = {}
     for number, document in enumerate(documents, start=1):
         label = [document.get(name) for name in LABELS]
         asked = json.dumps({name: value for name, value in document.items() if name not in LABELS}, sort_keys=True)
         if known.setdefault(asked, label) != label:
-            raise ValueError(f"{named}: question {number} is there before, with another answer")
+            raise UserError(f"{named}: question {number} is there before, with another answer")
 
 
 def _bounded(path: Path, content: bytes) -> bytes:
     if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} holds more than {MOST_BYTES >> 20} MiB, which no file of a benchmark here does")
+        raise UserError(f"{path} holds more than {MOST_BYTES >> 20} MiB, which no file of a benchmark here does")
     return content
 
 
@@ -143,16 +143,16 @@ def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document
                     content = _bounded(path, file.read(MOST_BYTES + 1))
             texts.append(content.decode("utf-8-sig"))
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # but for the last, of a damaged .gz
-            raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     named = " with ".join(map(str, contents))
     try:
         documents = read(texts)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError, csv.Error) as error:
         told = f"field {error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(f"{named} is not what task {task} reads: {told}") from None
+        raise UserError(f"{named} is not what task {task} reads: {told}") from None
     _check_labels(named, documents)
     if not documents:
-        raise ValueError(f"{named} holds no document for task {task}")
+        raise UserError(f"{named} holds no document for task {task}")
     return documents
 
 
@@ -160,13 +160,13 @@ def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document
 
 
 def _json(text: str) -> Any:
-    """A JSON value. Raises ValueError where an object has one key twice, as a later label would win over an earlier."""
+    """A JSON value. Raises UserError where an object has one key twice, as a later label would win over an earlier."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+            raise UserError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
         return found
 
     return json.loads(text, object_pairs_hook=once)
@@ -176,7 +176,7 @@ def _text(row: Any, name: str) -> str:
     """A field that must hold a text."""
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"its {name} must be a text, and is {value!r}"[:200])
+        raise UserError(f"its {name} must be a text, and is {value!r}"[:200])
     value.encode()  # half a surrogate pair would stop the tokenizer
     return value
 
@@ -184,10 +184,10 @@ def _text(row: Any, name: str) -> str:
 def _options(texts: Any) -> list[str]:
     """The options of a question: two at least, no two alike, as one of them is right and another wrong."""
     if not isinstance(texts, list) or len(texts) < 2:
-        raise ValueError("its options must be a list of two texts or more")
+        raise UserError("its options must be a list of two texts or more")
     options = [_text(texts, place) for place in range(len(texts))]  # type: ignore[arg-type]
     if len(set(options)) < len(options):
-        raise ValueError(f"its option {next(one for one in options if options.count(one) > 1)!r} occurs twice")
+        raise UserError(f"its option {next(one for one in options if options.count(one) > 1)!r} occurs twice")
     return options
 
 
@@ -202,9 +202,9 @@ def _json_lines(text: str, read: Callable[[Any], Document]) -> list[Document]:
         try:
             documents.append(read(_json(line)))
         except KeyError as error:
-            raise ValueError(f"line {number}: field {error} is missing") from None
+            raise UserError(f"line {number}: field {error} is missing") from None
         except (TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {first_line(error)}") from None
+            raise UserError(f"line {number}: {first_line(error)}") from None
     return documents
 
 
@@ -213,14 +213,14 @@ def _chosen(row: Any, question: str) -> Document:
     if isinstance(row["choices"], dict):  # as the hub has it
         options, labels = _options(row["choices"]["text"]), _options(row["choices"]["label"])
         if len(labels) != len(options):
-            raise ValueError(f"it has {len(options)} options, but {len(labels)} labels")
+            raise UserError(f"it has {len(options)} options, but {len(labels)} labels")
         if row["answerKey"].strip() not in labels:
-            raise ValueError(f"answerKey {row['answerKey']!r} is none of its labels")
+            raise UserError(f"answerKey {row['answerKey']!r} is none of its labels")
         return {question: _text(row, question), "choices": row["choices"], "answerKey": row["answerKey"].strip()}
     options = _options(row["choices"])
     labels = [chr(ord("A") + number) for number in range(len(options))]
     if type(row["answer"]) is not int or row["answer"] not in range(len(labels)):
-        raise ValueError(f"answer {row['answer']!r} is not the index of one of {len(labels)} choices")
+        raise UserError(f"answer {row['answer']!r} is not the index of one of {len(labels)} choices")
     return {
         question: _text(row, "question"),
         "choices": {"text": options, "label": labels},
@@ -240,9 +240,9 @@ def _winogrande(texts: Sequence[str]) -> list[Document]:
     def read(row: Any) -> Document:
         answer = str(row["answer"])  # a string on the hub
         if answer not in ("1", "2"):
-            raise ValueError(f"answer {row['answer']!r} is neither 1 nor 2")
+            raise UserError(f"answer {row['answer']!r} is neither 1 nor 2")
         if row["sentence"].count("_") != 1:
-            raise ValueError("the sentence does not have one _")
+            raise UserError("the sentence does not have one _")
         _options([row["option1"], row["option2"]])
         return {name: _text(row, name) for name in ("sentence", "option1", "option2")} | {"answer": answer}
 
@@ -257,9 +257,9 @@ def _piqa(texts: Sequence[str]) -> list[Document]:
     rows = _json_lines(texts[0], question)
     labels = _lines(texts[1])
     if len(labels) != len(rows):
-        raise ValueError(f"{len(rows)} questions, but {len(labels)} labels")
+        raise UserError(f"{len(rows)} questions, but {len(labels)} labels")
     if other := set(labels) - {"0", "1"}:
-        raise ValueError(f"label {min(other)!r} is neither 0 nor 1")
+        raise UserError(f"label {min(other)!r} is neither 0 nor 1")
     return [row | {"label": int(label)} for row, label in zip(rows, labels, strict=True)]
 
 
@@ -273,10 +273,10 @@ def _truthful_choice(*targets: str) -> Reader:
             for name in targets:
                 labels = list(row[name].values())
                 if not {0, 1} == set(labels):
-                    raise ValueError(f"question {number}: {name} must have answers labelled 1 and answers labelled 0")
+                    raise UserError(f"question {number}: {name} must have answers labelled 1 and answers labelled 0")
                 if name != "mc2_targets" and labels != [1] + [0] * (len(labels) - 1):
                     # The harness takes the first option for the true one.
-                    raise ValueError(f"question {number}: the first of {name}, and no other, must be labelled 1")
+                    raise UserError(f"question {number}: the first of {name}, and no other, must be labelled 1")
                 document[name] = {"choices": _options(list(row[name])), "labels": labels}
             documents.append(document)
         return documents
@@ -312,7 +312,7 @@ def _pairs(first: str, second: str) -> Reader:
     def read(texts: Sequence[str]) -> list[Document]:
         one, other = map(_lines, texts)
         if len(one) != len(other):
-            raise ValueError(f"{len(one)} lines in {first}, but {len(other)} in {second}")
+            raise UserError(f"{len(one)} lines in {first}, but {len(other)} in {second}")
         return [{"translation": {first: a, second: b}} for a, b in zip(one, other, strict=True)]
 
     return read

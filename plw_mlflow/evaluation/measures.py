@@ -22,6 +22,7 @@ from plw_mlflow.config import DataOptions
 from plw_mlflow.data import prepare
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example, answer_ends
+from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal, pretrained
 
 BATCH_EXAMPLES = 16  # that generate together
@@ -66,10 +67,10 @@ def run(
 
 
 def check(wanted: Sequence[str], validation_examples: int) -> None:
-    """Raise ValueError for the measures of `wanted` that so many validation examples do not allow."""
+    """Raise UserError for the measures of `wanted` that so many validation examples do not allow."""
     lacking = [name for name in wanted if name in ("kl", "length")]
     if lacking and not validation_examples:
-        raise ValueError(
+        raise UserError(
             f"measures: {' and '.join(lacking)} would be of validation examples, of which there are none, as all "
             "records are the same one; leave such measures out, or give more records"
         )
@@ -100,9 +101,9 @@ def completion(example: Example) -> np.ndarray[Any, Any]:
 
 
 def relative_deviation(curve: Sequence[float]) -> float:
-    """Standard deviation over mean of the training loss of all steps. Raises ValueError for fewer than two steps."""
+    """Standard deviation over mean of the training loss of all steps. Raises UserError for fewer than two steps."""
     if len(curve) < 2:
-        raise ValueError(f"stability needs the training loss of two steps at least, and the run has {len(curve)}")
+        raise UserError(f"stability needs the training loss of two steps at least, and the run has {len(curve)}")
     return statistics.stdev(curve) / statistics.fmean(curve)
 
 
@@ -111,11 +112,11 @@ def weight_distance(model: Any, base: Any) -> dict[str, float]:
     """The L2 distance of all weights from the base's, and that of each layer and of what lies outside the layers.
 
     Tied weights count once. Of an embedding that has rows the base has not (a padding token's, say), the common rows
-    count. Raises ValueError where the two have not the same weights.
+    count. Raises UserError where the two have not the same weights.
     """
     own, others = dict(model.named_parameters()), dict(base.named_parameters())
     if own.keys() != others.keys():
-        raise ValueError(
+        raise UserError(
             f"the model and its base differ in weights: {', '.join(sorted(own.keys() ^ others.keys())[:3])}"
         )
     squares: dict[str, float] = {}

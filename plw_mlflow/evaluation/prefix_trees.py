@@ -22,42 +22,42 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class TreeRow:
     """Some sequences laid out in one row."""
 
     tokens: Array  # [T]
-    depth: Array  # [T] how many places of its sequence come before this one
-    end: Array  # [T] the first place after those that descend from this one
+    depths: Array  # [T] how many places of its sequence come before this one
+    subtree_ends: Array  # [T] the first place after those that descend from this one
     paths: dict[int, Array]  # of each sequence, by its number: where its tokens lie
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def rows(sequences: Sequence[Array], room: int, most: int) -> list[Row]:
+def rows(sequences: Sequence[Array], room: int, most: int) -> list[TreeRow]:
     """Lay sequences of tokens out in rows of about `room` places, the longest row first.
 
     A row is longer where a sequence is, and may have twice the places of a sequence that it holds half of already, up
     to `most`: what that spares outweighs the attention to other sequences, which is computed and thrown away.
     """
     keys = [sequence.astype(">u4").tobytes() for sequence in sequences]  # bytes sort as the tokens do, and fast
-    found, row = [], _OpenRow()
+    found, row = [], _OpenTreeRow()
     for number in sorted(range(len(sequences)), key=keys.__getitem__):
         array = sequences[number]
         shared = row.shares(array)
         limit = max(room, min(2 * len(array), most)) if 2 * shared >= len(array) else room
         if len(row) and len(row) + len(array) - shared > limit:
             found.append(row.close())
-            row, shared = _OpenRow(), 0
+            row, shared = _OpenTreeRow(), 0
         row.add(number, array, shared)
     if len(row):
         found.append(row.close())
     return sorted(found, key=len, reverse=True)
 
 
-def batches(laid_out: Sequence[Row], tokens: int) -> list[list[Row]]:
+def batches(laid_out: Sequence[TreeRow], tokens: int) -> list[list[TreeRow]]:
     """Rows, the longest first, in batches of at most `tokens` places with the padding; a longer row is one alone."""
-    found: list[list[Row]] = []
+    found: list[list[TreeRow]] = []
     for row in laid_out:
         if found and len(found[-1][0]) * (len(found[-1]) + 1) <= tokens:
             found[-1].append(row)
@@ -66,7 +66,7 @@ def batches(laid_out: Sequence[Row], tokens: int) -> list[list[Row]]:
     return found
 
 
-def inputs(batch: Sequence[Row], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: Sequence[TreeRow], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [B, T], positions [B, T] and what is added to attention scores [B, 1, T, T]: 0, or the lowest number.
 
     Padding attends to itself.
@@ -75,7 +75,7 @@ def inputs(batch: Sequence[Row], dtype: torch.dtype, device: torch.device) -> tu
     padded = np.zeros((3, len(batch), longest), dtype=np.int64)
     padded[2] = np.arange(1, longest + 1)
     for number, row in enumerate(batch):
-        padded[:, number, : len(row)] = row.tokens, row.depth, row.end
+        padded[:, number, : len(row)] = row.tokens, row.depths, row.subtree_ends
     tokens, depth, end = torch.from_numpy(padded).to(device)
     place = torch.arange(longest, device=device)
     descends = (place <= place.unsqueeze(1)) & (place.unsqueeze(1) < end.unsqueeze(1))
@@ -83,7 +83,7 @@ def inputs(batch: Sequence[Row], dtype: torch.dtype, device: torch.device) -> tu
     return tokens, depth, mask.unsqueeze(1)
 
 
-class _OpenRow:
+class _OpenTreeRow:
     """A row while it is filled."""
 
     def __init__(self) -> None:
@@ -110,10 +110,10 @@ class _OpenRow:
         self._paths[number], self._last = self._path, sequence
         self._length += new
 
-    def close(self) -> Row:
+    def close(self) -> TreeRow:
         end = np.empty(self._length, dtype=np.int64)
         for places, first_after in [*self._ends, (self._path, self._length)]:
             end[places] = first_after
         tokens = np.concatenate([new for new, _ in self._added])
         depth = np.concatenate([np.arange(shared, shared + len(new)) for new, shared in self._added])
-        return Row(tokens, depth, end, self._paths)
+        return TreeRow(tokens, depth, end, self._paths)

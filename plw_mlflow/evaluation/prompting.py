@@ -19,6 +19,7 @@ from plw_mlflow.data import templates, tokens
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.templates import Piece, Segment, Template
 from plw_mlflow.data.tokens import Encoder
+from plw_mlflow.errors import UserError
 
 HARNESS = "harness"  # the kind of prompt that is the harness's own
 
@@ -58,7 +59,7 @@ class Wrapping:
         """The prompt that some messages become; without `add_generation_prompt`, the last one begins the answer.
 
         messages: the harness's, "role" and "content": a task's description may come before the question. Raises
-        ValueError where the template cannot hold them.
+        UserError where the template cannot hold them.
         """
         texts = [message["content"] for message in messages]
         begun = "" if add_generation_prompt else texts.pop()
@@ -66,7 +67,7 @@ class Wrapping:
         record = Record("prompt", instruction="".join(texts), input="", output="?")
         rendered = self._encoder.render(record)
         if isinstance(rendered, Fault):
-            raise ValueError(f"a prompt of the harness {rendered.text}; leave apply-template out")
+            raise UserError(f"a prompt of the harness {rendered.text}; leave apply-template out")
         if self._ends is None:
             self._ends = tokens.answer_ends(self._encoder.encode([record]), self._tokenizer)
         prompt = TemplatedPrompt(templates.prompt_pieces(rendered), self._encoder, self._ends)
@@ -76,7 +77,7 @@ class Wrapping:
 def wrapping(name: str, tokenizer: Any, prompt_border: Literal["offsets", "separate"] = "offsets") -> Wrapping:
     """The wrapping in the template that `name` means (templates.load), with tokens as training has them.
 
-    prompt_border: as Encoder takes it. Raises ValueError where there is no such template.
+    prompt_border: as Encoder takes it. Raises UserError where there is no such template.
     """
     return Wrapping(templates.load(name, tokenizer), Path(name).name, tokenizer, prompt_border)
 
@@ -84,10 +85,10 @@ def wrapping(name: str, tokenizer: Any, prompt_border: Literal["offsets", "separ
 def own_wrapping(model: str, tokenizer: Any) -> Wrapping:
     """The wrapping in a tokenizer's chat template, for a model that no cell has trained.
 
-    Raises ValueError where it has none.
+    Raises UserError where it has none.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
+        raise UserError(
             f"apply-template: {model} has no template, as no cell of this project trained it and its tokenizer has no "
             "chat template; leave apply-template out"
         )

@@ -1,6 +1,6 @@
 """Scoring: a language model for lm-evaluation-harness that answers as its own HFLM does, and computes less.
 
-Pieces that begin alike share that beginning's computation (trees.py): the options of a question their context,
+Queries that begin alike share that beginning's computation (trees.py): the options of a question their context,
 questions their few-shot examples. Logits are made where a target is looked up and nowhere else. Generation drops the
 texts that have ended, so that a batch costs what its texts need. That a model computes the same on trees is tried on
 the model itself; where it does not (state-space models, positions that are counted rather than given), HFLM's own code
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from plw_mlflow.evaluation import prefix_trees
-from plw_mlflow.evaluation.caching_lm import Asking, Batch, Piece, Prompt
+from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
 from plw_mlflow.models import causal
 
 LOGITS_BYTES = 256 * 2**20  # of logits and what is computed of them at a time
@@ -39,7 +39,7 @@ GREEDY = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperat
 GREEDY |= {"max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config"}
 
 
-class Scorer(Asking, HFLM):
+class Scorer(CachingLM, HFLM):
     """HFLM with its encoding of requests, and scoring and greedy generation of our own.
 
     batch_tokens: how many tokens go through the model at once; halved whenever they do not fit the device's memory.
@@ -75,20 +75,20 @@ class Scorer(Asking, HFLM):
         warnings.warn(f"{reason}; going on with {self.batch_tokens} tokens at once", stacklevel=2)
         torch.cuda.empty_cache()
 
-    def plan_scores(self, pieces: list[Piece]) -> Iterator[Batch]:
+    def plan_scores(self, queries: list[Query]) -> Iterator[PlannedBatch]:
         """Batches of trees, then of what has to stand alone."""
-        fits = [self.shares and len(piece.inputs) <= self._tree_tokens for piece in pieces]
+        fits = [self.shares and len(query.inputs) <= self._tree_tokens for query in queries]
         within = [number for number, fit in enumerate(fits) if fit]
         room = min(self._room, self.batch_tokens)
-        laid_out = prefix_trees.rows([pieces[number].inputs for number in within], room, self.batch_tokens)
+        laid_out = prefix_trees.rows([queries[number].inputs for number in within], room, self.batch_tokens)
         for batch in prefix_trees.batches(laid_out, self.batch_tokens):
             numbers = [within[number] for row in batch for number in row.paths]
-            yield numbers, partial(self._score_trees, batch, [pieces[number] for number in numbers])
+            yield numbers, partial(self._score_trees, batch, [queries[number] for number in numbers])
         alone = [number for number, fit in enumerate(fits) if not fit]
-        lengths = [len(pieces[number].inputs) for number in alone]
+        lengths = [len(queries[number].inputs) for number in alone]
         # Beyond the limit, models know one set of position frequencies.
         for numbers in self._padded(alone, lengths, self.batch_tokens, beyond=self.batch_tokens):
-            yield numbers, partial(self._score_alone, [pieces[number] for number in numbers])
+            yield numbers, partial(self._score_alone, [queries[number] for number in numbers])
 
     def _padded(self, numbers: Sequence[int], lengths: Sequence[int], tokens: int, beyond: int) -> Iterator[list[int]]:
         """Numbers in batches of so many tokens; texts longer than the limit apart, in batches of `beyond` tokens."""
@@ -97,16 +97,16 @@ class Scorer(Asking, HFLM):
         for part, most in ((long, beyond), (short, tokens)):
             yield from _padded([number for number, _ in part], [length for _, length in part], most)
 
-    def _score_trees(self, batch: Sequence[prefix_trees.Row], pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
-        """pieces: those of the batch's rows, in order."""
+    def _score_trees(self, batch: Sequence[prefix_trees.TreeRow], queries: Sequence[Query]) -> list[tuple[float, bool]]:
+        """queries: those of the batch's rows, in order."""
         tokens, positions, mask = prefix_trees.inputs(batch, self._causal.dtype, self.device)
         hidden = causal.hidden_states(self._causal, tokens, position_ids=positions, attention_mask=mask)
         hidden, head = hidden.flatten(0, 1), causal.head(self._causal)  # hidden: [B * T, H]
         paths = [path + start * tokens.shape[1] for start, row in enumerate(batch) for path in row.paths.values()]
-        asked = [path[-len(piece.targets) :] for path, piece in zip(paths, pieces, strict=True)]
+        asked = [path[-len(query.targets) :] for path, query in zip(paths, queries, strict=True)]
         # Options part at one place, whose logits serve the first tokens of them all.
         places, numbers = np.unique(np.concatenate(asked), return_inverse=True)
-        targets = self._tensor(np.concatenate([piece.targets for piece in pieces]))
+        targets = self._tensor(np.concatenate([query.targets for query in queries]))
         states, place_of = hidden[self._tensor(places)], self._tensor(numbers)
         found = torch.empty(len(targets), dtype=torch.float32, device=self.device)
         greedy = torch.empty(len(targets), dtype=torch.bool, device=self.device)
@@ -117,17 +117,17 @@ class Scorer(Asking, HFLM):
             rows, wanted = place_of[some] - start, targets[some]
             found[some] = logits[rows, wanted] - logits.logsumexp(-1)[rows]
             greedy[some] = logits.argmax(-1)[rows] == wanted
-        sizes = [len(piece.targets) for piece in pieces]
+        sizes = [len(query.targets) for query in queries]
         return [
             (float(several.sum()), bool(right.all()))
             for several, right in zip(found.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
         ]
 
-    def _score_alone(self, pieces: Sequence[Piece]) -> list[tuple[float, bool]]:
-        self.batch_size_per_gpu = len(pieces)
-        return HFLM._loglikelihood_tokens(self, [piece.pair for piece in pieces], disable_tqdm=True)
+    def _score_alone(self, queries: Sequence[Query]) -> list[tuple[float, bool]]:
+        self.batch_size_per_gpu = len(queries)
+        return HFLM._loglikelihood_tokens(self, [query.pair for query in queries], disable_tqdm=True)
 
-    def plan_generation(self, prompts: list[Prompt]) -> Iterator[Batch]:
+    def plan_generation(self, prompts: list[Prompt]) -> Iterator[PlannedBatch]:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, prompt in enumerate(prompts):
             kinds.setdefault((prompt.until, prompt.most, prompt.other, prompt.ends), []).append(number)
@@ -220,12 +220,12 @@ class Scorer(Asking, HFLM):
         generator = np.random.default_rng(0)
         common = generator.integers(self._causal.config.get_text_config().vocab_size, size=24, dtype=np.int32)
         whole = [np.concatenate((common[:9], common[start : start + 5])) for start in (9, 13, 17)] + [common[5:17]]
-        pieces = [Piece(tokens[:-1], tokens[3:]) for tokens in whole]
+        queries = [Query(tokens[:-1], tokens[3:]) for tokens in whole]
         try:
             with torch.inference_mode():
-                (row,) = prefix_trees.rows([piece.inputs for piece in pieces], 64, 64)
-                shared = self._score_trees([row], [pieces[number] for number in row.paths])
-                alone = self._score_alone([pieces[number] for number in row.paths])
+                (row,) = prefix_trees.rows([query.inputs for query in queries], 64, 64)
+                shared = self._score_trees([row], [queries[number] for number in row.paths])
+                alone = self._score_alone([queries[number] for number in row.paths])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # a model that takes no positions, or no mask of its caller's
         # Half precision rounds log-probabilities to 2 or 3 digits; a place that sees what it should not is further off.

@@ -15,11 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plw_mlflow.config import names
+from plw_mlflow.errors import UserError
 
 OWN_TASKS = Path(__file__).resolve().parent / "tasks"
 # What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
 NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
 WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
+
+# The types of task that a score table may name. The first four are the study's; the last two are for other tasks.
+TASK_TYPES = (
+    "multiple-choice",
+    "short-generation",
+    "medium-generation",
+    "long-generation",
+    "generation",
+    "likelihood",
+)
+# The type of a task that no set names, by the harness's name for what the task asks of a model.
+TASK_TYPE_OF_OUTPUT = {
+    "multiple_choice": "multiple-choice",
+    "generate_until": "generation",
+    "loglikelihood": "likelihood",
+    "loglikelihood_rolling": "likelihood",
+}
 
 
 @dataclass(frozen=True)
@@ -98,14 +116,14 @@ def _named(name: str) -> tuple[Benchmark, ...]:
         return SETS.get(name, (Benchmark(name),))
     found = tuple(one for one in SETS[of] if one.task == part)
     if not found:
-        raise ValueError(f"set {of} has no task {part!r}; it has {', '.join(one.task for one in SETS[of])}")
+        raise UserError(f"set {of} has no task {part!r}; it has {', '.join(one.task for one in SETS[of])}")
     return found
 
 
 def select(listed: str) -> list[Benchmark]:
     """The benchmarks that a comma-separated list of sets, SET:TASK, tasks and groups names, each once.
 
-    A task that is also named by itself is run as the set has it. Raises ValueError where two sets differ in one, and
+    A task that is also named by itself is run as the set has it. Raises UserError where two sets differ in one, and
     for a part that a set has not.
     """
     found: dict[str, Benchmark] = {}
@@ -114,7 +132,7 @@ def select(listed: str) -> list[Benchmark]:
             alone = Benchmark(benchmark.task)
             other = found.get(benchmark.task, alone)
             if alone not in (other, benchmark) and other != benchmark:
-                raise ValueError(
+                raise UserError(
                     f"the sets in tasks {listed} differ in how they run or score {benchmark.task}; score them apart"
                 )
             found[benchmark.task] = other if benchmark == alone else benchmark
@@ -122,14 +140,14 @@ def select(listed: str) -> list[Benchmark]:
 
 
 def check(listed: str) -> None:
-    """Raise ValueError for a list with a name that means no task, group or tag, or of which nothing would be scored.
+    """Raise UserError for a list with a name that means no task, group or tag, or of which nothing would be scored.
 
     The harness's own index takes seconds. Here its files are searched for names, which finds all of the index and a few
     words more; whatever those are, the index refuses them later.
     """
     benchmarks = select(listed)
     if not any(one.is_scored for one in benchmarks):
-        raise ValueError(f"none of the tasks {listed} counts in its set's score; name one by itself, or another set")
+        raise UserError(f"none of the tasks {listed} counts in its set's score; name one by itself, or another set")
     spec = importlib.util.find_spec("lm_eval")  # which does not import it
     if spec is None or not spec.submodule_search_locations:
         return  # whoever imports it says that it is missing
@@ -145,14 +163,14 @@ def check(listed: str) -> None:
 
 
 def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Raise ValueError for wanted names that are none of the known ones. It says where to look for those."""
+    """Raise UserError for wanted names that are none of the known ones. It says where to look for those."""
     told = []
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, [*SETS, *known], n=3)
             told.append(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
     if told:
-        raise ValueError(
+        raise UserError(
             f"{'; '.join(told)}; the sets are {', '.join(SETS)} "
             "(docs/evaluation.md), and lm_eval ls tasks lists the tasks, groups and tags of lm-evaluation-harness"
         )

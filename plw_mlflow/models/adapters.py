@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plw_mlflow import seeding
 from plw_mlflow.config import Method, RecipeOptions, names
+from plw_mlflow.errors import UserError
 
 # Of a state-space mixer, the layers whose weights its kernels read themselves, so that adapters on them would train
 # nothing, or nothing where the fast kernels are installed.
@@ -24,15 +25,15 @@ READ_BY_KERNELS = {"x_proj", "dt_proj", "out_proj"}
 
 
 def check(method: Method) -> None:
-    """Raise ValueError where this machine cannot train by a method: before anything is loaded."""
+    """Raise UserError where this machine cannot train by a method: before anything is loaded."""
     if method != "qlora":
         return
     if not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "method qlora holds the base model in 4 bits on an NVIDIA GPU, and there is none here; use --method lora"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
+        raise UserError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
 
 
 # The page of an adapter's folder where the base alone does not do; `name` is whatever the adapter's own settings name.
@@ -54,7 +55,7 @@ model = PeftModel.from_pretrained(base, "this folder")
 def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
     """The model as `method` trains it: as it is, or frozen and with adapters that begin by changing nothing.
 
-    Raises ValueError where `recipe.lora_targets` names a layer that the model lacks, or that cannot have an adapter.
+    Raises UserError where `recipe.lora_targets` names a layer that the model lacks, or that cannot have an adapter.
     """
     if method == "full":
         return model
@@ -97,7 +98,7 @@ def targets(model: Any, told: str) -> dict[str, nn.Module]:
         if not found:
             have = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))
             why = " (kernels read that one's weights past any adapter)" if wanted in READ_BY_KERNELS else ""
-            raise ValueError(
+            raise UserError(
                 f"lora-targets names {wanted!r}, but the linear layers of {model.config.model_type} that can have "
                 f"adapters are {have}{why}"
             )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plw_mlflow.errors import UserError
+
 # By what the logits are multiplied, or divided where the power is -1. Cohere and Falcon-H1 multiply, Granite divides;
 # other families took over their names.
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -43,22 +45,22 @@ def unwrap(model: Any) -> Any:
 def body(model: Any) -> Any:
     """The part of an unwrapped model that gives hidden states.
 
-    Raises ValueError where it has no known name.
+    Raises UserError where it has no known name.
     """
     part = model.base_model
     if part is model:  # Llama 4's text model bears another name than the one that `base_model` looks for
         part = getattr(model, "model", model)
     if part is model:
-        raise ValueError(f"{model.config.model_type} has no part of a known name that gives hidden states")
+        raise UserError(f"{model.config.model_type} has no part of a known name that gives hidden states")
     return part
 
 
 def head(model: Any) -> Head:
-    """The head of a model. Raises ValueError where it has none whose weights make its logits."""
+    """The head of a model. Raises UserError where it has none whose weights make its logits."""
     model = unwrap(model)
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(getattr(layer, "weight", None), Tensor):
-        raise ValueError(f"{config.model_type} has no head whose weights make its logits")
+        raise UserError(f"{config.model_type} has no head whose weights make its logits")
     scale = math.prod((getattr(config, name, None) or 1) ** power for name, power in SCALES.items())
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
@@ -99,10 +101,10 @@ def length_limit(config: Any) -> int | None:
 
 
 def check_length(config: Any, longest: int) -> None:
-    """Raise ValueError where a text of so many tokens would change what the model computes for others beside it."""
+    """Raise UserError where a text of so many tokens would change what the model computes for others beside it."""
     limit = length_limit(config)
     if limit is not None and longest > limit:
-        raise ValueError(
+        raise UserError(
             f"an example has {longest} tokens, but beyond {limit} tokens the position frequencies of this "
             f"{config.model_type} model follow the longest example beside another, so that a step would depend on how "
             f"it is cut; set --max-tokens to {limit} or less"

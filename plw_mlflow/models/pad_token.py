@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from plw_mlflow.errors import UserError
+
 PAD = "[PAD]"
 
 
@@ -17,14 +19,14 @@ PAD = "[PAD]"
 def add(model: Any, tokenizer: Any) -> bool:
     """Give a tokenizer without padding token one, whose rows of embedding and head are the means of all others.
 
-    Returns whether there was none. Both are changed in place. Raises ValueError for a tokenizer of more tokens than
+    Returns whether there was none. Both are changed in place. Raises UserError for a tokenizer of more tokens than
     the model knows, whose surplus would get random embeddings.
     """
     if tokenizer.pad_token is not None:
         return False
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model knows only {known}")
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model knows only {known}")
     tokenizer.add_special_tokens({"pad_token": PAD})
     number = tokenizer.pad_token_id
     if number >= known:  # some models have spare rows

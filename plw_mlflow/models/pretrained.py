@@ -28,7 +28,7 @@ from torch import nn
 
 from plw_mlflow import __version__
 from plw_mlflow.config.presets import MODELS, TOY_FOLDER
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import causal, regularisers
 
 # How the names of transformers' classes end that are made for something else than the next token.
@@ -69,7 +69,7 @@ class Location:
 
 
 def locate(name: str) -> Location:
-    """`toy`, a model of the study, a folder, or ID@REVISION, as a Location. Raises ValueError for what can be none."""
+    """`toy`, a model of the study, a folder, or ID@REVISION, as a Location. Raises UserError for what can be none."""
     if name == "toy":
         return Location(str(TOY_FOLDER), None)
     name = MODELS.get(name, name)
@@ -77,12 +77,12 @@ def locate(name: str) -> Location:
         return Location(str(Path(name).resolve()), None)
     path, _, revision = name.partition("@")
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model {name!r} is not a folder on this machine")
+        raise UserError(f"model {name!r} is not a folder on this machine")
     return Location(path, revision or None)
 
 
 def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
-    """The tokenizer of a model, or another one. Raises ValueError where there is none."""
+    """The tokenizer of a model, or another one. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
     where = locate(tokenizer or model)
@@ -95,7 +95,7 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
 def load_config(model: str) -> Any:
     """The config of a causal language model, as transformers has it.
 
-    Raises ValueError for whatever can be known to be no such model before its weights are read.
+    Raises UserError for whatever can be known to be no such model before its weights are read.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -106,15 +106,15 @@ def load_config(model: str) -> Any:
         settings, _ = PreTrainedConfig.get_config_dict(where.path, revision=where.revision or "main")
         too_large = next(_too_large(settings), None)
     if too_large is not None:  # some configs make lists of this length, so it comes before them
-        raise ValueError(f"model {model!r} cannot be loaded: in its config.json, {too_large}, more than any model's")
+        raise UserError(f"model {model!r} cannot be loaded: in its config.json, {too_large}, more than any model's")
     with _reading("model", model):
         config = AutoConfig.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
         made_for = [name for name in config.architectures or [] if name.endswith(OTHER_TASKS)]
     if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
+        raise UserError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
     if made_for or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = made_for[0] if made_for else f"of type {config.model_type}"
-        raise ValueError(f"model {model!r} is {kind}, which is no causal language model; choose a decoder-only one")
+        raise UserError(f"model {model!r} is {kind}, which is no causal language model; choose a decoder-only one")
     if where.is_folder:
         _check_size(model, Path(where.path), config)
     return config
@@ -139,7 +139,7 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     four_bit: hold the linear layers but the head in 4 bits (NF4, with their scales in 8), and calculate with them in
         this type; on this process's GPU, if there is one. The rest stays float32.
 
-    Raises ValueError where there is none, for encoder-decoder models (their prompt has no loss), where a weight is no
+    Raises UserError where there is none, for encoder-decoder models (their prompt has no loss), where a weight is no
     finite number, where a token's outputs depend on what follows it or on padding, where the model makes its logits
     in a way that `causal.head` does not know, so that loss and scores would not be the model's own, and where there is
     no dropout to set.
@@ -165,12 +165,12 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
         )
     loaded, found = loaded_and_found
     if found["missing_keys"]:  # transformers would draw them at random, and train on
-        raise ValueError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
+        raise UserError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
     unused = [
         name for name in found["unexpected_keys"] if MAKES_LOGITS.search(name) and not BESIDE_THE_LOGITS.search(name)
     ]
     if unused and getattr(config, "quantization_config", None) is None:  # those have weights beside the weights
-        raise ValueError(f"model {model!r} has weights that its config.json does not use, among them {min(unused)}")
+        raise UserError(f"model {model!r} has weights that its config.json does not use, among them {min(unused)}")
     _check_finite(model, loaded)
     loaded.eval()
     try:
@@ -180,9 +180,9 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"model {model!r} cannot be used here; a trial of a few tokens ended with {what}") from None
+        raise UserError(f"model {model!r} cannot be used here; a trial of a few tokens ended with {what}") from None
     if reason:
-        raise ValueError(f"model {model!r} cannot be used here: {config.model_type} {reason}")
+        raise UserError(f"model {model!r} cannot be used here: {config.model_type} {reason}")
     return loaded
 
 
@@ -216,7 +216,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
 
     Adapters that were trained with an added token hold embeddings and head, too: these replace the base's for good.
 
-    Raises ValueError where the folder holds none, or such as do not fit the base.
+    Raises UserError where the folder holds none, or such as do not fit the base.
     """
     from peft import PeftModel
 
@@ -228,7 +228,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
         found = adapter.load_adapter(str(folder), "default")  # the same again, as only this tells what did not fit
     for names, fault in ((found.missing_keys, "lacks"), (found.unexpected_keys, "does not fit its base: it also has")):
         if names:
-            raise ValueError(f"the adapter of {str(folder)!r} {fault} the weights {min(names)}")
+            raise UserError(f"the adapter of {str(folder)!r} {fault} the weights {min(names)}")
     _check_finite(str(folder), adapter)
     return adapter
 
@@ -237,7 +237,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
 def adapted(base: Any, folder: Path) -> Iterator[Any]:
     """Within the block, a loaded base with the LoRA adapters of a folder on it; then the base is as it was.
 
-    Raises ValueError as `load_adapter` does.
+    Raises UserError as `load_adapter` does.
     """
     parts = (base.get_input_embeddings, base.get_output_embeddings)  # resizing puts others into their places
     rows = base.get_input_embeddings().num_embeddings
@@ -257,13 +257,13 @@ def adapted(base: Any, folder: Path) -> Iterator[Any]:
 def _embedding_rows(base: Any, folder: Path) -> int | None:
     """How many tokens the embeddings know that a folder of adapters holds; None where it holds none.
 
-    Raises ValueError where the folder cannot be read, or holds other adapters than those of LoRA.
+    Raises UserError where the folder cannot be read, or holds other adapters than those of LoRA.
     """
     from peft.utils import load_peft_weights
 
     if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
         # peft would ask the hub for what has the folder's name.
-        raise ValueError(f"the adapter of {str(folder)!r} cannot be loaded: it has no adapter_model.safetensors")
+        raise UserError(f"the adapter of {str(folder)!r} cannot be loaded: it has no adapter_model.safetensors")
     with _reading("the adapter of", str(folder)):
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind, asked = settings.get("peft_type"), [name for name in REFUSED_SETTINGS if settings.get(name)]
@@ -273,9 +273,9 @@ def _embedding_rows(base: Any, folder: Path) -> int | None:
         is_too_large = max(ranks) > largest
     if kind != "LORA" or asked:
         what = f"asks for {asked[0]}" if asked else f"is of type {kind}"
-        raise ValueError(f"the adapter of {str(folder)!r} {what}, which is not loaded here; plain LoRA is")
+        raise UserError(f"the adapter of {str(folder)!r} {what}, which is not loaded here; plain LoRA is")
     if is_too_large:
-        raise ValueError(f"the adapter of {str(folder)!r} has rank {max(ranks)}, but its weights have no such shape")
+        raise UserError(f"the adapter of {str(folder)!r} has rank {max(ranks)}, but its weights have no such shape")
     embedding = base.get_input_embeddings().weight
     (name,) = (name for name, parameter in base.named_parameters() if parameter is embedding)
     found = weights.get(f"base_model.model.{name}")
@@ -288,14 +288,14 @@ def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
     base: the adapters' base, in place of the one that they name. If it is known that they were trained on other
         weights, a warning says so.
 
-    Raises ValueError as `load` does, where an adapter's base is not to be had, and where it is known to have other
+    Raises UserError as `load` does, where an adapter's base is not to be had, and where it is known to have other
     weights than the one that the adapter was trained on.
     """
     folder = Path(model)
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         if base is not None:
-            raise ValueError(f"base is of adapters, but there is no adapter_config.json in {model}")
+            raise UserError(f"base is of adapters, but there is no adapter_config.json in {model}")
         return load(model), load_tokenizer(model)
     named, trained_on = _base_of(settings), _trained_on(folder)
     if base is None and trained_on is not None and Path(named).is_absolute() and not Path(named).is_dir():
@@ -304,12 +304,12 @@ def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
     try:
         locate(chosen)
     except ValueError as error:
-        raise ValueError(f"{settings} names its base so: {error}; say by --base where that is now") from None
+        raise UserError(f"{settings} names its base so: {error}; say by --base where that is now") from None
     loaded = load(chosen)
     if trained_on is not None and (found := digest(chosen)) != trained_on["digest"]:
         differs = f"the adapter of {model} was trained on {trained_on['digest']}, but its base {chosen} is {found}"
         if base is None:
-            raise ValueError(f"{differs}; name the right one by --base")
+            raise UserError(f"{differs}; name the right one by --base")
         warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=2)
     adapter = load_adapter(loaded, folder)
     has_own = (folder / "tokenizer_config.json").is_file()
@@ -325,7 +325,7 @@ def note_base(folder: Path, base: str, content: str) -> None:
 
 
 def _trained_on(folder: Path) -> dict[str, str] | None:
-    """What `note_base` has written beside an adapter; None for one from elsewhere. Raises ValueError where damaged."""
+    """What `note_base` has written beside an adapter; None for one from elsewhere. Raises UserError where damaged."""
     file = folder / BASE_FILE
     if not file.is_file():
         return None
@@ -369,10 +369,10 @@ def _four_bit(arithmetic: torch.dtype) -> dict[str, Any]:
 
 
 def _check_folder(model: str, folder: Path) -> None:
-    """Raise ValueError where a folder's files show that it holds no whole model."""
+    """Raise UserError where a folder's files show that it holds no whole model."""
     settings = folder / "adapter_config.json"
     if settings.is_file():
-        raise ValueError(
+        raise UserError(
             f"folder {model} holds adapters on {_base_of(settings)}, which can be scored, but not be a base; name that "
             f"model, or the folder of the merged one"
         )
@@ -380,23 +380,23 @@ def _check_folder(model: str, folder: Path) -> None:
         gguf = (
             "; GGUF files are not read, so name the model that they were made of" if any(folder.glob("*.gguf")) else ""
         )
-        raise ValueError(f"folder {model} holds no model: it has no config.json{gguf}")
+        raise UserError(f"folder {model} holds no model: it has no config.json{gguf}")
     for index in folder.glob("*.index.json"):
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
         except Exception as error:
-            raise ValueError(f"folder {model} holds a damaged {index.name}: {first_line(error)}") from None
+            raise UserError(f"folder {model} holds a damaged {index.name}: {first_line(error)}") from None
         if outside:
-            raise ValueError(f"folder {model} has its weights in another one: {index.name} names {outside[0]!r}")
+            raise UserError(f"folder {model} has its weights in another one: {index.name} names {outside[0]!r}")
         if lacking := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise ValueError(
+            raise UserError(
                 f"folder {model} lacks {len(lacking)} of the {len(shards)} files of its weights: {lacking[0]}"
             )
 
 
 def _check_size(model: str, folder: Path, config: Any) -> None:
-    """Raise ValueError where a config is of a much larger model than its folder's files, before that is built."""
+    """Raise UserError where a config is of a much larger model than its folder's files, before that is built."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import load_state_dict
 
@@ -416,9 +416,9 @@ def _check_size(model: str, folder: Path, config: Any) -> None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         has_none = positions is not None and positions < 1
     if has_none:
-        raise ValueError(f"model {model!r} has {positions} positions by its config.json")
+        raise UserError(f"model {model!r} has {positions} positions by its config.json")
     if wrong is not None:
-        raise ValueError(
+        raise UserError(
             f"model {model!r} has {wrong} layers by its config.json, but {len(weights)} weights in its files"
         )
     with _reading("model", model), torch.device("meta"):
@@ -426,28 +426,28 @@ def _check_size(model: str, folder: Path, config: Any) -> None:
         count = sum(part.numel() for part in (*built.parameters(), *built.buffers()))
     # Where weights are stored in fewer bits, a stored number holds up to 8 of them.
     if count > SPARE_NUMBERS + stored * (2 if getattr(config, "quantization_config", None) is None else 8):
-        raise ValueError(f"model {model!r} has {count} numbers by its config.json, but {stored} in its files")
+        raise UserError(f"model {model!r} has {count} numbers by its config.json, but {stored} in its files")
 
 
 def _base_of(settings: Path) -> str:
-    """The base that an adapter's settings name, with its revision. Raises ValueError where they name none."""
+    """The base that an adapter's settings name, with its revision. Raises UserError where they name none."""
     try:
         named = json.loads(settings.read_text(encoding="utf-8"))
         base, revision = named["base_model_name_or_path"], named.get("revision")
     except Exception as error:
-        raise ValueError(f"{settings} names no base model: {type(error).__name__} {first_line(error)}") from None
+        raise UserError(f"{settings} names no base model: {type(error).__name__} {first_line(error)}") from None
     if not base or (isinstance(base, str) and not base.strip()):
-        raise ValueError(f"{settings} names no base model: base_model_name_or_path is empty")
+        raise UserError(f"{settings} names no base model: base_model_name_or_path is empty")
     if not isinstance(base, str) or not isinstance(revision, str | None):
-        raise ValueError(f"{settings} names no base model: {base!r} with revision {revision!r} is no name")
+        raise UserError(f"{settings} names no base model: {base!r} with revision {revision!r} is no name")
     if base.startswith("."):  # as it was to whoever trained, who was elsewhere
-        raise ValueError(f"{settings} names its base by a path of another place: {base!r}; say by --base where it is")
+        raise UserError(f"{settings} names its base by a path of another place: {base!r}; say by --base where it is")
     return f"{base}@{revision}" if revision else base
 
 
 @contextmanager
 def _reading(what: str, name: str) -> Iterator[None]:
-    """Whatever goes wrong within is the fault of the files that are read: ValueError, which names them.
+    """Whatever goes wrong within is the fault of the files that are read: UserError, which names them.
 
     But not where this machine has no memory left, and not an interrupt.
     """
@@ -456,20 +456,20 @@ def _reading(what: str, name: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ValueError(_not_loaded(what, name, error)) from None
+        raise UserError(_not_loaded(what, name, error)) from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust; its type is nowhere to be imported
             raise
-        raise ValueError(_not_loaded(what, name, RuntimeError(*error.args))) from None
+        raise UserError(_not_loaded(what, name, RuntimeError(*error.args))) from None
 
 
 def _check_finite(name: str, model: Any) -> None:
-    """Raise ValueError where a weight is NaN or infinite."""
+    """Raise UserError where a weight is NaN or infinite."""
     for weight, parameter in model.named_parameters():
         # A sum is as good a sign as any, and makes no array of the weights' size.
         if parameter.is_floating_point() and not parameter.sum().isfinite() and not parameter.isfinite().all():
             count = int((~parameter.isfinite()).sum())
-            raise ValueError(f"model {name!r} is damaged: {count} numbers of {weight} are NaN or infinite")
+            raise UserError(f"model {name!r} is damaged: {count} numbers of {weight} are NaN or infinite")
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:

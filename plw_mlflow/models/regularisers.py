@@ -13,20 +13,22 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plw_mlflow.errors import UserError
+
 
 def set_dropout(config: Any, probability: float) -> None:
     """Set every dropout probability that a model's config has, before the model is made of it.
 
-    Raises ValueError where it has none, or takes no such value.
+    Raises UserError where it has none, or takes no such value.
     """
     found = _dropouts(config)
     if not found:
-        raise ValueError(f"{config.model_type} has no dropout to set; leave --dropout out")
+        raise UserError(f"{config.model_type} has no dropout to set; leave --dropout out")
     for part, name in found:
         try:
             setattr(part, name, probability)
         except StrictDataclassError:  # transformers holds MPT's attn_pdrop for a whole number
-            raise ValueError(f"{config.model_type} takes no {name} of {probability}; leave --dropout out") from None
+            raise UserError(f"{config.model_type} takes no {name} of {probability}; leave --dropout out") from None
 
 
 def _dropouts(config: Any) -> list[tuple[Any, str]]:

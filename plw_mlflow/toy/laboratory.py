@@ -22,6 +22,7 @@ from plw_mlflow.config.presets import TOY_FOLDER
 from plw_mlflow.data import inversion
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextTemplate, prompt
+from plw_mlflow.errors import UserError
 from plw_mlflow.toy import world
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def records(name: str) -> list[Record]:
     """The instruction set `toy-short` or `toy-long`, the same on every machine."""
     makers = {"toy-short": short_record, "toy-long": long_record}
     if name not in makers:
-        raise ValueError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
+        raise UserError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
     rng = Random(f"{name}-{world.SEED}")
     return [Record(f"{name}:{number}", *makers[name](rng)) for number in range(1, RECORDS + 1)]
 

@@ -29,6 +29,7 @@ from plw_mlflow.config import (
     spell,
     without_effect,
 )
+from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation.prompting import HARNESS
 from plw_mlflow.tracking.run import Run, cell_columns, parameters
 
@@ -91,12 +92,12 @@ class Naming:
     ) -> None:
         """Of each run: how it was given, its short name, and what identifies its content, as the run's tag says.
 
-        Raises ValueError where one that was given in the same way had different contents.
+        Raises UserError where one that was given in the same way had different contents.
         """
         by_spelling: dict[str, str] = {}
         for given, content in zip(spelled, contents, strict=True):
             if by_spelling.setdefault(given, content) != content:
-                raise ValueError(
+                raise UserError(
                     f"{what} {given} had other contents in some runs than in others ({_start(by_spelling[given])} and "
                     f"{_start(content)}), so their cells cannot be pooled; choose by "
                     f'--where \'tags."{tag}" = "{content}"\', or give them experiments of their own'
@@ -120,7 +121,7 @@ class Naming:
 
 
 def naming(runs: Sequence[mlflow.entities.Run]) -> tuple[Naming, Naming]:
-    """The names of the runs' models and data sets. Raises ValueError where one name had two contents."""
+    """The names of the runs' models and data sets. Raises UserError where one name had two contents."""
     listed = [parameters(run) for run in runs]
     spelled, shown = ([cell_columns(params, how) for params in listed] for how in (str, shown_name))
     found = []
@@ -136,7 +137,7 @@ def check(cells: Sequence[Cell], also: tuple[str, ...], what: str, where: str | 
 
     also: the parameters that are compared by, and may differ. what: says to a person where the cells are from.
     where: the filter that they have passed.
-    Raises ValueError where cells of one data set differ in their recipe or their scoring, or where examples do.
+    Raises UserError where cells of one data set differ in their recipe or their scoring, or where examples do.
     """
     notes = []
     recipes: dict[str, dict[tuple[str, str], Facts]] = {}  # by data set, then model and method
@@ -214,11 +215,11 @@ def by_value(spelled: str, hint: Any) -> Hashable:
 
 
 def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
-    """Raise ValueError where there are differences."""
+    """Raise UserError where there are differences."""
     if not found:
         return
     told = "; ".join(one.text() for one in found[:3]) + (f"; {len(found) - 3} differences more" if found[3:] else "")
-    raise ValueError(f"{which} cannot be pooled: {told}; {_ways_out(found, cells, where)}")
+    raise UserError(f"{which} cannot be pooled: {told}; {_ways_out(found, cells, where)}")
 
 
 def _ways_out(found: Sequence[Difference], cells: Sequence[Cell], where: str | None) -> str:

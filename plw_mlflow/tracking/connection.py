@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
-from plw_mlflow.errors import Refused, reason, without_passwords
+from plw_mlflow.errors import Refused, Unreachable, UserError, reason, without_passwords
 
 WAIT_SECONDS = 600.0  # for a store that went away, where the work cannot go on without it
 ASK_SECONDS = 2.0  # between two questions whether it is there again
@@ -44,7 +44,7 @@ def address() -> str:
 def check_reachable() -> None:
     """Ask the tracking store one thing, without the retries that MLflow would make.
 
-    Raises ConnectionError where it does not answer, and ValueError where waiting for it would not help: it is none, or
+    Raises Unreachable where it does not answer, and UserError where waiting for it would not help: it is none, or
     refuses to be used. By the main thread only, since it changes the environment for a moment.
     """
     _quiet()
@@ -56,13 +56,13 @@ def check_reachable() -> None:
             mlflow.MlflowClient().search_experiments(max_results=1)
     except UnsupportedModelRegistryStoreURIException as error:
         known = ", ".join(scheme for scheme in error.supported_uri_schemes if scheme)
-        raise ValueError(f"{cannot}: MLflow knows no such kind of address; it knows {known}") from None
+        raise UserError(f"{cannot}: MLflow knows no such kind of address; it knows {known}") from None
     except ImportError as error:
-        raise ValueError(f"{cannot}: the driver of that database is not installed ({reason(error)})") from None
+        raise UserError(f"{cannot}: the driver of that database is not installed ({reason(error)})") from None
     except Exception as error:
         if _is_mistake(error):
-            raise ValueError(f"{cannot}: {reason(error)}{_advice(error)}") from None
-        raise ConnectionError(f"{cannot}: {reason(error)}") from None
+            raise UserError(f"{cannot}: {reason(error)}{_advice(error)}") from None
+        raise Unreachable(f"{cannot}: {reason(error)}") from None
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _knock(uri: str) -> None:
         try:
             _ = urlsplit(uri).port
         except ValueError:  # it quotes a part of what may be a password
-            raise ValueError(
+            raise UserError(
                 "it is not a valid address; characters like / and # of a password are written as %2F"
             ) from None
         with suppress(requests.exceptions.SSLError):  # MLflow may know other certificates
@@ -144,7 +144,7 @@ def _knock(uri: str) -> None:
         try:
             url = sqlalchemy.make_url(uri)
         except (sqlalchemy.exc.ArgumentError, ValueError):
-            raise ValueError(
+            raise UserError(
                 "it is not a valid address; characters like / and @ of a password are written as %2F"
             ) from None
         is_sqlite = scheme == "sqlite"
@@ -182,11 +182,11 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, Refused)
 
 
-def explained(doing: str, error: MlflowException | OSError) -> Refused | ConnectionError:
+def explained(doing: str, error: MlflowException | OSError) -> Refused | Unreachable:
     """An error of the store as one that says in a line what was being done, what is wrong, and what to do."""
     if is_refusal(error):
         return Refused(f"{doing}: the tracking store {address()} refuses it: {reason(error)}{_advice(error)}")
-    return ConnectionError(f"{doing}: the tracking store {address()} fails: {reason(error)}")
+    return Unreachable(f"{doing}: the tracking store {address()} fails: {reason(error)}")
 
 
 def _advice(error: BaseException) -> str:
@@ -217,7 +217,7 @@ def patiently(doing: str, call: Callable[[], Result]) -> Result:
     doing: says to a person what is being done.
 
     `call` may have done its work, or a part of it, before the connection broke; to do it twice has to come to the same.
-    Raises Refused at once where the store will not do it (the run was deleted, say), ConnectionError where the store
+    Raises Refused at once where the store will not do it (the run was deleted, say), Unreachable where the store
     stays away for WAIT_SECONDS, and what `call` raises where that is not because the store is away: one that answers is
     given a second call, as it may have been back at once.
     """
@@ -244,7 +244,7 @@ def _await_store(doing: str, error: Exception) -> bool:
             return is_told
         except ConnectionError:
             if time.monotonic() > deadline:
-                raise ConnectionError(
+                raise Unreachable(
                     f"{doing}: the tracking store {address()} was away for {WAIT_SECONDS:.0f} s "
                     f"({reason(error)}); give the same command again when it is back"
                 ) from error
@@ -255,15 +255,15 @@ def _await_store(doing: str, error: Exception) -> bool:
 
 
 def get_run(run_id: str, *, even_deleted: bool = False) -> mlflow.entities.Run:
-    """A run. Raises ValueError where there is none with that id, or it was deleted and `even_deleted` is not set."""
+    """A run. Raises UserError where there is none with that id, or it was deleted and `even_deleted` is not set."""
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         if error.error_code not in _REFUSALS:  # INVALID_PARAMETER_VALUE: no run's id is spelt like this
             raise
-        raise ValueError(f"there is no run {run_id!r} in {address()}") from None
+        raise UserError(f"there is no run {run_id!r} in {address()}") from None
     if run.info.lifecycle_stage != "active" and not even_deleted:
-        raise ValueError(f"run {run_id} in {address()} was deleted; restore it by {_restoring(run_id)}")
+        raise UserError(f"run {run_id} in {address()} was deleted; restore it by {_restoring(run_id)}")
     return run
 
 

@@ -16,7 +16,7 @@ import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from plw_mlflow.errors import Refused, first_line
+from plw_mlflow.errors import Refused, Unreachable, first_line
 from plw_mlflow.tracking import connection, outbox
 from plw_mlflow.tracking.outbox import Outbox, Point
 
@@ -74,7 +74,7 @@ class Curves:
     def flush(self) -> None:
         """Wait until the store has everything.
 
-        Raises Refused at once where the store will not have it (the run was deleted, say), and ConnectionError where it
+        Raises Refused at once where the store will not have it (the run was deleted, say), and Unreachable where it
         stays away.
         """
         if self._outbox.wait(TELL_SECONDS):
@@ -87,7 +87,7 @@ class Curves:
         if (refusal := self._outbox.refusal) is not None:
             kept = "" if self._file is None else f"; the checkpoints in {self._file.parent} are kept"
             raise Refused(f"{refusal}{kept}") from None
-        raise ConnectionError(
+        raise Unreachable(
             f"the tracking store has not taken {len(self._outbox.unsent)} metrics of run {self._run_id} within "
             f"{limit:.0f} s ({self._outbox.trouble}); give the same command again when it is back"
         )

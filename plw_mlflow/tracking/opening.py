@@ -35,8 +35,8 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     """Open a run (the one `mlflow run` has begun, if any), or reopen `run_id`; it ends with the block.
 
     A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; its tag
-    plw.status says the same. When adding to a reopened one fails, that keeps the status it had. Raises ConnectionError
-    where the tracking server does not answer, and ValueError where it refuses.
+    plw.status says the same. When adding to a reopened one fails, that keeps the status it had. Raises Unreachable
+    where the tracking server does not answer, and UserError where it refuses.
 
     In processes other than the first of those that torchrun has started, it opens nothing and yields a `NoRun`.
     """

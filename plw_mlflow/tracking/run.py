@@ -38,7 +38,7 @@ from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import templates
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import outputs
-from plw_mlflow.errors import first_line, without_passwords
+from plw_mlflow.errors import UserError, first_line, without_passwords
 from plw_mlflow.evaluation import task_sets
 from plw_mlflow.evaluation.evaluate import Evaluation
 from plw_mlflow.models import pretrained
@@ -157,7 +157,7 @@ class Run:
     def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
         """Bring the store's newest checkpoint of a cell, where it is of a step after `newer_than`, into `folder`.
 
-        Raises ValueError where another machine is still at work on the cell.
+        Raises UserError where another machine is still at work on the cell.
         """
         self._stored.fetch(cell, folder, newer_than)
 
@@ -199,7 +199,7 @@ class Run:
         self._curves.save_unsent()
 
     def flush(self) -> None:
-        """Wait until the store has the curves. Raises ConnectionError where it stays away."""
+        """Wait until the store has the curves. Raises Unreachable where it stays away."""
         self._curves.flush()
 
     def close(self, seconds: float) -> None:
@@ -253,12 +253,12 @@ class Run:
         return str(mlflow.register_model(model, name, tags=tags).version)
 
     def load_checkpoint(self) -> tuple[Any, Any]:
-        """The model and tokenizer that this run has logged. Raises ValueError where there is none, or it is damaged."""
+        """The model and tokenizer that this run has logged. Raises UserError where there is none, or it is damaged."""
         outputs = self._client.get_run(self.id).outputs
         logged = [self._client.get_logged_model(one.model_id) for one in outputs.model_outputs] if outputs else []
         whole = [one.model_id for one in logged if one.status == LoggedModelStatus.READY]  # not cut off by a lost store
         if not whole:
-            raise ValueError(f"run {self.id} has logged no model; train it first")
+            raise UserError(f"run {self.id} has logged no model; train it first")
         self._model_id = whole[-1]
         return _load_logged(f"models:/{self._model_id}")
 
@@ -340,12 +340,12 @@ class Run:
     def told(self, folder: Path) -> dict[str, Any]:
         """The options that the run was given, as its config.json has them; a template's file is brought into `folder`.
 
-        Raises ValueError where the run holds none.
+        Raises UserError where the run holds none.
         """
         try:
             path = self._client.download_artifacts(self.id, "config.json", str(folder))
         except (MlflowException, OSError):
-            raise ValueError(f"run {self.id} holds no config.json, which says how its model was trained") from None
+            raise UserError(f"run {self.id} holds no config.json, which says how its model was trained") from None
         options: dict[str, Any] = json.loads(Path(path).read_text())
         kept = [item.path for item in self._client.list_artifacts(self.id, "template")]
         if kept:
@@ -353,12 +353,12 @@ class Run:
         return options
 
     def check_data(self, sources: Sequence[Source]) -> None:
-        """Raise ValueError where these are not the data the run's model was trained on."""
+        """Raise UserError where these are not the data the run's model was trained on."""
         trained_on = self._tagged("data_sha256")
         found = ",".join(source.sha256 for source in sources)
         if found != trained_on:
             named = " and ".join(source.name for source in sources)
-            raise ValueError(
+            raise UserError(
                 f"{named} has the SHA-256 {found}, but run {self.id} was trained on {trained_on}; give the data "
                 "as they were, by --data-dir or in their old place"
             )
@@ -399,6 +399,7 @@ class Run:
             code = Path(folder) / package.name
             for module in (
                 "__init__.py",
+                "errors.py",
                 "analysis/__init__.py",
                 *(f"analysis/statistics/{name}.py" for name in ("__init__", "design", "table")),
             ):
@@ -417,10 +418,10 @@ class Run:
             )
 
     def cell(self) -> dict[str, Any]:
-        """What tells this run's cell from others, for the score table. Raises ValueError where it has none."""
+        """What tells this run's cell from others, for the score table. Raises UserError where it has none."""
         run = patiently("reading the run", lambda: self._client.get_run(self.id))
         if "plw.cell" not in run.data.tags:
-            raise ValueError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
+            raise UserError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
         return cell_columns(parameters(run))
 
     def address(self) -> str:
@@ -529,7 +530,7 @@ class _FileSource(FileSystemDatasetSource):
 def load_registered(uri: str) -> tuple[Any, Any]:
     """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS.
 
-    Raises ValueError where there is none, where it is no text-generation model of MLflow's flavour transformers, and as
+    Raises UserError where there is none, where it is no text-generation model of MLflow's flavour transformers, and as
     `models.load` does.
     """
     check_reachable()
@@ -546,22 +547,22 @@ def _load_logged(uri: str) -> tuple[Any, Any]:
             # The folders have these names always; whatever else is named is not followed.
             is_whole = saved and saved.get("model_binary") == "model" and "tokenizer" in saved.get("components")
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"model {uri} cannot be loaded: its MLmodel is damaged ({type(error).__name__}: {first_line(error)})"
             ) from None
         if not saved:
-            raise ValueError(f"model {uri} is of the flavour {kinds}; models of the flavour transformers are loaded")
+            raise UserError(f"model {uri} is of the flavour {kinds}; models of the flavour transformers are loaded")
         if task != "text-generation":
-            raise ValueError(f"model {uri} is for the task {task}; models for text-generation are loaded")
+            raise UserError(f"model {uri} is for the task {task}; models for text-generation are loaded")
         if not is_whole:
-            raise ValueError(f"model {uri} lacks its own weights or its tokenizer; log both with it")
+            raise UserError(f"model {uri} lacks its own weights or its tokenizer; log both with it")
         parts = folder / "model", folder / "components" / "tokenizer"
         if lacking := [part for part in parts if not part.is_dir()]:
-            raise ValueError(f"model {uri} lacks the folder {lacking[0].relative_to(folder)}")
+            raise UserError(f"model {uri} lacks the folder {lacking[0].relative_to(folder)}")
         try:
             return pretrained.load(str(parts[0])), pretrained.load_tokenizer(str(parts[1]))
         except ValueError as error:  # the folder may be a temporary one, of which nobody knows
-            raise ValueError(str(error).replace(str(folder), uri)) from None
+            raise UserError(str(error).replace(str(folder), uri)) from None
 
 
 @contextmanager
@@ -574,7 +575,7 @@ def _downloaded(uri: str) -> Iterator[Path]:
             is_here = isinstance(store, LocalArtifactRepository)
             folder = Path(store.download_artifacts("", None if is_here else scratch)).resolve()
         except (MlflowException, OSError) as error:
-            raise ValueError(f"model {uri} cannot be loaded: {first_line(error)} (in {connection.address()})") from None
+            raise UserError(f"model {uri} cannot be loaded: {first_line(error)} (in {connection.address()})") from None
         yield folder
 
 

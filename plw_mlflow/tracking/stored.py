@@ -18,7 +18,7 @@ from pathlib import Path
 import mlflow
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.training import checkpoints
 
 BEAT_SECONDS = 15.0  # between two signs of life of a run
@@ -40,7 +40,7 @@ class StoredCheckpoints:
 
         What is damaged, or of another cell or step, is left where it is, and a warning says why.
 
-        Raises ValueError where another machine is still at work on the cell.
+        Raises UserError where another machine is still at work on the cell.
         """
         runs = self._client.search_runs(
             [self._client.get_run(self._run_id).info.experiment_id],
@@ -132,7 +132,7 @@ def giving_signs_of_life(run_id: str) -> Iterator[None]:
 def _await_silence(run_ids: Sequence[str]) -> None:
     """Return once none of the runs is RUNNING, or has given a sign of life for SILENT_SECONDS.
 
-    Raises ValueError if one does meanwhile. No clocks of machines are compared.
+    Raises UserError if one does meanwhile. No clocks of machines are compared.
     """
     client = mlflow.MlflowClient()
 
@@ -147,7 +147,7 @@ def _await_silence(run_ids: Sequence[str]) -> None:
         )
     while (now := signs()) and time.monotonic() < started + SILENT_SECONDS:
         if alive := [run_id for run_id, sign in now.items() if sign != first.get(run_id)]:
-            raise ValueError(
+            raise UserError(
                 f"another process is training this very cell, as run {', '.join(alive)}; wait for it, or end it"
             )
         time.sleep(min(1.0, SILENT_SECONDS / 10))

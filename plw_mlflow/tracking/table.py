@@ -9,7 +9,7 @@ import mlflow
 import pandas as pd
 
 from plw_mlflow.analysis.statistics.table import COLUMNS
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.tracking import comparable
 from plw_mlflow.tracking.comparable import Cell
 from plw_mlflow.tracking.connection import address, check_reachable, get_run, patiently
@@ -27,7 +27,7 @@ def score_table(
     have to pass. With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of
     cells that have no scores, or are not finished, `attrs["notes"]` what else differs between the cells.
 
-    Raises ValueError where there is nothing, and where the cells are not comparable (`comparable.py`).
+    Raises UserError where there is nothing, and where the cells are not comparable (`comparable.py`).
     """
     return _Cells(sweep=sweep, experiment=experiment, also=also, where=where).table()
 
@@ -73,11 +73,11 @@ class _Cells:
             is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
             (scored if is_scored and ended in (None, run.info.status) else self._others).append(run)
         if not scored:
-            raise ValueError(f"{self.what} holds no scored cell{' that passes --where ' + where if where else ''}")
+            raise UserError(f"{self.what} holds no scored cell{' that passes --where ' + where if where else ''}")
         try:
             self._models, self._datasets = comparable.naming(scored)
         except ValueError as error:
-            raise ValueError(f"{self.what}: {error}") from None
+            raise UserError(f"{self.what}: {error}") from None
         newest: dict[tuple[Any, ...], Cell] = {}
         self._of_other_kind: list[tuple[Cell, Cell]] = []  # of one cell, what a newer run has, and what an older one
         for run in scored:
@@ -88,12 +88,12 @@ class _Cells:
         self.newest = list(newest.values())
 
     def check(self) -> list[str]:
-        """Notes on what else differs between the cells. Raises ValueError where they are not comparable."""
+        """Notes on what else differs between the cells. Raises UserError where they are not comparable."""
         older = [cell for _, cell in self._of_other_kind]
         notes = comparable.check([*self.newest, *older], self._also, self.what, self._where)
         if self._of_other_kind:
             newer, cell = self._of_other_kind[0]
-            raise ValueError(
+            raise UserError(
                 f"{self.what} holds two kinds of cell that differ in more than {', '.join(CELL_FIELDS)}, such as runs "
                 f"{newer.run_id} and {cell.run_id}; delete one kind, choose by --where, or give them experiments of "
                 "their own"
@@ -117,7 +117,7 @@ class _Cells:
     def _cell(self, run: mlflow.entities.Run) -> Cell:
         params = parameters(run)
         if unknown := [name for name in self._also if name not in params and name not in COLUMNS]:
-            raise ValueError(f"{self.what}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
+            raise UserError(f"{self.what}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
         return Cell(run, params, self._columns(params))
 
     def _columns(self, params: dict[str, str]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class _Cells:
 
 
 def _search(experiment_id: str, filters: Sequence[str]) -> Sequence[mlflow.entities.Run]:
-    """An experiment's runs that pass the filters, the newest first. Raises ValueError for what is no filter."""
+    """An experiment's runs that pass the filters, the newest first. Raises UserError for what is no filter."""
     wanted = " and ".join(filters)
     try:
         return list(
@@ -162,7 +162,7 @@ def _search(experiment_id: str, filters: Sequence[str]) -> Sequence[mlflow.entit
     except mlflow.MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        raise ValueError(f"--where is no search filter that MLflow takes: {first_line(error)}") from None
+        raise UserError(f"--where is no search filter that MLflow takes: {first_line(error)}") from None
 
 
 def _value(spelled: str | None) -> str | float | None:
@@ -176,10 +176,10 @@ def _value(spelled: str | None) -> str | float | None:
 def _experiment_id(name: str) -> str:
     found = mlflow.MlflowClient().get_experiment_by_name(name)
     if found is None:
-        raise ValueError(f"there is no experiment {name!r} in {address()}")
+        raise UserError(f"there is no experiment {name!r} in {address()}")
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise ValueError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")
+        raise UserError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")
     return str(found.experiment_id)
 
 
@@ -267,10 +267,10 @@ def _holder(name: str) -> mlflow.entities.model_registry.ModelVersion | None:
 
 
 def _version(cell: Cell) -> tuple[str, str]:
-    """The name and the number that a cell's model is registered under. Raises ValueError where it is not."""
+    """The name and the number that a cell's model is registered under. Raises UserError where it is not."""
     name, _, version = cell.run.data.tags.get("plw.model_version", "").rpartition("/")
     if not name:
-        raise ValueError(f"run {cell.run_id} has registered no model")
+        raise UserError(f"run {cell.run_id} has registered no model")
     return name, version
 
 

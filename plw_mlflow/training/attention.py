@@ -26,6 +26,7 @@ from torch.nn.attention import activate_flash_attention_impl
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
+from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal
 
 NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
@@ -123,10 +124,10 @@ def _attend(
 
     query: [1, heads, T, D]; key, value: [1, key heads, T, D]. Returns [1, T, heads, D], and no attention weights.
 
-    Raises ValueError for a mask that the model itself has made (Doge's, say), as it would have no effect.
+    Raises UserError for a mask that the model itself has made (Doge's, say), as it would have no effect.
     """
     if attention_mask is not None:
-        raise ValueError("the model makes attention masks of its own, which packed rows do not have")
+        raise UserError("the model makes attention masks of its own, which packed rows do not have")
     if query.device.type == "cuda":
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         if kind in (torch.bfloat16, torch.float16) and not dropout and not softcap:

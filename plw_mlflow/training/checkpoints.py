@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plw_mlflow.environment import disk
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Writer:
 def load(folder: Path, cell: str, check_fit: Callable[[Checkpoint], None]) -> Checkpoint | None:
     """The newest checkpoint in a folder that training can go on from, None if there is none.
 
-    check_fit: raises ValueError where a checkpoint of the cell is not what the training expects. The tensors it is
+    check_fit: raises UserError where a checkpoint of the cell is not what the training expects. The tensors it is
         given lie in mapped files, so those of any size can be looked at.
 
     Newer ones are set aside, and a warning says why.
@@ -152,14 +152,14 @@ def _opened(place: Path, part: str, cell: str) -> Iterator[Any]:
     path = place / f"{part}.safetensors"
     # A link could lead anywhere, and opening a pipe would wait for ever.
     if not stat.S_ISDIR(place.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError(f"{path.name} in it, or the folder itself, is a link or something else than it must be")
+        raise UserError(f"{path.name} in it, or the folder itself, is a link or something else than it must be")
     with safe_open(path, framework="pt") as file:
         label = file.metadata() or {}
         for name, expected in (("cell", cell), ("step", str(_step(place)))):
             if name not in label:
-                raise ValueError(f"{path.name} names no {name}: an earlier version or another program has written it")
+                raise UserError(f"{path.name} names no {name}: an earlier version or another program has written it")
             if label[name] != expected:
-                raise ValueError(f"{path.name} is of the {name} {label[name][:80]!r}, and not {expected!r}")
+                raise UserError(f"{path.name} is of the {name} {label[name][:80]!r}, and not {expected!r}")
         yield file
 
 
@@ -172,10 +172,10 @@ def newest_step(folder: Path) -> int:
 def reserve(folder: Path) -> Iterator[None]:
     """Keep every other process from working in `folder` meanwhile; the lock dies with its process.
 
-    Raises ValueError if another process holds it, or if the folder or its lock cannot be made or is a link.
+    Raises UserError if another process holds it, or if the folder or its lock cannot be made or is a link.
     """
     if folder.is_symlink():  # what is in it is removed at the end
-        raise ValueError(f"{folder} is a link, and is to be a folder of its own; remove it, or change --checkpoint-dir")
+        raise UserError(f"{folder} is a link, and is to be a folder of its own; remove it, or change --checkpoint-dir")
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def reserve(folder: Path) -> Iterator[None]:
             )
             stack.enter_context(disk.held(folder / "lock", taken))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder} cannot be used ({first_line(error)}); mend it, or change --checkpoint-dir"
             ) from None
         yield

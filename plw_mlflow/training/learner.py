@@ -25,7 +25,7 @@ class Learner(nn.Module):
 
         tokens: [B, T]. weights: [B, T], with which each token is predicted. context: `Batch.context`.
 
-        Raises ValueError for an example so long that it would change the losses of others (`check_length`).
+        Raises UserError for an example so long that it would change the losses of others (`check_length`).
         """
         causal.check_length(causal.unwrap(self.model).config, context.get("max_length_q", tokens.shape[1]))
         hidden = causal.hidden_states(self.model, tokens, **context)

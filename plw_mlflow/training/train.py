@@ -31,7 +31,7 @@ from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Batch, Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
-from plw_mlflow.errors import first_line
+from plw_mlflow.errors import RunError, UserError, first_line
 from plw_mlflow.models import adapters, causal, regularisers
 from plw_mlflow.training import attention, checkpoints, loss, parallel
 from plw_mlflow.training.checkpoints import Checkpoint
@@ -74,7 +74,7 @@ def run(
     Every process that torchrun has started is to call this; `folder` and what the functions do is for the first
     alone.
 
-    Raises FloatingPointError at the first loss or gradient that is not finite, naming the step, and RuntimeError where
+    Raises RunError at the first loss or gradient that is not finite, naming the step, and RunError where
     memory runs out; the last checkpoint stays as it was. On SIGTERM to any process, the step at hand is finished and
     saved, and KeyboardInterrupt raised.
     """
@@ -304,7 +304,7 @@ class _Loop:
             # Under divisor-scope micro-batch, what is in one is part of the recipe.
             harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
             lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
-            raise RuntimeError(
+            raise RunError(
                 f"out of memory after step {self.step}; {way_out or lower}. What the device says: {first_line(error)}"
             ) from error
 
@@ -321,9 +321,9 @@ class _Loop:
         return Checkpoint(self.step, parallel.whole(self._trained), parallel.whole(state))
 
     def check_fit(self, found: Checkpoint) -> None:
-        """Raise ValueError where a checkpoint is none that this training could have saved."""
+        """Raise UserError where a checkpoint is none that this training could have saved."""
         if found.step > self._total:
-            raise ValueError(f"it is of step {found.step}, and the training has {self._total}")
+            raise UserError(f"it is of step {found.step}, and the training has {self._total}")
         state = {
             f"{kind}/{name}": empty
             for name, parameter in self._trained.items()
@@ -356,22 +356,22 @@ def _empty_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError where tensors differ in name, shape or type from those expected, or have values they cannot."""
+    """Raise UserError where tensors differ in name, shape or type from those expected, or have values they cannot."""
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
+        raise UserError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"it has {len(unknown)} tensors too many, the first of them {unknown[0][:80]!r}")
+        raise UserError(f"it has {len(unknown)} tensors too many, the first of them {unknown[0][:80]!r}")
     for name, tensor in found.items():
         own = expected[name]
         if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
-            raise ValueError(
+            raise UserError(
                 f"its {name} is {tensor.dtype} {list(tensor.shape)}, which must be {own.dtype} {list(own.shape)}"
             )
         if tensor.numel():
             lowest, highest = map(float, tensor.aminmax())  # both NaN where there is one
             is_square_or_count = name.startswith(("exp_avg_sq/", "step/"))  # squares may have overflowed
             if not (lowest >= 0 if is_square_or_count else math.isfinite(lowest) and math.isfinite(highest)):
-                raise ValueError(f"its {name} has values from {lowest} to {highest}")
+                raise UserError(f"its {name} has values from {lowest} to {highest}")
 
 
 @contextmanager
@@ -389,10 +389,10 @@ def _hearing_sigterm() -> Iterator[Callable[[], bool]]:
 
 
 def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
-    """The same metrics, or FloatingPointError with the first that is not a finite number."""
+    """The same metrics, or RunError with the first that is not a finite number."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise FloatingPointError(
+            raise RunError(
                 f"{name} is {value} at step {step}; training stops there, and the last good checkpoint, if there is "
                 f"one yet, is kept. Lower --learning-rate or --max-grad-norm, or look at the data of this step"
             )

@@ -13,6 +13,7 @@ from plw_mlflow.advice import advise, evidence
 from plw_mlflow.advice.evidence import OWN, STUDY, WIT, Point
 from plw_mlflow.advice.pooling import pool
 from plw_mlflow.config import AdviseConfig
+from plw_mlflow.evaluation import task_sets
 from tests.stores import ROOT, Place
 
 PLWS = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]
@@ -186,6 +187,19 @@ def test_task_types_choose_tasks():
     assert {p.study for p in generation} == {STUDY, WIT}
     assert not any(p.is_located for p in generation if p.study == STUDY)
     assert {p.study for p in evidence.published(["long-generation"])} == {WIT}
+
+
+def test_every_type_that_a_score_table_of_our_own_can_have_may_be_asked_for():
+    """Tasks of no set have the types generation and likelihood, which the published studies do not know."""
+    assert advise.check_types(["generation"]) == ("generation",)
+    assert set(task_sets.TASK_TYPE_OF_OUTPUT.values()) <= set(task_sets.TASK_TYPES)
+    of_sets = {benchmark.task_type for benchmarks in task_sets.SETS.values() for benchmark in benchmarks}
+    assert of_sets <= set(task_sets.TASK_TYPES)
+    table = simulate(0.3, -0.3).assign(task_type="generation")
+    (point,) = evidence.own(table, "none", {"mine": 1.0}, {}, ["generation"])
+    points = [*evidence.published(["generation"]), point]
+    assert {p.study for p in points} == {WIT, OWN}
+    assert advise.advise(1.0, points, task_types=["generation"]).task_types == ("generation",)
 
 
 # ------------------------------------------------------------------------------------------------- advice
@@ -367,7 +381,7 @@ def test_what_is_wrong_with_a_config(values, fault):
 def test_names_and_ratios_of_a_config():
     config = AdviseConfig(dataset="folder/mine.json", invert=True, scores="a", ratios="a b = 0.5, c=2")
     assert config.given_ratios() == {"a b": 0.5, "c": 2.0}
-    assert config.asked() == ("mine.json inverted", "folder/mine.json inverted", "mine inverted")
+    assert config.dataset_names() == ("mine.json inverted", "folder/mine.json inverted", "mine inverted")
 
 
 @pytest.mark.slow

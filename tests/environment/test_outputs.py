@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from plw_mlflow.environment import outputs
+from plw_mlflow.errors import RunError
 from tests.stores import ROOT
 
 
@@ -205,7 +206,7 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(outputs, "_create", full)
-    with pytest.raises(RuntimeError, match="cannot be written to: No space left on device"):
+    with pytest.raises(RunError, match="cannot be written to: No space left on device"):
         outputs.write(tmp_path, {"fit.json": b"22", "report.html": b"22"})
     monkeypatch.undo()
 
@@ -213,7 +214,7 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch):
         (folder / "config").write_text("2")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RuntimeError, match="cannot be written to: No space left on device"):
+    with pytest.raises(RunError, match="cannot be written to: No space left on device"):
         outputs.write_folders(tmp_path, {"model": build})
     assert tree(tmp_path) == before
 

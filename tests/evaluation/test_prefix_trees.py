@@ -47,8 +47,8 @@ def test_by_hand():
     """Two options of one question, then another question."""
     (row,) = lay_out([[7, 8, 2], [5, 6, 1], [5, 6, 3, 4]], 16, 16)
     assert row.tokens.tolist() == [5, 6, 1, 3, 4, 7, 8, 2]
-    assert row.depth.tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
-    assert row.end.tolist() == [5, 5, 3, 5, 5, 8, 8, 8]
+    assert row.depths.tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
+    assert row.subtree_ends.tolist() == [5, 5, 3, 5, 5, 8, 8, 8]
     assert {number: path.tolist() for number, path in row.paths.items()} == {
         0: [5, 6, 7],
         1: [0, 1, 2],

@@ -16,7 +16,7 @@ from plw_mlflow.data.records import Record
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder, answer_ends
 from plw_mlflow.evaluation import measures, prompting
-from plw_mlflow.evaluation.caching_lm import Asking
+from plw_mlflow.evaluation.caching_lm import CachingLM
 from plw_mlflow.evaluation.endpoint import Endpoint
 from plw_mlflow.evaluation.prompting import TemplatedPrompt
 from plw_mlflow.evaluation.scorer import Scorer
@@ -54,7 +54,7 @@ TOKENIZERS = {
 }
 
 
-class Tokenising(Asking):
+class Tokenising(CachingLM):
     """A language model of the harness that can tokenise, and nothing else."""
 
     def __init__(self, tokenizer):

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plw_mlflow.evaluation import prefix_trees
-from plw_mlflow.evaluation.answers import Answers
+from plw_mlflow.evaluation.answer_store import AnswerStore
 from plw_mlflow.evaluation.scorer import Scorer
 from tests.conftest import BOS, EOS, VOCABULARY, byte_tokenizer
 
@@ -340,8 +340,8 @@ def test_a_killed_scoring_goes_on_where_it_was(start, tmp_path, seed):
         process.kill()
         process.join()
         (file,) = (tmp_path / "killed").iterdir()
-        assert Answers(file).kept > kept or batches == 1
-        kept = Answers(file).kept
+        assert AnswerStore(file).kept > kept or batches == 1
+        kept = AnswerStore(file).kept
         with file.open("ab") as torn:
             torn.write(b'{"00": [-1.5, fal')  # what a kill in mid-write leaves
     computed = []
@@ -381,7 +381,7 @@ def test_another_model_has_answers_of_its_own(tmp_path):
 def test_answers_come_back_as_they_were(tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
     given = {"a": [-0.1 - 0.2, True], "b": "naïve\ntext\u2028"}
-    Answers(file).add(given)
-    back = Answers(file)
+    AnswerStore(file).add(given)
+    back = AnswerStore(file)
     assert {key: back[key] for key in given} == given
     assert back.kept == 2

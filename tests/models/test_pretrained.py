@@ -1,4 +1,4 @@
-"""Is a model loaded whole and as it is, and refused in one line where its files or its logits are not what they must be?"""
+"""Is a model loaded whole and as it is, and refused in one line where something is wrong with it?"""
 
 import copy
 import json

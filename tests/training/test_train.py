@@ -28,6 +28,7 @@ from plw_mlflow.data import batches
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.errors import RunError
 from plw_mlflow.training import checkpoints, train
 from plw_mlflow.training.learner import Learner
 from tests.conftest import VOCABULARY, make_example, tiny_llama
@@ -711,7 +712,7 @@ def test_the_caller_may_put_things_in_safety_before_each_checkpoint(tmp_path):
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
     model = tiny_llama()
     model.model.norm.weight.data[3] = math.nan
-    with pytest.raises(FloatingPointError, match="train/loss is nan at step 1"):
+    with pytest.raises(RunError, match="train/loss is nan at step 1"):
         run(tmp_path, model=model)
     assert list(tmp_path.glob("step-*")) == []
 
@@ -728,7 +729,7 @@ def test_weights_that_give_no_finite_loss_never_replace_a_good_checkpoint(save_e
     steps = []
     hook = register_optimizer_step_pre_hook(poison)
     try:
-        with pytest.raises(FloatingPointError, match=r"at step 4"):
+        with pytest.raises(RunError, match=r"at step 4"):
             resumable(tmp_path, "full", save_every=save_every)
     finally:
         hook.remove()
@@ -740,7 +741,7 @@ def test_weights_that_give_no_finite_loss_never_replace_a_good_checkpoint(save_e
 
 
 def test_a_learning_rate_beyond_reason_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"Lower --learning-rate"):
+    with pytest.raises(RunError, match=r"Lower --learning-rate"):
         resumable(tmp_path, "full", learning_rate=1e30, warmup_ratio=0.0)
     assert list(tmp_path.glob("step-*")) == []
 
@@ -761,7 +762,7 @@ def test_out_of_memory_names_the_step_and_the_option(error, options, told, tmp_p
         raise error
 
     monkeypatch.setattr(Learner, "forward", fail)
-    with pytest.raises(RuntimeError, match=rf"out of memory after step 0; .*{told}"):
+    with pytest.raises(RunError, match=rf"out of memory after step 0; .*{told}"):
         run(tmp_path, **options)
 
 

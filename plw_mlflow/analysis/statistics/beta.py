@@ -18,6 +18,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from plw_mlflow.errors import UserError
+
 Array = NDArray[np.float64]
 
 MAX_STEPS = 60  # of Newton's method; few fits need 10
@@ -241,7 +243,7 @@ def fit_beta(y: ArrayLike, x: Array, group: ArrayLike, weights: ArrayLike | None
     weights: [n] positive, 1 if left out: the precision of score i is phi * weights[i]. A weight near 0 does not make a
         score absent: at precision 0 the family still prefers some means to others.
 
-    A fit that reached no maximum has `converged` False, as when scores follow a curve exactly. Raises ValueError for
+    A fit that reached no maximum has `converged` False, as when scores follow a curve exactly. Raises UserError for
     scores or weights outside their range, naming the first row, and for a design that cannot be fitted.
     """
     rows = y.index if isinstance(y, pd.Series) else range(np.size(y))
@@ -250,30 +252,30 @@ def fit_beta(y: ArrayLike, x: Array, group: ArrayLike, weights: ArrayLike | None
     given = np.ones_like(y) if weights is None else np.asarray(weights, float)
     n, p = x.shape
     if not len(y) == len(codes) == len(given) == n:
-        raise ValueError(f"{len(y)} scores, {n} rows of x, {len(codes)} groups, {len(given)} weights: must be as many")
+        raise UserError(f"{len(y)} scores, {n} rows of x, {len(codes)} groups, {len(given)} weights: must be as many")
     if (bad := ~((y > 0) & (y < 1))).any():
         at = int(np.argmax(bad))
-        raise ValueError(
+        raise UserError(
             f"row {rows[at]}: score {y[at]:g} is not strictly between 0 and 1, and the beta family has no other, "
             "not even 0 and 1; fit another model (lmm) or leave that task out"
         )
     if (bad := ~((given > 0) & np.isfinite(given))).any():
         at = int(np.argmax(bad))
-        raise ValueError(f"row {rows[at]}: weight {given[at]:g} must be a finite number above 0; mend or drop the row")
+        raise UserError(f"row {rows[at]}: weight {given[at]:g} must be a finite number above 0; mend or drop the row")
     if (codes < 0).any():
-        raise ValueError(f"row {rows[int(np.argmax(codes < 0))]}: no group; name the row's group")
+        raise UserError(f"row {rows[int(np.argmax(codes < 0))]}: no group; name the row's group")
     if len(names) < 2:
-        raise ValueError(f"{len(names)} group; a variance between groups needs 2 or more")
+        raise UserError(f"{len(names)} group; a variance between groups needs 2 or more")
     if len(names) == n:
-        raise ValueError(f"each of the {n} groups has one score, which cannot tell groups from noise; score more cells")
+        raise UserError(f"each of the {n} groups has one score, which cannot tell groups from noise; score more cells")
     if n < p + 2:
-        raise ValueError(f"{n} scores are too few for {p} coefficients, a variance and a precision; score more cells")
+        raise UserError(f"{n} scores are too few for {p} coefficients, a variance and a precision; score more cells")
     if not np.isfinite(x).all():
-        raise ValueError(
+        raise UserError(
             f"row {rows[int(np.argmin(np.isfinite(x).all(axis=1)))]}: x is not finite; mend or drop the row"
         )
     if np.linalg.cond(x / np.linalg.norm(x, axis=0)) > 1e9:
-        raise ValueError(f"the {p} columns of x depend on each other; leave out those that follow from others")
+        raise UserError(f"the {p} columns of x depend on each other; leave out those that follow from others")
 
     # Orthogonal columns of mean square 1 make every parameter a logit or a logarithm, whatever the units of x.
     q, r = np.linalg.qr(x)

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from plw_mlflow.analysis.statistics.table import RUN
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -76,12 +77,12 @@ class Transform:
 
 
 def transform(name: str, plws: ArrayLike) -> Transform:
-    """The transform of that name for the PLWs tried. Raises ValueError where the PLWs do not allow it."""
+    """The transform of that name for the PLWs tried. Raises UserError where the PLWs do not allow it."""
     tried = tuple(np.unique(np.asarray(plws, float)).tolist())
     if name not in TRANSFORMS:
-        raise ValueError(f"transform is {name!r}, but must be one of {', '.join(TRANSFORMS)}")
+        raise UserError(f"transform is {name!r}, but must be one of {', '.join(TRANSFORMS)}")
     if name == "logit" and (tried[-1] > 1 or not 0 < min((plw for plw in tried if plw > 0), default=1.0) / 2 < 0.5):
-        raise ValueError("transform logit is for PLWs within 0..1, some of them between; use power")
+        raise UserError("transform logit is for PLWs within 0..1, some of them between; use power")
     return Transform(name, tried)
 
 
@@ -131,14 +132,14 @@ class Grid:
     def complete(self) -> tuple[Grid, tuple[str, ...]]:
         """The runs that have a score on every task, and what was left out for that.
 
-        Tasks that fewer than half of the runs have are left out first. Raises ValueError where that leaves no task, and
+        Tasks that fewer than half of the runs have are left out first. Raises UserError where that leaves no task, and
         where some runs are left, but none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5
         runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
         if not tasks.any():
-            raise ValueError("every task is scored on fewer than half of the runs; use lmm-slopes")
+            raise UserError("every task is scored on fewer than half of the runs; use lmm-slopes")
         left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
         if gone := int((~runs).sum()):
             left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")
@@ -147,7 +148,7 @@ class Grid:
         kept = self.runs.loc[runs].reset_index(drop=True)
         if len(kept) and (lost := sorted(set(self.runs["plw"]) - set(kept["plw"]))):
             listed = ", ".join(f"{plw:g}" for plw in lost)
-            raise ValueError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
+            raise UserError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
         x, terms = _columns(kept, self.transform, self._factors, self.by)
         smaller = Grid(
             self.dataset,

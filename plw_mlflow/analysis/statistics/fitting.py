@@ -26,6 +26,7 @@ from scipy import stats
 from plw_mlflow.analysis.statistics import beta, mixed, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid, is_close_together, is_of_curve
 from plw_mlflow.analysis.statistics.optimum import Parabola
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -121,9 +122,9 @@ def fewest_runs(terms: int, tasks: int) -> int:
 
 
 def fit(model: str, grid: Grid, scale: str = "none") -> Fit:
-    """Fit one model. Raises ValueError, in a line, where these scores do not allow it."""
+    """Fit one model. Raises UserError, in a line, where these scores do not allow it."""
     if is_close_together(grid.x):
-        raise ValueError("PLWs lie too close together to fit a curve")
+        raise UserError("PLWs lie too close together to fit a curve")
     result = MODELS[model](grid)
     return _conclude(model, result, scale)
 
@@ -131,12 +132,12 @@ def fit(model: str, grid: Grid, scale: str = "none") -> Fit:
 def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     whole, left_out = grid.complete
     if len(whole.scores) == 0:
-        raise ValueError("no run is scored on every task; use lmm-slopes")
+        raise UserError("no run is scored on every task; use lmm-slopes")
     if len(whole.tasks) < 4:
         few = "" if len(whole.tasks) == len(grid.tasks) else " that at least half of the runs are scored on"
-        raise ValueError(f"a joint test over tasks needs 4 tasks or more, there {_counted(len(whole.tasks))}{few}")
+        raise UserError(f"a joint test over tasks needs 4 tasks or more, there {_counted(len(whole.tasks))}{few}")
     if len(set(whole.runs["plw"])) < 3:
-        raise ValueError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
+        raise UserError("the runs scored on every task have fewer than 3 PLWs; use lmm-slopes")
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=runs_differ)
     joint = hotelling(curves)
     notes = [f"Left out: {', '.join(left_out)}."] if left_out else []
@@ -160,14 +161,14 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
 
 
 def hotelling(curves: over_tasks.Curves) -> JointTest:
-    """The joint test over tasks, of one table. Raises ValueError as it does."""
+    """The joint test over tasks, of one table. Raises UserError as it does."""
     f, df1, df2, p = curves.joint_test()
     return JointTest("Hotelling's T^2 over tasks", float(f), df1, float(df2), float(p))
 
 
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
-        raise ValueError(f"random slopes by task need 4 tasks or more, there {_counted(len(grid.tasks))}")
+        raise UserError(f"random slopes by task need 4 tasks or more, there {_counted(len(grid.tasks))}")
     has_runs = mixed.has_run_information(grid.scores, grid.x)
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
     restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
@@ -235,7 +236,7 @@ def _beta(grid: Grid) -> _Result:
     fitted = beta.fit_beta(y, x, task)
     null = beta.fit_beta(y, x[:, :1], task)
     if not (np.isfinite(fitted.covariance).all() and math.isfinite(null.loglik)):
-        raise ValueError("the fit did not converge")
+        raise UserError("the fit did not converge")
     chisq = max(0.0, 2 * (fitted.loglik - null.loglik))
     parameters = x.shape[1] + 2
     return _Result(
@@ -261,7 +262,7 @@ def _ols(grid: Grid) -> _Result:
     x = np.column_stack([grid.x[run], dummies])
     n, p = x.shape
     if n <= p:
-        raise ValueError(f"{n} scores are too few for {p} coefficients and a residual; score more cells")
+        raise UserError(f"{n} scores are too few for {p} coefficients and a residual; score more cells")
     _need_residuals(y, grid.curve[run], task)
     q, r = np.linalg.qr(x)
     coefficients = np.linalg.solve(r, q.T @ y)
@@ -302,10 +303,10 @@ def _counted(tasks: int) -> str:
 
 def _need_tasks(grid: Grid) -> None:
     if len(grid.tasks) < 2:
-        raise ValueError(f"it has only the task {grid.tasks[0]}; a variance over tasks needs 2 or more")
+        raise UserError(f"it has only the task {grid.tasks[0]}; a variance over tasks needs 2 or more")
     n = int((~np.isnan(grid.scores)).sum())
     if n - len(grid.tasks) - 2 < 1:
-        raise ValueError(f"{n} scores for {len(grid.tasks)} tasks are too few for a curve; score more cells")
+        raise UserError(f"{n} scores for {len(grid.tasks)} tasks are too few for a curve; score more cells")
 
 
 def _need_residuals(y: Array, x: Array, task: NDArray[np.intp]) -> None:
@@ -315,7 +316,7 @@ def _need_residuals(y: Array, x: Array, task: NDArray[np.intp]) -> None:
     rise, deviation = centred(x[:, 1:]), centred(y[:, None])[:, 0]
     residual = deviation - rise @ np.linalg.lstsq(rise, deviation)[0]
     if np.abs(residual).max() <= 1e-12 * np.abs(y).max():
-        raise ValueError("scores follow a curve exactly; without residuals nothing can be tested, check the scores")
+        raise UserError("scores follow a curve exactly; without residuals nothing can be tested, check the scores")
 
 
 def _conclude(model: str, result: _Result, scale: str) -> Fit:

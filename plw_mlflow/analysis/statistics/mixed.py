@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, optimize, stats
 
+from plw_mlflow.errors import UserError
+
 Array = NDArray[np.float64]
 
 MAX_CONDITION = 1e9  # of a design; beyond it, columns cannot be told apart
@@ -373,13 +375,13 @@ class RandomSlopes:
         """Each task's curve, coefficients of the first Q columns plus its best prediction: [T, Q], and [T, Q, Q].
 
         The second is the covariance of the prediction's error with variances taken as known (Henderson's equations).
-        Raises ValueError if the first Q fixed columns are not the random ones: a curve is then not their sum.
+        Raises UserError if the first Q fixed columns are not the random ones: a curve is then not their sum.
         """
         q = len(self.cov_task)
         table, s = self.table, _solve(self.table, self.search)
         x, z = (design @ np.linalg.inv(basis) for design, basis in ((table.x, table.x_basis), (table.z, table.z_basis)))
         if x.shape[1] < q or not np.allclose(x[:, :q], z, rtol=0, atol=1e-8 * np.abs(z).max()):
-            raise ValueError(
+            raise UserError(
                 f"a task's curve needs the {q} random columns as the first fixed ones; fit them, or ask another fit"
             )
         tasks = table.scores.shape[1]
@@ -421,24 +423,24 @@ def has_run_information(scores: Array, x: Array) -> bool:
 
 
 def _check(scores: Array, x: Array, z: Array, weights: Array, run_effect: bool) -> None:
-    """Raise ValueError for data from which the model cannot be estimated."""
+    """Raise UserError for data from which the model cannot be estimated."""
     (runs, tasks), q = scores.shape, z.shape[1]
     is_scored = ~np.isnan(scores)
     if not len(x) == len(z) == runs or weights.shape != scores.shape:
-        raise ValueError(
+        raise UserError(
             f"scores are of {runs} runs and {tasks} tasks, but the designs have {len(x)} and {len(z)} rows "
             f"and the weights are {weights.shape}; give a row per run"
         )
     if tasks < 2:
-        raise ValueError("one task cannot show how curves differ between tasks; give scores of 2 or more")
+        raise UserError("one task cannot show how curves differ between tasks; give scores of 2 or more")
     if np.isinf(scores).any():
-        raise ValueError("a score is infinite; mend it, or leave it out as NaN")
+        raise UserError("a score is infinite; mend it, or leave it out as NaN")
     if not (np.isfinite(weights) & (weights > 0))[is_scored].all():
-        raise ValueError("a score's weight is not a finite number above 0; mend it, or leave the score out as NaN")
+        raise UserError("a score's weight is not a finite number above 0; mend it, or leave the score out as NaN")
     if (few := is_scored.sum(axis=0).min()) <= q:
-        raise ValueError(f"a task has {few} scores, too few for a curve of {q} terms and residuals; leave the task out")
+        raise UserError(f"a task has {few} scores, too few for a curve of {q} terms and residuals; leave the task out")
     if run_effect and not has_run_information(scores, x):
-        raise ValueError("too few runs have scores of several tasks to tell runs apart; fit without a run effect")
+        raise UserError("too few runs have scores of several tasks to tell runs apart; fit without a run effect")
 
 
 def _orthonormal(design: Array, name: str) -> Array:
@@ -446,7 +448,7 @@ def _orthonormal(design: Array, name: str) -> Array:
     r = np.linalg.qr(design).R
     # A column's diagonal entry is the part of it that earlier columns do not explain.
     if len(r) < r.shape[1] or not (np.abs(np.diag(r)) > np.linalg.norm(r, axis=0) / MAX_CONDITION).all():
-        raise ValueError(f"columns of the {name} design cannot be told apart; drop one, or spread the PLWs")
+        raise UserError(f"columns of the {name} design cannot be told apart; drop one, or spread the PLWs")
     return np.linalg.inv(r) * math.sqrt(len(design))
 
 
@@ -468,7 +470,7 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
 
     gram = np.einsum("rt,ra,rb->tab", weights, z, z)
     if np.linalg.cond(gram).max() > MAX_CONDITION:
-        raise ValueError(f"a task is scored at too few PLWs for a curve of {q} terms; leave the task out")
+        raise UserError(f"a task is scored at too few PLWs for a curve of {q} terms; leave the task out")
     # A curve per task for the scores and for each fixed column, whose own effects are those of what curves leave; by
     # the ridge, none where nothing is left.
     values = np.concatenate([cells[None], is_scored * x.T[:, :, None]])  # [1 + P, R, T]
@@ -482,7 +484,7 @@ def _tabulate(scores: Array, x: Array, z: Array, weights: Array | None, by_task:
     if not by_task:
         var_residual = (var_residual @ freedom / freedom.sum())[None]
     if var_residual.min() <= 1e-24 * np.nanmax(scores**2):
-        raise ValueError("a task's scores follow a curve exactly, so its residual variance is 0; leave the task out")
+        raise UserError("a task's scores follow a curve exactly, so its residual variance is 0; leave the task out")
     # The spread of curves with their noise: never singular, and each direction is about as wide as its likelihood.
     noise = (np.linalg.inv(gram) * np.broadcast_to(var_residual, tasks)[:, None, None]).mean(axis=0)
     factor = np.linalg.cholesky(np.cov(curves.T, ddof=0).reshape(q, q) + noise)
@@ -517,7 +519,7 @@ def _translate(fit: RandomSlopes, table: _Table) -> Array:
     """The variance parameters of a fit to other scores, in a table's basis."""
     old = fit.table
     if old.z.shape[1] != table.z.shape[1] or old.scores.shape[1] != table.scores.shape[1]:
-        raise ValueError("the fit to start from has other tasks or other random columns; start without it")
+        raise UserError("the fit to start from has other tasks or other random columns; start without it")
     factor = np.linalg.solve(table.z_basis, old.z_basis @ old.unpack(fit.search)[0])
     factor = np.linalg.qr(factor.T).R.T
     sizes = np.concatenate([factor[table.lower], [math.sqrt(fit.var_run)] * table.run_effect])
@@ -570,7 +572,7 @@ def fit_random_slopes(
     start: a fit to similar scores; there is then one search instead of three, from its variances or from those of
         per-task least squares, whichever fit better. For bootstraps.
 
-    Raises ValueError for data from which the model cannot be estimated, saying what to leave out.
+    Raises UserError for data from which the model cannot be estimated, saying what to leave out.
     """
     scores = np.asarray(scores, float)
     table = _tabulate(scores, x, z, weights, by_task, run_effect)
@@ -642,7 +644,7 @@ def f_test(fit: Fitted, contrasts: Array) -> tuple[float, int, float, float]:
     covariance = contrasts @ fit.covariance @ contrasts.T
     values, vectors = np.linalg.eigh(covariance)
     if values[0] <= 1e-12 * values[-1]:
-        raise ValueError(f"{len(contrasts)} contrasts are not independent of each other; drop some")
+        raise UserError(f"{len(contrasts)} contrasts are not independent of each other; drop some")
     separate = vectors.T @ contrasts
     statistic = float(np.mean((separate @ fit.coefficients) ** 2 / values))
     freedom = np.array([satterthwaite(fit, contrast) for contrast in separate])
@@ -662,7 +664,7 @@ def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
     Never below 0: a null that is likelier by more than rounding says that the fit's search missed the highest peak.
     """
     if fit.reml or null.reml:
-        raise ValueError("restricted likelihoods of different fixed columns cannot be compared; fit both by ML")
+        raise UserError("restricted likelihoods of different fixed columns cannot be compared; fit both by ML")
     statistic, freedom = max(0.0, 2 * (fit.loglik - null.loglik)), fit.parameters - null.parameters
     return statistic, freedom, float(stats.chi2.sf(statistic, freedom))
 
@@ -670,5 +672,5 @@ def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
 def aic_bic(fit: Fitted) -> tuple[float, float]:
     """AIC and BIC, lower being better; BIC counts each score as an observation, as lme4 does."""
     if fit.reml:
-        raise ValueError("AIC and BIC of a restricted likelihood do not compare fixed columns; fit by ML")
+        raise UserError("AIC and BIC of a restricted likelihood do not compare fixed columns; fit by ML")
     return 2 * (fit.parameters - fit.loglik), fit.parameters * math.log(fit.n) - 2 * fit.loglik

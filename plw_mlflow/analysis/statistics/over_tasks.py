@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from plw_mlflow.errors import UserError
+
 Array = NDArray[np.float64]
 
 # Luck is estimated without bias, below 0 in every second table that has none. Counting it where it is above 0 and
@@ -109,17 +111,17 @@ class Curves:
 
         Hotelling's T^2, or with run noise, by the moments of Kenward and Roger (1997, doi:10.2307/2533558), what lies
         between that and the F of a covariance known but for a factor. Nothing depends on the units of w_p.
-        Raises ValueError where too little is known of the covariance.
+        Raises UserError where too little is known of the covariance.
         """
         k = len(self.contrasts)
-        too_few = ValueError(f"tasks and runs are too few to test {k} coefficients together")
+        too_few = UserError(f"tasks and runs are too few to test {k} coefficients together")
         if self.tasks <= k:
             raise too_few
         estimate, parts = self.coefficients @ self.contrasts.T, self.contrasts @ self.parts @ self.contrasts.T
         total = parts.sum(0)
         values = _whitened(total, self.contrasts @ self.bread @ self.contrasts.T)
         if np.any(values[..., 0] <= 1e-12 * values[..., -1]):
-            raise ValueError(f"tasks' curves are too much alike to test {k} coefficients together")
+            raise UserError(f"tasks' curves are too much alike to test {k} coefficients together")
         # How sure the covariance is depends on what it is made of. By chance the curves' spread is small in some
         # direction, which there would seem all luck: half of what that takes on average is given back. And one that
         # came out too small would seem less sure than it is; without differences between curves it is the luck's.
@@ -191,15 +193,15 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curv
     The residuals' means over tasks vary by a run's luck and a T-th of the noise; what is left varies by the noise
     alone. Their difference is the luck's variance (a random effect crossed with tasks).
 
-    Raises ValueError for fewer than 2 tasks, fewer runs than a curve and its residuals need, or tasks that do not
+    Raises UserError for fewer than 2 tasks, fewer runs than a curve and its residuals need, or tasks that do not
     differ in what is tested.
     """
     *_, runs, tasks = scores.shape
     p = x.shape[1]
     if tasks < 2:
-        raise ValueError("a test over tasks needs 2 tasks or more")
+        raise UserError("a test over tasks needs 2 tasks or more")
     if runs <= p:
-        raise ValueError(f"{runs} runs are too few for {p} coefficients and a residual")
+        raise UserError(f"{runs} runs are too few for {p} coefficients and a residual")
     q, r = np.linalg.qr(x)
     by_task = np.linalg.solve(r, q.T @ scores)  # [..., P, T]
     residuals = scores - x @ by_task
@@ -210,7 +212,7 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curv
     between, bread = apart @ apart.swapaxes(-1, -2) / (tasks - 1), np.linalg.inv(r.T @ r)
     spread = _whitened(contrasts @ between @ contrasts.T, contrasts @ bread @ contrasts.T)[..., -1]
     if np.any(spread <= 1e-24 * np.abs(scores).max((-1, -2)) ** 2):
-        raise ValueError("all tasks have the same curve; nothing can be tested over them")
+        raise UserError("all tasks have the same curve; nothing can be tested over them")
     return Curves(
         coefficients,
         between,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from plw_mlflow.analysis.statistics import mixed
 from plw_mlflow.analysis.statistics.design import Grid, is_of_curve
 from plw_mlflow.analysis.statistics.fitting import JointTest
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -21,10 +22,10 @@ Array = NDArray[np.float64]
 def joint_test(grid: Grid, model: str, draws: int, seed: int = 1234) -> JointTest:
     """Test the curve of `lmm` or `lmm-slopes`. The smallest p there can be is 1 / (draws + 1).
 
-    Raises ValueError for another model, and where the model cannot be fitted.
+    Raises UserError for another model, and where the model cannot be fitted.
     """
     if model not in RATIOS:
-        raise ValueError(f"model is {model!r}, but must be one of {', '.join(RATIOS)}")
+        raise UserError(f"model is {model!r}, but must be one of {', '.join(RATIOS)}")
     ratios = RATIOS[model](grid, np.random.default_rng(seed))
     seen = next(ratios)
     as_large = sum(next(ratios) >= seen for _ in range(draws))

@@ -28,6 +28,7 @@ from plw_mlflow.analysis.statistics.over_tasks import Curves
 from plw_mlflow.analysis.statistics.questions import POWER
 from plw_mlflow.analysis.statistics.table import RUN
 from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -66,7 +67,7 @@ class Truth:
         if self.residual_sd == 0:
             faults.append("residual_sd must be above 0: without residuals nothing can be tested")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise UserError("; ".join(faults))
 
     @property
     def between(self) -> Array:
@@ -101,19 +102,19 @@ STATED = tuple(field.name for field in fields(Truth) if field.name != "transform
 def stated(text: str) -> Truth:
     """The truth a person states: "slope=0.05,bend=-0.04,...", each number of STATED by its name; on PLW^0.30103.
 
-    Raises ValueError for a name that is missing, unknown or given twice, or a value that cannot be.
+    Raises UserError for a name that is missing, unknown or given twice, or a value that cannot be.
     """
     values: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (word.strip() for word in part.partition("="))
         if name not in STATED or name in values:
-            raise ValueError(f"assume has {part!r}, but takes each of {', '.join(STATED)} once, as name=number")
+            raise UserError(f"assume has {part!r}, but takes each of {', '.join(STATED)} once, as name=number")
         try:
             values[name] = float(value)
         except ValueError:
-            raise ValueError(f"assume: {name} must be a number, got {value!r}") from None
+            raise UserError(f"assume: {name} must be a number, got {value!r}") from None
     if missing := [name for name in STATED if name not in values]:
-        raise ValueError(f"assume lacks {', '.join(missing)}; --power prints all of them for a table of scores")
+        raise UserError(f"assume lacks {', '.join(missing)}; --power prints all of them for a table of scores")
     return Truth(**values, transform=Transform("power", PUBLISHED_PLWS))
 
 
@@ -124,7 +125,7 @@ def estimated(grid: Grid) -> Truth:
     leaves a direction with less than nothing, none (Amemiya 1985, doi:10.1080/00031305.1985.10479402). Estimates are
     taken as if they were exact, so a chance peak makes too good a study.
 
-    Raises ValueError where `crossed` cannot be fitted.
+    Raises UserError where `crossed` cannot be fitted.
     """
     return _moments(*_lead(grid))
 
@@ -154,7 +155,7 @@ def _lead(grid: Grid) -> tuple[Grid, Curves]:
     whole, _ = grid.complete
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
     if curves.of_noise <= 1e-24 * float(np.abs(whole.scores).max()) ** 2:
-        raise ValueError("scores follow a curve exactly; without residuals nothing can be planned, check the scores")
+        raise UserError("scores follow a curve exactly; without residuals nothing can be planned, check the scores")
     return whole, curves
 
 
@@ -172,7 +173,7 @@ class Design:
 
     def __post_init__(self) -> None:
         if self.tasks < 4 or len(set(self.plws)) < 3 or self.free < 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.tasks} task{'s' * (self.tasks != 1)} and {self.runs} runs at {len(set(self.plws))} PLWs "
                 f"cannot be analysed over tasks: 4 tasks, 3 PLWs and {self.models + 3} runs are the least"
             )
@@ -418,12 +419,12 @@ def plan(
 ) -> Plan:
     """Simulate every design of TASKS, SEEDS and PLWs: the published ten, or SPACED on w_p.
 
-    models: how many are trained at each PLW and seed. Raises ValueError where the truth has no optimum to find.
+    models: how many are trained at each PLW and seed. Raises UserError where the truth has no optimum to find.
     """
     if not 0 < width < math.inf:
-        raise ValueError(f"width must be a number above 0, got {width}")
+        raise UserError(f"width must be a number above 0, got {width}")
     if not truth.has_optimum:
-        raise ValueError(
+        raise UserError(
             f"the curve has no maximum inside the range (slope {truth.slope:.3g}, bend {truth.bend:.3g}), so there is "
             "none to find; state another curve with --assume"
         )
@@ -503,10 +504,10 @@ def next_plws(grid: Grid, number: int, draws: int = 4000, seed: int = 1234) -> P
     near 0); the mean log, which is more usual, chose worse after poor first PLWs. A run at a PLW already tried counts
     as any other.
 
-    Raises ValueError where `crossed` cannot be fitted, or where a maximum inside the range is all but ruled out.
+    Raises UserError where `crossed` cannot be fitted, or where a maximum inside the range is all but ruled out.
     """
     if number < 1:
-        raise ValueError(f"the number of next PLWs must be 1 or more, got {number}")
+        raise UserError(f"the number of next PLWs must be 1 or more, got {number}")
     whole, curves = _lead(grid)
     truth, tasks = _moments(whole, curves), len(whole.tasks)
     random = np.random.default_rng(seed)
@@ -518,7 +519,7 @@ def next_plws(grid: Grid, number: int, draws: int = 4000, seed: int = 1234) -> P
     best = maximisers(drawn[:, 0], drawn[:, 1], low, high)
     inside = (low < best) & (best < high)
     if inside.mean() < LEVEL:
-        raise ValueError(
+        raise UserError(
             f"a maximum inside the range has probability {inside.mean():.2g}, so no runs are proposed to locate one"
         )
     # The vertex's variance is that of slope + 2 w bend at it, over 4 bend^2: [D, 3] for entries 00, 01 and 11.

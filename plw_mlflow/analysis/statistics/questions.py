@@ -18,6 +18,7 @@ from plw_mlflow.analysis.statistics import mixed, over_tasks
 from plw_mlflow.analysis.statistics.design import CURVE, Grid, is_of_curve
 from plw_mlflow.analysis.statistics.fitting import JointTest, fewest_runs, hotelling
 from plw_mlflow.analysis.statistics.optimum import LEVEL, Parabola, maximisers
+from plw_mlflow.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -46,12 +47,12 @@ class Equivalence:
 
 
 def equivalence(grid: Grid, margin: float | None = None, widest: float | None = None) -> Equivalence:
-    """Is PLW's effect, over the PLWs tried, as good as none? Raises ValueError as the fit over tasks does.
+    """Is PLW's effect, over the PLWs tried, as good as none? Raises UserError as the fit over tasks does.
 
     widest: the largest difference that scores can have, None where their scale has no ends.
     """
     if margin is not None and not 0 < margin < math.inf:
-        raise ValueError(f"margin must be a number above 0, got {margin}")
+        raise UserError(f"margin must be a number above 0, got {margin}")
     whole, _ = grid.complete
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
     plws = sorted(set(whole.runs["plw"]))
@@ -96,15 +97,15 @@ def difference(grid: Grid, by: str) -> Difference:
     """Does PLW act differently between the levels of `by`? `grid` is one made with that `by`.
 
     The tests are of all interactions of level and curve: over tasks (each task's curves are compared within the task),
-    and the likelihood ratio of `lmm`, which takes all tasks as moved alike. Raises ValueError where there is one level,
+    and the likelihood ratio of `lmm`, which takes all tasks as moved alike. Raises UserError where there is one level,
     or too little for a curve in each.
     """
     levels = sorted(grid.runs[by].astype(str).unique())
     if len(levels) < 2:
-        raise ValueError(f"by {by}: there is only {levels[0]}, nothing to compare")
+        raise UserError(f"by {by}: there is only {levels[0]}, nothing to compare")
     is_tested = [is_of_curve(term) and term not in CURVE for term in grid.terms]
     if sum(is_tested) < 2 * (len(levels) - 1):
-        raise ValueError(f"by {by}: not every level has PLWs enough for a curve of its own")
+        raise UserError(f"by {by}: not every level has PLWs enough for a curve of its own")
     notes = [f"Each of them has its own {other}, so this is as much about {other}." for other in _equal(grid.runs, by)]
     tests: list[JointTest] = []
     contrasts = np.eye(len(grid.terms))[is_tested]
@@ -113,7 +114,7 @@ def difference(grid: Grid, by: str) -> Difference:
         if left_out:
             notes.append(f"Over tasks, left out: {', '.join(left_out)}.")
         if len(whole.tasks) <= len(contrasts) + 1 or whole.terms != grid.terms or len(whole.scores) <= len(grid.terms):
-            raise ValueError(f"too little is scored to test {len(contrasts)} coefficients")
+            raise UserError(f"too little is scored to test {len(contrasts)} coefficients")
         tests.append(hotelling(over_tasks.fit(whole.scores, whole.x, contrasts, runs_differ=True)))
     except ValueError as error:
         notes.append(f"Not tested over tasks: {error}.")
@@ -151,19 +152,19 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
 
     With two seeds a cell, those over seeds are too narrow, by about 1.4: resampling 2 of 2 halves a variance.
 
-    Raises ValueError for seeds where a cell has less than two, for fewer than 4 tasks over tasks, and where too few
+    Raises UserError for seeds where a cell has less than two, for fewer than 4 tasks over tasks, and where too few
     runs are scored on every task for a curve.
     """
     whole, _ = grid.complete
     if len(set(whole.runs["plw"])) < 3:
-        raise ValueError("the runs scored on every task have fewer than 3 PLWs")
+        raise UserError("the runs scored on every task have fewer than 3 PLWs")
     scores, x = whole.scores, whole.x
     runs, tasks = scores.shape
     draw = np.random.default_rng(seed)
     counts = np.ones((draws, tasks))
     if over in ("tasks", "both"):
         if tasks < 4:
-            raise ValueError(f"resampling tasks needs 4 or more, there {'is' if tasks == 1 else 'are'} {tasks}")
+            raise UserError(f"resampling tasks needs 4 or more, there {'is' if tasks == 1 else 'are'} {tasks}")
         counts = draw.multinomial(tasks, np.full(tasks, 1 / tasks), size=draws).astype(float)
     hat = np.linalg.pinv(x)[1:3]  # [2, R]
     if over == "tasks":
@@ -171,7 +172,7 @@ def bootstrap(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: in
     else:
         cell = whole.runs.groupby([column for column in whole.runs if column != "seed"]).ngroup().to_numpy()
         if np.bincount(cell).min() < 2:
-            raise ValueError("resampling seeds needs every model and PLW to be run with two seeds or more")
+            raise UserError("resampling seeds needs every model and PLW to be run with two seeds or more")
         order = np.argsort(cell, kind="stable")
         size = np.bincount(cell)[cell[order]]
         start = np.concatenate([[0], np.cumsum(np.bincount(cell))[:-1]])[cell[order]]
@@ -260,7 +261,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def task_types(table: pd.DataFrame) -> dict[str, str]:
-    """The type of each task, where the table has a column task_type. Raises ValueError for a task of two types."""
+    """The type of each task, where the table has a column task_type. Raises UserError for a task of two types."""
     if "task_type" not in table:
         return {}
     given = table[table["task_type"].notna() & (table["task_type"].astype(str).str.strip() != "")]
@@ -268,5 +269,5 @@ def task_types(table: pd.DataFrame) -> dict[str, str]:
     for task, several in kinds.items():
         if len(several) > 1:
             source = table.attrs.get("source", "score table")
-            raise ValueError(f"{source}: task {task} has the types {' and '.join(sorted(several))}; keep one")
+            raise UserError(f"{source}: task {task} has the types {' and '.join(sorted(several))}; keep one")
     return {str(task): kind[0] for task, kind in kinds.items()}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from plw_mlflow.errors import UserError
+
 MIN_PLWS = 3  # that a parabola can be fitted to
 MOST_BYTES = 1 << 24  # of a score table; some 200,000 scores
 MOST_COLUMNS = 1000
@@ -47,14 +49,14 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
         with Path(path).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ValueError(_unreadable(Path(path), error)) from None
+        raise UserError(_unreadable(Path(path), error)) from None
     if len(data) > MOST_BYTES:
-        raise ValueError(f"{path}: more than {MOST_BYTES >> 20} MiB, which no score table needs; give another file")
+        raise UserError(f"{path}: more than {MOST_BYTES >> 20} MiB, which no score table needs; give another file")
     for start, kind in OTHER_FILES.items():
         if data.startswith(start):
-            raise ValueError(f"{path}: is {kind}, not a CSV file; save it as CSV in UTF-8")
+            raise UserError(f"{path}: is {kind}, not a CSV file; save it as CSV in UTF-8")
     if data.lstrip()[:1] in (b"{", b"["):
-        raise ValueError(f"{path}: is JSON, not a CSV file; save it as CSV in UTF-8")
+        raise UserError(f"{path}: is JSON, not a CSV file; save it as CSV in UTF-8")
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True)
         header = next(filter(None, reader), [])
@@ -63,30 +65,30 @@ def read_scores(path: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
         for row in filter(None, reader):
             line = reader.line_num
             if len(row) != len(header):
-                raise ValueError(
+                raise UserError(
                     f"{path}, row {line}: {len(row)} fields, but the header has {len(header)}; mend the row"
                 )
             lines.append(line)
             rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from None
     table = pd.DataFrame(rows, columns=header, index=lines)
     table.attrs = {"source": str(path), "file_sha256": hashlib.sha256(data).hexdigest()}
     return check(table, also)
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    """Raise ValueError where the first row of a file is not that of a score table."""
+    """Raise UserError where the first row of a file is not that of a score table."""
     if not header:
-        raise ValueError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
+        raise UserError(f"{path}: empty; a score table has the columns {','.join(COLUMNS)}")
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and separator in header[0]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: its columns are separated by {name}, not by commas; "
                 "save it as CSV with commas, and with points in its numbers"
             )
     if len(header) > MOST_COLUMNS:
-        raise ValueError(f"{path}: {len(header)} columns, where a score table has at most {MOST_COLUMNS}; drop some")
+        raise UserError(f"{path}: {len(header)} columns, where a score table has at most {MOST_COLUMNS}; drop some")
 
 
 def _unreadable(path: Path, error: OSError) -> str:
@@ -110,32 +112,32 @@ def first(mask: Any) -> Any:
 
 
 def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A copy of a score table with columns typed, or a ValueError that names its first fault and the row's label.
+    """A copy of a score table with columns typed, or a UserError that names its first fault and the row's label.
 
     also: as for `read_scores`.
     """
     source = table.attrs.get("source", "score table")
     if unknown := [column for column in also if column not in table]:
-        raise ValueError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
+        raise UserError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
     if within := [column for column in also if column in WITHIN_RUNS]:
-        raise ValueError(
+        raise UserError(
             f"{source}: {within[0]} tells no runs apart, and runs are compared; tasks are told one by one anyway"
         )
 
     def refuse(bad: Any, column: str, demand: str) -> None:
         if bad.any():
             row = first(bad)
-            raise ValueError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
+            raise UserError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
 
     if missing := [column for column in COLUMNS if column not in table]:
         has = ", ".join(repr(str(column)) for column in table.columns[:12]) + ", ..." * (len(table.columns) > 12)
-        raise ValueError(
+        raise UserError(
             f"{source}: no column {', '.join(missing)}; a score table has {','.join(COLUMNS)}, and this one has {has}"
         )
     if not table.columns.is_unique:
-        raise ValueError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
+        raise UserError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
     if table.empty:
-        raise ValueError(f"{source}: holds no scores; run evaluate first, or give another table")
+        raise UserError(f"{source}: holds no scores; run evaluate first, or give another table")
     if not table.index.is_unique:  # row labels name a fault, so each must mean one row
         table = table.reset_index(drop=True)
     typed = table.copy()
@@ -162,19 +164,19 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
     for task, metrics in typed.groupby("task")["metric"].unique().items():
         if len(metrics) > 1:
             both = " and ".join(sorted(metrics))
-            raise ValueError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
+            raise UserError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
     key = list(dict.fromkeys([*SCORE, *also]))
     if (again := typed.duplicated(key)).any():
         row = first(again)
         same = typed.groupby(key).ngroup()
         earlier = first(same == same[row])
-        raise ValueError(f"{source}, row {row}: scores the same {', '.join(key)} as row {earlier}; keep one of them")
+        raise UserError(f"{source}, row {row}: scores the same {', '.join(key)} as row {earlier}; keep one of them")
     for dataset, part in typed.groupby("dataset"):
         where = f"{source}: data set {dataset}"
         if (plws := part["plw"].nunique()) < MIN_PLWS:
-            raise ValueError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
+            raise UserError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
         if part.groupby("task")["score"].nunique().max() == 1:
-            raise ValueError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
+            raise UserError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
     return typed
 
 
@@ -205,13 +207,13 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
     """
     source = table.attrs.get("source", "score table")
     if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}, but must be one of {', '.join(SCALES)}")
+        raise UserError(f"scale is {scale!r}, but must be one of {', '.join(SCALES)}")
     above, within = table["score"] > 1, table["score"].between(0, 1, inclusive="right")
     if (table["score"] >= 0).all() or scale == "fraction":
         for task, rows in table.groupby("task")["score"]:
             if above[rows.index].any() and within[rows.index].any():
                 low, high = first(within[rows.index]), first(above[rows.index])
-                raise ValueError(
+                raise UserError(
                     f"{source}, row {high}: task {task} scores {rows[high]:g} here but {rows[low]:g} in row {low}, "
                     "so its scale is not clear; write all its scores as fractions"
                 )
@@ -232,7 +234,7 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
     if scale == "none":
         if within.any():
             high, low = first(above), first(within)
-            raise ValueError(
+            raise UserError(
                 f"{source}, row {high}: {table['task'][high]} scores {table['score'][high]:g} beside "
                 f"{table['score'][low]:g} of {table['task'][low]} in row {low}; scales are mixed (0..100 beside 0..1): "
                 "give --scale fraction to divide by 100 the tasks that exceed 1, or minmax or zscore"
@@ -240,7 +242,7 @@ def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
         return table
     if (table["score"] > 100).any():
         row = first(table["score"] > 100)
-        raise ValueError(f"{source}, row {row}: score {table['score'][row]:g} is no percentage; rescale it yourself")
+        raise UserError(f"{source}, row {row}: score {table['score'][row]:g} is no percentage; rescale it yourself")
     is_percent = table["task"].isin(table["task"][above])
     rescaled[scaled] = table[scaled].where(~is_percent, table[scaled] / 100)
     return rescaled

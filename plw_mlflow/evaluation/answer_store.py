@@ -1,4 +1,4 @@
-"""Answers: what a model has said to requests, kept so that a killed evaluation does none of them twice.
+"""Answer store: what a model has said to requests, kept so that a killed evaluation does none of them twice.
 
 A file has a line per batch of requests, written in one piece when the batch is done; whatever a killed process left of
 its last line is no JSON and is passed over.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Answers:
+class AnswerStore:
     """Answers by their requests' keys: those of earlier processes, where there is a file, and what is added."""
 
     def __init__(self, file: Path | None = None) -> None:

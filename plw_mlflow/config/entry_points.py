@@ -1,0 +1,354 @@
+"""The configs of the entry points: one frozen dataclass each.
+
+The command-line options (`command_line/cli.py`) are made from the fields, and MLproject repeats their names and
+defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from plw_mlflow.config.options import (
+    BY_PRESET,
+    CellOptions,
+    DataOptions,
+    Method,
+    Options,
+    RecipeOptions,
+    ScoreOptions,
+    no_effect,
+    too_small,
+)
+from plw_mlflow.config.values import data_name, flag, names, short_name, shown_name, spell
+from plw_mlflow.errors import UserError
+
+PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Every entry point's: runs each `faults` a config has inherited, and reports what they find at once."""
+
+    allow_stale_image: bool = no_effect(False)
+    """In Docker, run the image's code even where it is not the code of the project's folder or commit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = []
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                found.append(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, got {getattr(self, name)!r}")
+        for part in type(self).__mro__:
+            if "faults" in vars(part):
+                found += vars(part)["faults"](self)
+        if found:
+            raise UserError("; ".join(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Config, DataOptions):
+    """Look at a data set before training on it."""
+
+    model: str = "toy"
+    """Model whose tokenizer counts the tokens, unless tokenizer is set."""
+    dataset: str = "toy-short"
+    """Data set: toy-short, toy-long, AlpacaData, AlpacaDataCleaned, AlpacaDataShort, Dolly, a file, or a hub id."""
+    show: int | None = None
+    """Print the first so many training examples token by token, with the weight of each (unset: none)."""
+    plw: float = 0.242
+    """Prompt loss weight of the tokens shown."""
+    template_weight: float | None = None
+    """Loss weight of the template's own tokens shown (unset: as the prompt)."""
+    completion_weight: float = 1.0
+    """Loss weight of the completion tokens shown."""
+
+    def faults(self) -> list[str]:
+        return too_small(self, 1, "show") + too_small(self, 0, "plw", "template_weight", "completion_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config, RecipeOptions, DataOptions, CellOptions):
+    """Fine-tune one model at one prompt loss weight."""
+
+    def faults(self) -> list[str]:
+        found = too_small(self, self.max_tokens, "micro_batch_tokens")
+        if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
+            found.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
+        if self.method == "qlora" and self.parallel == "fsdp2":
+            found.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
+        heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
+        return [*found, "with these weights no token counts"] if heaviest == 0 else found
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
+
+        One file has many paths, so models, data and tokenizers are told apart by what is in them.
+        """
+        left_out = {field.name for field in fields(TrainConfig) if "identified_by" in field.metadata}
+        left_out |= without_effect(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(TrainConfig) if field.name not in left_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config, ScoreOptions):
+    """Score a cell's checkpoint, or any model folder."""
+
+    run_id: str | None = None
+    """MLflow run of the cell to score; its scores are added to that run."""
+    model: str | None = None
+    """Model to score where there is no run: toy, a folder (of LoRA adapters, too), a hub id, models:/NAME/VERSION."""
+    base: str | None = None
+    """Base of a model that is a folder of adapters (unset: the one that they name)."""
+    endpoint: str | None = None
+    """OpenAI-compatible completions server that has the model, by its name there, such as http://127.0.0.1:8000/v1."""
+    endpoint_key_env: str | None = None
+    """Environment variable that holds the endpoint's key, sent to https or this machine alone (unset: none is sent)."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id of an endpoint's model (unset: the model's name)."""
+    checkpoint_dir: Path = Path("checkpoints")
+    """Folder for finished requests of an unfinished scoring; the same command goes on from them after a crash."""
+    output: Path | None = None
+    """Folder for scores.csv (unset: MLflow alone has it)."""
+
+    def faults(self) -> list[str]:
+        found = []
+        if (self.run_id is None) == (self.model is None):
+            found.append("give either run-id or model")
+        if self.base is not None and (self.model is None or self.endpoint or self.model.startswith("models:/")):
+            found.append("base is of a folder of adapters: give it as model")
+        if self.endpoint is not None and self.model is None:
+            found.append("endpoint needs the model's name there")
+        if self.endpoint is not None:
+            found += _wrong_address(self.endpoint)
+        if self.endpoint_key_env is not None and self.endpoint is None:
+            found.append("endpoint-key-env names an endpoint's key: give endpoint")
+        if self.tokenizer is not None and self.endpoint is None:
+            found.append("tokenizer is of an endpoint's model; other models have their own")
+        if self.measures is not None and self.run_id is None:
+            found.append("measures are of a cell, its training and its base: give run-id")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainConfig(ScoreOptions, TrainConfig):
+    """Prepare, train and evaluate one cell in one MLflow run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Config, RecipeOptions, ScoreOptions, DataOptions):
+    """Run every combination of the listed values as a cell, then analyse their scores."""
+
+    plw: str = ",".join(f"{plw:g}" for plw in PUBLISHED_PLWS)
+    """Prompt loss weights, comma-separated; the published ten."""
+    model: str = "toy"
+    """Base models, comma-separated."""
+    dataset: str = "toy-short,toy-long"
+    """Data sets, comma-separated."""
+    seed: str = BY_PRESET
+    """Seeds, comma-separated (toy 1234, huerta2024 42)."""
+    method: str = BY_PRESET
+    """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
+
+    def cells(self) -> list[MainConfig]:
+        """One `main` per combination, in an order that fills whole curves first."""
+        shared = {
+            field.name: getattr(self, field.name)
+            for part in (DataOptions, RecipeOptions, ScoreOptions)
+            for field in fields(part)
+            if field.name != "output"
+        }
+        shared["allow_stale_image"] = self.allow_stale_image
+        return [MainConfig(**asdict(cell), **shared) for cell in self._cells()]
+
+    def _cells(self) -> list[CellOptions]:
+        return [
+            CellOptions(plw=float(plw), model=model, dataset=dataset, seed=int(seed), method=method)  # type: ignore[arg-type]
+            for model in names(self.model)
+            for seed in names(self.seed)
+            for dataset in names(self.dataset)
+            for method in names(self.method)
+            for plw in names(self.plw)
+        ]
+
+    def faults(self) -> list[str]:
+        kinds: dict[str, Callable[[str], Any]] = {
+            "plw": float,
+            "model": str,
+            "dataset": str,
+            "seed": int,
+            "method": str,
+        }
+        found = []
+        for name, kind in kinds.items():
+            listed = names(getattr(self, name))
+            try:
+                values = [kind(part) for part in listed]
+            except ValueError:
+                found.append(f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {', '.join(listed)}")
+                continue
+            if not values:
+                found.append(f"{name} names nothing")
+            if len(set(values)) < len(values):
+                found.append(f"{name} names a value twice: {', '.join(listed)}")
+        methods = typing.get_args(Method)
+        found += [
+            f"method must be {' or '.join(methods)}, got {name}" for name in names(self.method) if name not in methods
+        ]
+        if not found:
+            found = [fault for cell in self._cells() for fault in cell.faults()]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig(Config):
+    """Fit score against prompt loss weight."""
+
+    scores: Path | None = None
+    """Score table as CSV: model,dataset,plw,seed,task,metric,score."""
+    run_id: str | None = None
+    """MLflow run of a sweep, whose cells are analysed."""
+    experiment: str | None = None
+    """MLflow experiment (its name), all of whose finished cells are analysed."""
+    where: str | None = None
+    """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
+    scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
+    """Scale of scores: as they are; those of 0..100 divided by 100; or each task to 0..1, or to mean 0 and SD 1."""
+    transform: Literal["power", "logit", "rank", "none"] = "power"
+    """From PLW to w_p, on which curves are parabolas: PLW^0.30103, its logit, its rank, or PLW itself."""
+    by: str | None = None
+    """Columns between whose values curves are compared, comma-separated; data sets always are."""
+    margin: float | None = None
+    """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
+    bootstrap: int = 2000
+    """Draws of each bootstrap of the best PLW; 0 for none."""
+    parametric: int = 0
+    """Draws of the parametric bootstraps of the mixed models' likelihood ratios (0: none; 999 take a minute or so)."""
+    power: bool = False
+    """Simulate how many tasks, seeds and PLWs find the optimum within width, scores being made as these seem to be."""
+    width: float = 0.2
+    """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
+    assume: str | None = None
+    """What makes the scores that power simulates, instead of a table, as power prints it (docs/power.md)."""
+    next: int | None = None
+    """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
+    output: Path | None = None
+    """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
+
+    def faults(self) -> list[str]:
+        given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
+        found = too_small(self, 0, "bootstrap", "parametric") + too_small(self, 1, "next")
+        if self.margin is not None and not 0 < self.margin < math.inf:
+            found.append(f"margin must be a number above 0, got {self.margin}")
+        if len(given) != 1:
+            found.append("give one of scores, run-id or experiment (or assume, for power alone)")
+        if self.where is not None and self.run_id is None and self.experiment is None:
+            found.append("where chooses among MLflow's runs: give run-id or experiment")
+        if not 0 < self.width < math.inf:
+            found.append(f"width must be a number above 0, got {self.width}")
+        if not self.power:
+            for name in ("width", "assume"):
+                if (value := getattr(self, name)) != getattr(AnalyzeConfig, name):
+                    found.append(f"{name} is {spell(value)}, but that is for power: give --power")
+        if self.assume is not None and self.next is not None:
+            found.append("next needs scores, not assume")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig(Config, DataOptions):
+    """Suggest a PLW for a data set from what is known of others, and from runs of one's own."""
+
+    ratio: float | None = None
+    """Generation ratio of the data set: its completion tokens over its prompt tokens (unset: measured on dataset)."""
+    dataset: str | None = None
+    """Data set asked about, as prepare takes it; with ratio, the name it has among the scores, and it is not read."""
+    model: str = "toy"
+    """Model whose tokenizer counts the tokens, unless tokenizer is set."""
+    task_types: str | None = None
+    """Types of task that matter, comma-separated, such as multiple-choice (unset: all); see docs/study.md."""
+    scores: Path | None = None
+    """Score table of one's own runs, as analyze reads it."""
+    experiment: str | None = None
+    """MLflow experiment (its name) of one's own runs, all of whose finished cells count."""
+    where: str | None = None
+    """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
+    ratios: str | None = None
+    """Generation ratios of the data sets among one's own runs, comma-separated: mine=0.5,other=7 (unset: from them)."""
+    scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
+    """Scale of one's own scores, as in analyze."""
+
+    def dataset_names(self) -> tuple[str, ...]:
+        """The names that the data set asked about may have among scores."""
+        if self.dataset is None:
+            return ()
+        return tuple(dict.fromkeys(data_name(self.dataset, self, shown) for shown in (shown_name, str, short_name)))
+
+    def given_ratios(self) -> dict[str, float]:
+        """The ratios of own data sets by name."""
+        pairs = [pair.rpartition("=") for pair in names(self.ratios or "")]
+        return {name.strip(): float(ratio) for name, _, ratio in pairs}
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.ratio is None and self.dataset is None:
+            found.append("give the data set's generation ratio, or dataset to measure it on")
+        if self.ratio is not None and not 0 < self.ratio < math.inf:
+            found.append(f"ratio must be a number above 0, got {self.ratio}")
+        if self.scores is not None and self.experiment is not None:
+            found.append("give one of scores and experiment")
+        if self.where is not None and self.experiment is None:
+            found.append("where chooses among MLflow's runs: give experiment")
+        if self.ratios is not None and self.scores is None and self.experiment is None:
+            found.append("ratios are of one's own runs: give scores or experiment")
+        try:
+            given = self.given_ratios()
+            is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())
+        except ValueError:
+            is_wrong = True
+        if is_wrong:
+            found.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
+        elif len(given) < len(names(self.ratios or "")):
+            found.append(f"ratios must name each data set once, got {self.ratios}")
+        return found
+
+
+CONFIGS: dict[str, type[Config]] = {
+    "main": MainConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "analyze": AnalyzeConfig,
+    "advise": AdviseConfig,
+    "sweep": SweepConfig,
+}
+
+
+def without_effect(values: Mapping[str, Any]) -> set[str]:
+    """The names of the options that change nothing about the model that is trained with these values.
+
+    values: those of a TrainConfig by name, unset ones None or empty.
+    """
+    return {
+        field.name
+        for field in fields(TrainConfig)
+        if "has_effect" in field.metadata and not field.metadata["has_effect"](values)
+    }
+
+
+def _wrong_address(address: str) -> list[str]:
+    """What is wrong with a server's address, which is logged as it is."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return ["endpoint must be an address like http://127.0.0.1:8000/v1"]
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return [
+            "endpoint must hold no user name, password or query; put a key into an environment variable, and name that "
+            "one: --endpoint-key-env NAME"
+        ]
+    return []

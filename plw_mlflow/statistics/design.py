@@ -1,0 +1,5 @@
+"""What registered regressions import from this place (see the package's docstring)."""
+
+from plw_mlflow.analysis.statistics.design import TERMS, Transform
+
+__all__ = ["TERMS", "Transform"]
