@@ -48,7 +48,7 @@ from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.statistics import beta, design, fitting, mixed, over_tasks, parametric, questions
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL
-from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.study import PUBLISHED_PLWS
 
 Array = NDArray[np.float64]
 Found = dict[tuple[str, ...], Array]  # of each table: (test,) its p; (interval, effect, quantity) what became of it

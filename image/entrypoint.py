@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from plw_mlflow.environment.provenance import IMAGE_ROOT, mount_points
+from plw_mlflow.environment.container import IMAGE_ROOT, mount_points
 
 STORE = Path("/mlflow/tmp/mlruns")  # where mlflow run mounts the file of the default SQLite store
 AWS = Path("/.aws")  # where mlflow run mounts the keys of an S3-style store

@@ -28,7 +28,7 @@ from plw_mlflow.data import prepare, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.environment import outputs
-from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting
 from plw_mlflow.evaluation.prompting import Wrapping

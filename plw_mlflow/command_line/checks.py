@@ -34,12 +34,13 @@ from plw_mlflow.config import (
     cache_folder,
     names,
 )
-from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
-from plw_mlflow.environment.provenance import is_first_process
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
+from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")

@@ -28,7 +28,8 @@ import click
 
 from plw_mlflow.command_line import checks
 from plw_mlflow.config import UNSET, spell
-from plw_mlflow.environment.provenance import ROOT, is_first_process, says_interrupts
+from plw_mlflow.environment.processes import is_first_process, reports_interrupts
+from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import ExpectedError, PrintableStream, first_line, not_installed, printable, without_passwords
 
 # What a machine refuses; of other errors of the system, the traceback tells more.
@@ -184,7 +185,7 @@ def _run(parsed: click.Command) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
-        if says_interrupts():
+        if reports_interrupts():
             _stop(INTERRUPTED, 130)
         sys.exit(130)
     except ExpectedError as error:

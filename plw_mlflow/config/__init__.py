@@ -6,7 +6,6 @@ and `values` how values are spelt and named.
 
 from plw_mlflow.config.entry_points import (
     CONFIGS,
-    PUBLISHED_PLWS,
     AdviseConfig,
     AnalyzeConfig,
     Config,

@@ -27,8 +27,7 @@ from plw_mlflow.config.options import (
 )
 from plw_mlflow.config.values import data_name, flag, names, short_name, shown_name, spell
 from plw_mlflow.errors import UserError
-
-PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
+from plw_mlflow.study import PUBLISHED_PLWS
 
 
 @dataclass(frozen=True, kw_only=True)

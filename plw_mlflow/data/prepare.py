@@ -42,6 +42,7 @@ COUNTED_FIELDS = 10_000  # names of fields that are counted; data of more has na
 KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
 CODE = (
+    "study",
     "environment/bounded",
     "data/records",
     "data/formats",

@@ -27,9 +27,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from plw_mlflow import __version__
-from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.config.presets import MODELS
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import causal, regularisers
+from plw_mlflow.toy import TOY_FOLDER
 
 # How the names of transformers' classes end that are made for something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")

@@ -18,7 +18,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from plw_mlflow import __version__
-from plw_mlflow.environment import provenance
+from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import without_passwords
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, explained, get_run, hurried, patiently
@@ -40,7 +40,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
 
     In processes other than the first of those that torchrun has started, it opens nothing and yields a `NoRun`.
     """
-    if not provenance.is_first_process():
+    if not processes.is_first_process():
         yield NoRun()
         return
     check_reachable()
@@ -97,7 +97,7 @@ def child_environment(run_id: str) -> dict[str, str]:
 
     The store's address is here rather than on a command line, which everybody on the machine can read.
     """
-    ours = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), provenance.PARENT_SPEAKS: "true"}
+    ours = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), processes.PARENT_REPORTS: "true"}
     return os.environ | ours
 
 
@@ -171,7 +171,7 @@ def _leave_wrapper(run_id: str) -> str | None:
 def _origin() -> dict[str, str]:
     """The code, its commit and the image it runs in, as far as they are known."""
     found = {
-        "image": provenance.image(),
+        "image": container.image(),
         "git_commit": provenance.commit(),
         "code_sha256": provenance.code_digest(provenance.ROOT),
     }
@@ -185,7 +185,7 @@ def _check_container(run_id: str, wrapper: str | None, config: Any) -> None:
     """
     client = mlflow.MlflowClient()
     place = client.get_experiment(client.get_run(run_id).info.experiment_id).artifact_location
-    provenance.check_mounted(mlflow.get_tracking_uri(), place)
+    container.check_mounted(mlflow.get_tracking_uri(), place)
     worker = wrapper or run_id
     try:
         provenance.check_image(client.get_run(worker).data.tags.get("mlflow.source.git.commit"))

@@ -173,7 +173,7 @@ class _Loop:
         self.step = 0  # optimiser steps taken
         self._total = total
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
-        self._weights = Weights.told_by(config)
+        self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
         self._validation = self._cut(prepared.validation, is_step=False)
         self._model = model
         learner = Learner(model, config.label_smoothing)
@@ -283,7 +283,7 @@ class _Loop:
         self._learner.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
         with self._naming_memory():
-            for cpu_batch in self._collate(self._validation, Weights(prompt=1.0, template=1.0, completion=1.0)):
+            for cpu_batch in self._collate(self._validation, Weights(plw=1.0)):
                 batch = cpu_batch.to(self._accelerator.device)
                 sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
         self._learner.train()

@@ -33,7 +33,7 @@ from plw_mlflow.config import (
     shown_name,
 )
 from plw_mlflow.data import sources
-from plw_mlflow.environment import provenance
+from plw_mlflow.environment import processes
 from tests.stores import ROOT
 
 
@@ -273,7 +273,7 @@ def test_what_stops_a_command_is_told_in_one_line(call, main, status, expected):
     assert error.lstrip("\n").startswith(expected)
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "1"), (provenance.PARENT_SPEAKS, "true")])
+@pytest.mark.parametrize(("name", "value"), [("RANK", "1"), (processes.PARENT_REPORTS, "true")])
 def test_of_the_processes_that_hear_an_interrupt_one_says_so(call, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     found, _, error, _ = call(PrepareConfig, main=interrupted)

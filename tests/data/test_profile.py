@@ -12,9 +12,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from plw_mlflow.analysis import figures
-from plw_mlflow.config import PUBLISHED_PLWS, DataOptions
+from plw_mlflow.config import DataOptions
 from plw_mlflow.data import prepare
 from plw_mlflow.data.profile import profile, profile_text
+from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
 COLUMNS = {

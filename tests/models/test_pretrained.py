@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from plw_mlflow.models import causal, pretrained
+from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.families import tiny
 
@@ -434,7 +435,7 @@ def test_a_digest_follows_the_weights_and_nothing_else(tmp_path):
         ("org/name@abc123", ("org/name", "abc123")),
         ("org/name", ("org/name", None)),
         ("gpt2", ("gpt2", None)),
-        ("toy", (str(pretrained.TOY_FOLDER), None)),
+        ("toy", (str(TOY_FOLDER), None)),
         ("llama-2-7b", ("meta-llama/Llama-2-7b-hf", "01c7f73d771dfac7d292323805ebc428287df4f9")),
     ],
 )

@@ -27,8 +27,8 @@ from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.over_tasks import Curves
 from plw_mlflow.analysis.statistics.questions import POWER
 from plw_mlflow.analysis.statistics.table import RUN
-from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.errors import UserError
+from plw_mlflow.study import PUBLISHED_PLWS
 
 Array = NDArray[np.float64]
 
