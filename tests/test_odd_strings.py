@@ -260,7 +260,7 @@ def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(pl
     table.to_csv(place / "here/scores.csv", index=False)
     before = tree(place)
     found = analyze.analyze(analyze.read_scores(place / "here/scores.csv"), draws=0)
-    written = report.write(found, table, place / "here/report")
+    written = report.write(found, table, place / "here/report", "python -m entrypoints.analyze")
     assert {path.parent for path in written} == {place / "here/report"}
     after = tree(place)
     assert {path: kept for path, kept in after.items() if not path.is_relative_to(place / "here/report")} == before

@@ -10,7 +10,6 @@ import base64
 import json
 import platform
 import re
-import shlex
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -467,7 +466,7 @@ def tasks_csv(described: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "delta_high", "interior_probability"])
 
 
-def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str | None = None) -> list[Path]:
+def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str) -> list[Path]:
     """Write an analysis into a directory, and return the files' paths.
 
     `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, and every figure as PNG and SVG. `table` is the
@@ -485,7 +484,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     described = to_json(analysis, table)
     for answer in described["answers"]:
         answer["figure"] = names["curve", answer["dataset"]] + ".png"
-    page = html(analysis, table, described, svgs, command or _command(analysis, table))
+    page = html(analysis, table, described, svgs, command)
     contents = {
         "report.html": page.encode(),
         "fit.json": (json.dumps(described, indent=2, allow_nan=False) + "\n").encode(),
@@ -496,17 +495,3 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
         contents |= {f"{names[key]}.png": drawing.png(figure), f"{names[key]}.svg": svgs[key]}
 
     return outputs.write(directory, contents)
-
-
-def _command(analysis: Analysis, table: pd.DataFrame) -> str:
-    """The command that makes an analysis of a file again."""
-    options = {
-        "--scores": shlex.quote(table.attrs.get("source", "FILE.csv")),
-        "--scale": "" if analysis.scale == "none" else analysis.scale,
-        "--transform": "" if analysis.transform == "power" else analysis.transform,
-        "--by": shlex.quote(",".join(analysis.by)) if analysis.by else "",
-        "--margin": "" if analysis.margin is None else f"{analysis.margin:g}",
-        "--output": "DIR",
-    }
-    given = " ".join(f"{name} {value}" for name, value in options.items() if value)
-    return f"python -m entrypoints.analyze {given}"

@@ -19,6 +19,7 @@ from plw_mlflow.transforms import make_transform
 from tests.analysis.test_analyze import STUDY_PLWS, fit_one, simulate
 
 PNG = b"\x89PNG\r\n\x1a\n"
+COMMAND = "python -m entrypoints.analyze --scores FILE.csv --output DIR"
 SVG = "data:image/svg+xml;base64,"
 STUDY = Path(__file__).parents[2] / "paper" / "tables" / "v1_scores.csv"
 
@@ -82,7 +83,7 @@ def study(tmp_path_factory):
     directory = tmp_path_factory.mktemp("study")
     table = two_data_sets()
     analysis = analyze.analyze(table, margin=0.02, draws=200)
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     told = json.loads((directory / "fit.json").read_text())
     return directory, analysis, Page((directory / "report.html").read_text()), told
 
@@ -98,7 +99,7 @@ def hostile(tmp_path_factory):
     table.attrs["left_out"] = ["run 1 (failed): <i>m</i>"]
     directory = tmp_path_factory.mktemp("report") / "new"
     analysis = analyze.analyze(table, draws=50)
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     return directory, analysis, (directory / "report.html").read_text()
 
 
@@ -110,7 +111,7 @@ def undrawn(monkeypatch):
 
 
 def page_of(analysis, table, directory) -> Page:
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     return Page((directory / "report.html").read_text())
 
 
@@ -480,11 +481,11 @@ def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
     analysis, table = study[1], two_data_sets()
     monkeypatch.setattr(figures, "draw_curve", fail)
     with pytest.raises(RuntimeError):
-        report.write(analysis, table, tmp_path / "new")
+        report.write(analysis, table, tmp_path / "new", COMMAND)
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; --output takes a directory"):
-        report.write(analysis, table, tmp_path / "file")
+        report.write(analysis, table, tmp_path / "file", COMMAND)
 
 
 # ------------------------------------------------------------------------------------------------ the figures

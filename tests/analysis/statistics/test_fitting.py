@@ -147,7 +147,7 @@ def test_fieller_is_the_closed_form():
     (pair,), is_unbounded = found.fieller_set()
     assert not is_unbounded
     assert pair == pytest.approx(sorted(roots.real))
-    assert all(found.covers(w) == (min(roots) <= w <= max(roots)) for w in np.linspace(-1, 2, 61))
+    assert all((found.excess(w) <= 0) == (min(roots) <= w <= max(roots)) for w in np.linspace(-1, 2, 61))
 
 
 def test_a_bend_that_may_be_none_leaves_the_set_without_end():
