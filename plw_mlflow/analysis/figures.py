@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from plw_mlflow.analysis.analyze import EXPONENT, LEVEL, TERMS, Answer, Fit
 from plw_mlflow.analysis.statistics import design
 from plw_mlflow.analysis.statistics.design import Array, Transform
 from plw_mlflow.analysis.statistics.questions import TaskCurve
-from plw_mlflow.data.profile import weights_text
+from plw_mlflow.data.profile import Profile, weights_text
 from plw_mlflow.errors import printable
 
 # Okabe and Ito's colours, distinct to colour-blind readers; black is kept for means, and yellow is too pale for lines.
@@ -425,7 +425,7 @@ def draw_residuals(left: pd.DataFrame) -> Figure:
 # --------------------------------------------------------------------------------------------------- data sets
 
 
-def draw_profile(found: Mapping[str, Any]) -> bytes:
+def draw_profile(profile: Profile) -> bytes:
     """A PNG of a length profile: how long the records are, and what part of the loss weight lies on their prompts."""
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4, 3))
@@ -435,17 +435,15 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
         axes.set_axisbelow(True)
         axes.set_ylim(0, 1)
 
-    lengths = {f"{name}, bare": found["lengths"][name] for name in ("instruction", "input", "completion")}
-    lengths["whole example, with template"] = found["lengths_with_template"]["example"]
+    lengths = {f"{name}, bare": profile.lengths[name] for name in ("instruction", "input", "completion")}
+    lengths["whole example, with template"] = profile.lengths_with_template["example"]
     colours = [COLOURS[1], COLOURS[0], COLOURS[2], "black"]
     for (name, length), line, colour in zip(lengths.items(), ("--", ":", "-", "-"), colours, strict=True):
-        shares = [float(quantile) for quantile in length["quantiles"]]
-        label = f"{name}: mean {length['mean']:.1f}"
-        left.step(
-            list(length["quantiles"].values()), shares, line, where="post", color=colour, linewidth=2, label=label
-        )
-    cut = f"max-tokens {found['max_tokens']}: {found['longer_than_max_tokens']:.1%} are longer"
-    left.axvline(found["max_tokens"], color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
+        shares = [float(quantile) for quantile in length.quantiles]
+        label = f"{name}: mean {length.mean:.1f}"
+        left.step(list(length.quantiles.values()), shares, line, where="post", color=colour, linewidth=2, label=label)
+    cut = f"max-tokens {profile.max_tokens}: {profile.longer_than_max_tokens:.1%} are longer"
+    left.axvline(profile.max_tokens, color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
     left.set_xscale("symlog", linthresh=1, linscale=0.5, base=4)
     left.set_xlim(left=0)
     left.xaxis.set_major_formatter("{x:.0f}")
@@ -454,16 +452,16 @@ def draw_profile(found: Mapping[str, Any]) -> bytes:
     left.set_title("Lengths", loc="left", fontsize=11)
     figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
 
-    shares_by_plw = {float(plw): share for plw, share in found["effective_prompt_share"].items()}
+    shares_by_plw = {float(plw): share for plw, share in profile.effective_prompt_share.items()}
     w = np.array(list(shares_by_plw)) ** EXPONENT
     right.plot(w, list(shares_by_plw.values()), "-o", color=CURVE, linewidth=2, markersize=5)
     ticks = tick_labels(design.transform("power", list(shares_by_plw)), axis=0.6)
     right.set_xticks(list(ticks), list(ticks.values()))
     right.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
     right.set_ylabel("prompts' share of the loss weight")
-    right.set_title(f"What a PLW leaves to the prompts{weights_text(found)}", loc="left", fontsize=11)
-    ratio = found["generation_ratio"]
-    heading = plain(found["name"], 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
+    right.set_title(f"What a PLW leaves to the prompts{weights_text(profile)}", loc="left", fontsize=11)
+    ratio = profile.generation_ratio
+    heading = plain(profile.name, 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
     figure.suptitle(heading, x=0.02, ha="left", fontsize=13, fontweight="bold")
     return png(figure)
 
