@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from plw_mlflow.analysis import analyze, figures, report
+from plw_mlflow import drawing
+from plw_mlflow.analysis import analyze, report
 from plw_mlflow.command_line import checks, cli
 from plw_mlflow.config import CONFIGS, DataOptions
 from plw_mlflow.data import prepare
@@ -251,7 +252,7 @@ def test_no_name_of_a_file_ends_in_a_traceback_or_touches_another(place, monkeyp
 def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(place, monkeypatch):
     """Each is in a score table, and in the report of it."""
     for draw in ("svg", "png"):
-        monkeypatch.setattr(figures, draw, lambda figure: b"")
+        monkeypatch.setattr(drawing, draw, lambda figure: b"")
     names = [odd for odd in ODD if odd.strip() and len(odd) < 400 and odd.isprintable()]
     rows = [("m", names[plw % 2], plw / 10, 1, task, "acc", 0.5 + 0.01 * plw) for plw in range(16) for task in names]
     table = pd.DataFrame(rows, columns=["model", "dataset", "plw", "seed", "task", "metric", "score"])

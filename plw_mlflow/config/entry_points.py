@@ -233,7 +233,7 @@ class AnalyzeConfig(Config):
     width: float = 0.2
     """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
     assume: str | None = None
-    """What makes the scores that power simulates, instead of a table, as power prints it (docs/power.md)."""
+    """What makes the scores that power simulates, instead of a table, as power prints it (docs/analysis.md)."""
     next: int | None = None
     """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
     output: Path | None = None

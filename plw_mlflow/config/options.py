@@ -76,7 +76,7 @@ class PresetOptions(Options):
     """Which recipe the unset fields follow."""
 
     preset: Preset = no_effect("toy")
-    """Recipe whose values the options left unset have: the laboratory's, or the study's (README)."""
+    """Recipe whose values the options left unset have: the laboratory's, or the study's (docs/training.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class LocalOptions(Options):
     """What is on this machine already."""
 
     data_dir: Path | None = no_effect(None)
-    """Folder with local copies of data sets and benchmark files, read instead of the network (README)."""
+    """Folder with local data sets (docs/data.md) and benchmark files (docs/evaluation.md), read instead of the hub."""
 
     def faults(self) -> list[str]:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
@@ -101,7 +101,7 @@ class DataOptions(PresetOptions, LocalOptions):
     format: Literal["auto", "alpaca", "prompt-completion", "chat", "dolly"] = in_tokens("auto")
     """Fields of the records; auto finds them out from the first records, and says so."""
     template: str = in_tokens("alpaca")
-    """Text around a record: alpaca, chat (the tokenizer's own), none, or a FILE.json or FILE.jinja (README)."""
+    """Text around a record: alpaca, chat (the tokenizer's own), none, or a FILE.json or FILE.jinja (docs/data.md)."""
     prompt_border: Literal["offsets", "separate"] = in_tokens(BY_PRESET)
     """The prompt's end: its last character's token, or as many as it has alone (toy offsets, huerta2024 separate)."""
     completion_turns: Literal["last", "every"] = in_tokens("last")
@@ -178,7 +178,7 @@ class RecipeOptions(PresetOptions):
     parallel: Literal["ddp", "fsdp2"] = no_effect("ddp")
     """Of several processes, each holds the whole model (ddp), or its share of every weight (fsdp2)."""
     add_pad_token: bool = BY_PRESET
-    """Add [PAD] if the tokenizer has no padding token (toy false, huerta2024 true, huerta2024-lora false; README)."""
+    """Add [PAD] if the tokenizer has no padding token (toy false, huerta2024 true, huerta2024-lora false)."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises; it then falls along a cosine to 0."""
     weight_decay: float = 0.0

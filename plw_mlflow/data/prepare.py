@@ -21,7 +21,6 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from plw_mlflow.analysis import figures
 from plw_mlflow.config import DataOptions, cache_folder, data_name, digest, short_name
 from plw_mlflow.data import formats, inversion, profile, sources, templates
 from plw_mlflow.data.profile import Contents, Profile, SourceContents
@@ -364,5 +363,7 @@ def _bare(records: Sequence[Record], encoder: Encoder, known: dict[str, int]) ->
 def write(prepared: Prepared, folder: Path | None) -> None:
     """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
+        from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
+
         as_json = (json.dumps(asdict(prepared.profile), indent=2) + "\n").encode()
-        outputs.write(folder, {"profile.png": figures.draw_profile(prepared.profile), "profile.json": as_json})
+        outputs.write(folder, {"profile.png": profile_figure.draw_profile(prepared.profile), "profile.json": as_json})

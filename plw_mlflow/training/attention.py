@@ -31,7 +31,7 @@ from plw_mlflow.data.batches import Weights, pack
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import causal
 
 NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
 
@@ -66,7 +66,7 @@ def _compare(model: Any) -> str | None:
     row = pack(examples, Weights(plw=1.0)).to(model.device)
     windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
     watching = _windows.set(windows)
-    body = pretrained.body(model)
+    body = causal.body(model)
     with torch.no_grad():
         alone = [body(part, use_cache=False).last_hidden_state for part in row.tokens.split(lengths, 1)]
         try:

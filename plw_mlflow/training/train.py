@@ -32,9 +32,11 @@ from plw_mlflow.data.batches import Batch, Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, UserError, first_line
-from plw_mlflow.models import adapters, pretrained, regularisers
+from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, loss, parallel
+from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
+from plw_mlflow.training.learner import Learner
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -148,12 +150,12 @@ def run(
 @contextmanager
 def _packing(model: Any) -> Iterator[bool]:
     """Within the block, the model takes packed rows, if it can, which this gives; a warning says why it cannot."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if reason := attention.why_not(causal):
-        warnings.warn(f"{causal.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
+    unwrapped = causal.unwrap(model)
+    if reason := attention.why_not(unwrapped):
+        warnings.warn(f"{unwrapped.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
         yield False
         return
-    with attention.over_examples(causal):
+    with attention.over_examples(unwrapped):
         yield True
 
 
@@ -175,13 +177,11 @@ class _Loop:
         self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
         self._validation = self._cut(prepared.validation, is_step=False)
         self._model = model
-        learner = pretrained.Learner(model, config.label_smoothing)
+        learner = Learner(model, config.label_smoothing)
         self._learner = parallel.wrap(learner, mixed_precision(config.precision), config.parallel, accelerator)
         self._learner.train()
         self._penalty = (
-            regularisers.BasePenalty(model, config.base_penalty, config.base_penalty_order)
-            if config.base_penalty
-            else None
+            BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
         )
         trained = self._trained.values()
         # As in transformers, vectors (norms, biases) do not decay.

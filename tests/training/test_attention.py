@@ -8,8 +8,8 @@ from torch import nn
 
 from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Weights
-from plw_mlflow.models.pretrained import Learner
 from plw_mlflow.training import attention
+from plw_mlflow.training.learner import Learner
 from tests.conftest import make_example
 from tests.families import tiny
 
