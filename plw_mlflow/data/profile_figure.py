@@ -47,11 +47,10 @@ def _draw_lengths(axes: Axes, profile: Profile) -> None:
 
 def _draw_prompt_shares(axes: Axes, profile: Profile) -> None:
     """The part of the loss weight that lies on prompts, by PLW."""
-    shares = {float(plw): share for plw, share in profile.effective_prompt_share.items()}
-    axes.plot(
-        np.array(list(shares)) ** EXPONENT, list(shares.values()), "-o", color=CURVE_BLUE, linewidth=2, markersize=5
-    )
-    ticks = tick_labels(make_transform("power", list(shares)), axis_width=0.6)
+    plws = [float(plw) for plw in profile.effective_prompt_share]
+    shares = np.array(list(profile.effective_prompt_share.values()), float)  # None, an undefined one, as NaN
+    axes.plot(np.array(plws) ** EXPONENT, shares, "-o", color=CURVE_BLUE, linewidth=2, markersize=5)
+    ticks = tick_labels(make_transform("power", plws), axis_width=0.6)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
     axes.set_ylabel("prompts' share of the loss weight")
