@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 
 from plw_mlflow.analysis import analyze, figures, report
-from plw_mlflow.command_line import checks, cli
+from plw_mlflow.command_line import checks
+from plw_mlflow.command_line.options import Command, options
 from plw_mlflow.config import CONFIGS, DataOptions
 from plw_mlflow.data import prepare
 from plw_mlflow.errors import UserError
@@ -155,14 +156,14 @@ def place(tmp_path, monkeypatch):
 def command(name):
     """A command up to its work."""
 
-    @click.command(cls=cli._Command)
+    @click.command(cls=Command)
     def parsed(**values):
         config = CONFIGS[name](**values)
         checks.check(config)
         with checks.reserved_output(config):
             pass
 
-    for option in cli.options(CONFIGS[name]):
+    for option in options(CONFIGS[name]):
         parsed = option(parsed)
     return parsed
 

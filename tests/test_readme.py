@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from plw_mlflow.command_line.cli import options
+from plw_mlflow.command_line.options import options
 from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 
