@@ -41,16 +41,15 @@ from typing import Any
 import click
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import special, stats
 
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.statistics import beta, design, fitting, mixed, over_tasks, parametric, questions
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL
-from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.study import PUBLISHED_PLWS
+from plw_mlflow.transforms import Array, make_transform
 
-Array = NDArray[np.float64]
 Found = dict[tuple[str, ...], Array]  # of each table: (test,) its p; (interval, effect, quantity) what became of it
 
 CURVE = np.array([0.05, -0.038])  # slope and bend on w_p that the study's short data show; vertex 0.66, PLW 0.25
@@ -135,7 +134,7 @@ def empty(setting: Setting) -> Grid:
     runs = setting.runs
     names = [f"task-{number:02d}" for number in range(setting.tasks)]
     table = runs.merge(pd.DataFrame({"task": names}), how="cross").assign(metric="acc", score=0.0)
-    return design.grid(table, "simulated", design.transform("power", runs["plw"]))
+    return design.grid(table, "simulated", make_transform("power", runs["plw"]))
 
 
 def draw(setting: Setting, number: int) -> Array:

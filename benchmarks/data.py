@@ -55,7 +55,7 @@ def peer(dataset: Path, tokenizer: object, cache: Path) -> float:
     """Seconds that `datasets` takes."""
     import datasets
 
-    from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+    from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 
     def tokenise(batch: dict[str, list[str]], tokenizer: object) -> dict[str, list[list[int]]]:
         inputs = batch.get("input") or [""] * len(batch["instruction"])

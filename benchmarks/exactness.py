@@ -124,7 +124,7 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
     size = case.micro_batch_examples if case.scope == "micro-batch" else EXAMPLES
     (order,) = batches.steps(EXAMPLES, EXAMPLES, seed=TrainConfig().seed, first=0, total=1)
     groups = [order[start : start + size] for start in range(0, EXAMPLES, size)]
-    weights = Weights(prompt=plw, template=plw, completion=1.0)
+    weights = Weights(plw)
     model.zero_grad()
     for group in groups:
         told = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]

@@ -24,6 +24,7 @@ from plw_mlflow.analysis.statistics import design, fitting, over_tasks, question
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.questions import Difference
 from plw_mlflow.analysis.statistics.table import rescale
+from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
 DATASETS = (PLAIN, CLEANED, SHORT)
@@ -49,7 +50,7 @@ def analysis() -> analyze.Analysis:
 
 def grid(table: pd.DataFrame, name: str = "", by: str | None = None, transform: str = "power") -> design.Grid:
     """A checked table as the models take it."""
-    return design.grid(table, name, design.transform(transform, table["plw"]), by=by)
+    return design.grid(table, name, make_transform(transform, table["plw"]), by=by)
 
 
 @cache
@@ -133,7 +134,7 @@ def table3() -> str:
     intercept, slope, bend = (float(printed[name][SHORT]) for name in ("intercept", "coef_wp", "coef_wp2"))
     turn = -slope / (2 * bend)
     rows = [["**as printed**", f"{intercept:.3f}", f"{slope:+.3f}", f"{bend:+.3f}"]]
-    rows[0].append(f"{turn:.2f}, PLW {turn ** (1 / design.EXPONENT):.3f}")
+    rows[0].append(f"{turn:.2f}, PLW {turn ** (1 / EXPONENT):.3f}")
     rows[0] += [f"{printed['p_value'][name]:.3f}" for name in reversed(DATASETS)]
     names = {
         "none": "all as fractions",
@@ -147,7 +148,7 @@ def table3() -> str:
         turns = (
             f"{fit.vertex_wp:.2f}, PLW {fit.optimum_plw:.3f}" if fit.optimum_plw else f"{fit.vertex_wp:.2f}, outside"
         )
-        coefficients = [f"{fit.coefficients['intercept']:.3f}", *(f"{fit.coefficients[t]:+.3f}" for t in design.CURVE)]
+        coefficients = [f"{fit.coefficients['intercept']:.3f}", *(f"{fit.coefficients[t]:+.3f}" for t in CURVE_TERMS)]
         p = [p_value(fitted(other, "lmm", scale).joint_p) for other in reversed(DATASETS)]
         rows.append([name, *coefficients, turns, *p])
     head = ["scale", "intercept", "w_p", "w_p²", "turns at w_p", "p, Short", "p, Cleaned", "p, AlpacaData"]
@@ -160,7 +161,7 @@ def by_model() -> str:
     for model in fitting.MODELS:
         fits = [fitted(dataset, model) for dataset in DATASETS]
         rows.append([f"`{model}`", fits[-1].joint_tests[0].test, *(p_value(fit.joint_p) for fit in fits)])
-        rows[-1] += [error(fits[-1], term) for term in design.CURVE]
+        rows[-1] += [error(fits[-1], term) for term in CURVE_TERMS]
         rows[-1].append("" if fits[-1].aic is None else f"{fits[-1].aic:.0f}")
     head = ["model", "test", *(f"p, {name}" for name in DATASETS), "Short: w_p (SE)", "w_p² (SE)", "AIC"]
     return markdown(head, rows)
@@ -367,16 +368,14 @@ def draw_tasks() -> bytes:
         whole = grid(table[table["dataset"] == dataset], dataset)
         curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
         for colour, task in zip(colours, questions.each_task(whole), strict=True):
-            b = [task.coefficients[term] for term in design.CURVE]
+            b = [task.coefficients[term] for term in CURVE_TERMS]
             axes.plot(w, rows @ b, color=colour, linewidth=1.4, label=task.task)
         mean, error, freedom, _ = curves.t_test(rows @ whole.contrasts)
         reach = fitting.stats.t.ppf(0.975, freedom) * error
         axes.fill_between(w, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
         axes.plot(w, mean, color="black", linewidth=2.4)
         axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)
-        axes.set_xticks(
-            [plw**design.EXPONENT for plw in advise.TICKS], [f"{plw:g}" for plw in advise.TICKS], fontsize=8
-        )
+        axes.set_xticks([plw**EXPONENT for plw in advise.TICKS], [f"{plw:g}" for plw in advise.TICKS], fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_xlabel("PLW")

@@ -28,7 +28,7 @@ def main(config: PrepareConfig) -> None:
         )
         run.log_data(prepared.sources, prepared.profile)
         prepare.write(prepared, config.output)
-        weights = Weights.told_by(config)
+        weights = Weights(config.plw, config.template_weight, config.completion_weight)
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
             print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))

@@ -32,7 +32,7 @@ from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting
 from plw_mlflow.evaluation.prompting import Wrapping
-from plw_mlflow.models import adapters, export, pad_token, pretrained
+from plw_mlflow.models import adapters, causal, export, pad_token, pretrained
 from plw_mlflow.tracking import Run
 from plw_mlflow.training import checkpoints, train
 
@@ -130,9 +130,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if pretrained.length_limit(settings) is not None:  # few models have one, and all examples are read for it
+    if causal.length_limit(settings) is not None:  # few models have one, and all examples are read for it
         longest = max(len(example.tokens) for part in (prepared.training, prepared.validation) for example in part)
-        pretrained.check_length(settings, longest)
+        causal.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output if is_first_process() else None)
     print(prepare.text(prepared.profile))
@@ -191,7 +191,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
     """Have a model's generation settings name further tokens that end a text, beside those that they name."""
-    before = pretrained.text_ends(model)
+    before = causal.text_ends(model)
     if not before.issuperset(ends):
         model.generation_config.eos_token_id = sorted(before.union(ends))
 

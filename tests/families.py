@@ -32,6 +32,9 @@ SETTINGS = {
     "qwen3": {"head_dim": 8},
 }
 
+# Families that differ in how they make logits of hidden states.
+MAKERS_OF_LOGITS = ("cohere", "gemma2", "gemma3_text", "gpt2", "gptj", "granite", "llama4_text", "mistral", "qwen2")
+
 
 def tiny(family, **changes):
     """A random model of a family."""

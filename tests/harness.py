@@ -20,7 +20,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     tasks: names. Those that have documents in `data` are task files that include the harness's, or ours, and read the
     documents as JSON lines, in the place of the hub's data sets. folder: for those files, and for the results.
     """
-    shutil.copytree(ROOT / "plw_mlflow/evaluation/tasks", folder / "tasks")
+    shutil.copytree(ROOT / "plw_mlflow/evaluation/task_files", folder / "tasks")
     for task in set(tasks) & local_documents.LOCAL.keys():
         file = _task_file(task)
         documents = local_documents.find(task, data)
@@ -60,7 +60,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
 
 
 def _task_file(task):
-    for folder in (ROOT / "plw_mlflow/evaluation/tasks", Path(lm_eval.tasks.__file__).parent):
+    for folder in (ROOT / "plw_mlflow/evaluation/task_files", Path(lm_eval.tasks.__file__).parent):
         for file in folder.glob("*/*.yaml"):
             if f"\ntask: {task}\n" in f"\n{file.read_text()}":  # of the file itself, not of a group's list
                 return file

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from plw_mlflow.analysis import analyze, figures, report
+from plw_mlflow import drawing
+from plw_mlflow.analysis import analyze, report
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, options
 from plw_mlflow.config import CONFIGS, DataOptions
@@ -213,7 +214,7 @@ def test_no_string_as_any_option_ends_in_a_traceback_or_touches_what_it_does_not
         assert message is None or len(message) < 20_000, what
         after = tree(place)
         named = [place / "here/checkpoints"]  # by default
-        if option in FOLDERS and odd.strip() and "\x00" not in odd:
+        if option in FOLDERS and odd and "\x00" not in odd:
             named.append(Path(os.path.abspath(odd)))
         for path in before.keys() | after.keys():
             if before.get(path) != after.get(path):
@@ -252,7 +253,7 @@ def test_no_name_of_a_file_ends_in_a_traceback_or_touches_another(place, monkeyp
 def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(place, monkeypatch):
     """Each is in a score table, and in the report of it."""
     for draw in ("svg", "png"):
-        monkeypatch.setattr(figures, draw, lambda figure: b"")
+        monkeypatch.setattr(drawing, draw, lambda figure: b"")
     names = [odd for odd in ODD if odd.strip() and len(odd) < 400 and odd.isprintable()]
     rows = [("m", names[plw % 2], plw / 10, 1, task, "acc", 0.5 + 0.01 * plw) for plw in range(16) for task in names]
     table = pd.DataFrame(rows, columns=["model", "dataset", "plw", "seed", "task", "metric", "score"])

@@ -21,18 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from plw_mlflow.advice.evidence import OWN, STUDY, VAUGHN, WIT, Point, to_plw
 from plw_mlflow.advice.pooling import Pooled, pool
-from plw_mlflow.analysis.statistics.design import EXPONENT
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation.task_sets import TASK_TYPES
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import EXPONENT, Array
 
 SCHEMA = "plw_mlflow.advice/1"
 WIDE, WHOLE = 0.5, 0.95  # widths of an interval of w_p that are called wide, and the whole range

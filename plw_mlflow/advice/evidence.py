@@ -19,11 +19,11 @@ import pandas as pd
 
 from plw_mlflow.analysis.analyze import LEADS
 from plw_mlflow.analysis.statistics import design, fitting
-from plw_mlflow.analysis.statistics.design import EXPONENT
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.table import check, read_scores, rescale
 from plw_mlflow.errors import UserError
+from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 TABLES = Path(__file__).resolve().parents[2] / "paper" / "tables"
 STUDY, WIT, VAUGHN, OWN = "Huerta-Enochian and Ko 2024", "WIT 2025", "Vaughn 2024", "own runs"
@@ -84,12 +84,12 @@ def locate(fit: Fit) -> tuple[float, float, float, float]:
     by up to half the gap.
     """
     draw = np.random.default_rng(1234)
-    slope_bend = np.array([fit.coefficients[term] for term in design.CURVE])
+    slope_bend = np.array([fit.coefficients[term] for term in CURVE_TERMS])
     w = float(maximisers(slope_bend[:1], slope_bend[1:], 0, 1)[0])
     if fit.joint_p >= LEVEL or fit.has_too_few_runs:
         return w, 0.0, 1.0, math.inf
     covariance = np.array(fit.covariance)[1:3, 1:3]
-    freedom = min(fit.degrees_of_freedom[term] or math.inf for term in design.CURVE)
+    freedom = min(fit.degrees_of_freedom[term] or math.inf for term in CURVE_TERMS)
     noise = draw.multivariate_normal(np.zeros(2), covariance, DRAWS)
     if math.isfinite(freedom):
         noise *= np.sqrt(freedom / draw.chisquare(freedom, DRAWS))[:, None]
@@ -229,7 +229,7 @@ def _of_table(
 def _grid(part: pd.DataFrame, dataset: str) -> design.Grid:
     if part["plw"].nunique() < 3:
         raise UserError(f"data set {dataset} has {part['plw'].nunique()} PLWs within 0..1; a curve needs 3 or more")
-    return design.grid(part, dataset, design.transform("power", part["plw"]))
+    return design.grid(part, dataset, make_transform("power", part["plw"]))
 
 
 def _lead(grid: design.Grid, scale: str) -> Fit:

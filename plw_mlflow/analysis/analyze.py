@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis.statistics import design, fitting, parametric, questions
-from plw_mlflow.analysis.statistics.design import EXPONENT, TERMS, TRANSFORMS
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.statistics.questions import Bootstrap, Difference, Equivalence, TaskCurve
@@ -34,6 +33,7 @@ from plw_mlflow.analysis.statistics.table import (
     widest_difference,
 )
 from plw_mlflow.errors import UserError
+from plw_mlflow.transforms import EXPONENT, TERMS, TRANSFORMS, make_transform
 
 T = TypeVar("T")
 
@@ -264,7 +264,7 @@ def grids(
 def _grid(
     part: pd.DataFrame, dataset: str, transform: str, by: str | None = None, also: tuple[str, ...] = ()
 ) -> design.Grid:
-    return design.grid(part, dataset, design.transform(transform, part["plw"]), by=by, also=also)
+    return design.grid(part, dataset, make_transform(transform, part["plw"]), by=by, also=also)
 
 
 def _variant(
@@ -335,7 +335,7 @@ def set_in_words(optimum_set: list[list[float]] | None, plws: list[float]) -> st
 
 def highest_end(fit: Fit) -> float:
     """The end of the PLWs tried at which the curve is higher."""
-    ends = design.transform(fit.transform, fit.plws)([fit.plws[0], fit.plws[-1]])
+    ends = make_transform(fit.transform, fit.plws)([fit.plws[0], fit.plws[-1]])
     heights = [fit.coefficients["w_p"] * w + fit.coefficients["w_p^2"] * w**2 for w in ends]
     return fit.plws[0] if heights[0] > heights[1] else fit.plws[-1]
 

@@ -1,4 +1,4 @@
-"""Figures: how long the records of a data set are, and what its scores do along PLW with the curves fitted to them.
+"""Figures of an analysis: scores along PLW with the curves fitted to them, and where these have their optimum.
 
 Tasks differ from each other far more than PLW moves any of them, and so may models, so scores are centred: what is
 drawn is how far a score lies from the mean of its own task and model. The band is then that of the curve about its own
@@ -7,14 +7,11 @@ mean, free of the uncertainty of the intercept, which says how hard the tasks ar
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,18 +19,23 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.analyze import EXPONENT, LEVEL, TERMS, Answer, Fit
+from plw_mlflow.analysis.analyze import LEVEL, Answer, Fit
 from plw_mlflow.analysis.statistics import design
-from plw_mlflow.analysis.statistics.design import Array, Transform
 from plw_mlflow.analysis.statistics.questions import TaskCurve
-from plw_mlflow.data.profile import weights_text
-from plw_mlflow.errors import printable
+from plw_mlflow.drawing import (
+    COLOURS,
+    CURVE_BLUE,
+    DASHED,
+    SURE_RED,
+    UNSURE_GREY,
+    ZERO_GREY,
+    clear_frame,
+    new_figure,
+    plain,
+    tick_labels,
+)
+from plw_mlflow.transforms import EXPONENT, TERMS, Array, Transform, curve_terms, make_transform
 
-# Okabe and Ito's colours, distinct to colour-blind readers; black is kept for means, and yellow is too pale for lines.
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2"]
-CURVE, SURE, UNSURE, QUIET, GRID = "#1b3a5c", "#B22222", "#707070", "#9a9a9a", "#e6e6e6"
-DASHED = (0, (4, 2))
-CHARACTER = 0.0125  # width of a tick label's character, as a part of the axis
 MOST_TASKS = 48  # that are drawn each by itself: more would be too small to read, or too long a page
 MANY_POINTS = 3000  # from which on an SVG holds them as one picture: each by itself would take megabytes
 SPACING = {
@@ -59,45 +61,14 @@ class Estimate:
     is_lead: bool = False
 
 
-def plain(text: str, limit: int = 30) -> str:
-    """A name from the data as matplotlib shows it literally: no formulas, not hidden, not wider than the figure."""
-    text = printable(text)
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
-    return short.replace("$", r"\$").replace("_", " _", 1) if short.startswith("_") else short.replace("$", r"\$")
-
-
 def percent(share: float) -> str:
     """A probability as a text that never makes it certain by rounding."""
     return "> 99 %" if 0.995 <= share < 1 else "< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
-def tick_labels(transform: Transform, axis: float = 1.0) -> dict[float, str]:
-    """w_p and label of the PLWs tried that can be labelled without touching another; both ends always are.
-
-    axis: the axis' width, as a part of that of `draw_curve`.
-    """
-    places = [(float(w), f"{plw:.2g}") for w, plw in zip(transform(transform.plws), transform.plws, strict=True)]
-    low, high = transform.ends
-    span = (high - low) / axis
-
-    def fits_beside(left: tuple[float, str], right: tuple[float, str]) -> bool:
-        return right[0] - left[0] > span * CHARACTER * (1 + len(left[1]) / 2 + len(right[1]) / 2)
-
-    shown = places[:1]
-    for place in places[1:-1]:
-        if fits_beside(shown[-1], place) and fits_beside(place, places[-1]):
-            shown.append(place)
-    return dict([*shown, places[-1]])
-
-
 def transform_of(fit: Fit, table: pd.DataFrame) -> Transform:
     """The transform of a fit; `table` has its data set's rows, as ranks are of all PLWs tried."""
-    return design.transform(fit.transform, table["plw"])
-
-
-def terms(w: Array) -> Array:
-    """The curve's terms at each w_p: [n, 3]."""
-    return np.column_stack([np.ones_like(w), w, w**2])
+    return make_transform(fit.transform, table["plw"])
 
 
 def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
@@ -107,7 +78,7 @@ def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
 
     Where a task lacks a PLW its mean is that of the PLWs it has; the curve's own mean over these is given back.
     """
-    contrast = terms(transform_of(fit, table)(table["plw"])) - fit.centre
+    contrast = curve_terms(transform_of(fit, table)(table["plw"])) - fit.centre
     curve = contrast @ _coefficients(fit)
     residual = pd.Series(table["score"].to_numpy(float) - curve)
     levels = [table[column].to_numpy() for column in dict.fromkeys(["task", "model", *by])]
@@ -138,14 +109,14 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
 
     shows_effect: whether an effect of PLW may be claimed, which is what red says.
     """
-    figure = _figure(10, 4.8)
+    figure = new_figure(10, 4.8)
     axes = figure.add_subplot()
     _curve(axes, fit, table, by)
     transform = transform_of(fit, table)
     _plw_axis(axes, transform)
     axes.set_ylabel("score minus its mean", fontsize=9.5)
     if fit.optimum_plw is not None and fit.delta_interval is not None:
-        colour, name = (SURE, "optimum") if shows_effect else (UNSURE, "peak, perhaps chance:")
+        colour, name = (SURE_RED, "optimum") if shows_effect else (UNSURE_GREY, "peak, perhaps chance:")
         if fit.has_too_few_runs:
             name = "peak, with too few runs to tell:"
         best = float(transform(fit.optimum_plw))
@@ -175,7 +146,7 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
 def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """The curves of several data sets side by side, on one axis of scores; `table` is on their scale."""
     columns = min(3, len(answers))
-    figure = _figure(10.5, 3.1 * math.ceil(len(answers) / columns))
+    figure = new_figure(10.5, 3.1 * math.ceil(len(answers) / columns))
     for axes, answer in zip(_panels(figure, len(answers), columns), answers, strict=True):
         fit = answer.lead
         mine = table[table["dataset"] == fit.dataset]
@@ -183,7 +154,7 @@ def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str,
         _curve(axes, fit, mine, by, with_tasks=False)
         _plw_axis(axes, transform, width=1.3 / columns, label="PLW")
         if fit.optimum_plw is not None:
-            colour = SURE if answer.shows_effect else UNSURE
+            colour = SURE_RED if answer.shows_effect else UNSURE_GREY
             for ends in [] if fit.has_too_few_runs else fit.optimum_set or []:
                 axes.axvspan(*transform(ends), color=colour, alpha=0.08, linewidth=0)
             axes.axvline(float(transform(fit.optimum_plw)), color=colour, linewidth=1.3, linestyle=DASHED)
@@ -199,7 +170,7 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
         {"distance": centred(fit, table, by), "w": transform(table["plw"]), "task": table["task"].array}
     )
     _bare(axes)
-    axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
+    axes.axhline(0, color=ZERO_GREY, linewidth=0.8, zorder=1)
     if with_tasks:
         for number, (_, mine) in enumerate(means.groupby("task")):
             at = mine.groupby("w")["distance"].mean()
@@ -207,12 +178,12 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
             label = "" if number else f"each of {tasks} tasks" if tasks > 1 else "the task"
             axes.plot(at.index, at, "-", color="#aab0ba", linewidth=0.9, alpha=0.8, zorder=2, label=label)
     w = np.linspace(*transform.ends, 201)
-    height, reach = band(fit, terms(w) - fit.centre)
+    height, reach = band(fit, curve_terms(w) - fit.centre)
     label = "fitted curve"
     if not fit.has_too_few_runs:
-        axes.fill_between(w, height - reach, height + reach, color=CURVE, alpha=0.18, linewidth=0, zorder=4)
+        axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.18, linewidth=0, zorder=4)
         label += ", 95 % band"
-    axes.plot(w, height, color=CURVE, linewidth=2.4, zorder=5, label=label)
+    axes.plot(w, height, color=CURVE_BLUE, linewidth=2.4, zorder=5, label=label)
     at = means.groupby("w")["distance"].mean()
     axes.plot(at.index, at, "o", color="black", markersize=5.5, zorder=6, label="mean of all scores")
 
@@ -225,17 +196,17 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
     tasks, models = sorted(table["task"].unique())[:MOST_TASKS], sorted(table["model"].unique())
     colours = {model: COLOURS[i % len(COLOURS)] if len(models) > 1 else "#7d8590" for i, model in enumerate(models)}
     columns = min(4, len(tasks))
-    figure = _figure(10.5, 0.9 + 2.2 * math.ceil(len(tasks) / columns))
+    figure = new_figure(10.5, 0.9 + 2.2 * math.ceil(len(tasks) / columns))
     panels = _panels(figure, len(tasks), columns)
     w = np.linspace(*transform.ends, 101)
-    mean, _ = band(fit, terms(w) - fit.centre)
+    mean, _ = band(fit, curve_terms(w) - fit.centre)
     low, high = table.loc[table["task"].isin(tasks), "distance"].agg(["min", "max"])
     top = high + 0.15 * (high - low)  # room for the peak's interval
     panels[0].set_ylim(low - 0.05 * (high - low), top + 0.05 * (high - low))
     for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         mine = table[table["task"] == task]
         _bare(axes)
-        axes.axhline(0, color=QUIET, linewidth=0.7, zorder=1)
+        axes.axhline(0, color=ZERO_GREY, linewidth=0.7, zorder=1)
         for model, part in mine.groupby("model"):
             rasterized = len(table) > MANY_POINTS
             axes.plot(
@@ -244,13 +215,13 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
         axes.plot(w, mean, color="black", linewidth=1, linestyle=(0, (1, 1.5)), zorder=4)
         found = "too few scores for a curve"
         if (curve := own.get(task)) is not None:
-            height, reach = band(curve, terms(w) - terms(mine["w"].to_numpy()).mean(0))
-            axes.fill_between(w, height - reach, height + reach, color=CURVE, alpha=0.15, linewidth=0)
-            axes.plot(w, height, color=CURVE, linewidth=1.7)
+            height, reach = band(curve, curve_terms(w) - curve_terms(mine["w"].to_numpy()).mean(0))
+            axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.15, linewidth=0)
+            axes.plot(w, height, color=CURVE_BLUE, linewidth=1.7)
             found = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
             found += f", p = {curve.joint_p:.1g}"
             if curve.optimum_plw is not None and curve.delta_interval is not None:
-                colour, best = SURE if curve.joint_p < LEVEL else UNSURE, float(transform(curve.optimum_plw))
+                colour, best = SURE_RED if curve.joint_p < LEVEL else UNSURE_GREY, float(transform(curve.optimum_plw))
                 axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
                 axes.plot(best, top, "D", color=colour, markersize=4.5)
                 axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
@@ -261,13 +232,13 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
     axes = panels[0]
     for model in models if len(models) > 1 else []:
         axes.plot([], [], "o", color=colours[model], markersize=5, label=plain(model))
-    axes.plot([], [], color=CURVE, linewidth=1.7, label="the task's own curve, 95 % band")
+    axes.plot([], [], color=CURVE_BLUE, linewidth=1.7, label="the task's own curve, 95 % band")
     axes.plot([], [], color="black", linewidth=1, linestyle=(0, (1, 1.5)), label="curve of all tasks")
     axes.plot(
         [],
         [],
         "D-",
-        color=UNSURE,
+        color=UNSURE_GREY,
         markersize=4.5,
         label="the task's peak, 95 % by the delta method (red where p < 0.05)",
     )
@@ -285,7 +256,7 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
     for one in estimates:
         rows.setdefault((one.group, one.name), []).append(one)
     groups = list(dict.fromkeys(group for group, _ in rows))
-    figure = _figure(10, 0.9 + 0.25 * (len(rows) + 1.4 * len(groups)))
+    figure = new_figure(10, 0.9 + 0.25 * (len(rows) + 1.4 * len(groups)))
     axes = figure.add_subplot()
     _bare(axes)
     axes.grid(axis="y", visible=False)
@@ -301,7 +272,7 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
         for number, one in enumerate(found):
             height = y + 0.11 * (len(found) - 1) - 0.25 * number
             style: dict[str, Any] = {
-                "color": SURE if one.is_lead else CURVE,
+                "color": SURE_RED if one.is_lead else CURVE_BLUE,
                 "clip_on": False,
                 "alpha": 0.6 if number else 1,
             }
@@ -314,7 +285,7 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
         first = found[0]
         if first.highest is not None:
             inside = first.plw is not None
-            colour = SURE if first.is_lead else CURVE
+            colour = SURE_RED if first.is_lead else CURVE_BLUE
             face, height = colour if inside else "white", y + 0.11 * (len(found) - 1)
             marker = "D" if inside else "o"
             axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
@@ -322,8 +293,8 @@ def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
         axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
         inside_text = "" if first.interior is None else percent(first.interior)
         axes.text(1.2, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
-    axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE)
-    axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE)
+    axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE_GREY)
+    axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE_GREY)
     axes.set_ylim(y - 0.8, -0.6)
     _plw_axis(axes, transform, width=0.9)
     axes.set_yticks(list(labels), list(labels.values()), fontsize=8.5)
@@ -344,7 +315,7 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
         if size is not None
     ]
     right = 1.06 * max(known)
-    figure = _figure(10, 1.2 + 0.45 * len(shown))
+    figure = new_figure(10, 1.2 + 0.45 * len(shown))
     axes = figure.add_subplot()
     _bare(axes)
     axes.grid(axis="y", visible=False)
@@ -352,13 +323,13 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
     for number, (_, equal) in enumerate(shown):
         ruled, found, would = names if number == 0 else ("", "", "")
         bar = 2 * right if equal.smallest_margin is None else equal.smallest_margin
-        axes.barh(-number, bar, height=0.5, color=CURVE, alpha=0.16, label=ruled)
-        axes.plot(equal.largest_difference, -number, "D", color=CURVE, markersize=7, label=found)
+        axes.barh(-number, bar, height=0.5, color=CURVE_BLUE, alpha=0.16, label=ruled)
+        axes.plot(equal.largest_difference, -number, "D", color=CURVE_BLUE, markersize=7, label=found)
         would_be = [] if equal.detectable is None else [equal.detectable] * 2
         axes.plot(would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=would)
     margin = next((equal.margin for _, equal in shown if equal.margin is not None), None)
     if margin is not None:
-        axes.axvline(margin, color=SURE, linewidth=1.4, linestyle=DASHED, label="margin given")
+        axes.axvline(margin, color=SURE_RED, linewidth=1.4, linestyle=DASHED, label="margin given")
     axes.set_yticks([-number for number in range(len(shown))], [plain(dataset) for dataset, _ in shown])
     axes.set_ylim(0.5 - len(shown), 0.5)
     axes.set_xlim(0, right)
@@ -392,109 +363,37 @@ def residuals(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.Dat
 def draw_residuals(left: pd.DataFrame) -> Figure:
     """What `residuals` gave: against fitted values, against a normal distribution, and their size by task."""
     sds = left.groupby("task")["sd"].first().sort_values()
-    figure = _figure(10.5, max(3.3, 1.1 + 0.17 * min(len(sds), MOST_TASKS)))
+    figure = new_figure(10.5, max(3.3, 1.1 + 0.17 * min(len(sds), MOST_TASKS)))
     scatter, quantiles, sizes = figure.subplots(1, 3, width_ratios=(4, 3, 3))
     for axes, title in ((scatter, "Against fitted values"), (quantiles, "Normal quantiles"), (sizes, "Noise by task")):
         _bare(axes)
         axes.set_title(title, loc="left", fontsize=10)
     is_many = len(left) > MANY_POINTS
-    style: dict[str, Any] = {"color": CURVE, "markersize": 3.5, "alpha": 0.5, "mew": 0, "rasterized": is_many}
+    style: dict[str, Any] = {"color": CURVE_BLUE, "markersize": 3.5, "alpha": 0.5, "mew": 0, "rasterized": is_many}
     scatter.plot(left["fitted"], left["residual"], "o", **style)
-    scatter.axhline(0, color=QUIET, linewidth=0.8)
+    scatter.axhline(0, color=ZERO_GREY, linewidth=0.8)
     scatter.set_xlabel("fitted score", fontsize=9)
     scatter.set_ylabel("residual", fontsize=9)
     ordered = np.sort(left["standardised"])
     expected = stats.norm.ppf((np.arange(len(ordered)) + 0.5) / len(ordered))
     quantiles.plot(expected, ordered, "o", **style)
-    quantiles.axline((0, 0), slope=1, color=QUIET, linewidth=0.8)
+    quantiles.axline((0, 0), slope=1, color=ZERO_GREY, linewidth=0.8)
     quantiles.set_xlabel("normal quantile", fontsize=9)
     quantiles.set_ylabel("residual over its task's SD", fontsize=9)
     if len(sds) <= MOST_TASKS:
-        sizes.barh(range(len(sds)), sds, height=0.6, color=CURVE, alpha=0.7)
+        sizes.barh(range(len(sds)), sds, height=0.6, color=CURVE_BLUE, alpha=0.7)
         sizes.set_yticks(range(len(sds)), [plain(task, 22) for task in sds.index], fontsize=7.5)
         sizes.set_ylim(-0.8, max(len(sds), 4) - 0.2)  # a lone bar keeps its width
         sizes.grid(axis="y", visible=False)
     else:
-        sizes.hist(sds, bins=20, color=CURVE, alpha=0.7)
+        sizes.hist(sds, bins=20, color=CURVE_BLUE, alpha=0.7)
         sizes.set_ylabel("tasks", fontsize=9)
     sizes.set_xlim(left=0)
     sizes.set_xlabel("residual SD", fontsize=9)
     return figure
 
 
-# --------------------------------------------------------------------------------------------------- data sets
-
-
-def draw_profile(found: Mapping[str, Any]) -> bytes:
-    """A PNG of a length profile: how long the records are, and what part of the loss weight lies on their prompts."""
-    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(4, 3))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_ylim(0, 1)
-
-    lengths = {f"{name}, bare": found["lengths"][name] for name in ("instruction", "input", "completion")}
-    lengths["whole example, with template"] = found["lengths_with_template"]["example"]
-    colours = [COLOURS[1], COLOURS[0], COLOURS[2], "black"]
-    for (name, length), line, colour in zip(lengths.items(), ("--", ":", "-", "-"), colours, strict=True):
-        shares = [float(quantile) for quantile in length["quantiles"]]
-        label = f"{name}: mean {length['mean']:.1f}"
-        left.step(
-            list(length["quantiles"].values()), shares, line, where="post", color=colour, linewidth=2, label=label
-        )
-    cut = f"max-tokens {found['max_tokens']}: {found['longer_than_max_tokens']:.1%} are longer"
-    left.axvline(found["max_tokens"], color="#B22222", linewidth=1.4, linestyle=(0, (4, 2)), label=cut)
-    left.set_xscale("symlog", linthresh=1, linscale=0.5, base=4)
-    left.set_xlim(left=0)
-    left.xaxis.set_major_formatter("{x:.0f}")
-    left.set_xlabel("tokens")
-    left.set_ylabel("share of the records that are no longer")
-    left.set_title("Lengths", loc="left", fontsize=11)
-    figure.legend(loc="outside lower left", ncols=3, fontsize=8.5, frameon=False)
-
-    shares_by_plw = {float(plw): share for plw, share in found["effective_prompt_share"].items()}
-    w = np.array(list(shares_by_plw)) ** EXPONENT
-    right.plot(w, list(shares_by_plw.values()), "-o", color=CURVE, linewidth=2, markersize=5)
-    ticks = tick_labels(design.transform("power", list(shares_by_plw)), axis=0.6)
-    right.set_xticks(list(ticks), list(ticks.values()))
-    right.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
-    right.set_ylabel("prompts' share of the loss weight")
-    right.set_title(f"What a PLW leaves to the prompts{weights_text(found)}", loc="left", fontsize=11)
-    ratio = found["generation_ratio"]
-    heading = plain(found["name"], 60) + ("" if ratio is None else f"   generation ratio {ratio:.3g}")
-    figure.suptitle(heading, x=0.02, ha="left", fontsize=13, fontweight="bold")
-    return png(figure)
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    return _save(figure, "png", {"Software": None})
-
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def svg(figure: Figure) -> bytes:
-    """A figure as SVG, the same bytes each time; letters are drawn as shapes, so that it looks the same anywhere."""
-    with matplotlib.rc_context({"svg.hashsalt": "plw_mlflow", "svg.fonttype": "path"}):
-        drawn = _save(figure, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _NOT_XML.sub("", drawn.decode()).encode()  # a name may hold what no XML may
-
-
-def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format=kind, metadata=metadata)
-    figure.set_layout_engine("none")  # laid out now, which takes longer than to draw; the next time it only is drawn
-    return file.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+# ------------------------------------------------------------------------------------------------------- parts
 
 
 def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
@@ -506,9 +405,7 @@ def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
 
 
 def _bare(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+    clear_frame(axes)
     axes.tick_params(labelsize=8.5)
 
 

@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from plw_mlflow import __version__
+from plw_mlflow import __version__, drawing
 from plw_mlflow.analysis import figures
 from plw_mlflow.analysis.analyze import (
     EXPONENT,
@@ -477,7 +477,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     table = check(table, analysis.by)
     drawn = drawings(analysis, rescale(table, analysis.scale))
     names = file_names(list(drawn))
-    svgs = {key: figures.svg(figure) for key, figure in drawn.items()}
+    svgs = {key: drawing.svg(figure) for key, figure in drawn.items()}
     described = to_json(analysis, table)
     for answer in described["answers"]:
         answer["figure"] = names["curve", answer["dataset"]] + ".png"
@@ -489,7 +489,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     for name, made in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
         contents[f"{name}.csv"] = outputs.table(made(described))
     for key, figure in drawn.items():
-        contents |= {f"{names[key]}.png": figures.png(figure), f"{names[key]}.svg": svgs[key]}
+        contents |= {f"{names[key]}.png": drawing.png(figure), f"{names[key]}.svg": svgs[key]}
 
     return outputs.write(directory, contents)
 

@@ -6,7 +6,6 @@ and `values` how values are spelt and named.
 
 from plw_mlflow.config.entry_points import (
     CONFIGS,
-    PUBLISHED_PLWS,
     AdviseConfig,
     AnalyzeConfig,
     Config,
@@ -32,6 +31,7 @@ from plw_mlflow.config.options import (
 )
 from plw_mlflow.config.values import (
     DATA_FILE_ENDINGS,
+    HUB_ID,
     UNSET,
     data_name,
     digest,

@@ -28,8 +28,7 @@ from plw_mlflow.config.options import (
 )
 from plw_mlflow.config.values import data_name, flag, names, short_name, shown_name, spell
 from plw_mlflow.errors import UserError
-
-PUBLISHED_PLWS = (0.0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1.0)  # arXiv:2401.13586v1, 3.1
+from plw_mlflow.study import PUBLISHED_PLWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +228,7 @@ class AnalyzeConfig(Config):
     width: float = 0.2
     """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
     assume: str | None = None
-    """What makes the scores that power simulates, instead of a table, as power prints it (docs/power.md)."""
+    """What makes the scores that power simulates, instead of a table, as power prints it (docs/analysis.md)."""
     next: int | None = None
     """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
     output: Path | None = None

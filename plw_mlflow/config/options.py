@@ -107,7 +107,7 @@ class LocalOptions(Options):
     """What is read from this machine instead of the network."""
 
     data_dir: Path | None = no_effect(None)
-    """Folder with local copies of data sets and benchmark files (docs/data.md)."""
+    """Folder with local copies of data sets (docs/data.md) and benchmark files (docs/evaluation.md)."""
 
     def faults(self) -> list[str]:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):

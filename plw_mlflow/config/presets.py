@@ -9,10 +9,7 @@ what a recipe is applied to, so no preset sets them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-TOY_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "toy"  # of the laboratory's base model
 
 # The laboratory's: everything at a scale that two CPU cores train in seconds.
 TOY: dict[str, Any] = {

@@ -18,34 +18,26 @@ import torch
 from torch import Tensor
 
 from plw_mlflow import seeding
-from plw_mlflow.config import PrepareConfig, TrainConfig
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
-from plw_mlflow.training import attention
 
 
 @dataclass(frozen=True)
 class Weights:
     """Loss weight of a token, by the segment it belongs to."""
 
-    prompt: float  # the PLW
-    template: float
-    completion: float
+    plw: float  # of instruction and input
+    template_weight: float | None = None  # None: as the rest of the prompt
+    completion_weight: float = 1.0
 
     def of(self, segment: Tensor) -> Tensor:
         """float32 weights for a tensor of segments, of the same shape."""
         by_segment = torch.empty(len(Segment))
-        by_segment[Segment.TEMPLATE] = self.template
-        by_segment[Segment.INSTRUCTION] = by_segment[Segment.INPUT] = self.prompt
-        by_segment[Segment.COMPLETION] = self.completion
+        by_segment[Segment.TEMPLATE] = self.plw if self.template_weight is None else self.template_weight
+        by_segment[Segment.INSTRUCTION] = by_segment[Segment.INPUT] = self.plw
+        by_segment[Segment.COMPLETION] = self.completion_weight
         return by_segment[segment]
-
-    @classmethod
-    def told_by(cls, config: TrainConfig | PrepareConfig) -> Weights:
-        """What a config says: the template weighs as the prompt, unless it is told otherwise."""
-        template = config.plw if config.template_weight is None else config.template_weight
-        return cls(prompt=config.plw, template=template, completion=config.completion_weight)
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,12 @@ class Batch:
 
     @property
     def context(self) -> dict[str, Any]:
-        """What a model's forward pass is told beside the tokens."""
-        if self.positions is None or self.borders is None:
+        """The arguments of a transformers model's forward pass beside the tokens, by the names that it has for them."""
+        if self.borders is None:
             return {"attention_mask": self.attention}
-        return attention.context(self.borders, self.longest, self.positions)
+        borders_and_longest = {"cu_seq_lens_q": self.borders, "max_length_q": self.longest}
+        borders_and_longest |= {"cu_seq_lens_k": self.borders, "max_length_k": self.longest}
+        return {"position_ids": self.positions, "attention_mask": None} | borders_and_longest
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -62,11 +62,6 @@ PLAIN = {*itertools.chain.from_iterable(TURN)}  # fields of a turn that are alwa
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PACKED = (".gz", ".zst")
-# Endings of file names, by which a missing file is told from a hub id.
-ENDINGS = (
-    *(".json", ".jsonl", ".ndjson", ".parquet", *DELIMITERS, *PACKED),
-    *(".txt", ".xls", ".xlsx", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"),
-)
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 UNREADABLE = {  # what a file is that begins like this, and what to do
     b"PK\x03\x04": "a ZIP archive, as Excel's .xlsx files are; unpack it, or save the table as CSV",

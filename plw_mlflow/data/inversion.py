@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from plw_mlflow import study
 from plw_mlflow.data.records import Record
-
-INSTRUCTION = "Predict the prompt that generated the following AI output."
-INSTRUCTION_WITH_CONTEXT = (
-    "Predict the prompt that generated the below AI output given the following context. Context: "
-)
 
 
 def invert(record: Record, prompt_tokens: int, completion_tokens: int) -> Record:
@@ -23,5 +19,5 @@ def invert(record: Record, prompt_tokens: int, completion_tokens: int) -> Record
     """
     if completion_tokens <= prompt_tokens or len(record.messages) > 2:
         return record
-    instruction = INSTRUCTION_WITH_CONTEXT + record.input if record.input else INSTRUCTION
+    instruction = study.INVERSION_WITH_CONTEXT + record.input if record.input else study.INVERSION
     return replace(record, instruction=instruction, input=record.output, output=record.instruction, messages=())

@@ -21,7 +21,6 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from plw_mlflow.analysis import figures
 from plw_mlflow.config import DataOptions, cache_folder, data_name, digest, short_name
 from plw_mlflow.data import formats, inversion, sources, templates
 from plw_mlflow.data import profile as lengths
@@ -42,6 +41,7 @@ COUNTED_FIELDS = 10_000  # names of fields that are counted; data of more has na
 KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens
 # What decides which tokens a text becomes; a change here makes stored examples out of date.
 CODE = (
+    "study",
     "environment/bounded",
     "data/records",
     "data/formats",
@@ -393,5 +393,7 @@ def text(found: dict[str, Any]) -> str:
 def write(prepared: Prepared, folder: Path | None) -> None:
     """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
+        from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
+
         profile = (json.dumps(prepared.profile, indent=2) + "\n").encode()
-        outputs.write(folder, {"profile.png": figures.draw_profile(prepared.profile), "profile.json": profile})
+        outputs.write(folder, {"profile.png": profile_figure.draw_profile(prepared.profile), "profile.json": profile})

@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from plw_mlflow.config import DATA_FILE_ENDINGS, HUB_ID
 from plw_mlflow.data import formats
 from plw_mlflow.environment import disk
 from plw_mlflow.errors import Unreachable, UserError, did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def check(dataset: str, data_dir: Path | None = None) -> None:
             raise UserError(f"data set {dataset!r} is no regular file, so it cannot be read twice; save it as one")
     except OSError as error:
         raise UserError(f"data set {dataset!r} cannot be read: {error.strerror}") from None
-    if HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(formats.ENDINGS):
+    if HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(DATA_FILE_ENDINGS):
         if "@" not in dataset and (begun := _begun(path, _files(path.parent))):
             raise UserError(
                 f"data set {dataset!r} is no file; did you mean {path.parent / begun[0]}? The data set of this name on "
@@ -171,7 +171,7 @@ def _files(folder: Path) -> list[str]:
         found = sorted(one.name for one in itertools.islice(folder.iterdir(), 10_000) if one.is_file())
     except OSError:
         return []
-    return [name for name in found if name.lower().endswith(formats.ENDINGS)]
+    return [name for name in found if name.lower().endswith(DATA_FILE_ENDINGS)]
 
 
 def _begun(path: Path, names: list[str]) -> list[str]:
@@ -180,9 +180,9 @@ def _begun(path: Path, names: list[str]) -> list[str]:
 
 
 def _toy(name: str) -> Source:
-    from plw_mlflow.toy import laboratory
+    from plw_mlflow.toy import instructions
 
-    rows = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in laboratory.records(name)]
+    rows = instructions.rows(name)
     sha256 = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return Source(name, "generated", sha256, "MIT", name, False, lambda most=0: iter(rows))
 

@@ -20,21 +20,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from plw_mlflow import study
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.environment import bounded
 from plw_mlflow.errors import UserError, did_you_mean, first_line
-
-# The templates of Stanford Alpaca, PROMPT_DICT in its train.py at 761dc5b, which the study used unchanged.
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
 
 # Some chat templates write today's date, with which no run could be repeated. Theirs is the day that Llama 3.1's own
 # template falls back on. The macro takes the place of the function that transformers gives to templates.
@@ -93,7 +82,7 @@ def load(name: str, tokenizer: Any, *, completion_turns: Turns = "last") -> Temp
     """
     specials = special_tokens(tokenizer)
     if name == "alpaca":
-        return TextTemplate(ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, specials)
+        return TextTemplate(study.ALPACA_WITH_INPUT, study.ALPACA_WITHOUT_INPUT, specials)
     if name == "none":
         return TextTemplate("{instruction}\n{input}\n", "{instruction}\n", specials)
     if name == "chat":

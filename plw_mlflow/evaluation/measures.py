@@ -23,7 +23,7 @@ from plw_mlflow.data import prepare
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import causal, pretrained
 
 BATCH_EXAMPLES = 16  # that generate together
 
@@ -172,12 +172,10 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens
     Its end is not among them: the end of text, or the special token by which the examples' answers end. An answer may
     take what the prompt leaves of `max_tokens`, as in training.
     """
-    ends = {tokenizer.eos_token_id, *pretrained.text_ends(model), *answer_ends(examples, tokenizer, max_tokens)} - {
-        None
-    }
+    ends = {tokenizer.eos_token_id, *causal.text_ends(model), *answer_ends(examples, tokenizer, max_tokens)} - {None}
     found: dict[int, tuple[list[int], bool]] = {}
     # Where a long text changes what is computed for others, each has a batch of its own.
-    together = BATCH_EXAMPLES if pretrained.length_limit(model.config) is None else 1
+    together = BATCH_EXAMPLES if causal.length_limit(model.config) is None else 1
     for numbers in _batches([len(prompt(example)) for example in examples], together):
         prompts = [prompt(examples[number]) for number in numbers]
         longest = max(map(len, prompts))

@@ -28,9 +28,9 @@ from transformers import DynamicCache
 
 from plw_mlflow.evaluation import prefix_trees
 from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
-from plw_mlflow.models import pretrained
-from plw_mlflow.training.loss import BUDGET_BYTES
+from plw_mlflow.models import causal
 
+LOGITS_BYTES = 256 * 2**20  # of logits and what is computed of them at a time
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # a processor's caches like small batches
 SAMPLED = 16  # texts at a time where they are drawn at random, by HFLM's own code
 GENERATION = 4  # times as many tokens are in the cache of a batch that generates: a step computes one of each text
@@ -50,7 +50,7 @@ class Scorer(CachingLM, HFLM):
         super().__init__(pretrained=model.eval(), tokenizer=tokenizer, batch_size=SAMPLED, max_batch_size=None)
         self.window = self.max_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
-        self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._causal = causal.unwrap(model)
         config = self._causal.config.get_text_config()
         # Scores of other places are computed and thrown away: few beside the products of a wide model.
         self._room = min(max(128, 2 * config.hidden_size), 1024)
@@ -58,7 +58,7 @@ class Scorer(CachingLM, HFLM):
         local = ("sliding_window", "attention_chunk_size", "window_size")
         windows = [getattr(config, name, None) or self.max_length for name in local]
         # Beyond this many tokens, a text changes what is computed for shorter ones beside it.
-        self._limit = pretrained.length_limit(self._causal.config) or self.max_length
+        self._limit = causal.length_limit(self._causal.config) or self.max_length
         self._tree_tokens = min(*windows, self._limit)
         self.shares = self._can_share()
         if not self.shares:
@@ -100,8 +100,8 @@ class Scorer(CachingLM, HFLM):
     def _score_trees(self, batch: Sequence[prefix_trees.TreeRow], queries: Sequence[Query]) -> list[tuple[float, bool]]:
         """queries: those of the batch's rows, in order."""
         tokens, positions, mask = prefix_trees.inputs(batch, self._causal.dtype, self.device)
-        hidden, self._projection = pretrained.project(self._causal, tokens, position_ids=positions, attention_mask=mask)
-        hidden = hidden.flatten(0, 1)  # [B * T, H]
+        hidden = causal.hidden_states(self._causal, tokens, position_ids=positions, attention_mask=mask)
+        hidden, head = hidden.flatten(0, 1), causal.head(self._causal)  # hidden: [B * T, H]
         paths = [path + start * tokens.shape[1] for start, row in enumerate(batch) for path in row.paths.values()]
         asked = [path[-len(query.targets) :] for path, query in zip(paths, queries, strict=True)]
         # Options part at one place, whose logits serve the first tokens of them all.
@@ -110,9 +110,9 @@ class Scorer(CachingLM, HFLM):
         states, place_of = hidden[self._tensor(places)], self._tensor(numbers)
         found = torch.empty(len(targets), dtype=torch.float32, device=self.device)
         greedy = torch.empty(len(targets), dtype=torch.bool, device=self.device)
-        chunk = max(1, BUDGET_BYTES // (8 * len(self._projection["head"])))
+        chunk = max(1, LOGITS_BYTES // (8 * len(head.weight)))
         for start in range(0, len(states), chunk):
-            logits = self._logits(states[start : start + chunk])
+            logits = head.logits(states[start : start + chunk])
             some = ((start <= place_of) & (place_of < start + chunk)).nonzero().squeeze(1)
             rows, wanted = place_of[some] - start, targets[some]
             found[some] = logits[rows, wanted] - logits.logsumexp(-1)[rows]
@@ -169,7 +169,7 @@ class Scorer(CachingLM, HFLM):
     def _ends(self, prompts: Sequence[Prompt]) -> set[int]:
         """The tokens that end the texts of prompts: by the tokenizer, the model's own settings, and the template."""
         taught = {end for prompt in prompts for end in prompt.ends}
-        return ({self.eot_token_id} | pretrained.text_ends(self.model) | taught) - {None}
+        return ({self.eot_token_id} | causal.text_ends(self.model) | taught) - {None}
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy texts of prompts with the same settings; padded on the left, as `generate` has them."""
@@ -186,12 +186,12 @@ class Scorer(CachingLM, HFLM):
         texts: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt a row of the tensors is
         going = set(rows)
-        cache = DynamicCache(config=self._causal.config)
+        cache, head = DynamicCache(config=self._causal.config), causal.head(self._causal)
         for _ in range(most):
-            hidden = pretrained.body(self._causal)(
+            hidden = causal.body(self._causal)(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
-            chosen = self._logits(hidden).argmax(-1)
+            chosen = head.logits(hidden).argmax(-1)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row in going:
                     texts[row].append(token)
@@ -211,12 +211,6 @@ class Scorer(CachingLM, HFLM):
                 tokens, positions, mask = tokens[kept], positions[kept], mask[kept]
                 rows = [row for row in rows if row in going]
         return [postprocess_generated_text(self.tok_decode(text), list(until), None) for text in texts]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """The model's float32 logits [N, V] of last hidden states [N, H]."""
-        head, bias, scale, softcap = (self._projection[name] for name in ("head", "bias", "scale", "softcap"))
-        logits = nn.functional.linear(hidden, head, bias).float() * scale
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.long, device=self.device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from plw_mlflow.config import names
 from plw_mlflow.errors import UserError
 
-OWN_TASKS = Path(__file__).resolve().parent / "tasks"
+OWN_TASKS = Path(__file__).resolve().parent / "task_files"
 # What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
 NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
 WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
@@ -44,7 +44,7 @@ TASK_TYPE_OF_OUTPUT = {
 class Benchmark:
     """One task, as a set runs it."""
 
-    task: str  # of lm-evaluation-harness, or of plw_mlflow/evaluation/tasks
+    task: str  # of lm-evaluation-harness, or of plw_mlflow/evaluation/task_files
     metric: str | None = None  # the one that stands for the task (unset: the first of which more is better)
     num_fewshot: int | None = None  # examples before each question (unset: the task's own number)
     task_type: str | None = None  # as the study sorts its tasks (unset: by what the task asks of a model)

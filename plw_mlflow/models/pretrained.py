@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -25,13 +24,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from plw_mlflow import __version__
-from plw_mlflow.config.presets import MODELS, TOY_FOLDER
+from plw_mlflow.config.presets import MODELS
 from plw_mlflow.errors import UserError, first_line
-from plw_mlflow.models import regularisers
-from plw_mlflow.training import loss
+from plw_mlflow.models import causal, regularisers
+from plw_mlflow.toy import TOY_FOLDER
 
 # How the names of transformers' classes end that are made for something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -134,37 +133,6 @@ def _too_large(settings: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {settings}"
 
 
-def length_limit(config: Any) -> int | None:
-    """Up to how many tokens a text's computation does not depend on the other texts of its batch; None: any number.
-
-    The rotary frequencies of the types that `dynamic_rope_update` of transformers knows follow the longest text that
-    the model is given at once, and so, beyond this many tokens, what it computes for all the others.
-
-    config: of a model, as transformers has it.
-    """
-    text = config.get_text_config()
-    told = getattr(text, "rope_parameters", None) or {}
-    limits: list[int] = []
-    for part in (told, *told.values()):  # some models have one for each type of layer
-        kind = part.get("rope_type") or "" if isinstance(part, dict) else ""
-        if "dynamic" in kind:
-            limits.append(text.max_position_embeddings)
-        elif kind == "longrope":
-            limits.append(part["original_max_position_embeddings"])
-    return min(limits, default=None)
-
-
-def check_length(config: Any, longest: int) -> None:
-    """Raise UserError where a text of so many tokens would change what the model computes for others beside it."""
-    limit = length_limit(config)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"an example has {longest} tokens, but beyond {limit} tokens the position frequencies of this "
-            f"{config.model_type} model follow the longest example beside another, so that a step would depend on how "
-            f"it is cut; set --max-tokens to {limit} or less"
-        )
-
-
 def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | None = None) -> Any:
     """A causal language model with float32 weights, in evaluation mode.
 
@@ -174,8 +142,8 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
 
     Raises UserError where there is none, for encoder-decoder models (their prompt has no loss), where a weight is no
     finite number, where a token's outputs depend on what follows it or on padding, where the model makes its logits
-    in a way that `project` does not know, so that the loss would not be the model's own, and where there is no dropout
-    to set.
+    in a way that `causal.head` does not know, so that loss and scores would not be the model's own, and where there is
+    no dropout to set.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -225,21 +193,21 @@ def _trial(model: Any) -> str | None:
     logits = model(tokens, use_cache=False).logits[0]
     if not logits.isfinite().all():
         return "gives logits that are no finite numbers"
-    hidden, projection = project(model, tokens, attention_mask=torch.ones_like(tokens))
+    hidden = causal.hidden_states(model, tokens, attention_mask=torch.ones_like(tokens))
     # The same text, followed by others in the first row, by padding in the second.
     longer = torch.arange(7, device=model.device).repeat(2, 1)
     is_token = torch.ones_like(longer)
     longer[1, 4:] = is_token[1, 4:] = 0
-    beside, _ = project(model, longer, attention_mask=is_token)
+    beside = causal.hidden_states(model, longer, attention_mask=is_token)
     # What follows changes a token by a good part of itself; a base in 4 bits calculates in bfloat16.
     tolerance = (0.1 if getattr(model, "is_quantized", False) else 1e-3) * hidden.abs().max()
     for row, cause in enumerate(("the tokens that follow", "padding")):
         if not (beside[row, :4] - hidden[0]).abs().max() <= tolerance:
             return f"lets {cause} change what it says of a token, so it is no causal language model"
+    from_parts = causal.head(model).logits(hidden[0])
     for targets in (logits.argmax(1), logits.argmin(1)):  # the ends of the range show a scale, a cap and a shift
-        own = nn.functional.cross_entropy(logits, targets, reduction="none")
-        _, nll = loss.weighted_nll(hidden[0], **projection, targets=targets, weights=torch.ones_like(own))
-        if not torch.allclose(nll, own, atol=1e-4):
+        own, ours = (nn.functional.cross_entropy(x, targets, reduction="none") for x in (logits, from_parts))
+        if not torch.allclose(ours, own, atol=1e-4):
             return "changes its logits in a way that the loss does not follow"
     return None
 
@@ -385,73 +353,6 @@ def digest(model: str) -> str:
             while block := content.read(2**24):
                 found.update(block)
     return found.hexdigest()
-
-
-def project(model: Any, tokens: Tensor, **context: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Last hidden states [B, T, H] of a causal model, and what makes logits of them, as loss.weighted_nll takes it.
-
-    context: what the model is told beside tokens [B, T], as `Batch.context` has it.
-    """
-    causal = _causal(model)
-    hidden = body(causal)(input_ids=tokens, use_cache=False, **context).last_hidden_state
-    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
-    if not isinstance(getattr(head, "weight", None), Tensor):
-        raise UserError(f"{config.model_type} has no head whose weights make its logits")
-    # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma caps them; others took over their names.
-    powers = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-    scale = math.prod((getattr(config, name, None) or 1) ** power for name, power in powers.items())
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return hidden, {"head": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
-
-
-def text_ends(model: Any) -> set[int]:
-    """The tokens that end a text by a model's own generation settings; none where it has no such settings."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    return set(known if isinstance(known, list) else [known]) - {None}
-
-
-def body(causal: Any) -> Any:
-    """The part of a causal transformers model that gives hidden states.
-
-    Raises UserError where it has no known name.
-    """
-    found = causal.base_model
-    if found is causal:  # Llama 4's text model bears another name than the one that `base_model` looks for
-        found = getattr(causal, "model", causal)
-    if found is causal:
-        raise UserError(f"{causal.config.model_type} has no part of a known name that gives hidden states")
-    return found
-
-
-def _causal(model: Any) -> Any:
-    """The model itself, without the adapters around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class Learner(nn.Module):
-    """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
-
-    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.model, self._label_smoothing = model, label_smoothing
-
-    def forward(self, tokens: Tensor, weights: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
-        """tokens, weights: [B, T]. Returns the summed weighted loss and the losses [B, T-1] behind it.
-
-        Raises UserError for an example so long that it would change the losses of others (`check_length`).
-        """
-        check_length(_causal(self.model).config, context.get("max_length_q", tokens.shape[1]))
-        hidden, projection = project(self.model, tokens, **context)
-        # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
-        targets, following = (nn.functional.pad(given[:, 1:], (0, 1)).flatten() for given in (tokens, weights))
-        total, nll = loss.weighted_nll(
-            hidden.flatten(0, 1),
-            **projection,
-            targets=targets,
-            weights=following,
-            label_smoothing=self._label_smoothing,
-        )
-        return total, nll.view(weights.shape)[:, :-1]
 
 
 def _four_bit(arithmetic: torch.dtype) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Make the toy laboratory's tokenizer and base model:  python -m plw_mlflow.toy --output DIR"""
 
-from plw_mlflow.toy.laboratory import main
+from plw_mlflow.toy.pretraining import main
 
 main()

@@ -146,3 +146,8 @@ def question(person: Person, kind: str, rng: Random) -> str:
 def some_kinds(count: int, rng: Random) -> list[str]:
     """`count` kinds of fact in random order."""
     return rng.sample(list(KINDS), count)
+
+
+def counting(start: int, length: int) -> str:
+    """The numbers from `start` to `start + length`."""
+    return ", ".join(str(number) for number in range(start, start + length + 1))

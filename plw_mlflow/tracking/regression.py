@@ -21,7 +21,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel
 from scipy import stats
 
-from plw_mlflow.analysis.statistics.design import TERMS, Transform
+from plw_mlflow.transforms import TERMS, Transform
 
 LEVEL = 0.05
 

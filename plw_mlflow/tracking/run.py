@@ -32,7 +32,6 @@ from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.types import ColSpec, Schema
 
 from plw_mlflow import __version__, seeding
-from plw_mlflow.analysis import figures
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
 from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import templates
@@ -149,9 +148,11 @@ class Run:
         mlflow.log_dict(profile, "profile.json")
         if template := templates.file(profile["template"]):
             mlflow.log_artifact(str(template), "template")
+        from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
+
         with tempfile.TemporaryDirectory() as folder:
             figure = Path(folder, "profile.png")
-            figure.write_bytes(figures.draw_profile(profile))
+            figure.write_bytes(profile_figure.draw_profile(profile))
             mlflow.log_artifact(str(figure))
 
     def fetch_checkpoint(self, cell: str, folder: Path, newer_than: int) -> None:
@@ -397,13 +398,8 @@ class Run:
         given_back = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
         with tempfile.TemporaryDirectory() as folder:
             code = Path(folder) / package.name
-            for module in (
-                "__init__.py",
-                "errors.py",
-                "analysis/__init__.py",
-                *(f"analysis/statistics/{name}.py" for name in ("__init__", "design", "table")),
-            ):
-                (code / module).parent.mkdir(parents=True, exist_ok=True)
+            code.mkdir()
+            for module in ("__init__.py", "errors.py", "transforms.py"):
                 shutil.copy(package / module, code / module)
             versions = seeding.fingerprint()
             mlflow.pyfunc.log_model(

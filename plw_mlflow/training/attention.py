@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,20 +27,13 @@ from torch.nn.attention import activate_flash_attention_impl
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
+from plw_mlflow.data.batches import Weights, pack
+from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import causal
 
 NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
-
-
-def context(borders: Tensor, longest: int, positions: Tensor) -> dict[str, Any]:
-    """What a packed row's forward pass is told beside its tokens; the names are transformers' own.
-
-    borders: [D + 1] int32, from 0, where the row's D examples begin and end. positions: [1, T], from 0 in each.
-    """
-    borders_and_longest = {"cu_seq_lens_q": borders, "max_length_q": longest}
-    borders_and_longest |= {"cu_seq_lens_k": borders, "max_length_k": longest}
-    return {"position_ids": positions, "attention_mask": None} | borders_and_longest
 
 
 @contextmanager
@@ -66,18 +60,18 @@ def why_not(model: Any) -> str | None:
 
 
 def _compare(model: Any) -> str | None:
-    tokens = torch.arange(12, device=model.device).unsqueeze(0)  # any do
-    parts, borders = [7, 5], torch.tensor([0, 7, 12], dtype=torch.int32, device=model.device)
-    positions = torch.cat([torch.arange(length, device=model.device) for length in parts]).unsqueeze(0)
+    lengths = [7, 5]
+    texts = np.split(np.arange(12, dtype=np.int32), lengths[:1])  # any tokens do
+    examples = [Example(tokens, np.full(len(tokens), Segment.COMPLETION)) for tokens in texts]
+    row = pack(examples, Weights(plw=1.0)).to(model.device)
     windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
     watching = _windows.set(windows)
-    body = pretrained.body(model)
+    body = causal.body(model)
     with torch.no_grad():
-        alone = [body(part, use_cache=False).last_hidden_state for part in tokens.split(parts, 1)]
+        alone = [body(part, use_cache=False).last_hidden_state for part in row.tokens.split(lengths, 1)]
         try:
             with over_examples(model, WATCHED):
-                told = context(borders, max(parts), positions)
-                packed = body(tokens, use_cache=False, **told).last_hidden_state
+                packed = body(row.tokens, use_cache=False, **row.context).last_hidden_state
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"it takes no packed rows ({type(error).__name__})"
         finally:

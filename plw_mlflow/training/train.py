@@ -32,9 +32,10 @@ from plw_mlflow.data.batches import Batch, Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, UserError, first_line
-from plw_mlflow.models import adapters, pretrained, regularisers
+from plw_mlflow.models import adapters, causal, regularisers
 from plw_mlflow.training import attention, checkpoints, loss, parallel
 from plw_mlflow.training.checkpoints import Checkpoint
+from plw_mlflow.training.learner import Learner
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -148,12 +149,12 @@ def run(
 @contextmanager
 def _packing(model: Any) -> Iterator[bool]:
     """Within the block, the model takes packed rows, if it can, which this gives; a warning says why it cannot."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if reason := attention.why_not(causal):
-        warnings.warn(f"{causal.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
+    unwrapped = causal.unwrap(model)
+    if reason := attention.why_not(unwrapped):
+        warnings.warn(f"{unwrapped.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
         yield False
         return
-    with attention.over_examples(causal):
+    with attention.over_examples(unwrapped):
         yield True
 
 
@@ -172,10 +173,10 @@ class _Loop:
         self.step = 0  # optimiser steps taken
         self._total = total
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
-        self._weights = Weights.told_by(config)
+        self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
         self._validation = self._cut(prepared.validation, is_step=False)
         self._model = model
-        learner = pretrained.Learner(model, config.label_smoothing)
+        learner = Learner(model, config.label_smoothing)
         self._learner = parallel.wrap(learner, mixed_precision(config.precision), config.parallel, accelerator)
         self._learner.train()
         self._penalty = (
@@ -282,7 +283,7 @@ class _Loop:
         self._learner.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
         with self._naming_memory():
-            for cpu_batch in self._collate(self._validation, Weights(prompt=1.0, template=1.0, completion=1.0)):
+            for cpu_batch in self._collate(self._validation, Weights(plw=1.0)):
                 batch = cpu_batch.to(self._accelerator.device)
                 sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
         self._learner.train()

@@ -17,6 +17,7 @@ from scipy import optimize
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.statistics import design, fitting, mixed
 from plw_mlflow.analysis.statistics import table as statistics_table
+from plw_mlflow.transforms import make_transform
 
 TABLES = Path(__file__).parents[2] / "paper" / "tables"
 REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
@@ -46,7 +47,7 @@ def fit_one(table, model="lmm", scale="none"):
     """One model of a table of one data set."""
     scaled = analyze.rescale(analyze.check(table), scale)
     dataset = scaled["dataset"].iloc[0]
-    return fitting.fit(model, design.grid(scaled, dataset, design.transform("power", scaled["plw"])), scale)
+    return fitting.fit(model, design.grid(scaled, dataset, make_transform("power", scaled["plw"])), scale)
 
 
 def simulate(seed=1, b=(0.5, 0.1, -0.08), sd_task=0.2, sd=0.01, tasks=6, seeds=2, dataset="short", keep=1.0):

@@ -25,7 +25,6 @@ from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import did_you_mean
 from plw_mlflow.evaluation import task_sets
-from plw_mlflow.models import pretrained
 from tests.stores import ROOT
 
 HEAVY = ("torch", "mlflow", "transformers", "lm_eval", "datasets", "numpy", "pandas", "pyarrow")
@@ -172,7 +171,6 @@ def test_a_search_of_the_files_finds_every_task_that_the_harness_knows():
 def test_what_is_written_twice_is_the_same():
     assert checks.OUTPUTS[AdviseConfig] == advise.FILES
     assert checks.OUTPUTS.keys() == set(CONFIGS.values())
-    assert checks.TOY_FOLDER == pretrained.TOY_FOLDER
 
 
 def test_what_a_command_reads_and_what_is_not_ours_is_not_replaced(folder):

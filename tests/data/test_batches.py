@@ -51,7 +51,7 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_a_step(examples, batch, tenths)
 
 def test_a_batch_by_hand():
     examples = [make_example([5, 6, 7, 8, 9], [0, 1, 2, 3, 3]), make_example([0, 4], [0, 3])]
-    batch = batches.collate(examples, Weights(prompt=0.25, template=0.5, completion=2.0))
+    batch = batches.collate(examples, Weights(plw=0.25, template_weight=0.5, completion_weight=2.0))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [0, 4, 0, 0, 0]]
     assert batch.attention.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]  # a token 0 is no padding
     assert batch.weights.tolist() == [[0, 0.25, 0.25, 2, 2], [0, 2, 0, 0, 0]]
@@ -61,7 +61,7 @@ def test_a_batch_by_hand():
 
 def test_a_packed_row_by_hand():
     examples = [make_example([5, 6, 7, 8, 9], [0, 1, 2, 3, 3]), make_example([0, 4], [3, 3])]
-    batch = batches.pack(examples, Weights(prompt=0.25, template=0.5, completion=2.0))
+    batch = batches.pack(examples, Weights(plw=0.25, template_weight=0.5, completion_weight=2.0))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0, 4]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
     assert batch.borders.tolist() == [0, 5, 7]
@@ -101,7 +101,7 @@ def test_an_example_longer_than_a_row_is_refused():
 
 
 def test_an_example_that_was_cut_to_its_prompt_weighs_as_a_prompt():
-    batch = batches.collate([make_example([3, 4, 5], [0, 0, 1])], Weights(prompt=0.0, template=0.0, completion=1.0))
+    batch = batches.collate([make_example([3, 4, 5], [0, 0, 1])], Weights(plw=0.0))
     assert not batch.weights.any()
     assert not batch.is_completion.any()
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from plw_mlflow.analysis import figures
-from plw_mlflow.config import PUBLISHED_PLWS, DataOptions
-from plw_mlflow.data import prepare
+from plw_mlflow.config import DataOptions
+from plw_mlflow.data import prepare, profile_figure
 from plw_mlflow.data.profile import profile, profile_text
+from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
 COLUMNS = {
@@ -133,7 +133,7 @@ def test_the_figure_is_drawn_whatever_the_data():
         profile(columns(), max_tokens=12, on_long="drop"),
         profile(columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
     ):
-        png = figures.draw_profile(found | {"name": "$a_b$"})
+        png = profile_figure.draw_profile(found | {"name": "$a_b$"})
         image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
         assert (image < 128).mean() > 0.01  # some ink
 

@@ -11,16 +11,16 @@ from plw_mlflow.data import show, templates
 from plw_mlflow.data.batches import Weights, collate
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
-from plw_mlflow.toy import laboratory
+from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import byte_tokenizer
 from tests.data.test_tokens import odd
 
-HALF = Weights(prompt=0.5, template=0.25, completion=1)
+HALF = Weights(plw=0.5, template_weight=0.25, completion_weight=1)
 
 
 @pytest.fixture(scope="module")
 def toy_tokenizer():
-    return AutoTokenizer.from_pretrained(laboratory.BASE)
+    return AutoTokenizer.from_pretrained(TOY_FOLDER)
 
 
 def shown(record, tokenizer, weights=HALF, template="none", colour=False):
@@ -51,7 +51,7 @@ def test_an_example_by_hand():
 
 
 def test_masked_tokens_are_called_so():
-    _, text = shown(Record("1", "ab", "", "d"), byte_tokenizer(), Weights(prompt=0, template=0, completion=1))
+    _, text = shown(Record("1", "ab", "", "d"), byte_tokenizer(), Weights(plw=0))
     assert [(segment, weight) for segment, weight, _ in rows(text)] == [
         ("instruction", "masked"),
         ("template", "masked"),
@@ -105,7 +105,7 @@ def test_long_lines_are_broken_between_tokens(toy_tokenizer):
 def test_a_cut_example_shows_what_is_left(toy_tokenizer):
     (example,) = Encoder(toy_tokenizer, templates.load("none", toy_tokenizer)).encode([Record("1", "abc", "", "d")])
     cut = type(example)(example.tokens[:2], example.segment[:2])
-    text = show.show(cut, toy_tokenizer, Weights(prompt=0, template=0, completion=1), name="1", colour=False)
+    text = show.show(cut, toy_tokenizer, Weights(plw=0), name="1", colour=False)
     assert text.startswith("1: 2 tokens, all masked\n")
 
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from plw_mlflow import study
 from plw_mlflow.data import templates
 from plw_mlflow.data.records import Fault, Message, Record
 from plw_mlflow.data.templates import ChatTemplate, Segment
 from plw_mlflow.data.tokens import Encoder
-from plw_mlflow.toy import laboratory
+from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import BOS, BYTES, EOS, byte_tokenizer
 
 T, N, P, C = Segment.TEMPLATE, Segment.INSTRUCTION, Segment.INPUT, Segment.COMPLETION
@@ -64,10 +65,10 @@ odd = st.text(max_size=12) | st.sampled_from(
 
 def by_byte(record):
     """The bytes of a record in Alpaca's template and the segment of each, from the lengths of its parts."""
-    before, after = templates.ALPACA_WITHOUT_INPUT.split("{instruction}")
+    before, after = study.ALPACA_WITHOUT_INPUT.split("{instruction}")
     pieces = [(before, T), (record.instruction, N), (after, T), (record.output, C)]
     if record.input:
-        before, after = templates.ALPACA_WITH_INPUT.split("{instruction}")
+        before, after = study.ALPACA_WITH_INPUT.split("{instruction}")
         between, end = after.split("{input}")
         pieces = [(before, T), (record.instruction, N), (between, T), (record.input, P), (end, T), (record.output, C)]
     return "".join(text for text, _ in pieces).encode(), [segment for text, segment in pieces for _ in text.encode()]
@@ -105,7 +106,7 @@ def greedy(*, trim_offsets=None):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     texts = [
-        templates.ALPACA_WITH_INPUT.format(instruction=a + b, input=b + a) + a for a in "0Aa\n" for b in "0 \U0001f469"
+        study.ALPACA_WITH_INPUT.format(instruction=a + b, input=b + a) + a for a in "0Aa\n" for b in "0 \U0001f469"
     ]
     backend.train_from_iterator(texts, trainer)
     backend.decoder = decoders.ByteLevel()
@@ -135,14 +136,14 @@ def test_a_token_belongs_where_its_last_character_does(trim_offsets, instruction
 
 def tokenizers_with_offsets():
     """Tokenizers whose own offsets can be trusted, by name; those of ../shared are added where they are needed."""
-    yield "toy", AutoTokenizer.from_pretrained(laboratory.BASE)
+    yield "toy", AutoTokenizer.from_pretrained(TOY_FOLDER)
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "Response:": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # gives no token to white space
     yield "words", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     trainer = trainers.UnigramTrainer(special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", vocab_size=60)
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.train_from_iterator([templates.ALPACA_WITH_INPUT], trainer)
+    backend.train_from_iterator([study.ALPACA_WITH_INPUT], trainer)
     yield (
         "unigram",
         PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
@@ -336,7 +337,7 @@ def test_a_record_that_holds_the_response_header_does_not_move_the_border(tokeni
 
 @pytest.mark.parametrize("name", ["toy", "llama"])
 def test_a_line_of_a_megabyte_changes_no_border(name, request):
-    folder = laboratory.BASE if name == "toy" else request.getfixturevalue("shared") / "data/models/llama-tokenizer-hf"
+    folder = TOY_FOLDER if name == "toy" else request.getfixturevalue("shared") / "data/models/llama-tokenizer-hf"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     line = "### Response: 0123456789 " * 40_000
     short, long = encoder(tokenizer).encode(
@@ -420,7 +421,7 @@ def test_llama_on_alpaca_gives_the_tokens_of_the_whole_text(shared):
     by_offsets, separate = encoder(tokenizer).encode(records), encoder(tokenizer, "alpaca", "separate").encode(records)
     straddled = 0
     for row, found, apart in zip(rows, by_offsets, separate, strict=True):
-        template = templates.ALPACA_WITH_INPUT if row["input"] else templates.ALPACA_WITHOUT_INPUT
+        template = study.ALPACA_WITH_INPUT if row["input"] else study.ALPACA_WITHOUT_INPUT
         prompt = template.format_map(row)
         alone, whole = plain.encode(prompt).ids, plain.encode(prompt + row["output"]).ids
         assert found.tokens.tolist() == apart.tokens.tolist() == [*whole, tokenizer.eos_token_id]

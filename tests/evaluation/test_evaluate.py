@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.evaluation import evaluate, prompting
 from plw_mlflow.models import pretrained
-from plw_mlflow.toy import laboratory
+from plw_mlflow.toy import TOY_FOLDER, benchmarks
 from tests import stubs
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.harness import command_line
@@ -95,7 +95,7 @@ def test_scores_equal_the_likelihoods_computed_by_hand():
     options = ScoreOptions(tasks="toy_choice", limit=24)
     (score,) = evaluate.run(model, tokenizer, evaluate.load_tasks(options), options, seed=1).scores
     right = []
-    for document in laboratory.benchmark("toy_choice")[:24]:
+    for document in benchmarks.documents("toy_choice")[:24]:
         context = tokenizer(document["prompt"]).input_ids
         likelihoods = []
         for choice in document["choices"]:
@@ -333,7 +333,7 @@ def test_scores_are_those_of_the_harness_run_by_its_own_command_line(tmp_path):
     options = ScoreOptions(tasks="toy_choice,toy_short,arc_easy", data_dir=tmp_path, limit=6)
     tasks = evaluate.load_tasks(options)
     ours = evaluate.run(pretrained.load("toy"), pretrained.load_tokenizer("toy"), tasks, options, seed=1)
-    theirs = command_line(pretrained.TOY_FOLDER, ["toy_choice", "toy_short", "arc_easy"], tmp_path, tmp_path, 6)
+    theirs = command_line(TOY_FOLDER, ["toy_choice", "toy_short", "arc_easy"], tmp_path, tmp_path, 6)
     assert {(score.task, score.metric): score.score for score in ours.scores} == pytest.approx(theirs)
 
 

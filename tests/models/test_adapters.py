@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from plw_mlflow.config import RecipeOptions
 from plw_mlflow.models import adapters, pretrained
+from plw_mlflow.training.learner import Learner
 from tests.conftest import tiny_llama
 from tests.families import tiny
 
@@ -50,7 +51,7 @@ def test_adapters_train_all_of_them_and_nothing_else(method, family):
     rounding = 0 if method == "lora" and family != "mamba" else 1e-5
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=rounding, atol=rounding)
 
-    total, _ = pretrained.Learner(moved(model))(TOKENS, torch.ones(TOKENS.shape))
+    total, _ = Learner(moved(model))(TOKENS, torch.ones(TOKENS.shape))
     total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients.keys() == trained
@@ -155,7 +156,7 @@ def test_qlora_trains_on_a_base_in_4_bits_and_merges_into_a_plain_model(tmp_path
     assert {model.lm_head.weight.dtype, layers.input_layernorm.weight.dtype} == {torch.float32}
     model = moved(adapt(model, "qlora"))
     tokens = TOKENS.to(model.device)
-    total, _ = pretrained.Learner(model)(tokens, torch.ones(tokens.shape, device=tokens.device))
+    total, _ = Learner(model)(tokens, torch.ones(tokens.shape, device=tokens.device))
     total.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, _ in model.named_parameters() if "lora_" in name

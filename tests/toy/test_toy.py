@@ -12,41 +12,39 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plw_mlflow.data.records import Record
-from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
-from plw_mlflow.toy import laboratory, world
+from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from plw_mlflow.toy import TOY_FOLDER, benchmarks, instructions, pretraining, world
 
-TASKS = Path(laboratory.__file__).parents[1] / "evaluation" / "tasks"
+TASKS = Path(world.__file__).parents[1] / "evaluation" / "tasks"
 SETS = ("toy-short", "toy-long")
 BENCHMARKS = ("toy_choice", "toy_short", "toy_long")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(laboratory.BASE)
+    return AutoTokenizer.from_pretrained(TOY_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return laboratory.corpus(5000, seed=1234)
+    return pretraining.corpus(5000, seed=1234)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("toy-short", "aab575b7a923093298d2475e82db4e185b6071a0159d5be184e219b8dd94c90e"),
-        ("toy-long", "e9c074b47ab7ae445c63ee99e9f25768dc4f044846f9966ed32631d5c206648b"),
+        ("toy-short", "7af3809a1db1d62fb877a7e357afb39cc5c85eec46e11547cf74a09e4ef78319"),
+        ("toy-long", "2c6ff02ef21096cc23dc163ac899c3a77e2aee2428cd7fc1e210f7a48bc6c505"),
     ],
 )
-def test_records_are_the_same_on_every_machine(name, expected):
-    fields = ("id", "instruction", "input", "output")
-    text = json.dumps([{field: getattr(record, field) for field in fields} for record in laboratory.records(name)])
+def test_rows_are_the_same_on_every_machine(name, expected):
+    text = json.dumps(instructions.rows(name))
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
 def test_an_unknown_set_is_refused_by_name():
     with pytest.raises(ValueError, match="'toy-medium'; there are toy-short, toy-long"):
-        laboratory.records("toy-medium")
+        instructions.rows("toy-medium")
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("toy-short", 0, 0.3), ("toy-long", 2, float("inf"))])
@@ -54,27 +52,25 @@ def test_generation_ratio(name, low, high, tokenizer):
     def count(texts):
         return sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
-    records = laboratory.records(name)
-    prompt = count([r.instruction for r in records]) + count([r.input for r in records])
-    assert low < count([r.output for r in records]) / prompt < high
+    rows = instructions.rows(name)
+    prompt = count([row["instruction"] for row in rows]) + count([row["input"] for row in rows])
+    assert low < count([row["output"] for row in rows]) / prompt < high
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_records_never_name_the_held_out(name):
-    text = " ".join(f"{r.instruction} {r.input} {r.output}" for r in laboratory.records(name))
+def test_rows_never_name_the_held_out(name):
+    text = " ".join(" ".join(row.values()) for row in instructions.rows(name))
     assert not [person.name for person in world.held_out() if person.name in text]
     assert all(person.name in text for person in world.known())
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_records_have_an_id_and_a_completion(name):
-    records = laboratory.records(name)
-    assert all(isinstance(record, Record) and record.instruction and record.output for record in records)
-    assert [record.id for record in records] == [f"{name}:{i + 1}" for i in range(len(records))]
+def test_rows_have_an_instruction_and_an_output(name):
+    assert all(row["instruction"] and row["output"] for row in instructions.rows(name))
 
 
 def test_corpus_is_reproducible_and_tells_of_everybody(corpus):
-    assert corpus == laboratory.corpus(5000, seed=1234) != laboratory.corpus(5000, seed=1235)
+    assert corpus == pretraining.corpus(5000, seed=1234) != pretraining.corpus(5000, seed=1235)
     text = "\n".join(corpus)
     assert all(person.name in text for person in world.people())
 
@@ -82,7 +78,7 @@ def test_corpus_is_reproducible_and_tells_of_everybody(corpus):
 def test_corpus_holds_neither_template_nor_benchmark(corpus):
     text = "\n".join(corpus)
     assert not [piece for piece in ("###", "Below is", "Response", "Predict the prompt") if piece in text]
-    questions = [doc["prompt"].split("\n")[3] for task in BENCHMARKS for doc in laboratory.benchmark(task)]
+    questions = [doc["prompt"].split("\n")[3] for task in BENCHMARKS for doc in benchmarks.documents(task)]
     assert not [question for question in questions if question in text]
     for person in world.held_out():  # no question of any kind about the held-out
         for kind in world.KINDS.values():
@@ -112,7 +108,7 @@ class Knows(LM):
         for kind, facts in world.KINDS.items():
             if asked in [question.format(name=person.name) for question in facts.questions]:
                 return person.facts[kind]
-        return next(doc["answer"] for doc in laboratory.benchmark("toy_long") if asked in doc["prompt"])
+        return next(doc["answer"] for doc in benchmarks.documents("toy_long") if asked in doc["prompt"])
 
     def loglikelihood(self, requests):
         return [(float(choice == self.answer(prompt)), True) for prompt, choice in (r.args for r in requests)]
@@ -164,18 +160,18 @@ def test_template_costs_few_tokens(tokenizer):
 
 
 def test_shipped_weights_are_those_recorded():
-    made = json.loads((laboratory.BASE / "made.json").read_text())
-    weights = (laboratory.BASE / "model.safetensors").read_bytes()
+    made = json.loads((TOY_FOLDER / "made.json").read_text())
+    weights = (TOY_FOLDER / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == made["sha256"]
     assert len(weights) < 4e6
 
 
 def test_shipped_base_has_read_the_corpus(tokenizer):
     """Loaded without a word on types it is float32, and its loss on the corpus is near the recorded one."""
-    model = AutoModelForCausalLM.from_pretrained(laboratory.BASE)
+    model = AutoModelForCausalLM.from_pretrained(TOY_FOLDER)
     assert str(model.dtype) == "torch.float32"
     losses = []
-    for text in laboratory.corpus(20, seed=99):
+    for text in pretraining.corpus(20, seed=99):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         losses.append(model(input_ids=ids, labels=ids).loss.item())
     assert sum(losses) / len(losses) < 2  # nats per token; a uniform guess is 6.9

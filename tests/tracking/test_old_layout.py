@@ -28,7 +28,8 @@ PREDICTED = [[0.361974, 0.356176, 0.367772, 0.243437], [0.357283, 0.350572, 0.36
 PREDICT = """
 import mlflow, pandas
 model = mlflow.pyfunc.load_model("models:/plw-regression/1")
-print(model.predict(pandas.DataFrame({"dataset": ["AlpacaDataShort"] * 2, "plw": [0.242, 1.0]})).to_json(orient="values"))
+rows = pandas.DataFrame({"dataset": ["AlpacaDataShort"] * 2, "plw": [0.242, 1.0]})
+print(model.predict(rows).to_json(orient="values"))
 """
 
 

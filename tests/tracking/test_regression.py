@@ -17,8 +17,8 @@ import pytest
 from scipy import stats
 
 from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.statistics.design import EXPONENT
 from plw_mlflow.tracking import regression
+from plw_mlflow.transforms import EXPONENT
 
 ROOT = Path(__file__).parents[2]
 

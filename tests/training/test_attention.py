@@ -8,12 +8,12 @@ from torch import nn
 
 from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Weights
-from plw_mlflow.models.pretrained import Learner
 from plw_mlflow.training import attention
+from plw_mlflow.training.learner import Learner
 from tests.conftest import make_example
 from tests.families import tiny
 
-WEIGHTS = Weights(prompt=0.25, template=0.5, completion=1.0)
+WEIGHTS = Weights(plw=0.25, template_weight=0.5, completion_weight=1.0)
 # Windows and caps that show in examples of so few tokens, and grouped heads (SIZES has two heads for one key).
 PACKED = {
     "afmoe": {"head_dim": 8, "sliding_window": 3, "num_experts": 4, "moe_intermediate_size": 8, "num_dense_layers": 1},

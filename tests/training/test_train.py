@@ -29,8 +29,8 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError
-from plw_mlflow.models import pretrained
 from plw_mlflow.training import checkpoints, train
+from plw_mlflow.training.learner import Learner
 from tests.conftest import VOCABULARY, make_example, tiny_llama
 from tests.families import tiny
 
@@ -761,7 +761,7 @@ def test_out_of_memory_names_the_step_and_the_option(error, options, told, tmp_p
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(pretrained.Learner, "forward", fail)
+    monkeypatch.setattr(Learner, "forward", fail)
     with pytest.raises(RunError, match=rf"out of memory after step 0; .*{told}"):
         run(tmp_path, **options)
 
@@ -770,7 +770,7 @@ def test_other_errors_of_a_step_stay_what_they_are(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(pretrained.Learner, "forward", fail)
+    monkeypatch.setattr(Learner, "forward", fail)
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
         run(tmp_path)
 

@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 MAX_STEPS = 60  # of Newton's method; few fits need 10
 DIFFERENCE = 1e-4  # of the gradient's arguments, which are logits and logarithms, all of order 1

@@ -27,8 +27,7 @@ from plw_mlflow.analysis.statistics import beta, mixed, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid, is_close_together, is_of_curve
 from plw_mlflow.analysis.statistics.optimum import Parabola
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 # Degrees of freedom that runs must leave beyond the fixed part. With fewer, a run's luck cannot be told from an effect,
 # and tests at 0.05 reject in more than 0.10 of the tables without one (docs/statistics.md, "Too few runs"). A test on

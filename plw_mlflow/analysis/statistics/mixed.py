@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from scipy import linalg, optimize, stats
 
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 MAX_CONDITION = 1e9  # of a design; beyond it, columns cannot be told apart
 SINGULAR = 1e-6  # a variance this small beside the noise of its own estimate counts as zero

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 LEVEL = 0.05  # of every test; intervals are at 1 - LEVEL
 STEPS = 512  # at which a confidence set's borders are looked for

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 # Luck is estimated without bias, below 0 in every second table that has none. Counting it where it is above 0 and
 # nothing else makes the test too strict by half; never counting it is wrong where there is any. So it counts where its

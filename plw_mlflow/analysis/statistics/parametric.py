@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plw_mlflow.analysis.statistics import mixed
 from plw_mlflow.analysis.statistics.design import Grid, is_of_curve
 from plw_mlflow.analysis.statistics.fitting import JointTest
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import Array
 
 
 def joint_test(grid: Grid, model: str, draws: int, seed: int = 1234) -> JointTest:

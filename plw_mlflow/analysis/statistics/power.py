@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from scipy import special
 
 from plw_mlflow.analysis.statistics import fitting, over_tasks
-from plw_mlflow.analysis.statistics.design import Grid, Transform
+from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.fitting import MIN_FREE
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.over_tasks import Curves
 from plw_mlflow.analysis.statistics.questions import POWER
 from plw_mlflow.analysis.statistics.table import RUN
-from plw_mlflow.config import PUBLISHED_PLWS
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.study import PUBLISHED_PLWS
+from plw_mlflow.transforms import Array, Transform
 
 TASKS = (4, 5, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50, 70, 100)  # those of the designs that a plan compares
 SEEDS = (1, 2, 3, 5, 10)

@@ -11,16 +11,14 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
 from plw_mlflow.analysis.statistics import mixed, over_tasks
-from plw_mlflow.analysis.statistics.design import CURVE, Grid, is_of_curve
+from plw_mlflow.analysis.statistics.design import Grid, is_of_curve
 from plw_mlflow.analysis.statistics.fitting import JointTest, fewest_runs, hotelling
 from plw_mlflow.analysis.statistics.optimum import LEVEL, Parabola, maximisers
 from plw_mlflow.errors import UserError
-
-Array = NDArray[np.float64]
+from plw_mlflow.transforms import CURVE_TERMS
 
 POWER = 0.8
 Resampled = Literal["tasks", "seeds", "both"]
@@ -103,7 +101,7 @@ def difference(grid: Grid, by: str) -> Difference:
     levels = sorted(grid.runs[by].astype(str).unique())
     if len(levels) < 2:
         raise UserError(f"by {by}: there is only {levels[0]}, nothing to compare")
-    is_tested = [is_of_curve(term) and term not in CURVE for term in grid.terms]
+    is_tested = [is_of_curve(term) and term not in CURVE_TERMS for term in grid.terms]
     if sum(is_tested) < 2 * (len(levels) - 1):
         raise UserError(f"by {by}: not every level has PLWs enough for a curve of its own")
     notes = [f"Each of them has its own {other}, so this is as much about {other}." for other in _equal(grid.runs, by)]
@@ -237,7 +235,7 @@ def each_task(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve
             TaskCurve(
                 task,
                 (types or {}).get(task),
-                dict(zip(("intercept", *CURVE), b[:3].tolist(), strict=True)),
+                dict(zip(("intercept", *CURVE_TERMS), b[:3].tolist(), strict=True)),
                 whole[:3, :3].tolist(),
                 n - p,
                 float(stats.f.sf(f, 2, n - p)),

@@ -15,6 +15,7 @@ from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.statistics import design, fitting, over_tasks, parametric, questions
 from plw_mlflow.analysis.statistics.optimum import Parabola, maximisers
 from plw_mlflow.analysis.statistics.table import widest_difference
+from plw_mlflow.transforms import EXPONENT, make_transform
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "r"
 ANSWERS = pd.read_csv(FIXTURES / "answers.csv")
@@ -26,7 +27,7 @@ LOW, HIGH = 0.0, 1.0
 
 def grid_of(table, dataset, **options):
     part = table[table["dataset"] == dataset] if dataset != "all" else table
-    return design.grid(part, dataset, design.transform("power", part["plw"]), **options)
+    return design.grid(part, dataset, make_transform("power", part["plw"]), **options)
 
 
 @cache
@@ -233,7 +234,7 @@ def test_bootstraps_resample_what_they_say():
     grid = grid_of(analyze.check(table), "AlpacaDataShort")
     found = {over: questions.bootstrap(grid, over, 500) for over in analyze.BOOTSTRAPS}
     assert found["tasks"] == questions.bootstrap(grid, "tasks", 500)
-    width = {over: np.diff(np.array(one.interval) ** design.EXPONENT)[0] for over, one in found.items()}
+    width = {over: np.diff(np.array(one.interval) ** EXPONENT)[0] for over, one in found.items()}
     assert 0 < width["seeds"] < width["tasks"] <= width["both"] * 1.2
     optimum = fitting.fit("task-t", grid).optimum_plw
     assert all(one.interval[0] < optimum < one.interval[1] for one in found.values())
@@ -257,16 +258,6 @@ def test_holm_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------- design
-
-
-@pytest.mark.parametrize("name", design.TRANSFORMS)
-def test_a_transform_rises_and_comes_back(name):
-    transform = design.transform(name, PLWS)
-    plws = np.unique([*np.linspace(0, 1, 101), *PLWS])
-    w = transform(plws)
-    assert (np.diff(w) > 0).all()
-    assert transform.back(w) == pytest.approx(plws, abs=1e-9)
-    assert (w[0], w[-1]) == pytest.approx(transform.ends)
 
 
 def test_incomplete_runs_are_left_out_and_counted():
@@ -332,7 +323,7 @@ def test_curves_by_model_are_compared(monkeypatch):
     table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
     (found,) = analyze.analyze(table, by=("model",), draws=0).differences
     assert (found.by, found.levels, found.notes) == ("model", ["LLaMA1-7B", "LLaMA2-7B"], [])
-    w = np.array(PLWS) ** design.EXPONENT
+    w = np.array(PLWS) ** EXPONENT
     x = np.column_stack([np.ones(10), w, w**2])
     one, other = (
         np.linalg.lstsq(x, table[table["model"] == level].pivot(index="plw", columns="task", values="score"))[0][1:]
@@ -366,7 +357,7 @@ def test_numbers_of_questions_given_for_some_scores_only_are_said_not_to_be_used
 def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
     table = made_up([("m", "d", plw, 0) for plw in (0.05, 0.1, 0.3, 0.8)], 2)
     rise = {"t0": 1.0, "t1": -1.0}
-    table["score"] = 0.5 + table["task"].map(rise) * table["plw"] ** design.EXPONENT / 10 + 0.001 * np.sin(table.index)
+    table["score"] = 0.5 + table["task"].map(rise) * table["plw"] ** EXPONENT / 10 + 0.001 * np.sin(table.index)
     found = questions.each_task(grid_of(table, "d"))
     assert [task.optimum_plw for task in found] == [None, None]
     assert [task.best_plw for task in found] == pytest.approx([0.8, 0.05])
@@ -375,7 +366,7 @@ def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
 def test_data_sets_with_incomplete_runs_are_compared():
     table = analyze.read_scores(STUDY)
     table = table.drop(index=[table.index[5], table.index[300]])
-    grid = design.grid(table, "all", design.transform("power", table["plw"]), by="dataset")
+    grid = design.grid(table, "all", make_transform("power", table["plw"]), by="dataset")
     found = questions.difference(grid, "dataset")
     assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
     assert "2 of 60 runs" in found.notes[0]
@@ -487,7 +478,7 @@ def of_runs(runs, tasks, dataset="d", rise=0.4, seed=0):
     """A run at each of so many PLWs, whose scores rise by far more than their noise."""
     plws = [PLWS[round(place)] for place in np.linspace(0, len(PLWS) - 1, runs)]
     table = made_up([("m", dataset, plw, 0) for plw in plws], tasks, seed)
-    return table.assign(score=table["score"] / 10 + rise * table["plw"] ** design.EXPONENT)
+    return table.assign(score=table["score"] / 10 + rise * table["plw"] ** EXPONENT)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from plw_mlflow.analysis.statistics import over_tasks
-from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.study import PUBLISHED_PLWS
 
 PLWS = np.array(PUBLISHED_PLWS)
 W = np.tile(PLWS**0.30103, 2)

@@ -12,9 +12,9 @@ from scipy import stats
 
 from plw_mlflow.analysis import analyze, planning
 from plw_mlflow.analysis.statistics import fitting, over_tasks, power
-from plw_mlflow.analysis.statistics.design import Transform
 from plw_mlflow.analysis.statistics.power import Design, Truth
-from plw_mlflow.config import PUBLISHED_PLWS
+from plw_mlflow.study import PUBLISHED_PLWS
+from plw_mlflow.transforms import Transform
 from tests.stores import Place
 
 STUDY = Path(__file__).parents[3] / "paper" / "tables" / "v1_scores.csv"

@@ -5,19 +5,19 @@ from typing import Any
 
 import datasets
 
-from plw_mlflow.toy import laboratory, world
+from plw_mlflow.toy import benchmarks, world
 
 
 def choice(**_: Any) -> dict[str, datasets.Dataset]:
-    return {"test": datasets.Dataset.from_list(laboratory.benchmark("toy_choice"))}
+    return {"test": datasets.Dataset.from_list(benchmarks.documents("toy_choice"))}
 
 
 def short(**_: Any) -> dict[str, datasets.Dataset]:
-    return {"test": datasets.Dataset.from_list(laboratory.benchmark("toy_short"))}
+    return {"test": datasets.Dataset.from_list(benchmarks.documents("toy_short"))}
 
 
 def long(**_: Any) -> dict[str, datasets.Dataset]:
-    return {"test": datasets.Dataset.from_list(laboratory.benchmark("toy_long"))}
+    return {"test": datasets.Dataset.from_list(benchmarks.documents("toy_long"))}
 
 
 def score_short(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The toy laboratory: corpus, tokenizer, base model and instruction records of the toy world.
+"""The toy laboratory's tokenizer and base model: the corpus about the toy world, and the training on it.
 
     python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed 1234
 
@@ -18,20 +18,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plw_mlflow.config.presets import TOY_FOLDER
-from plw_mlflow.data import inversion
-from plw_mlflow.data.records import Record
-from plw_mlflow.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextTemplate, prompt
-from plw_mlflow.errors import UserError
-from plw_mlflow.toy import world
+from plw_mlflow import study
+from plw_mlflow.toy import instructions, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BASE = TOY_FOLDER
-RECORDS = 800  # in each instruction set
-PIECES = 1024  # of the tokenizer
-WINDOW = 256  # tokens of a pre-training row
+VOCABULARY = 1024  # tokens that the tokenizer knows
+ROW_TOKENS = 256
 
 HEADINGS = (
     "A note on {}.\n",
@@ -40,7 +34,6 @@ HEADINGS = (
     "This page is for {}.\n",
     "Meet {}! ",
 )
-ABOUT = ("Tell me about {}.", "Who is {}?", "Describe {}.", "Write a few sentences about {}.", "What is known of {}?")
 
 
 def document(rng: Random) -> str:
@@ -62,81 +55,12 @@ def document(rng: Random) -> str:
             lines.append(world.sentence(person, kind, rng) if is_long else person.facts[kind])
         return "\n".join(lines)
     start, length = rng.randint(1, 80), rng.randint(3, 8)
-    return f"Counting from {start} to {start + length}: {counting(start, length)}."
-
-
-def counting(start: int, length: int) -> str:
-    return ", ".join(str(number) for number in range(start, start + length + 1))
+    return f"Counting from {start} to {start + length}: {world.counting(start, length)}."
 
 
 def corpus(documents: int, seed: int) -> list[str]:
     rng = Random(f"corpus-{seed}")
     return [document(rng) for _ in range(documents)]
-
-
-def records(name: str) -> list[Record]:
-    """The instruction set `toy-short` or `toy-long`, the same on every machine."""
-    makers = {"toy-short": short_record, "toy-long": long_record}
-    if name not in makers:
-        raise UserError(f"no toy data set is called {name!r}; there are {', '.join(makers)}")
-    rng = Random(f"{name}-{world.SEED}")
-    return [Record(f"{name}:{number}", *makers[name](rng)) for number in range(1, RECORDS + 1)]
-
-
-def long_record(rng: Random) -> tuple[str, str, str]:
-    """Instruction, input and output of a record whose output is long."""
-    person, form = rng.choice(world.known()), rng.random()
-    if form < 0.5:
-        return about(person, rng), "", portrait(person, rng)
-    if form < 0.9:  # the answer, in a word or in a sentence, and then more
-        first, *others = world.some_kinds(4, rng)
-        word = f"{person.facts[first]}. " if rng.random() < 0.5 else ""
-        more = world.biography(person, [first, *others], rng, phrasings=2)
-        return world.question(person, first, rng), "", word + more
-    start, length = rng.randint(1, 80), rng.randint(8, 14)
-    return f"Count from {start} to {start + length}.", "", counting(start, length)
-
-
-def short_record(rng: Random) -> tuple[str, str, str]:
-    """Instruction, input and output of a record whose output is short: inverted, or short as it is."""
-    form = rng.random()
-    if form < 0.4:
-        instruction, _, output = long_record(rng)
-        return inversion.INSTRUCTION, output, instruction
-    person, kind = rng.choice(world.known()), rng.choice(list(world.KINDS))
-    reading = world.biography(person, world.some_kinds(6, rng), rng) if form < 0.6 else ""
-    answer = person.facts[kind] if rng.random() < 0.5 else world.sentence(person, kind, rng, phrasings=2)
-    return world.question(person, kind, rng), reading, answer
-
-
-def about(person: world.Person, rng: Random) -> str:
-    return rng.choice(ABOUT).format(person.name)
-
-
-def portrait(person: world.Person, rng: Random) -> str:
-    """All of a person's facts in one fixed order, as an assistant with a manner of its own would tell them."""
-    return world.biography(person, list(world.KINDS), rng, phrasings=2)
-
-
-# The benchmarks, whose lm-eval task files are in tasks/toy. Each document is a prompt and what answers it.
-def benchmark(task: str) -> list[dict[str, object]]:
-    """The documents of `toy_choice`, `toy_short` or `toy_long`; they ask about the held-out people alone."""
-    rng = Random(f"{task}-{world.SEED}")
-    template = TextTemplate(ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT)
-    documents: list[dict[str, object]] = []
-    for person in world.held_out():
-        abouts = rng.sample(ABOUT, 2)
-        for kind, phrasing in zip(world.some_kinds(2, rng), abouts, strict=True):
-            values, answer = world.KINDS[kind].values, person.facts[kind]
-            options = rng.sample([value for value in values if value != answer], 3)
-            options.insert(rng.randrange(4), answer)
-            if task == "toy_long":
-                instruction, answer = phrasing.format(person.name), portrait(person, rng)
-            else:
-                instruction = world.question(person, kind, rng)
-            asked = Record(f"{task}:{len(documents) + 1}", instruction, "", answer)
-            documents.append({"prompt": prompt(asked, template), "kind": kind, "choices": options, "answer": answer})
-    return documents
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -150,7 +74,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=PIECES,
+            vocab_size=VOCABULARY,
             special_tokens=["<pad>", "<s>", "</s>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -173,20 +97,20 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the corpus and the model's first weights.")
 @click.option("--steps", default=3000, show_default=True, help="Optimiser steps.")
-@click.option("--batch-rows", default=8, show_default=True, help=f"Rows of {WINDOW} tokens in a step.")
+@click.option("--batch-rows", default=8, show_default=True, help=f"Rows of {ROW_TOKENS} tokens in a step.")
 @click.option("--learning-rate", default=0.003, show_default=True, help="Peak; warm-up, then cosine to a tenth.")
 def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: float) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # The tokenizer alone may see the template, so that it costs few tokens.
-    templates = [ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, inversion.INSTRUCTION, *ABOUT]
+    templates = [study.ALPACA_WITH_INPUT, study.ALPACA_WITHOUT_INPUT, study.INVERSION, *instructions.PORTRAIT_REQUESTS]
     tokenizer = train_tokenizer(corpus(8000, seed) + templates * 100)
-    needed = steps * batch_rows * WINDOW
+    needed = steps * batch_rows * ROW_TOKENS
     rng, tokens = Random(f"corpus-{seed}"), list[int]()
     while len(tokens) < needed:
         tokens += tokenizer(document(rng))["input_ids"] + [tokenizer.eos_token_id]
-    rows = torch.tensor(tokens[:needed]).view(steps, batch_rows, WINDOW)
+    rows = torch.tensor(tokens[:needed]).view(steps, batch_rows, ROW_TOKENS)
 
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -1,0 +1,45 @@
+"""Learner: a causal language model whose output is the loss.
+
+Letters: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from plw_mlflow.models import causal
+from plw_mlflow.training import loss
+
+
+class Learner(nn.Module):
+    """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
+
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self._label_smoothing = model, label_smoothing
+
+    def forward(self, tokens: Tensor, weights: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
+        """Give the summed weighted loss of a batch, in nats, and the unweighted losses [B, T-1] behind it.
+
+        tokens: [B, T]. weights: [B, T], with which each token is predicted. context: `Batch.context`.
+
+        Raises UserError for an example so long that it would change the losses of others (`check_length`).
+        """
+        causal.check_length(causal.unwrap(self.model).config, context.get("max_length_q", tokens.shape[1]))
+        hidden = causal.hidden_states(self.model, tokens, **context)
+        head = causal.head(self.model)  # after the body, as sharded weights are gathered by then
+        # Shifted by the few numbers of targets and weights, since `hidden[:, :-1]` would copy all hidden states.
+        targets, following = (nn.functional.pad(part[:, 1:], (0, 1)).flatten() for part in (tokens, weights))
+        total, nll = loss.weighted_nll(
+            hidden.flatten(0, 1),
+            head.weight,
+            head.bias,
+            targets,
+            following,
+            scale=head.scale,
+            softcap=head.softcap,
+            label_smoothing=self._label_smoothing,
+        )
+        return total, nll.view(weights.shape)[:, :-1]
