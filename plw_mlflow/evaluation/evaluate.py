@@ -27,7 +27,7 @@ from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.evaluation import local_documents, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
 from plw_mlflow.evaluation.task_sets import Benchmark
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import saved_adapters
 
 TASKS_FOLDER = task_sets.OWN_TASKS
 # The harness gives these on 0..100; the second line is TruthfulQA's.
@@ -223,7 +223,7 @@ def run_adapters(
 ) -> Iterator[tuple[Path, Evaluation]]:
     """Score folders of LoRA adapters one after another, each on the one loaded base, which ends as it was."""
     for folder in adapters:
-        with pretrained.adapted(base, folder) as adapted:
+        with saved_adapters.attached(base, folder) as adapted:
             yield folder, run(adapted, tokenizer, tasks, options, seed)
 
 

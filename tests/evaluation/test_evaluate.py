@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.evaluation import evaluate, prompting
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import location, pretrained, saved_adapters
 from plw_mlflow.toy import TOY_FOLDER, benchmarks
 from tests import stubs
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -403,7 +403,7 @@ def test_adapters_are_scored_over_one_base(adapters):
 
 def test_an_adapters_folder_stands_for_its_base_with_it_merged(adapters):
     tokens = torch.arange(8).unsqueeze(0)
-    attached = pretrained.load_adapter(pretrained.load("toy"), adapters[0])
+    attached = saved_adapters.attach(pretrained.load("toy"), adapters[0])
     merged, tokenizer = pretrained.load_for_scoring(str(adapters[0]))
     torch.testing.assert_close(merged(tokens).logits, attached(tokens).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(tokens).logits, pretrained.load("toy")(tokens).logits, atol=0.1)
@@ -418,7 +418,7 @@ def test_adapters_that_cannot_be_used_are_told(tmp_path, adapters):
     with pytest.raises(ValueError, match=r"names no base model: base_model_name_or_path is empty"):
         pretrained.load_for_scoring(str(tmp_path))
     with pytest.raises(ValueError, match=r"the adapter of .* cannot be loaded"):
-        pretrained.load_adapter(pretrained.load("toy"), tmp_path)
+        saved_adapters.attach(pretrained.load("toy"), tmp_path)
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def own(tmp_path):
     torch.manual_seed(0)
     settings = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(pretrained.load(str(base)), settings).save_pretrained(str(folder))
-    pretrained.note_base(folder, str(base), pretrained.digest(str(base)))
+    saved_adapters.note_base(folder, str(base), location.digest(str(base)))
     return base, folder
 
 
@@ -453,7 +453,7 @@ def test_an_adapter_on_another_base_than_it_was_trained_on_is_refused(own):
     with pytest.warns(UserWarning, match="so the scores may be of a model that nobody has trained"):
         given = pretrained.load_for_scoring(str(folder), str(base))[0](tokens).logits
     assert not torch.equal(given, expected)
-    (folder / pretrained.BASE_FILE).unlink()  # as adapters from elsewhere have none
+    (folder / saved_adapters.BASE_FILE).unlink()  # as adapters from elsewhere have none
     assert torch.equal(pretrained.load_for_scoring(str(folder))[0](tokens).logits, given)
 
 
