@@ -243,7 +243,7 @@ def test_no_name_of_a_file_ends_in_a_traceback_or_touches_another(place, monkeyp
         before = {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)}
         with suppress(UserError):
             found = prepare.run(os.path.relpath(path), tokenizer, DataOptions(cache_dir=cache, validation_share=0.5))
-            read += found.profile["records"] == 3
+            read += found.profile.records == 3
         assert {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)} == before, odd
         path.unlink()
     assert read > 30
