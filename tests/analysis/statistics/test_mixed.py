@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis import score_table
 from plw_mlflow.analysis.statistics import inference, random_intercept, random_slopes
+from plw_mlflow.transforms import EXPONENT
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "r"
 ANSWERS = pd.read_csv(FIXTURES / "answers.csv")
@@ -24,7 +25,7 @@ def r_table(number, dataset):
     """Scores [R, T], fixed design [R, 4], random design [R, 3] and task names of one of R's tables."""
     table = pd.read_csv(FIXTURES / f"table{number:02d}.csv").query("dataset == @dataset")
     wide = table.pivot(index=["model", "plw", "seed"], columns="task", values="score")
-    w = wide.index.get_level_values("plw").to_numpy(float) ** analyze.EXPONENT
+    w = wide.index.get_level_values("plw").to_numpy(float) ** EXPONENT
     z = np.column_stack([np.ones_like(w), w, w**2])
     is_second = wide.index.get_level_values("model") == "base-2"
     return wide.to_numpy(), np.column_stack([z, is_second]), z, list(wide.columns)
@@ -47,7 +48,7 @@ def fit_table(number, dataset, model, reml, columns=(0, 1, 2, 3)):
 def simulate(seed=0, runs=20, tasks=5, missing=0.0, spread=(0.2, 0.03, 0.02), sd_run=0.01, sd=0.01):
     """Scores [R, T] with NaN where missing, fixed design [R, 4] and random design [R, 3]; residual SDs differ."""
     random = np.random.default_rng(seed)
-    w = np.resize(PLWS, runs) ** analyze.EXPONENT
+    w = np.resize(PLWS, runs) ** EXPONENT
     z = np.column_stack([np.ones(runs), w, w**2])
     x = np.column_stack([z, np.arange(runs) // len(PLWS) % 2])
     curves = np.array([0.5, 0.1, -0.08]) + random.normal(size=(tasks, 3)) * spread
@@ -164,10 +165,10 @@ def test_residual_variances_by_task_equal_glmmtmb(number, dataset, reml):
 def test_p_values_of_the_study_equal_lme4():
     tables = Path(__file__).parents[3] / "paper" / "tables"
     reference = pd.read_csv(tables / "reference_fits_R.csv").query("software.str.startswith('lme4')")
-    study = analyze.read_scores(tables / "v1_scores.csv")
+    study = score_table.read_scores(tables / "v1_scores.csv")
     for row in reference.itertuples():
         part = study[study["dataset"] == row.dataset]
-        w = part["plw"].to_numpy() ** analyze.EXPONENT
+        w = part["plw"].to_numpy() ** EXPONENT
         x = np.column_stack([np.ones_like(w), w, w**2])
         fit = random_intercept.fit(part["score"].to_numpy(), x, pd.factorize(part["task"])[0])
         t = fit.coefficients / np.sqrt(np.diag(fit.covariance))
