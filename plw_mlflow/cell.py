@@ -33,7 +33,7 @@ from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting, scores
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
-from plw_mlflow.models import adapters, causal, export, pad_token, pretrained
+from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run
 from plw_mlflow.training import checkpoints, train
 
@@ -147,7 +147,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     contents = {
         "data": ",".join(source.sha256 for source in prepared.sources),
         "examples": prepared.digest,
-        "base": pretrained.digest(config.model),
+        "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "precision": "bfloat16" if is_bfloat16 else "float32",
     }
@@ -180,7 +180,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         with tempfile.TemporaryDirectory() as adapter:
             merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
             if any(Path(adapter).iterdir()):
-                pretrained.note_base(Path(adapter), config.model, contents["base"])
+                saved_adapters.note_base(Path(adapter), config.model, contents["base"])
             end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
             run.log_folder(Path(adapter), outputs.ADAPTER)
             export.write(merged, tokenizer, Path(adapter), config.output)

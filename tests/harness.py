@@ -51,8 +51,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     assert done.returncode == 0, done.stderr
     (results,) = (folder / "out").glob("*/results_*.json")
     return {
-        (task, key.removesuffix(",none")): value
-        / scores.percent(key.partition(",")[0])
+        (task, key.removesuffix(",none")): value / scores.percent(key.partition(",")[0])
         for task, values in json.loads(results.read_text())["results"].items()
         for key, value in values.items()
         if "," in key and "_stderr" not in key

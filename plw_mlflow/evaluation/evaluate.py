@@ -122,11 +122,11 @@ def _bars_only_when_slow() -> Iterator[None]:
     The harness shows one for each task, mostly for a fraction of a second, and has no setting for that.
     """
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, delay=BAR_AFTER_SECONDS, disable=None)  # type: ignore[method-assign, assignment]
+    tqdm.__init__ = partialmethod(original, delay=BAR_AFTER_SECONDS, disable=None)
     try:
         yield
     finally:
-        tqdm.__init__ = original  # type: ignore[method-assign]
+        tqdm.__init__ = original
 
 
 def _describe(one: Score, tasks: Tasks, results: dict[str, Any], output_type: str, prompt: str) -> Score:
