@@ -24,7 +24,7 @@ from plw_mlflow.config import (
     names,
     short_name,
 )
-from plw_mlflow.data import prepare, sources, templates
+from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.environment import outputs
@@ -136,7 +136,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         causal.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output if is_first_process() else None)
-    print(prepare.text(prepared.profile))
+    print(profile.text(prepared.profile))
     is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
     arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
     model = pretrained.load(
