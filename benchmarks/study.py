@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.advice import advise, evidence
-from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis import analyze, score_table, wording
+from plw_mlflow.analysis.answers import Analysis
+from plw_mlflow.analysis.score_table import rescale
 from plw_mlflow.analysis.statistics import design, differences, fitting, over_tasks, task_curves
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.fitting import Fit
-from plw_mlflow.analysis.statistics.table import rescale
 from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
@@ -39,11 +40,11 @@ RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
 @cache
 def scores() -> pd.DataFrame:
     """The study's 480 scores, as fractions."""
-    return analyze.read_scores(evidence.TABLES / "v1_scores.csv")
+    return score_table.read_scores(evidence.TABLES / "v1_scores.csv")
 
 
 @cache
-def analysis() -> analyze.Analysis:
+def analysis() -> Analysis:
     """All that `python -m entrypoints.analyze --scores paper/tables/v1_scores.csv --margin 0.01` finds."""
     return analyze.analyze(scores(), margin=MARGIN)
 
@@ -194,7 +195,7 @@ def by_task() -> str:
     for kind, fit in types[SHORT].items():
         p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]
         where = best(fit.optimum_plw, fit.delta_interval)
-        where += f"; highest at {analyze.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
+        where += f"; highest at {wording.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
         rows.append([f"**{kind}**", f"{fit.tasks} task{'s' * (fit.tasks > 1)}, `{fit.model}`", *p, where])
     return markdown(["task", "type", *(f"p, {name}" for name in DATASETS), "Short: best PLW (95 %, delta)"], rows)
 

@@ -40,7 +40,7 @@ from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError, first_line, without_passwords
 from plw_mlflow.evaluation import task_sets
-from plw_mlflow.evaluation.evaluate import Evaluation
+from plw_mlflow.evaluation.scores import Evaluation
 from plw_mlflow.models import pretrained
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently

@@ -26,7 +26,7 @@ from plw_mlflow.config import DataOptions, EvaluateConfig, MainConfig, PrepareCo
 from plw_mlflow.data import prepare
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import Refused
-from plw_mlflow.evaluation.evaluate import Evaluation, Score, table
+from plw_mlflow.evaluation.scores import Evaluation, Score, table
 from plw_mlflow.tracking import connection, outbox, stored
 from plw_mlflow.tracking import run as run_module
 from plw_mlflow.tracking.run import cell_columns
