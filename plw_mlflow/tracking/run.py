@@ -30,6 +30,7 @@ from mlflow.models import ModelSignature
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.types import ColSpec, Schema
+from mlflow.utils import logging_utils
 
 from plw_mlflow import __version__, seeding
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
@@ -252,7 +253,13 @@ class Run:
         for known in self._client.search_model_versions(f"name = '{name}'"):
             if known.source == model:  # the answer was lost when it was registered
                 return str(known.version)
-        return str(mlflow.register_model(model, name, tags=tags).version)
+        logging_utils.disable_logging()  # it prints two lines that say no more than the one below
+        try:
+            version = str(mlflow.register_model(model, name, tags=tags).version)
+        finally:
+            logging_utils.enable_logging()
+        print(f"registered the model as {name}, version {version}")
+        return version
 
     def load_checkpoint(self) -> tuple[Any, Any]:
         """The model and tokenizer that this run has logged. Raises UserError where there is none, or it is damaged."""

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from plw_mlflow import seeding
@@ -31,6 +30,7 @@ from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Batch, Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.environment.progress import Progress
 from plw_mlflow.errors import RunError, UserError, first_line
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, loss, parallel
@@ -97,15 +97,9 @@ def run(
         started, tokens_seen = time.monotonic(), 0
         if resumed_from == 0:
             log(loop.evaluate(), 0)
+        is_shown = accelerator.is_main_process
         progress = stack.enter_context(
-            tqdm(
-                total=total,
-                initial=resumed_from,
-                desc=f"plw {config.plw:g}",
-                unit="step",
-                dynamic_ncols=True,
-                disable=not accelerator.is_main_process,
-            )
+            Progress(f"plw {config.plw:g}", total, "steps", done=resumed_from, is_shown=is_shown)
         )
         stopping = False
         for indices in batches.steps(
@@ -123,10 +117,8 @@ def run(
                 # before that of SIGTERM there may be no time.
                 metrics |= _finite(loop.evaluate(), loop.step)
             log(metrics, loop.step)
-            progress.set_postfix(
-                loss=f"{metrics['train/loss']:.3f}", tokens_per_s=f"{metrics['train/tokens_per_second']:.0f}"
-            )
-            progress.update()
+            speed = f"{metrics['train/tokens_per_second']:.0f}"
+            progress.update(1, loss=f"{metrics['train/loss']:.3f}", tokens_per_s=speed)
             if saving or stopping:
                 checkpoint = loop.checkpoint()
                 if accelerator.is_main_process:
