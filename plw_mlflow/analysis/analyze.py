@@ -16,10 +16,21 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from plw_mlflow.analysis.statistics import design, fitting, parametric, questions
+from plw_mlflow.analysis.statistics import (
+    bootstrap,
+    design,
+    differences,
+    equivalence,
+    fitting,
+    multiple_testing,
+    parametric,
+    task_curves,
+)
+from plw_mlflow.analysis.statistics.bootstrap import Bootstrap
+from plw_mlflow.analysis.statistics.differences import Difference
+from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
-from plw_mlflow.analysis.statistics.questions import Bootstrap, Difference, Equivalence, TaskCurve
 from plw_mlflow.analysis.statistics.table import (
     COLUMNS,
     MIN_PLWS,
@@ -30,8 +41,10 @@ from plw_mlflow.analysis.statistics.table import (
     missing_scores,
     read_scores,
     rescale,
+    task_types,
     widest_difference,
 )
+from plw_mlflow.analysis.statistics.task_curves import TaskCurve
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import EXPONENT, TERMS, TRANSFORMS, make_transform
 
@@ -40,7 +53,7 @@ T = TypeVar("T")
 SCHEMA = "plw_mlflow.fit/3"
 LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted, to most scores, is the answer
 MOST = 0.75  # of the scores
-BOOTSTRAPS: tuple[questions.Resampled, ...] = ("tasks", "seeds", "both")
+BOOTSTRAPS: tuple[bootstrap.Resampled, ...] = ("tasks", "seeds", "both")
 
 
 @dataclass(frozen=True)
@@ -126,14 +139,14 @@ def analyze(
             f"margin is {margin:g}, but no two scores can differ by more than {widest:g}; "
             "give a margin on the scale of the scores"
         )
-    types = questions.task_types(checked)
+    types = task_types(checked)
     fits: list[Fit] = []
     refusals: list[Refusal] = []
     answers: list[Answer] = []
     for dataset, part in scaled.groupby("dataset"):
         tries = _Tries(str(dataset), refusals)
         grid = _grid(part, str(dataset), transform, also=by)
-        here = tries.every((model, partial(fitting.fit, model, grid, scale)) for model in fitting.MODELS)
+        here = tries.every((model, partial(fitting.fit, model, grid, scale)) for model in fitting.FITS)
         if refits:
             here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in here]
         fits += here
@@ -141,7 +154,7 @@ def analyze(
             reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
             raise UserError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
         lead = _lead(here, len(part), refusals)
-        equal = tries.every([("equivalence", partial(questions.equivalence, grid, margin, widest))])
+        equal = tries.every([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
         answers.append(
             Answer(
                 str(dataset),
@@ -150,17 +163,17 @@ def analyze(
                 "",
                 equal[0] if equal else None,
                 tries.every(
-                    (f"bootstrap over {over}", partial(questions.bootstrap, grid, over, draws, seed))
+                    (f"bootstrap over {over}", partial(bootstrap.bootstrap_optimum, grid, over, draws, seed))
                     for over in BOOTSTRAPS
                     if draws
                 ),
-                questions.each_task(grid, types),
+                task_curves.fit_task_curves(grid, types),
                 _by_type(part, types, tries, transform, scale, by),
                 [_variant(checked, str(dataset), lead.model, other, transform, other, by) for other in SCALES],
                 [_variant(checked, str(dataset), lead.model, scale, other, other, by) for other in TRANSFORMS],
             )
         )
-    adjusted = questions.holm({answer.dataset: answer.lead.joint_p for answer in answers})
+    adjusted = multiple_testing.adjust_by_holm({answer.dataset: answer.lead.joint_p for answer in answers})
     answers = [
         replace(
             answer,
@@ -286,7 +299,7 @@ def _differences(
     asked = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
 
     def compare(column: str) -> Difference:
-        return questions.difference(_grid(scaled, "all", transform, column, by), column)
+        return differences.compare_curves(_grid(scaled, "all", transform, column, by), column)
 
     return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in asked)
 
@@ -349,8 +362,8 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
     leads = {answer.dataset: answer for answer in analysis.answers}
     holm_p = {
         (dataset, model): p
-        for model in fitting.MODELS
-        for dataset, p in questions.holm(
+        for model in fitting.FITS
+        for dataset, p in multiple_testing.adjust_by_holm(
             {fit.dataset: fit.joint_p for fit in analysis.fits if fit.model == model}
         ).items()
     }

@@ -21,7 +21,7 @@ from scipy import stats
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.analyze import LEVEL, Answer, Fit
 from plw_mlflow.analysis.statistics import design
-from plw_mlflow.analysis.statistics.questions import TaskCurve
+from plw_mlflow.analysis.statistics.task_curves import TaskCurve
 from plw_mlflow.drawing import (
     COLOURS,
     CURVE_BLUE,
@@ -47,7 +47,7 @@ SPACING = {
 
 
 @dataclass(frozen=True)
-class Estimate:
+class OptimumEstimate:
     """Where one method finds the best PLW: a row of the figure of optima, and of the report's table."""
 
     group: str  # what kind of method, or of scores
@@ -250,9 +250,9 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
 # ------------------------------------------------------------------------------------------------ the optimum
 
 
-def draw_optima(estimates: Sequence[Estimate], transform: Transform) -> Figure:
+def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> Figure:
     """Where each method, and each part of the scores, finds the best PLW; intervals of one name share a row."""
-    rows: dict[tuple[str, str], list[Estimate]] = {}
+    rows: dict[tuple[str, str], list[OptimumEstimate]] = {}
     for one in estimates:
         rows.setdefault((one.group, one.name), []).append(one)
     groups = list(dict.fromkeys(group for group, _ in rows))

@@ -36,7 +36,7 @@ from plw_mlflow.analysis.analyze import (
     set_in_words,
     to_json,
 )
-from plw_mlflow.analysis.figures import Estimate
+from plw_mlflow.analysis.figures import OptimumEstimate
 from plw_mlflow.analysis.statistics.fitting import JointTest
 from plw_mlflow.analysis.statistics.table import RUN, SCORE
 from plw_mlflow.environment import outputs, provenance
@@ -59,7 +59,7 @@ TRANSFORMS = {
     "none": "PLW itself",
 }
 # What each statistical model is, and what it can be trusted for.
-MODELS = {
+FITS = {
     "crossed": (
         "A curve per task by least squares; the mean curve is tested with the tasks as the sample. What a run's luck "
         "adds to all its tasks is counted where residuals show it, and deducted in part where they show less than "
@@ -154,10 +154,10 @@ def claim(answer: Answer, looks: int) -> Claim:
     )
 
 
-def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
+def estimates(answer: Answer, fits: list[Fit]) -> list[OptimumEstimate]:
     """The best PLW by every model (`fits`, of the answer's data set), bootstrap, type of task and task."""
 
-    def of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[Estimate]:
+    def of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[OptimumEstimate]:
         best = highest_end(fit) if fit.optimum_plw is None else fit.optimum_plw
         delta = [] if fit.delta_interval is None else [fit.delta_interval]
         shared: dict[str, Any] = {
@@ -166,28 +166,32 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[Estimate]:
             "interior": fit.interior_probability,
             "is_lead": is_lead,
         }
-        rows = [Estimate(group, name, "delta", intervals=delta, is_unbounded=False, **shared)]
+        rows = [OptimumEstimate(group, name, "delta", intervals=delta, is_unbounded=False, **shared)]
         if fit.optimum_set is not None:
             unbounded = fit.optimum_set_is_unbounded
             rows.insert(
-                0, Estimate(group, name, "Fieller", intervals=fit.optimum_set, is_unbounded=unbounded, **shared)
+                0, OptimumEstimate(group, name, "Fieller", intervals=fit.optimum_set, is_unbounded=unbounded, **shared)
             )
         return rows
 
     found = [one for fit in fits for one in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
     for one in answer.bootstraps:
         name = "tasks and seeds" if one.over == "both" else one.over
-        found.append(Estimate("Bootstrap over", name, "percentiles", None, None, [one.interval], False, one.interior))
+        found.append(
+            OptimumEstimate("Bootstrap over", name, "percentiles", None, None, [one.interval], False, one.interior)
+        )
     for kind, fit in answer.by_type:
         found += of_fit("Type of task", f"{kind} ({fit.model})", fit)
     for task in answer.by_task:
         own = [] if task.delta_interval is None else [task.delta_interval]
         best = task.best_plw, task.optimum_plw
-        found.append(Estimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability))
+        found.append(
+            OptimumEstimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability)
+        )
     return found
 
 
-def interval_text(one: Estimate) -> str:
+def interval_text(one: OptimumEstimate) -> str:
     """The interval of an estimate in words."""
     if not one.intervals:
         return "unbounded, none of it inside" if one.is_unbounded else "none inside"
@@ -297,7 +301,7 @@ def html(
         tasks_drawn=figures.MOST_TASKS,
         terms=TERMS,
         level=LEVEL,
-        models=MODELS,
+        models=FITS,
         scales=SCALES,
         transforms=TRANSFORMS,
         profile=profile(table, analysis.by),
@@ -315,7 +319,7 @@ def _of(analysis: Analysis, answer: Answer) -> list[Fit]:
     return [fit for fit in analysis.fits if fit.dataset == answer.dataset]
 
 
-def _rows(found: list[Estimate]) -> list[dict[str, Any]]:
+def _rows(found: list[OptimumEstimate]) -> list[dict[str, Any]]:
     """Estimates as the table shows them: the intervals of one fit in one row."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for one in found:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.statistics import design, fitting, mixed
+from plw_mlflow.analysis.statistics import design, fitting, random_intercept
 from plw_mlflow.analysis.statistics import table as statistics_table
 from plw_mlflow.transforms import make_transform
 
@@ -137,7 +137,7 @@ def test_random_intercept_equals_dense_matrices_on_an_unbalanced_table(reml):
     x, y, group = np.column_stack([np.ones_like(w), w, w**2]), table["score"].to_numpy(), pd.factorize(table["task"])[0]
     assert len(set(np.bincount(group))) > 2
     b, covariance, var_group, var_residual, loglik = dense(y, x, group, reml)
-    fit = mixed.fit_random_intercept(y, x, group, reml)
+    fit = random_intercept.fit(y, x, group, reml)
     assert fit.loglik == pytest.approx(loglik, abs=1e-8)
     assert fit.coefficients == pytest.approx(b, rel=1e-6)
     assert fit.covariance == pytest.approx(covariance, rel=1e-5)
@@ -434,7 +434,7 @@ def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
     assert [(fit["dataset"], fit["model"]) for fit in told["fits"]] == [
-        (dataset, model) for dataset in sorted(study_fits) for model in fitting.MODELS
+        (dataset, model) for dataset in sorted(study_fits) for model in fitting.FITS
     ]
     (short,) = (fit for fit in told["fits"] if (fit["dataset"], fit["model"]) == ("AlpacaDataShort", "lmm"))
     assert short["coefficients"] == study_fits["AlpacaDataShort"].coefficients

@@ -308,7 +308,9 @@ def test_one_interval_leads_everywhere():
 
 def test_unbounded_intervals_are_said_in_words():
     def told(intervals, is_unbounded):
-        return report.interval_text(figures.Estimate("Model", "lmm", "Fieller", 0.2, 0.2, intervals, is_unbounded, 0.9))
+        return report.interval_text(
+            figures.OptimumEstimate("Model", "lmm", "Fieller", 0.2, 0.2, intervals, is_unbounded, 0.9)
+        )
 
     assert told([[0.1, 0.5]], False) == "0.1 to 0.5"
     assert told([[0.0, 0.03], [0.09, 1.0]], True) == "0 to 0.03 and 0.09 to 1, and on beyond: unbounded"

@@ -16,6 +16,7 @@ from scipy import optimize, special, stats
 from plw_mlflow.transforms import Array
 
 LEVEL = 0.05  # of every test; intervals are at 1 - LEVEL
+POWER = 0.8  # with which a planned study is to find what is there
 STEPS = 512  # at which a confidence set's borders are looked for
 
 

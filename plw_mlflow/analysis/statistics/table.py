@@ -265,3 +265,16 @@ def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
     """The scores a full grid of the table's models, data sets, PLWs, seeds and tasks would have and it has not."""
     grid = pd.MultiIndex.from_product([sorted(table[column].unique()) for column in SCORE], names=SCORE)
     return grid.difference(pd.MultiIndex.from_frame(table[SCORE])).to_frame(index=False)
+
+
+def task_types(table: pd.DataFrame) -> dict[str, str]:
+    """The type of each task, where the table has a column task_type. Raises UserError for a task of two types."""
+    if "task_type" not in table:
+        return {}
+    given = table[table["task_type"].notna() & (table["task_type"].astype(str).str.strip() != "")]
+    kinds = given["task_type"].astype(str).groupby(given["task"]).unique()
+    for task, several in kinds.items():
+        if len(several) > 1:
+            source = table.attrs.get("source", "score table")
+            raise UserError(f"{source}: task {task} has the types {' and '.join(sorted(several))}; keep one")
+    return {str(task): kind[0] for task, kind in kinds.items()}

@@ -12,9 +12,19 @@ import pytest
 from scipy import stats
 
 from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.statistics import design, fitting, over_tasks, parametric, questions
+from plw_mlflow.analysis.statistics import (
+    bootstrap,
+    design,
+    differences,
+    equivalence,
+    fitting,
+    multiple_testing,
+    over_tasks,
+    parametric,
+    task_curves,
+)
 from plw_mlflow.analysis.statistics.optimum import Parabola, maximisers
-from plw_mlflow.analysis.statistics.table import widest_difference
+from plw_mlflow.analysis.statistics.table import task_types, widest_difference
 from plw_mlflow.transforms import EXPONENT, make_transform
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "r"
@@ -80,7 +90,7 @@ def test_ols_with_fixed_tasks_equals_r(number, dataset):
 
 def test_the_study_by_every_model():
     """Hotelling over eight tasks, paper.md; lmm and beta, R's rows."""
-    p = {model: fitting.fit(model, study_grid()).joint_p for model in fitting.MODELS}
+    p = {model: fitting.fit(model, study_grid()).joint_p for model in fitting.FITS}
     assert p["task-t"] == pytest.approx(0.164, abs=5e-4)
     assert p["lmm"] == pytest.approx(4.18719165e-06, rel=1e-5)
     assert p["beta"] == pytest.approx(8.33284029e-09, rel=1e-4)
@@ -101,7 +111,7 @@ def test_the_beta_row_of_the_reference():
 def test_difference_between_data_sets_equals_r():
     told = r_answers(7, "all", "lmm-by-dataset")
     grid = grid_of(analyze.read_scores(FIXTURES / "table07.csv"), "all", by="dataset")
-    found = questions.difference(grid, "dataset")
+    found = differences.compare_curves(grid, "dataset")
     over, ratio = found.tests
     assert ratio.statistic == pytest.approx(told["ml.lrt.chisq"], rel=1e-5)
     assert (ratio.df1, ratio.p) == pytest.approx((told["ml.lrt.df"], told["ml.lrt.p"]), rel=1e-4)
@@ -174,7 +184,7 @@ def test_equivalence_is_of_the_worst_pair(monkeypatch):
     monkeypatch.setattr(over_tasks, "COUNTED", 0.0)  # luck is left out, so that tests of a pair are Student's
     monkeypatch.setattr(over_tasks, "DEDUCTED", 0.0)
     grid = study_grid("AlpacaData")
-    found = questions.equivalence(grid, 0.01)
+    found = equivalence.assess_equivalence(grid, 0.01)
     slope, bend = np.linalg.lstsq(grid.x, grid.scores)[0][1:3]
     ps = []
     for i, one in enumerate(PLWS):
@@ -187,11 +197,11 @@ def test_equivalence_is_of_the_worst_pair(monkeypatch):
                 )
             )
     assert found.p == pytest.approx(max(ps))
-    assert questions.equivalence(grid, found.smallest_margin).p == pytest.approx(0.05)
-    assert questions.equivalence(grid).p is None
+    assert equivalence.assess_equivalence(grid, found.smallest_margin).p == pytest.approx(0.05)
+    assert equivalence.assess_equivalence(grid).p is None
     assert found.largest_difference < found.smallest_margin
     with pytest.raises(ValueError, match="margin must be a number above 0"):
-        questions.equivalence(grid, -1)
+        equivalence.assess_equivalence(grid, -1)
 
 
 def test_equivalence_counts_luck():
@@ -204,7 +214,7 @@ def test_equivalence_counts_luck():
     pairs = [(w[i] - w[j], w[i] ** 2 - w[j] ** 2) for i in range(10) for j in range(i)]
     estimate, error, freedom, _ = curves.t_test(np.array(pairs) @ lucky.contrasts)
     expected = stats.t.sf((0.05 - np.abs(estimate)) / error, freedom).max()
-    assert questions.equivalence(lucky, 0.05).p == pytest.approx(expected)
+    assert equivalence.assess_equivalence(lucky, 0.05).p == pytest.approx(expected)
 
 
 def test_what_does_not_vary_between_tasks_is_no_evidence():
@@ -232,18 +242,18 @@ def test_bootstraps_resample_what_they_say():
     table = table.reset_index(drop=True)
     table.attrs = {}
     grid = grid_of(analyze.check(table), "AlpacaDataShort")
-    found = {over: questions.bootstrap(grid, over, 500) for over in analyze.BOOTSTRAPS}
-    assert found["tasks"] == questions.bootstrap(grid, "tasks", 500)
+    found = {over: bootstrap.bootstrap_optimum(grid, over, 500) for over in analyze.BOOTSTRAPS}
+    assert found["tasks"] == bootstrap.bootstrap_optimum(grid, "tasks", 500)
     width = {over: np.diff(np.array(one.interval) ** EXPONENT)[0] for over, one in found.items()}
     assert 0 < width["seeds"] < width["tasks"] <= width["both"] * 1.2
     optimum = fitting.fit("task-t", grid).optimum_plw
     assert all(one.interval[0] < optimum < one.interval[1] for one in found.values())
     with pytest.raises(ValueError, match="two seeds or more"):
-        questions.bootstrap(study_grid(), "seeds", 10)
+        bootstrap.bootstrap_optimum(study_grid(), "seeds", 10)
 
 
 def test_a_tasks_own_curve_is_least_squares():
-    (first, *_), grid = questions.each_task(study_grid(), {"arc_challenge": "choice"}), study_grid()
+    (first, *_), grid = task_curves.fit_task_curves(study_grid(), {"arc_challenge": "choice"}), study_grid()
     expected, rss, *_ = np.linalg.lstsq(grid.x, grid.scores[:, 0])
     assert (first.task, first.task_type) == ("arc_challenge", "choice")
     assert list(first.coefficients.values()) == pytest.approx(expected[:3])
@@ -253,8 +263,10 @@ def test_a_tasks_own_curve_is_least_squares():
 
 
 def test_holm_by_hand():
-    assert questions.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert questions.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert multiple_testing.adjust_by_holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06}
+    )
+    assert multiple_testing.adjust_by_holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
 # -------------------------------------------------------------------------------------------------- design
@@ -291,7 +303,7 @@ def test_scores_of_0_and_1_refuse_the_beta_model_alone():
     table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
     table.loc[table.index[3], "score"] = 1.0
     analysis = analyze.analyze(table, draws=0)
-    assert [fit.model for fit in analysis.fits] == [name for name in fitting.MODELS if name != "beta"]
+    assert [fit.model for fit in analysis.fits] == [name for name in fitting.FITS if name != "beta"]
     (reason,) = (one.reason for one in analysis.refusals if one.what == "beta")
     assert "strictly between 0 and 1" in reason
 
@@ -358,7 +370,7 @@ def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
     table = made_up([("m", "d", plw, 0) for plw in (0.05, 0.1, 0.3, 0.8)], 2)
     rise = {"t0": 1.0, "t1": -1.0}
     table["score"] = 0.5 + table["task"].map(rise) * table["plw"] ** EXPONENT / 10 + 0.001 * np.sin(table.index)
-    found = questions.each_task(grid_of(table, "d"))
+    found = task_curves.fit_task_curves(grid_of(table, "d"))
     assert [task.optimum_plw for task in found] == [None, None]
     assert [task.best_plw for task in found] == pytest.approx([0.8, 0.05])
 
@@ -367,7 +379,7 @@ def test_data_sets_with_incomplete_runs_are_compared():
     table = analyze.read_scores(STUDY)
     table = table.drop(index=[table.index[5], table.index[300]])
     grid = design.grid(table, "all", make_transform("power", table["plw"]), by="dataset")
-    found = questions.difference(grid, "dataset")
+    found = differences.compare_curves(grid, "dataset")
     assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
     assert "2 of 60 runs" in found.notes[0]
 
@@ -526,7 +538,7 @@ def test_a_difference_wider_than_the_scale_is_no_number():
     grid = next(iter(analyze.grids(of_runs(4, 8))))
     luck = np.array([0.0, 0.5, 0.0, 0.0])[:, None]  # of one run, which four do not tell from an effect
     loud = replace(grid, scores=grid.scores + luck)
-    unlimited, limited = questions.equivalence(loud), questions.equivalence(loud, widest=1.0)
+    unlimited, limited = equivalence.assess_equivalence(loud), equivalence.assess_equivalence(loud, widest=1.0)
     assert unlimited.smallest_margin > 1
     assert unlimited.detectable > 1
     assert (limited.smallest_margin, limited.detectable) == (None, None)
@@ -557,17 +569,17 @@ def test_the_verdict_of_a_fit_is_that_of_the_answer_it_leads():
     short = fits["AlpacaDataShort", "lmm"]
     assert short["holm_p"] == 3 * short["joint_p"]
     halved = {**{name: fit["joint_p"] for (name, model), fit in fits.items() if model == "lmm"}}
-    assert {name: fits[name, "lmm"]["holm_p"] for name in halved} == questions.holm(halved)
+    assert {name: fits[name, "lmm"]["holm_p"] for name in halved} == multiple_testing.adjust_by_holm(halved)
 
 
 def test_types_of_tasks_are_one_each_and_blanks_are_none():
     table = analyze.read_scores(STUDY)
-    types = questions.task_types(table)
+    types = task_types(table)
     blank = table.assign(task_type=table["task_type"].where(table["task"] != "piqa", " "))
-    assert questions.task_types(blank) == {task: kind for task, kind in types.items() if task != "piqa"}
+    assert task_types(blank) == {task: kind for task, kind in types.items() if task != "piqa"}
     both = table.assign(task_type=table["task_type"].where(table.index > table.index[0], "other"))
     with pytest.raises(ValueError, match=r"has the types .*other.*; keep one"):
-        questions.task_types(both)
+        task_types(both)
 
 
 def test_no_run_on_every_task_is_a_reason():
