@@ -36,7 +36,7 @@ REASONS = {
     "Docker": "needs a Docker engine",
     "GPU": "needs one or more GPUs",
     "hub": "downloads models, data sets or benchmarks",
-    "long": "takes half a minute or more of processor time, and is tested elsewhere",
+    "long": "takes half a minute or more of processor time",
     "server": "serves until it is stopped",
     "yours": "reads files or runs of the reader's",
 }
