@@ -24,14 +24,15 @@ from plw_mlflow.config import (
     names,
     short_name,
 )
-from plw_mlflow.data import prepare, sources, templates
+from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import evaluate, measures, prompting
+from plw_mlflow.evaluation import evaluate, measures, prompting, scores
 from plw_mlflow.evaluation.prompting import Wrapping
+from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run
 from plw_mlflow.training import checkpoints, train
@@ -45,7 +46,7 @@ def name(config: TrainConfig) -> str:
 
 def run(config: MainConfig, run: Run) -> None:
     """Prepare, train and evaluate; the unfinished cell's checkpoints are kept until its scores are in the run."""
-    tasks = evaluate.load_tasks(config)  # an unknown task is to be found before the training, not after it
+    tasks = load_tasks(config)  # an unknown task is to be found before the training, not after it
     with trained(config, run) as done:
         if done is None:
             return
@@ -54,10 +55,10 @@ def run(config: MainConfig, run: Run) -> None:
             prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
         )
         evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
-        rows = evaluate.table(evaluation, run.cell())
+        rows = scores.table(evaluation, run.cell())
         run.log_scores(evaluation, rows)
-        evaluate.write(rows, config.output)
-        print(evaluate.table_text(evaluation))
+        scores.write(rows, config.output)
+        print(scores.text(evaluation))
         measure(config, run, model, tokenizer, config.model, config.dataset, config)
 
 
@@ -135,7 +136,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         causal.check_length(settings, longest)
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output if is_first_process() else None)
-    print(prepare.text(prepared.profile))
+    print(profile.text(prepared.profile))
     precision = train.resolve_precision(config.precision)
     four_bit = getattr(torch, precision) if config.method == "qlora" else None
     model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)

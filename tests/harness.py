@@ -10,7 +10,7 @@ from pathlib import Path
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from plw_mlflow.evaluation import evaluate, local_documents
+from plw_mlflow.evaluation import local_documents, scores
 from tests.stores import ROOT
 
 
@@ -51,8 +51,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     assert done.returncode == 0, done.stderr
     (results,) = (folder / "out").glob("*/results_*.json")
     return {
-        (task, key.removesuffix(",none")): value
-        / (100 if evaluate.PERCENT_METRICS.fullmatch(key.partition(",")[0]) else 1)
+        (task, key.removesuffix(",none")): value / scores.percent(key.partition(",")[0])
         for task, values in json.loads(results.read_text())["results"].items()
         for key, value in values.items()
         if "," in key and "_stderr" not in key

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import tokenizers
 from tqdm import tqdm
 
 from plw_mlflow.config import DataOptions, cache_folder, data_name, digest, short_name
-from plw_mlflow.data import formats, inversion, sources, templates
-from plw_mlflow.data import profile as lengths
+from plw_mlflow.data import formats, inversion, profile, sources, templates
+from plw_mlflow.data.profile import Contents, Profile, SourceContents
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.store import BARE, BY_SEGMENT, COUNTS, Examples, Store, Writer, once
@@ -61,7 +61,7 @@ class Prepared:
     sources: tuple[Source, ...]  # the data set's, and the second one's where two are mixed
     training: Examples
     validation: Examples
-    profile: dict[str, Any]
+    profile: Profile
     digest: str  # of all stored tokens and segments, from which the options choose
     largest_token: int
 
@@ -135,32 +135,33 @@ def run(
         Examples(stores, prefixes, which[part], rows[part], options.max_tokens)
         for part in (is_training, is_validation, is_dropped)
     )
-    head = {
-        "dataset": dataset,
-        "name": data_name(dataset, options, short_name),
-        "sources": [_account(*both, which == n) for n, both in enumerate(zip(found, stores, strict=True))],
-        "template": options.template,
-        "records": len(rows),
-        "inverted": int(columns["inverted"].sum()),
-        "duplicates": duplicates,
-        "duplicates_dropped": options.drop_duplicates,
-        "dropped_as_too_long": len(dropped),
-        "first_dropped_as_too_long": [dropped.id(index) for index in range(min(LISTED, len(dropped)))],
-        "truncated": int((is_long & ~is_dropped).sum()),
-        "lost_whole_completion": int(is_lost.sum()),
-        "training_examples": int(is_training.sum()),
-        "validation_examples": int(is_validation.sum()),
-    }
-    measured = lengths.profile(
+    contents = Contents(
+        dataset=dataset,
+        name=data_name(dataset, options, short_name),
+        sources=[_source_contents(*both, which == n) for n, both in enumerate(zip(found, stores, strict=True))],
+        template=options.template,
+        records=len(rows),
+        inverted=int(columns["inverted"].sum()),
+        duplicates=duplicates,
+        duplicates_dropped=options.drop_duplicates,
+        dropped_as_too_long=len(dropped),
+        first_dropped_as_too_long=[dropped.id(index) for index in range(min(LISTED, len(dropped)))],
+        truncated=int((is_long & ~is_dropped).sum()),
+        lost_whole_completion=int(is_lost.sum()),
+        training_examples=int(is_training.sum()),
+        validation_examples=int(is_validation.sum()),
+    )
+    measured = profile.measure(
+        contents,
         {name: columns[name] for name in (*COUNTS, "first", *KEPT)},
         options.max_tokens,
         options.on_long,
         template_weight=template_weight,
         completion_weight=completion_weight,
     )
-    contents = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
+    digest_of_all = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
     largest = max(store.about["largest_token"] for store in stores)
-    return Prepared(found, training, validation, head | measured, contents, largest)
+    return Prepared(found, training, validation, measured, digest_of_all, largest)
 
 
 def cache_dir(options: DataOptions) -> Path:
@@ -204,19 +205,19 @@ def _fraction(six_bytes: np.ndarray) -> np.ndarray:
     return six_bytes.astype(np.float64) @ (256.0 ** np.arange(5, -1, -1)) / 2**48
 
 
-def _account(source: Source, store: Store, is_here: np.ndarray) -> dict[str, Any]:
-    """What a profile says of one source."""
-    return {
-        "name": source.name,
-        "location": source.location,
-        "sha256": source.sha256,
-        "licence": source.licence,
-        "noncommercial": source.is_noncommercial,
-        "format": store.about["format"],
-        "records": int(is_here.sum()),
-        "fields_not_read": store.about["fields_not_read"],
-        "skipped": [f"record {number} {fault}" for number, fault in store.about["skipped"]],
-    }
+def _source_contents(source: Source, store: Store, is_its: np.ndarray) -> SourceContents:
+    """is_its: of each chosen record, whether it is of this source."""
+    return SourceContents(
+        name=source.name,
+        location=source.location,
+        sha256=source.sha256,
+        licence=source.licence,
+        noncommercial=source.is_noncommercial,
+        format=store.about["format"],
+        records=int(is_its.sum()),
+        fields_not_read=store.about["fields_not_read"],
+        skipped=[f"record {number} {fault}" for number, fault in store.about["skipped"]],
+    )
 
 
 # Storing.
@@ -359,41 +360,10 @@ def _bare(records: Sequence[Record], encoder: Encoder, known: dict[str, int]) ->
     return counts
 
 
-# Telling.
-
-
-def text(found: dict[str, Any]) -> str:
-    """A profile as a person reads it."""
-    lines = []
-    for source in found["sources"]:
-        lines.append(
-            f"data set            {source['name']}  (sha256 {source['sha256'][:12]}, {source['format']} format)"
-        )
-        licence = source["licence"] or "not known"
-        lines.append(
-            "licence             " + licence + (": NON-COMMERCIAL USE ONLY" if source["noncommercial"] else "")
-        )
-        if fields := [f"{name!r} ({count})" for name, count in source["fields_not_read"].items()]:
-            lines.append("fields not read     " + ", ".join(fields[:10]) + (", ..." if len(fields) > 10 else ""))
-        lines += [f"left out            {fault}" for fault in source["skipped"][:5]]
-        if len(source["skipped"]) > 5:
-            lines.append(f"                    ... {len(source['skipped'])} in all, listed in profile.json")
-    repeated = "left out" if found["duplicates_dropped"] else "kept (--drop-duplicates leaves them out)"
-    lines += [
-        f"records             {found['records']}  ({found['training_examples']} training, "
-        f"{found['validation_examples']} validation examples), {found['inverted']} inverted",
-        f"exact duplicates    {found['duplicates']}" + (f", {repeated}" if found["duplicates"] else ""),
-        f"too long            {found['dropped_as_too_long']} dropped; {found['truncated']} truncated, of which "
-        f"{found['lost_whole_completion']} lost their whole completion",
-        lengths.profile_text(found),
-    ]
-    return "\n".join(lines)
-
-
 def write(prepared: Prepared, folder: Path | None) -> None:
     """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
         from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
 
-        profile = (json.dumps(prepared.profile, indent=2) + "\n").encode()
-        outputs.write(folder, {"profile.png": profile_figure.draw_profile(prepared.profile), "profile.json": profile})
+        as_json = (json.dumps(asdict(prepared.profile), indent=2) + "\n").encode()
+        outputs.write(folder, {"profile.png": profile_figure.draw_profile(prepared.profile), "profile.json": as_json})

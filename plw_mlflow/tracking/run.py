@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ from plw_mlflow import __version__, seeding
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, digest, short_name, shown_name, spell
 from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import templates
+from plw_mlflow.data.profile import Profile
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError, first_line, without_passwords
 from plw_mlflow.evaluation import task_sets
-from plw_mlflow.evaluation.evaluate import Evaluation
+from plw_mlflow.evaluation.scores import Evaluation
 from plw_mlflow.models import pretrained
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
@@ -128,13 +129,13 @@ class Run:
         if f"plw.{name}" in self._client.get_run(self.id).data.tags:
             self._client.delete_tag(self.id, f"plw.{name}")
 
-    def log_data(self, sources: Sequence[Source], profile: dict[str, Any]) -> None:
+    def log_data(self, sources: Sequence[Source], profile: Profile) -> None:
         """Log the data sets as the run's inputs, with their digests, and the length profile as table and figure.
 
         The first has the name of all of them together.
         """
         self._sources = sources
-        names = [profile["name"], *(short_name(source.name) for source in sources[1:])]
+        names = [profile.name, *(short_name(source.name) for source in sources[1:])]
         for name, source in reversed(list(zip(names, sources, strict=True))):
             where: DatasetSource
             if source.location == "generated":
@@ -145,8 +146,8 @@ class Run:
             dataset = MetaDataset(where, name=name, digest=source.sha256[:36])  # type: ignore[abstract]
             mlflow.log_input(dataset, context="training")
         self.tag(data_sha256=",".join(source.sha256 for source in sources))
-        mlflow.log_dict(profile, "profile.json")
-        if template := templates.file(profile["template"]):
+        mlflow.log_dict(asdict(profile), "profile.json")
+        if template := templates.file(profile.template):
             mlflow.log_artifact(str(template), "template")
         from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
 
