@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from plw_mlflow.analysis.score_table import RUN
 from plw_mlflow.analysis.statistics import fitting, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.over_tasks import MeanCurve
-from plw_mlflow.analysis.statistics.table import RUN
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 from plw_mlflow.transforms import Array, Transform

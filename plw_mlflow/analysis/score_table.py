@@ -180,19 +180,29 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
     return typed
 
 
-def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
+def fittable(table: pd.DataFrame) -> pd.DataFrame:
+    """The data sets of a table that have PLWs enough for a curve; the others' names are kept for `remarks`.
 
     For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
     kept, for `check` to say so.
     """
     plws = table.groupby("dataset")["plw"].nunique()
-    thin = sorted(plws.index[plws < MIN_PLWS])
-    if len(thin) == len(plws):
-        return table, []
-    kept = table[~table["dataset"].isin(thin)]
-    kept.attrs = table.attrs
-    return kept, thin
+    too_few = sorted(plws.index[plws < MIN_PLWS])
+    if len(too_few) == len(plws):
+        return table
+    kept = table[~table["dataset"].isin(too_few)]
+    kept.attrs = {**table.attrs, "too_few_plws": too_few}
+    return kept
+
+
+def remarks(table: pd.DataFrame) -> list[str]:
+    """What a person must know of how a table was gathered, a line each: what was left out, and what else differs."""
+    lines = []
+    if too_few := table.attrs.get("too_few_plws"):
+        lines.append(f"left out, with fewer than {MIN_PLWS} PLWs: {', '.join(too_few)}")
+    lines += [f"left out: {cell}" for cell in table.attrs.get("left_out", [])]
+    lines += [f"note: {note}" for note in table.attrs.get("notes", [])]
+    return lines
 
 
 def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
