@@ -27,7 +27,7 @@ def main(config: AdviseConfig) -> None:
             prepared = prepare.run(
                 str(config.dataset), pretrained.load_tokenizer(config.model, config.tokenizer), config
             )
-            run.log_data(prepared.sources, prepared.profile)
+            tracking.log_data(run, prepared.sources, prepared.profile)
             ratio = advise.measured_ratio(prepared.profile)
             contents = "+".join(source.sha256[:8] for source in prepared.sources)
             asked = (*asked, f"{asked[0]} ({contents})")  # as a score table has it that has two files of one name

@@ -61,7 +61,7 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     )
     command = shlex.join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
     run.log_files(report.write(found, table, folder, command))
-    run.log_regression(folder / "fit.json")
+    tracking.log_regression(folder / "fit.json")
     print(analyze.table_text(found))
     grids = analyze.grids(table, config.scale, config.transform, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
