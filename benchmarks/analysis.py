@@ -44,7 +44,16 @@ import pandas as pd
 from scipy import special, stats
 
 from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.statistics import beta, design, fitting, mixed, over_tasks, parametric, questions
+from plw_mlflow.analysis.statistics import (
+    beta,
+    bootstrap,
+    design,
+    fitting,
+    inference,
+    over_tasks,
+    parametric,
+    random_slopes,
+)
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.study import PUBLISHED_PLWS
@@ -263,8 +272,8 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
     grid = empty(setting)
     found = []
     for table in scores:
-        has_runs = mixed.has_run_information(table, grid.x)
-        fit = partial(mixed.fit_random_slopes, table, z=grid.curve, run_effect=has_runs)
+        has_runs = random_slopes.has_run_information(table, grid.x)
+        fit = partial(random_slopes.fit, table, z=grid.curve, run_effect=has_runs)
         restricted = fit(grid.x)
         likely = fit(grid.x, reml=False, start=restricted)
         kept = [0, *range(3, grid.x.shape[1])]
@@ -275,8 +284,8 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
                 restricted.coefficients[1:3],
                 restricted.covariance[1:3, 1:3],
                 gradient.T @ restricted.uncertainty.parameter_covariance @ gradient,
-                mixed.f_test(restricted, grid.contrasts)[3],
-                mixed.likelihood_ratio(likely, null)[2],
+                inference.f_test(restricted, grid.contrasts)[3],
+                inference.likelihood_ratio(likely, null)[2],
             )
         )
     curve, covariance, spread, f, ratio = map(np.array, zip(*found, strict=True))
@@ -288,8 +297,8 @@ def betas(setting: Setting, scores: Array) -> Estimates:
     grid, found, lower = empty(setting), [], []
     for table in 0.25 + scores / 2:
         y, run, task = replace(grid, scores=table).long
-        found.append(beta.fit_beta(y, grid.curve[run], task))
-        lower.append(beta.fit_beta(y, grid.curve[run][:, :1], task).loglik)
+        found.append(beta.fit(y, grid.curve[run], task))
+        lower.append(beta.fit(y, grid.curve[run][:, :1], task).loglik)
     ratio = 2 * (np.array([fit.loglik for fit in found]) - lower)
     return Estimates(
         np.array([fit.coefficients[1:] for fit in found]),
@@ -306,7 +315,7 @@ CLOSED: dict[str, Callable[[Setting, Array], Estimates]] = {
     "lmm": lmm,
 }
 ESTIMATES = CLOSED | {"lmm-slopes": slopes, "beta": betas}
-BOOTSTRAPS: dict[str, questions.Resampled] = {
+BOOTSTRAPS: dict[str, bootstrap.Resampled] = {
     "bootstrap-tasks": "tasks",
     "bootstrap-seeds": "seeds",
     "bootstrap-both": "both",
@@ -386,7 +395,7 @@ def _bootstrapped(method: str, setting: Setting, scores: Array, effect: int) -> 
     curve = (grid.curve[:, 1:] @ (effect * CURVE))[:, None]
     ends = []
     for seed, table in enumerate(scores):
-        resampled = questions.bootstrap(replace(grid, scores=table + curve), BOOTSTRAPS[method], DRAWS, seed)
+        resampled = bootstrap.bootstrap_optimum(replace(grid, scores=table + curve), BOOTSTRAPS[method], DRAWS, seed)
         ends.append(grid.transform(resampled.interval))
     low, high = np.array(ends).T
     key = "percentile", str(effect)
@@ -553,7 +562,7 @@ def speed() -> Iterator[Timing]:
     for setting, limit in ((Setting(13, "free", 0.005, seeds=3), 2.0), (Setting(50, "free", 0.005, seeds=50), 30.0)):
         grid = _filled(setting)
         case = "{} runs x {} tasks".format(*grid.scores.shape)
-        one_by_one = [timed(case, model, limit, partial(fitting.fit, model, grid)) for model in fitting.MODELS]
+        one_by_one = [timed(case, model, limit, partial(fitting.fit, model, grid)) for model in fitting.FITS]
         yield from one_by_one
         yield Timing(case, "all six models", sum(one.seconds for one in one_by_one), limit)
         if limit > 2:
@@ -562,7 +571,7 @@ def speed() -> Iterator[Timing]:
             continue
         for over in BOOTSTRAPS.values():
             yield timed(
-                case, f"{draws} bootstrap fits over {over}", 60, partial(questions.bootstrap, grid, over, draws)
+                case, f"{draws} bootstrap fits over {over}", 60, partial(bootstrap.bootstrap_optimum, grid, over, draws)
             )
         for model in PARAMETRIC.values():
             what = f"{draws} parametric bootstrap fits of {model} and its null"

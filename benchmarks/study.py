@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.advice import advise, evidence
-from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.statistics import design, fitting, over_tasks, questions
+from plw_mlflow.analysis import analyze, score_table, wording
+from plw_mlflow.analysis.answers import Analysis
+from plw_mlflow.analysis.score_table import rescale
+from plw_mlflow.analysis.statistics import design, differences, fitting, over_tasks, task_curves
+from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.fitting import Fit
-from plw_mlflow.analysis.statistics.questions import Difference
-from plw_mlflow.analysis.statistics.table import rescale
 from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
@@ -39,11 +40,11 @@ RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
 @cache
 def scores() -> pd.DataFrame:
     """The study's 480 scores, as fractions."""
-    return analyze.read_scores(evidence.TABLES / "v1_scores.csv")
+    return score_table.read_scores(evidence.TABLES / "v1_scores.csv")
 
 
 @cache
-def analysis() -> analyze.Analysis:
+def analysis() -> Analysis:
     """All that `python -m entrypoints.analyze --scores paper/tables/v1_scores.csv --margin 0.01` finds."""
     return analyze.analyze(scores(), margin=MARGIN)
 
@@ -80,7 +81,7 @@ def wit_fitted(dataset: str, model: str, most: float) -> Fit:
 
 def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
     """The test of a difference between data sets."""
-    return questions.difference(grid(table[table["dataset"].isin(datasets)], by="dataset"), "dataset")
+    return differences.compare_curves(grid(table[table["dataset"].isin(datasets)], by="dataset"), "dataset")
 
 
 @cache
@@ -158,7 +159,7 @@ def table3() -> str:
 def by_model() -> str:
     """Joint p of every model for every data set."""
     rows = []
-    for model in fitting.MODELS:
+    for model in fitting.FITS:
         fits = [fitted(dataset, model) for dataset in DATASETS]
         rows.append([f"`{model}`", fits[-1].joint_tests[0].test, *(p_value(fit.joint_p) for fit in fits)])
         rows[-1] += [error(fits[-1], term) for term in CURVE_TERMS]
@@ -170,7 +171,7 @@ def by_model() -> str:
 def by_method() -> str:
     """The best PLW of AlpacaDataShort by every model and method."""
     rows = []
-    for model in fitting.MODELS:
+    for model in fitting.FITS:
         fit = fitted(SHORT, model)
         shown = [f"{fit.optimum_plw:.3f}", span(*(fit.delta_interval or ())), fieller(fit)]
         shown.append(f"{fit.interior_probability:.3f}")
@@ -194,7 +195,7 @@ def by_task() -> str:
     for kind, fit in types[SHORT].items():
         p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]
         where = best(fit.optimum_plw, fit.delta_interval)
-        where += f"; highest at {analyze.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
+        where += f"; highest at {wording.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
         rows.append([f"**{kind}**", f"{fit.tasks} task{'s' * (fit.tasks > 1)}, `{fit.model}`", *p, where])
     return markdown(["task", "type", *(f"p, {name}" for name in DATASETS), "Short: best PLW (95 %, delta)"], rows)
 
@@ -367,7 +368,7 @@ def draw_tasks() -> bytes:
     for axes, dataset in zip(panels, DATASETS, strict=True):
         whole = grid(table[table["dataset"] == dataset], dataset)
         curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
-        for colour, task in zip(colours, questions.each_task(whole), strict=True):
+        for colour, task in zip(colours, task_curves.fit_task_curves(whole), strict=True):
             b = [task.coefficients[term] for term in CURVE_TERMS]
             axes.plot(w, rows @ b, color=colour, linewidth=1.4, label=task.task)
         mean, error, freedom, _ = curves.t_test(rows @ whole.contrasts)

@@ -6,13 +6,13 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.command_line.cli import command, spread
+from plw_mlflow.command_line.cli import command, restart_in_processes
 from plw_mlflow.config import MainConfig
 
 
 @command(MainConfig)
 def main(config: MainConfig) -> None:
-    spread(config.processes)
+    restart_in_processes(config.processes)
     from plw_mlflow import cell
 
     cell.run(config)

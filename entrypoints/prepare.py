@@ -13,7 +13,7 @@ from plw_mlflow.config import PrepareConfig, data_name, short_name
 @command(PrepareConfig)
 def main(config: PrepareConfig) -> None:
     from plw_mlflow import tracking
-    from plw_mlflow.data import prepare, show
+    from plw_mlflow.data import prepare, profile, show
     from plw_mlflow.data.batches import Weights
     from plw_mlflow.models import pretrained
 
@@ -32,7 +32,7 @@ def main(config: PrepareConfig) -> None:
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
             print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))
-        print(prepare.text(prepared.profile))
+        print(profile.text(prepared.profile))
 
 
 if __name__ == "__main__":

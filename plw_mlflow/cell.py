@@ -29,15 +29,16 @@ from plw_mlflow.config import (
     names,
     short_name,
 )
-from plw_mlflow.data import prepare, sources, templates
+from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import evaluate, measures, prompting
+from plw_mlflow.evaluation import evaluate, measures, prompting, scores
 from plw_mlflow.evaluation.prompting import Wrapping
-from plw_mlflow.models import adapters, causal, export, pad_token, pretrained
+from plw_mlflow.evaluation.tasks import load_tasks
+from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
 from plw_mlflow.training import checkpoints, train
 
@@ -77,13 +78,11 @@ def lead(config: TrainConfig, run: Run) -> None:
     The unfinished cell's checkpoints, on disk and in the store, are kept until everything is in the run. If they exist
     already, training goes on from the newest of them.
     """
-    tasks = (
-        evaluate.load_tasks(config) if isinstance(config, MainConfig) else None
-    )  # unknown tasks fail before training
+    tasks = load_tasks(config) if isinstance(config, MainConfig) else None  # unknown tasks fail before training
     tokenizer, prepared = _prepare(config)
     tracking.log_data(run, prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
-    print(prepare.text(prepared.profile))
+    print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
     contents = _contents(config, prepared, tokenizer)
     key = digest(config.identity() | contents)
@@ -153,7 +152,7 @@ def _contents(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> dict[s
     return {
         "data": ",".join(source.sha256 for source in prepared.sources),
         "examples": prepared.digest,
-        "base": pretrained.digest(config.model),
+        "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "precision": "bfloat16" if _is_bfloat16(config) else "float32",
     }
@@ -181,7 +180,7 @@ def _merge_and_export(
         adapter = Path(scratch)
         merged = adapters.merge(model, adapter, with_embeddings=has_new_token)
         if any(adapter.iterdir()):
-            pretrained.note_base(adapter, config.model, base)
+            saved_adapters.note_base(adapter, config.model, base)
         count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
         examples = (prepared.training[index] for index in range(count))
         end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
@@ -201,10 +200,10 @@ def _score(config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any,
     """Score the trained model on tasks, and log, write and print the scores."""
     wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
     evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
-    rows = evaluate.table(evaluation, run.cell())
+    rows = scores.table(evaluation, run.cell())
     tracking.log_scores(run, evaluation, rows)
-    evaluate.write(rows, config.output)
-    print(evaluate.table_text(evaluation))
+    scores.write(rows, config.output)
+    print(scores.text(evaluation))
 
 
 def wrapping_of_run(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from plw_mlflow.evaluation import evaluate, local_documents
+from plw_mlflow.evaluation import local_documents, scores
 from tests.stores import ROOT
 
 
@@ -20,7 +20,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     tasks: names. Those that have documents in `data` are task files that include the harness's, or ours, and read the
     documents as JSON lines, in the place of the hub's data sets. folder: for those files, and for the results.
     """
-    shutil.copytree(ROOT / "plw_mlflow/evaluation/tasks", folder / "tasks")
+    shutil.copytree(ROOT / "plw_mlflow/evaluation/task_files", folder / "tasks")
     for task in set(tasks) & local_documents.LOCAL.keys():
         file = _task_file(task)
         documents = local_documents.find(task, data)
@@ -51,8 +51,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
     assert done.returncode == 0, done.stderr
     (results,) = (folder / "out").glob("*/results_*.json")
     return {
-        (task, key.removesuffix(",none")): value
-        / (100 if evaluate.PERCENT_METRICS.fullmatch(key.partition(",")[0]) else 1)
+        (task, key.removesuffix(",none")): value / scores.percent(key.partition(",")[0])
         for task, values in json.loads(results.read_text())["results"].items()
         for key, value in values.items()
         if "," in key and "_stderr" not in key
@@ -60,7 +59,7 @@ def command_line(model, tasks, data, folder, limit, seed=1):
 
 
 def _task_file(task):
-    for folder in (ROOT / "plw_mlflow/evaluation/tasks", Path(lm_eval.tasks.__file__).parent):
+    for folder in (ROOT / "plw_mlflow/evaluation/task_files", Path(lm_eval.tasks.__file__).parent):
         for file in folder.glob("*/*.yaml"):
             if f"\ntask: {task}\n" in f"\n{file.read_text()}":  # of the file itself, not of a group's list
                 return file

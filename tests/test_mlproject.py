@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from plw_mlflow import __version__
-from plw_mlflow.command_line.cli import _Command, options
+from plw_mlflow.command_line.options import Command, options
 from plw_mlflow.config import CONFIGS, TrainConfig, spell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_a_value_that_looks_like_an_option_is_none(value, capsys):
     given = {field.name: spell(field.default) for field in fields(TrainConfig)} | {"invert": value}
     words = shlex.split(command.format(**{name: shlex.quote(one) for name, one in given.items()}))
 
-    @click.command(cls=_Command)
+    @click.command(cls=Command)
     def parsed(**values):
         pytest.fail(f"was run with {values}")
 

@@ -18,8 +18,9 @@ import pandas as pd
 import pytest
 
 from plw_mlflow import drawing
-from plw_mlflow.analysis import analyze, report
-from plw_mlflow.command_line import checks, cli
+from plw_mlflow.analysis import analyze, report, score_table
+from plw_mlflow.command_line import checks
+from plw_mlflow.command_line.options import Command, options
 from plw_mlflow.config import CONFIGS, DataOptions
 from plw_mlflow.data import prepare
 from plw_mlflow.errors import UserError
@@ -156,14 +157,14 @@ def place(tmp_path, monkeypatch):
 def command(name):
     """A command up to its work."""
 
-    @click.command(cls=cli._Command)
+    @click.command(cls=Command)
     def parsed(**values):
         config = CONFIGS[name](**values)
         checks.check(config)
         with checks.reserved_output(config):
             pass
 
-    for option in cli.options(CONFIGS[name]):
+    for option in options(CONFIGS[name]):
         parsed = option(parsed)
     return parsed
 
@@ -213,7 +214,7 @@ def test_no_string_as_any_option_ends_in_a_traceback_or_touches_what_it_does_not
         assert message is None or len(message) < 20_000, what
         after = tree(place)
         named = [place / "here/checkpoints"]  # by default
-        if option in FOLDERS and odd.strip() and "\x00" not in odd:
+        if option in FOLDERS and odd and "\x00" not in odd:
             named.append(Path(os.path.abspath(odd)))
         for path in before.keys() | after.keys():
             if before.get(path) != after.get(path):
@@ -242,7 +243,7 @@ def test_no_name_of_a_file_ends_in_a_traceback_or_touches_another(place, monkeyp
         before = {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)}
         with suppress(UserError):
             found = prepare.run(os.path.relpath(path), tokenizer, DataOptions(cache_dir=cache, validation_share=0.5))
-            read += found.profile["records"] == 3
+            read += found.profile.records == 3
         assert {one: kept for one, kept in tree(place).items() if not one.is_relative_to(cache)} == before, odd
         path.unlink()
     assert read > 30
@@ -259,8 +260,8 @@ def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(pl
     table["score"] += np.random.default_rng(0).normal(0, 0.01, len(table))
     table.to_csv(place / "here/scores.csv", index=False)
     before = tree(place)
-    found = analyze.analyze(analyze.read_scores(place / "here/scores.csv"), draws=0)
-    written = report.write(found, table, place / "here/report")
+    found = analyze.analyze(score_table.read_scores(place / "here/scores.csv"), draws=0)
+    written = report.write(found, table, place / "here/report", "python -m entrypoints.analyze")
     assert {path.parent for path in written} == {place / "here/report"}
     after = tree(place)
     assert {path: kept for path, kept in after.items() if not path.is_relative_to(place / "here/report")} == before

@@ -26,7 +26,7 @@ import pytest
 import yaml
 
 import plw_mlflow
-from plw_mlflow.command_line.cli import options
+from plw_mlflow.command_line.options import options
 from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT, Place
 

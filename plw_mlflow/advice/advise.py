@@ -26,6 +26,7 @@ from scipy import stats
 from plw_mlflow.advice.evidence import OWN, STUDY, VAUGHN, WIT, Point, to_plw
 from plw_mlflow.advice.pooling import Pooled, pool
 from plw_mlflow.analysis.statistics.optimum import LEVEL
+from plw_mlflow.data.profile import Profile
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation.task_sets import TASK_TYPES
@@ -165,13 +166,11 @@ def advise(
     return Advice(ratio, name, tuple(task_types), w, low, high, line, own, share, _slopes(points), list(points))
 
 
-def measured_ratio(profile: Mapping[str, Any]) -> float:
+def measured_ratio(profile: Profile) -> float:
     """The generation ratio of a length profile. Raises UserError where prompts or completions have no tokens."""
-    if not profile["generation_ratio"]:
-        raise UserError(
-            f"{profile['name']} has no generation ratio: its prompts or completions are empty; give --ratio"
-        )
-    return float(profile["generation_ratio"])
+    if not profile.generation_ratio:
+        raise UserError(f"{profile.name} has no generation ratio: its prompts or completions are empty; give --ratio")
+    return profile.generation_ratio
 
 
 def check_types(task_types: Sequence[str]) -> tuple[str, ...]:

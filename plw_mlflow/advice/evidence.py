@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis.analyze import LEADS
+from plw_mlflow.analysis.score_table import check, read_scores, rescale
 from plw_mlflow.analysis.statistics import design, fitting
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
-from plw_mlflow.analysis.statistics.table import check, read_scores, rescale
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from plw_mlflow.analysis.statistics import power
+from plw_mlflow.analysis.statistics import power, simulation
 from plw_mlflow.analysis.statistics.design import Grid
-from plw_mlflow.analysis.statistics.power import Plan, Proposal
+from plw_mlflow.analysis.statistics.next_plws import Proposal, propose
+from plw_mlflow.analysis.statistics.power import Plan
 from plw_mlflow.environment import outputs
 
 
@@ -51,16 +52,18 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
     for grid in grids:
         try:
             if width is not None:
-                as_run = power.design_of(grid)
+                as_run = simulation.design_of(grid)
                 names = grid.runs["model"].nunique()
                 plans.append(
-                    power.plan(power.estimated(grid), width, dataset=grid.dataset, models=names, as_run=as_run)
+                    power.plan(
+                        simulation.estimate_truth(grid), width, dataset=grid.dataset, models=names, as_run=as_run
+                    )
                 )
         except ValueError as error:
             refusals.append(f"not done: {grid.dataset}, power: {error}")
         try:
             if next_plws is not None:
-                proposals.append(power.next_plws(grid, next_plws))
+                proposals.append(propose(grid, next_plws))
         except ValueError as error:
             refusals.append(f"not done: {grid.dataset}, next PLWs: {error}")
     return Planning(plans, proposals, refusals)
@@ -68,4 +71,4 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
 
 def assume(stated: str, width: float) -> Planning:
     """Design help from stated numbers. Raises UserError where these are at fault or have no optimum."""
-    return Planning([power.plan(power.stated(stated), width)], [], [])
+    return Planning([power.plan(simulation.parse_truth(stated), width)], [], [])

@@ -8,7 +8,6 @@ or a tracking server has is found out later.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError
 
 from plw_mlflow.config import (
+    HUB_ID,
     AdviseConfig,
     AnalyzeConfig,
     Config,
@@ -202,7 +202,7 @@ def _place(what: str, name: str) -> Path | None:
         raise UserError(f"{what} {name} is a file; give the folder that holds it")
     near = did_you_mean(name, known)
     # The hub's oldest models have ids without an owner, such as gpt2.
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[^@\s]+)?", name) and ("/" in name or not near):
+    if HUB_ID.fullmatch(name) or (HUB_ID.fullmatch(f"owner/{name}") and not near):
         return None
     raise UserError(
         f"{what} {name!r} is not a folder on this machine, nor a hub id (OWNER/NAME@REVISION), nor one of "

@@ -31,6 +31,7 @@ from plw_mlflow.config.options import (
 )
 from plw_mlflow.config.values import (
     DATA_FILE_ENDINGS,
+    HUB_ID,
     UNSET,
     data_name,
     digest,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from plw_mlflow.config.options import (
     DataOptions,
     Method,
     Options,
+    PresetOptions,
     RecipeOptions,
     ScoreOptions,
     no_effect,
@@ -32,26 +33,27 @@ from plw_mlflow.study import PUBLISHED_PLWS
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Every entry point's: runs each `faults` a config has inherited, and reports what they find at once."""
+    """What every command has."""
 
     allow_stale_image: bool = no_effect(False)
     """In Docker, run the image's code even where it is not the code of the project's folder or commit."""
 
     def __post_init__(self) -> None:
+        """Raise UserError with all that is wrong with the values: what each class says of its own fields."""
         super().__post_init__()
-        found = []
+        faults = []
         for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
-                found.append(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, got {getattr(self, name)!r}")
+            if typing.get_origin(hint) is Literal and (value := getattr(self, name)) not in typing.get_args(hint):
+                faults.append(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, got {value!r}")
         for part in type(self).__mro__:
             if "faults" in vars(part):
-                found += vars(part)["faults"](self)
-        if found:
-            raise UserError("; ".join(found))
+                faults += vars(part)["faults"](self)
+        if faults:
+            raise UserError("; ".join(faults))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(Config, DataOptions):
+class PrepareConfig(PresetOptions, DataOptions, Config):
     """Look at a data set before training on it."""
 
     model: str = "toy"
@@ -72,17 +74,17 @@ class PrepareConfig(Config, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config, RecipeOptions, DataOptions, CellOptions):
+class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config):
     """Fine-tune one model at one prompt loss weight."""
 
     def faults(self) -> list[str]:
-        found = too_small(self, self.max_tokens, "micro_batch_tokens")
+        faults = too_small(self, self.max_tokens, "micro_batch_tokens")
         if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
-            found.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
+            faults.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
         if self.method == "qlora" and self.parallel == "fsdp2":
-            found.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
+            faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
-        return [*found, "with these weights no token counts"] if heaviest == 0 else found
+        return [*faults, "with these weights no token counts"] if heaviest == 0 else faults
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
@@ -95,7 +97,7 @@ class TrainConfig(Config, RecipeOptions, DataOptions, CellOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Config, ScoreOptions):
+class EvaluateConfig(ScoreOptions, Config):
     """Score a cell's checkpoint, or any model folder."""
 
     run_id: str | None = None
@@ -116,56 +118,46 @@ class EvaluateConfig(Config, ScoreOptions):
     """Folder for scores.csv (unset: MLflow alone has it)."""
 
     def faults(self) -> list[str]:
-        found = []
+        faults = []
         if (self.run_id is None) == (self.model is None):
-            found.append("give either run-id or model")
+            faults.append("give either run-id or model")
         if self.base is not None and (self.model is None or self.endpoint or self.model.startswith("models:/")):
-            found.append("base is of a folder of adapters: give it as model")
+            faults.append("base is of a folder of adapters: give it as model")
         if self.endpoint is not None and self.model is None:
-            found.append("endpoint needs the model's name there")
+            faults.append("endpoint needs the model's name there")
         if self.endpoint is not None:
-            found += _wrong_address(self.endpoint)
+            faults += _wrong_address(self.endpoint)
         if self.endpoint_key_env is not None and self.endpoint is None:
-            found.append("endpoint-key-env names an endpoint's key: give endpoint")
+            faults.append("endpoint-key-env names an endpoint's key: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
-            found.append("tokenizer is of an endpoint's model; other models have their own")
+            faults.append("tokenizer is of an endpoint's model; other models have their own")
         if self.measures is not None and self.run_id is None:
-            found.append("measures are of a cell, its training and its base: give run-id")
-        return found
+            faults.append("measures are of a cell, its training and its base: give run-id")
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainConfig(ScoreOptions, TrainConfig):
+class MainConfig(TrainConfig, ScoreOptions):
     """Prepare, train and evaluate one cell in one MLflow run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(Config, RecipeOptions, ScoreOptions, DataOptions):
-    """Run every combination of the listed values as a cell, then analyse their scores."""
+class SweepAxes(Options):
+    """Axes, each a comma-separated list: every combination of the values is a cell."""
 
     plw: str = ",".join(f"{plw:g}" for plw in PUBLISHED_PLWS)
-    """Prompt loss weights, comma-separated; the published ten."""
-    model: str = "toy"
-    """Base models, comma-separated."""
+    """Prompt loss weights, comma-separated; by default the published ten."""
     dataset: str = "toy-short,toy-long"
     """Data sets, comma-separated."""
+    model: str = "toy"
+    """Base models, comma-separated."""
     seed: str = BY_PRESET
     """Seeds, comma-separated (toy 1234, huerta2024 42)."""
     method: str = BY_PRESET
     """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
 
-    def cells(self) -> list[MainConfig]:
-        """One `main` per combination, in an order that fills whole curves first."""
-        shared = {
-            field.name: getattr(self, field.name)
-            for part in (DataOptions, RecipeOptions, ScoreOptions)
-            for field in fields(part)
-            if field.name != "output"
-        }
-        shared["allow_stale_image"] = self.allow_stale_image
-        return [MainConfig(**asdict(cell), **shared) for cell in self._cells()]
-
-    def _cells(self) -> list[CellOptions]:
+    def combinations(self) -> list[CellOptions]:
+        """Every combination of the listed values, in an order that completes one curve over PLW after another."""
         return [
             CellOptions(plw=float(plw), model=model, dataset=dataset, seed=int(seed), method=method)  # type: ignore[arg-type]
             for model in names(self.model)
@@ -176,32 +168,35 @@ class SweepConfig(Config, RecipeOptions, ScoreOptions, DataOptions):
         ]
 
     def faults(self) -> list[str]:
-        kinds: dict[str, Callable[[str], Any]] = {
-            "plw": float,
-            "model": str,
-            "dataset": str,
-            "seed": int,
-            "method": str,
-        }
-        found = []
+        faults = []
+        kinds: dict[str, type] = {"plw": float, "model": str, "dataset": str, "seed": int, "method": str}
         for name, kind in kinds.items():
             listed = names(getattr(self, name))
             try:
-                values = [kind(part) for part in listed]
+                values = [kind(text) for text in listed]
             except ValueError:
-                found.append(f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {', '.join(listed)}")
+                number = "whole numbers" if kind is int else "numbers"
+                faults.append(f"{name} must be {number}, got {', '.join(listed)}")
                 continue
             if not values:
-                found.append(f"{name} names nothing")
+                faults.append(f"{name} names nothing")
             if len(set(values)) < len(values):
-                found.append(f"{name} names a value twice: {', '.join(listed)}")
+                faults.append(f"{name} names a value twice: {', '.join(listed)}")
         methods = typing.get_args(Method)
-        found += [
-            f"method must be {' or '.join(methods)}, got {name}" for name in names(self.method) if name not in methods
-        ]
-        if not found:
-            found = [fault for cell in self._cells() for fault in cell.faults()]
-        return list(dict.fromkeys(found))
+        unknown = [name for name in names(self.method) if name not in methods]
+        faults += [f"method must be {' or '.join(methods)}, got {name}" for name in unknown]
+        return faults or list(dict.fromkeys(fault for cell in self.combinations() for fault in cell.faults()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweepAxes, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
+    """Run every combination of the listed values as a cell, then analyse their scores."""
+
+    def cells(self) -> list[MainConfig]:
+        """One `main` per combination, in an order that completes one curve over PLW after another."""
+        not_shared = {"output", *(field.name for field in fields(SweepAxes))}
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in not_shared}
+        return [MainConfig(**asdict(cell), **shared) for cell in self.combinations()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,26 +236,26 @@ class AnalyzeConfig(Config):
 
     def faults(self) -> list[str]:
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
-        found = too_small(self, 0, "bootstrap", "parametric") + too_small(self, 1, "next")
+        faults = too_small(self, 0, "bootstrap", "parametric") + too_small(self, 1, "next")
         if self.margin is not None and not 0 < self.margin < math.inf:
-            found.append(f"margin must be a number above 0, got {self.margin}")
+            faults.append(f"margin must be a number above 0, got {self.margin}")
         if len(given) != 1:
-            found.append("give one of scores, run-id or experiment (or assume, for power alone)")
+            faults.append("give one of scores, run-id or experiment (or assume, for power alone)")
         if self.where is not None and self.run_id is None and self.experiment is None:
-            found.append("where chooses among MLflow's runs: give run-id or experiment")
+            faults.append("where chooses among MLflow's runs: give run-id or experiment")
         if not 0 < self.width < math.inf:
-            found.append(f"width must be a number above 0, got {self.width}")
+            faults.append(f"width must be a number above 0, got {self.width}")
         if not self.power:
             for name in ("width", "assume"):
                 if (value := getattr(self, name)) != getattr(AnalyzeConfig, name):
-                    found.append(f"{name} is {spell(value)}, but that is for power: give --power")
+                    faults.append(f"{name} is {spell(value)}, but that is for power: give --power")
         if self.assume is not None and self.next is not None:
-            found.append("next needs scores, not assume")
-        return found
+            faults.append("next needs scores, not assume")
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdviseConfig(Config, DataOptions):
+class AdviseConfig(PresetOptions, DataOptions, Config):
     """Suggest a PLW for a data set from what is known of others, and from runs of one's own."""
 
     ratio: float | None = None
@@ -294,27 +289,27 @@ class AdviseConfig(Config, DataOptions):
         return {name.strip(): float(ratio) for name, _, ratio in pairs}
 
     def faults(self) -> list[str]:
-        found = []
+        faults = []
         if self.ratio is None and self.dataset is None:
-            found.append("give the data set's generation ratio, or dataset to measure it on")
+            faults.append("give the data set's generation ratio, or dataset to measure it on")
         if self.ratio is not None and not 0 < self.ratio < math.inf:
-            found.append(f"ratio must be a number above 0, got {self.ratio}")
+            faults.append(f"ratio must be a number above 0, got {self.ratio}")
         if self.scores is not None and self.experiment is not None:
-            found.append("give one of scores and experiment")
+            faults.append("give one of scores and experiment")
         if self.where is not None and self.experiment is None:
-            found.append("where chooses among MLflow's runs: give experiment")
+            faults.append("where chooses among MLflow's runs: give experiment")
         if self.ratios is not None and self.scores is None and self.experiment is None:
-            found.append("ratios are of one's own runs: give scores or experiment")
+            faults.append("ratios are of one's own runs: give scores or experiment")
         try:
             given = self.given_ratios()
             is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())
         except ValueError:
             is_wrong = True
         if is_wrong:
-            found.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
+            faults.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
         elif len(given) < len(names(self.ratios or "")):
-            found.append(f"ratios must name each data set once, got {self.ratios}")
-        return found
+            faults.append(f"ratios must name each data set once, got {self.ratios}")
+        return faults
 
 
 CONFIGS: dict[str, type[Config]] = {

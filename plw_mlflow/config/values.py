@@ -20,6 +20,9 @@ DATA_FILE_ENDINGS = (
     *(".txt", ".xls", ".xlsx", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"),
 )
 
+# A model or data set on the hub, as OWNER/NAME or OWNER/NAME@REVISION. Paths such as ./mine or ../mine are none.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s]+)?")
+
 
 def spell(value: Any) -> str:
     """A value as MLproject and MLflow have it: unset is empty, truth is in small letters, floats are written out."""
@@ -59,7 +62,7 @@ def shown_name(name: str) -> str:
 
     A hub id and the names that this package gives stay as they are.
     """
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[^@\s]+)?", name) and not name.lower().endswith(DATA_FILE_ENDINGS)
+    is_hub_id = HUB_ID.fullmatch(name) and not name.lower().endswith(DATA_FILE_ENDINGS)
     return name if is_hub_id else Path(name).name or name
 
 

@@ -1,13 +1,14 @@
 """The length profile of a data set: what is in it, before a GPU hour is spent on it.
 
-Lengths are told twice: bare, each text tokenised alone without special tokens (the paper's Table 1), and with the
-template, as the model reads them. There, a token that straddles the end of the prompt is counted to the prompt, as
-whoever tokenises the prompt alone counts it; training may do otherwise (`Encoder`).
+Lengths are given twice: bare, each text tokenised alone without special tokens (the paper's Table 1), and with the
+template, as the model reads them. There, a token that straddles the end of the prompt counts as prompt, as it does for
+whoever tokenises the prompt alone; in training it may count as completion (`Encoder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +23,90 @@ QUANTILES = (0, 0.01, *(round(0.05 * step, 2) for step in range(1, 20)), 0.99, 1
 SHOWN_QUANTILES = (0.05, 0.5, 0.95, 1)  # in the table
 
 
-def profile(
+@dataclass(frozen=True)
+class SourceContents:
+    """What was read of one source."""
+
+    name: str  # as the caller gave it
+    location: str  # as `Source` has it
+    sha256: str  # as `Source` has it
+    licence: str  # empty where it is not known
+    noncommercial: bool  # whether the licence is known to forbid commercial use
+    format: str  # of its records: alpaca, dolly, prompt-completion or chat
+    records: int  # that were chosen of it
+    fields_not_read: dict[str, int]  # by name of a field, the records that have it; the hundred most frequent ones
+    skipped: list[str]  # for each record that could not be used, its number and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What was read of a data set, and what became of it."""
+
+    dataset: str  # as the caller gave it
+    name: str  # with what was done to it, as runs and figures show it: "toy-long inverted"
+    sources: list[SourceContents]  # the data set's, and the second one's where two are mixed
+    template: str  # as the caller gave it
+    records: int  # that were chosen, before any is dropped as too long
+    inverted: int  # records
+    duplicates: int  # records whose text has occurred before: those left out, or those among the chosen ones
+    duplicates_dropped: bool  # whether they were left out
+    dropped_as_too_long: int  # records
+    first_dropped_as_too_long: list[str]  # ids of the first hundred of them
+    truncated: int  # records that were cut at `max_tokens`
+    lost_whole_completion: int  # records of which no token of the completion is left to train on
+    training_examples: int
+    validation_examples: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens some part of the records has."""
+
+    mean: float
+    deviation: float  # the standard deviation of these records, not an estimate for others
+    quantiles: dict[str, int]  # by share of the records ("0.5": the median); each is a length that occurs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Contents):
+    """What is in a data set: `profile.json` has these fields in this order.
+
+    All that follows describes the chosen records before any is dropped or cut. "With template" is as the model reads
+    them. A generation ratio is completion tokens over prompt tokens, None where there are no prompts.
+    """
+
+    tokens_bare: int  # of all texts
+    tokens: int  # of all examples, templates and ends of text included
+    lengths: dict[str, Lengths]  # of instruction, input, prompt (both) and completion, bare
+    lengths_with_template: dict[str, Lengths]  # of the same (prompt: with the template), and of the example
+    generation_ratio: float | None  # ratio of the means, as in the paper
+    generation_ratio_with_template: float | None
+    mean_of_ratios: float | None  # mean of the ratios of single records that have a prompt
+    mean_of_ratios_with_template: float | None
+    completion_shorter_than_prompt: float  # share of the records
+    completion_shorter_than_prompt_with_template: float  # share of the records
+    border_straddled: float  # share of the records in which a token straddles the end of the prompt
+    end_straddled: float  # share of the records in which a token straddles the end of an answer
+    max_tokens: int  # longest example
+    longer_than_max_tokens: float  # share of the records
+    no_completion_within_max_tokens: float  # share of the records
+    template_weight: float | None  # loss weight of the template's tokens; None: as the rest of the prompt
+    completion_weight: float  # loss weight of completion tokens
+    # By PLW, the share that prompt tokens (template included) have in the loss weight of all tokens that are trained
+    # on; None where no token has any.
+    effective_prompt_share: dict[str, float | None]
+
+
+def measure(
+    contents: Contents,
     columns: Mapping[str, Counts],
     max_tokens: int,
     on_long: Literal["drop", "truncate"],
     *,
     template_weight: float | None = None,
     completion_weight: float = 1.0,
-) -> dict[str, Any]:
-    """Lengths, generation ratios, what `max_tokens` costs, and what part of the loss weight lies on prompts.
+) -> Profile:
+    """The profile of a data set.
 
     columns: of each record, before any is dropped or cut (N records, at least one of them within `max_tokens` if
         longer ones are dropped), the number of
@@ -41,11 +117,6 @@ def profile(
         straddling_end: tokens among completion_tokens that end in the template's text after an answer;
         completion_kept, template_kept: tokens of the segment within the first `max_tokens` of the example;
         and first: the segment of its first token.
-    template_weight: loss weight of the template's tokens (None: as the prompt).
-
-    A generation ratio is completion tokens over prompt tokens: the ratio of their means, as in the paper, and for
-    comparison the mean of the records' own ratios. The effective prompt share at a PLW is the weight of all prompt
-    tokens, template included, over the weight of all tokens that are trained on: what is not completion, over all.
     """
     straddling, length = columns["straddling"], columns["length"]
     bare = {name: columns[name] for name in ("instruction", "input", "completion")}
@@ -58,92 +129,62 @@ def profile(
         "example": length,
     }
     is_cut = length > max_tokens
-    trained = ~is_cut if on_long == "drop" else np.ones(len(length), bool)
-    # Of every example the first token is never predicted, so it has no weight.
+    return Profile(
+        **vars(contents),
+        tokens_bare=int(bare["prompt"].sum() + bare["completion"].sum()),
+        tokens=int(length.sum()),
+        lengths={name: _lengths(bare[name]) for name in ("instruction", "input", "prompt", "completion")},
+        lengths_with_template={name: _lengths(counts) for name, counts in templated.items()},
+        generation_ratio=_ratio(bare["completion"].sum(), bare["prompt"].sum()),
+        generation_ratio_with_template=_ratio(templated["completion"].sum(), templated["prompt"].sum()),
+        mean_of_ratios=_mean_of_ratios(bare),
+        mean_of_ratios_with_template=_mean_of_ratios(templated),
+        completion_shorter_than_prompt=float((bare["completion"] < bare["prompt"]).mean()),
+        completion_shorter_than_prompt_with_template=float((templated["completion"] < templated["prompt"]).mean()),
+        border_straddled=float((straddling > 0).mean()),
+        end_straddled=float((columns["straddling_end"] > 0).mean()),
+        max_tokens=max_tokens,
+        longer_than_max_tokens=float(is_cut.mean()),
+        no_completion_within_max_tokens=float((columns["completion_kept"] == 0).mean()),
+        template_weight=template_weight,
+        completion_weight=completion_weight,
+        effective_prompt_share=_prompt_shares(
+            columns,
+            max_tokens,
+            ~is_cut if on_long == "drop" else np.ones(len(length), bool),
+            template_weight,
+            completion_weight,
+        ),
+    )
+
+
+def _prompt_shares(
+    columns: Mapping[str, Counts],
+    max_tokens: int,
+    is_trained: NDArray[np.bool_],
+    template_weight: float | None,
+    completion_weight: float,
+) -> dict[str, float | None]:
+    """By PLW, the prompts' share of the loss weight of the records that are trained on."""
+    # The first token of an example is never predicted, so it has no weight.
     completion, template = (
-        int((columns[f"{segment.name.lower()}_kept"] - (columns["first"] == segment))[trained].sum())
+        int((columns[f"{segment.name.lower()}_kept"] - (columns["first"] == segment))[is_trained].sum())
         for segment in (Segment.COMPLETION, Segment.TEMPLATE)
     )
-    prompt = int((np.minimum(length, max_tokens) - 1)[trained].sum()) - completion - template
-
-    def prompt_share(plw: float) -> float | None:
-        weight = plw * prompt + (plw if template_weight is None else template_weight) * template
-        return _ratio(weight, weight + completion_weight * completion)
-
-    return {
-        "tokens_bare": int(bare["prompt"].sum() + bare["completion"].sum()),
-        "tokens": int(length.sum()),
-        "lengths": {name: _lengths(bare[name]) for name in ("instruction", "input", "prompt", "completion")},
-        "lengths_with_template": {name: _lengths(counts) for name, counts in templated.items()},
-        "generation_ratio": _ratio(bare["completion"].sum(), bare["prompt"].sum()),
-        "generation_ratio_with_template": _ratio(templated["completion"].sum(), templated["prompt"].sum()),
-        "mean_of_ratios": _mean_of_ratios(bare),
-        "mean_of_ratios_with_template": _mean_of_ratios(templated),
-        "completion_shorter_than_prompt": float((bare["completion"] < bare["prompt"]).mean()),
-        "completion_shorter_than_prompt_with_template": float((templated["completion"] < templated["prompt"]).mean()),
-        "border_straddled": float((straddling > 0).mean()),
-        "end_straddled": float((columns["straddling_end"] > 0).mean()),
-        "max_tokens": max_tokens,
-        "longer_than_max_tokens": float(is_cut.mean()),
-        "no_completion_within_max_tokens": float((columns["completion_kept"] == 0).mean()),
-        "template_weight": template_weight,
-        "completion_weight": completion_weight,
-        "effective_prompt_share": {f"{plw:g}": prompt_share(plw) for plw in PUBLISHED_PLWS},
-    }
+    instruction_and_input = (
+        int((np.minimum(columns["length"], max_tokens) - 1)[is_trained].sum()) - completion - template
+    )
+    shares = {}
+    for plw in PUBLISHED_PLWS:
+        weight = plw * instruction_and_input + (plw if template_weight is None else template_weight) * template
+        shares[f"{plw:g}"] = _ratio(weight, weight + completion_weight * completion)
+    return shares
 
 
-def profile_text(found: Mapping[str, Any]) -> str:
-    """A profile as a person reads it."""
-    titles = [_quantile_title(quantile) for quantile in SHOWN_QUANTILES]
-    lines = [f"{'tokens of a record':<22}{'mean':>9}{'deviation':>11}" + "".join(f"{title:>9}" for title in titles)]
-    for heading, lengths in (
-        ("bare", found["lengths"]),
-        ("with the template", found["lengths_with_template"]),
-    ):
-        lines.append(heading)
-        for name, length in lengths.items():
-            shown = "".join(f"{length['quantiles'][f'{quantile:g}']:>9}" for quantile in SHOWN_QUANTILES)
-            lines.append(f"  {name:<20}{length['mean']:>9.2f}{length['deviation']:>11.2f}{shown}")
-    lines += [
-        f"generation ratio      {_number(found['generation_ratio'])} bare, "
-        f"{_number(found['generation_ratio_with_template'])} with the template (ratios of means)",
-        f"mean of ratios        {_number(found['mean_of_ratios'])} bare, "
-        f"{_number(found['mean_of_ratios_with_template'])} with the template",
-        f"max-tokens {found['max_tokens']:<11}{found['longer_than_max_tokens']:.2%} of the records are longer; "
-        f"{found['no_completion_within_max_tokens']:.2%} have no completion within it",
-    ]
-    if found["border_straddled"]:
-        lines.append(
-            f"prompt's end          in {found['border_straddled']:.2%} of the records a token straddles it: "
-            "prompt in this table, completion in training"
-        )
-    if found["end_straddled"]:
-        lines.append(
-            f"answers' ends         in {found['end_straddled']:.2%} of the records a token straddles one: completion"
-        )
-    lines += [
-        f"prompts' share of the loss weight, by PLW{weights_text(found)}",
-        "  " + "  ".join(f"{plw}: {_number(share)}" for plw, share in found["effective_prompt_share"].items()),
-    ]
-    return "\n".join(lines)
-
-
-def weights_text(found: Mapping[str, Any]) -> str:
-    """The weights, but for PLW, that a profile's prompt shares were computed with; empty for the usual ones."""
-    told = f" at template weight {found['template_weight']:g}" if found["template_weight"] is not None else ""
-    if found["completion_weight"] != 1:
-        told += f"{' and' if told else ' at'} completion weight {found['completion_weight']:g}"
-    return told
-
-
-def _lengths(counts: Counts) -> dict[str, Any]:
-    """Mean, deviation (of these records, not an estimate for others) and quantiles that are lengths which occur."""
+def _lengths(counts: Counts) -> Lengths:
     quantiles = np.quantile(counts, QUANTILES, method="inverted_cdf")
-    return {
-        "mean": float(counts.mean()),
-        "deviation": float(counts.std()),
-        "quantiles": {f"{quantile:g}": int(value) for quantile, value in zip(QUANTILES, quantiles, strict=True)},
-    }
+    by_share = {f"{quantile:g}": int(value) for quantile, value in zip(QUANTILES, quantiles, strict=True)}
+    return Lengths(float(counts.mean()), float(counts.std()), by_share)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -151,9 +192,79 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def _mean_of_ratios(counts: Mapping[str, Counts]) -> float | None:
-    """Over the records that have a prompt at all."""
-    some = counts["prompt"] > 0
-    return float((counts["completion"][some] / counts["prompt"][some]).mean()) if some.any() else None
+    has_prompt = counts["prompt"] > 0
+    ratios = counts["completion"][has_prompt] / counts["prompt"][has_prompt]
+    return float(ratios.mean()) if len(ratios) else None
+
+
+# Its text.
+
+
+def text(profile: Profile) -> str:
+    """A profile as a person reads it."""
+    lines = [line for source in profile.sources for line in _source_lines(source)]
+    repeated = "left out" if profile.duplicates_dropped else "kept (--drop-duplicates leaves them out)"
+    lines += [
+        f"records             {profile.records}  ({profile.training_examples} training, "
+        f"{profile.validation_examples} validation examples), {profile.inverted} inverted",
+        f"exact duplicates    {profile.duplicates}" + (f", {repeated}" if profile.duplicates else ""),
+        f"too long            {profile.dropped_as_too_long} dropped; {profile.truncated} truncated, of which "
+        f"{profile.lost_whole_completion} lost their whole completion",
+        *_length_lines(profile),
+        f"generation ratio      {_number(profile.generation_ratio)} bare, "
+        f"{_number(profile.generation_ratio_with_template)} with the template (ratios of means)",
+        f"mean of ratios        {_number(profile.mean_of_ratios)} bare, "
+        f"{_number(profile.mean_of_ratios_with_template)} with the template",
+        f"max-tokens {profile.max_tokens:<11}{profile.longer_than_max_tokens:.2%} of the records are longer; "
+        f"{profile.no_completion_within_max_tokens:.2%} have no completion within it",
+    ]
+    if profile.border_straddled:
+        lines.append(
+            f"prompt's end          in {profile.border_straddled:.2%} of the records a token straddles it: "
+            "prompt in this table, completion in training"
+        )
+    if profile.end_straddled:
+        lines.append(
+            f"answers' ends         in {profile.end_straddled:.2%} of the records a token straddles one: completion"
+        )
+    shares = [f"{plw}: {_number(share)}" for plw, share in profile.effective_prompt_share.items()]
+    lines += [f"prompts' share of the loss weight, by PLW{weights_text(profile)}", "  " + "  ".join(shares)]
+    return "\n".join(lines)
+
+
+def weights_text(profile: Profile) -> str:
+    """The weights, but for PLW, that a profile's prompt shares were computed with; empty for the usual ones."""
+    weights = []
+    if profile.template_weight is not None:
+        weights.append(f"template weight {profile.template_weight:g}")
+    if profile.completion_weight != 1:
+        weights.append(f"completion weight {profile.completion_weight:g}")
+    return f" at {' and '.join(weights)}" if weights else ""
+
+
+def _source_lines(source: SourceContents) -> list[str]:
+    licence = (source.licence or "not known") + (": NON-COMMERCIAL USE ONLY" if source.noncommercial else "")
+    lines = [
+        f"data set            {source.name}  (sha256 {source.sha256[:12]}, {source.format} format)",
+        f"licence             {licence}",
+    ]
+    if fields := [f"{name!r} ({count})" for name, count in source.fields_not_read.items()]:
+        lines.append("fields not read     " + ", ".join(fields[:10]) + (", ..." if len(fields) > 10 else ""))
+    lines += [f"left out            {fault}" for fault in source.skipped[:5]]
+    if len(source.skipped) > 5:
+        lines.append(f"                    ... {len(source.skipped)} in all, listed in profile.json")
+    return lines
+
+
+def _length_lines(profile: Profile) -> list[str]:
+    titles = [_quantile_title(quantile) for quantile in SHOWN_QUANTILES]
+    lines = [f"{'tokens of a record':<22}{'mean':>9}{'deviation':>11}" + "".join(f"{title:>9}" for title in titles)]
+    for heading, by_part in (("bare", profile.lengths), ("with the template", profile.lengths_with_template)):
+        lines.append(heading)
+        for part, lengths in by_part.items():
+            shown = "".join(f"{lengths.quantiles[f'{quantile:g}']:>9}" for quantile in SHOWN_QUANTILES)
+            lines.append(f"  {part:<20}{lengths.mean:>9.2f}{lengths.deviation:>11.2f}{shown}")
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from plw_mlflow.config import DATA_FILE_ENDINGS
+from plw_mlflow.config import DATA_FILE_ENDINGS, HUB_ID
 from plw_mlflow.data import formats
 from plw_mlflow.environment import disk
 from plw_mlflow.errors import Unreachable, UserError, did_you_mean, first_line
 
 TOY = ("toy-short", "toy-long")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from plw_mlflow.config import names
 from plw_mlflow.errors import UserError
 
-OWN_TASKS = Path(__file__).resolve().parent / "tasks"
+OWN_TASKS = Path(__file__).resolve().parent / "task_files"
 # What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
 NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
 WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
@@ -44,7 +44,7 @@ TASK_TYPE_OF_OUTPUT = {
 class Benchmark:
     """One task, as a set runs it."""
 
-    task: str  # of lm-evaluation-harness, or of plw_mlflow/evaluation/tasks
+    task: str  # of lm-evaluation-harness, or of plw_mlflow/evaluation/task_files
     metric: str | None = None  # the one that stands for the task (unset: the first of which more is better)
     num_fewshot: int | None = None  # examples before each question (unset: the task's own number)
     task_type: str | None = None  # as the study sorts its tasks (unset: by what the task asks of a model)
@@ -153,13 +153,18 @@ def check(listed: str) -> None:
         return  # whoever imports it says that it is missing
     harness = Path(spec.submodule_search_locations[0]) / "tasks"
     wanted = [one.task for one in benchmarks]
-    nearby = [
-        path for path in harness.iterdir() if path.is_dir() and any(name.startswith(path.name) for name in wanted)
+    if not _names_in(OWN_TASKS, *nearby_folders(harness, wanted)).issuperset(wanted):
+        check_known(wanted, _names_in(OWN_TASKS, harness))
+
+
+def nearby_folders(harness: Path, wanted: Collection[str]) -> list[Path]:
+    """The folders among the harness's tasks where these tasks are likely to be: whose name begins a task's name."""
+    folders = sorted(path for path in harness.iterdir() if path.is_dir())
+    return [
+        path
+        for path in folders
+        if any(name.startswith(path.name) or (path.name == "translation" and name.startswith("wmt")) for name in wanted)
     ]
-    if _names_in(OWN_TASKS, *nearby).issuperset(wanted):
-        return
-    known = _names_in(OWN_TASKS, harness)
-    check_known(wanted, known)
 
 
 def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
@@ -204,6 +209,7 @@ def whole(keys: Iterable[str]) -> list[str]:
     return given
 
 
-def task_type(task: str) -> str | None:
-    """The type that the first set with a task gives it."""
-    return next((one.task_type for some in SETS.values() for one in some if one.task == task), None)
+def task_type(task: str, output_type: str) -> str:
+    """The type of a task: that of the first set that has it, or else what goes with its output type in the harness."""
+    of_sets = {benchmark.task: benchmark.task_type for set_ in reversed(SETS.values()) for benchmark in set_}
+    return of_sets.get(task) or TASK_TYPE_OF_OUTPUT.get(output_type, "")

@@ -1,4 +1,4 @@
-"""The toy laboratory's benchmarks, whose lm-eval task files are in `evaluation/tasks/toy`.
+"""The toy laboratory's benchmarks, whose lm-eval task files are in `evaluation/task_files/toy`.
 
 A document holds a prompt and what answers it. The benchmarks ask about the held-out people alone.
 """

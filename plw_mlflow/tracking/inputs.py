@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from plw_mlflow import __version__
 from plw_mlflow.config import short_name
 from plw_mlflow.data import templates
+from plw_mlflow.data.profile import Profile
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking.run import Run
@@ -23,12 +25,12 @@ from plw_mlflow.tracking.run import Run
 DIGEST_CHARACTERS = 36  # of a data set's digest; MLflow takes no more
 
 
-def log_data(run: Run, sources: Sequence[Source], profile: dict[str, Any]) -> None:
+def log_data(run: Run, sources: Sequence[Source], profile: Profile) -> None:
     """Log the data sets as the run's inputs with their digests, and the length profile as a table and a figure.
 
     Several data sets are mixed into the first one, which is logged under the name of the mixture.
     """
-    names = [profile["name"], *(short_name(source.name) for source in sources[1:])]
+    names = [profile.name, *(short_name(source.name) for source in sources[1:])]
     for name, source in reversed(list(zip(names, sources, strict=True))):
         origin: DatasetSource
         if source.location == "generated":
@@ -38,8 +40,8 @@ def log_data(run: Run, sources: Sequence[Source], profile: dict[str, Any]) -> No
         dataset = MetaDataset(origin, name=name, digest=source.sha256[:DIGEST_CHARACTERS])  # type: ignore[abstract]
         mlflow.log_input(dataset, context="training")
     run.tag(data_sha256=",".join(source.sha256 for source in sources))
-    mlflow.log_dict(profile, "profile.json")
-    if template := templates.file(profile["template"]):
+    mlflow.log_dict(asdict(profile), "profile.json")
+    if template := templates.file(profile.template):
         mlflow.log_artifact(str(template), "template")
     from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
 

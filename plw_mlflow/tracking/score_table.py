@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-from plw_mlflow.analysis.statistics.table import COLUMNS
+from plw_mlflow.analysis.score_table import COLUMNS
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.tracking import comparable
 from plw_mlflow.tracking.cells import CELL_FIELDS, cell_columns, parameters

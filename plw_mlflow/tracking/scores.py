@@ -13,7 +13,7 @@ import pandas as pd
 from plw_mlflow.config import spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.evaluation import task_sets
-from plw_mlflow.evaluation.evaluate import Evaluation
+from plw_mlflow.evaluation.scores import Evaluation
 from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.run import Run
 

@@ -32,8 +32,9 @@ from plw_mlflow.data.batches import Batch, Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, UserError, first_line
-from plw_mlflow.models import adapters, causal, regularisers
+from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, loss, parallel
+from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
 from plw_mlflow.training.learner import Learner
 
@@ -180,9 +181,7 @@ class _Loop:
         self._learner = parallel.wrap(learner, mixed_precision(config.precision), config.parallel, accelerator)
         self._learner.train()
         self._penalty = (
-            regularisers.BasePenalty(model, config.base_penalty, config.base_penalty_order)
-            if config.base_penalty
-            else None
+            BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
         )
         trained = self._trained.values()
         # As in transformers, vectors (norms, biases) do not decay.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -350,7 +351,7 @@ def test_bad_input_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"task-types must be among multiple-choice, .*, got essays"):
         advise.check_types(["essays"])
     with pytest.raises(ValueError, match="mine has no generation ratio"):
-        advise.measured_ratio({"name": "mine", "generation_ratio": None})
+        advise.measured_ratio(SimpleNamespace(name="mine", generation_ratio=None))
     with pytest.raises(ValueError, match='the generation ratio of mine is not known; give it, as in --ratios "mine='):
         evidence.own(simulate(0.3, -0.3), "none", {}, {"other": 1.0})
     with pytest.raises(ValueError, match=r"data set mine has 1 PLWs within 0\.\.1; a curve needs 3 or more"):

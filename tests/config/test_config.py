@@ -17,6 +17,7 @@ import pytest
 
 from plw_mlflow import config
 from plw_mlflow.command_line import cli
+from plw_mlflow.command_line.options import field_help
 from plw_mlflow.config import (
     CONFIGS,
     AnalyzeConfig,
@@ -212,6 +213,20 @@ def test_help_tells_of_every_field(call, name):
             if above.startswith(f"    {field.name}: ")
         ]
         assert any(line and line in shown for line in written), field.name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_shows_every_option_under_one_heading(call, name):
+    _, shown, _, _ = call(CONFIGS[name], "--help")
+    begun = [line.split()[0] for line in shown.split("\n") if line.startswith("  --")]
+    assert sorted(begun) == sorted([*(f"--{config.flag(field.name)}" for field in fields(CONFIGS[name])), "--help"])
+
+
+def test_help_begins_with_what_tells_cells_apart(call):
+    for config_type, heading in ((SweepConfig, "Axes"), (MainConfig, "What tells one cell from another")):
+        _, shown, _, _ = call(config_type, "--help")
+        (*_, above), *_ = [part.strip().split("\n") for part in shown.split("  --plw ")]
+        assert above.startswith(heading)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +451,7 @@ def test_a_field_without_help_would_be_noticed():
         """Heard."""
         quiet: int = 2
 
-    assert cli._help(Silent) == {"loud": "Heard."}
+    assert field_help(Silent) == {"loud": "Heard."}
 
 
 def test_a_forked_worker_dies_of_sigterm_like_any_other(tmp_path):

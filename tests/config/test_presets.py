@@ -7,6 +7,7 @@ import pytest
 
 from plw_mlflow import sweep
 from plw_mlflow.command_line import cli
+from plw_mlflow.command_line.options import field_help
 from plw_mlflow.config import CONFIGS, DataOptions, MainConfig, PrepareConfig, Preset, SweepConfig, TrainConfig, spell
 from plw_mlflow.config.presets import HUERTA2024, MODELS, PRESETS
 
@@ -93,7 +94,7 @@ def test_help_tells_each_presets_value(name):
     for config_type in CONFIGS.values():
         if BY_PRESET[name] not in config_type.__dataclass_fields__.values():
             continue
-        told = dict(re.findall(r"\b(toy|huerta2024|huerta2024-lora) ([^ ,;)]+)", cli._help(config_type)[name]))
+        told = dict(re.findall(r"\b(toy|huerta2024|huerta2024-lora) ([^ ,;)]+)", field_help(config_type)[name]))
         told.setdefault("huerta2024-lora", told["huerta2024"])
         kind = float if isinstance(PRESETS["toy"][name], float) else str
         assert {preset: kind(value) for preset, value in told.items()} == {

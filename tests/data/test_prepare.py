@@ -2,7 +2,7 @@
 
 import ast
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from plw_mlflow import study
 from plw_mlflow.config import DataOptions, PrepareConfig
-from plw_mlflow.data import formats, prepare, templates
+from plw_mlflow.data import building, formats, prepare, profile, selection, templates
 from plw_mlflow.data.batches import Weights, collate
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.templates import Segment
@@ -47,7 +47,7 @@ def lengths(found):
 def places(records):
     """Where the split places records."""
     keys = np.array([list(record.key()) for record in records], np.uint8)
-    return prepare._fraction(keys[:, :6])
+    return selection._fraction(keys[:, :6])
 
 
 # Cutting.
@@ -58,9 +58,9 @@ LONG = [("a" * 10, "b" * 5), ("a" * 20, "b" * 5), ("a" * 10, "b" * 40)]  # HEAD 
 def test_examples_that_are_too_long_are_dropped_and_counted(write, tokenizer):
     found = prepare.run(write(LONG), tokenizer, DataOptions(max_tokens=HEAD + 26, validation_share=1e-9))
     assert lengths(found) == [HEAD + 16, HEAD + 26]
-    assert found.profile["dropped_as_too_long"] == 1
-    assert found.profile["first_dropped_as_too_long"] == ["data.jsonl:3"]
-    assert found.profile["truncated"] == found.profile["lost_whole_completion"] == 0
+    assert found.profile.dropped_as_too_long == 1
+    assert found.profile.first_dropped_as_too_long == ["data.jsonl:3"]
+    assert found.profile.truncated == found.profile.lost_whole_completion == 0
 
 
 def test_or_cut_off_and_counted(write, tokenizer):
@@ -69,16 +69,16 @@ def test_or_cut_off_and_counted(write, tokenizer):
     assert lengths(found) == [HEAD + 16, HEAD + 20, HEAD + 20]
     kept = [np.count_nonzero(one.segment == Segment.COMPLETION) for one in [*found.training, *found.validation]]
     assert sorted(kept) == [0, 5 + 1, 10]  # only the one of 6 has kept its end of text
-    assert found.profile["dropped_as_too_long"] == 0
-    assert found.profile["truncated"] == 2
-    assert found.profile["lost_whole_completion"] == 1
+    assert found.profile.dropped_as_too_long == 0
+    assert found.profile.truncated == 2
+    assert found.profile.lost_whole_completion == 1
 
 
 def test_only_the_first_of_many_that_are_too_long_are_named(write, tokenizer):
     found = prepare.run(write([LONG[2]] * 150 + LONG[:2]), tokenizer, DataOptions(max_tokens=HEAD + 26)).profile
-    assert found["dropped_as_too_long"] == 150
-    assert found["first_dropped_as_too_long"] == [f"data.jsonl:{number}" for number in range(1, 101)]
-    assert "150 dropped" in prepare.text(found)
+    assert found.dropped_as_too_long == 150
+    assert found.first_dropped_as_too_long == [f"data.jsonl:{number}" for number in range(1, 101)]
+    assert "150 dropped" in profile.text(found)
 
 
 @pytest.mark.parametrize(("template", "opening"), [("alpaca", 1), ("none", 0)])
@@ -88,7 +88,7 @@ def test_the_prompts_share_is_that_of_the_weights_a_batch_has(write, tokenizer, 
     options = DataOptions(template=template, max_tokens=HEAD * opening + 24, on_long=on_long, validation_share=1e-9)
     told = {"template_weight": 0.3, "completion_weight": 2.0}
     found = prepare.run(write(LONG), tokenizer, options, **told)
-    for plw, share in found.profile["effective_prompt_share"].items():
+    for plw, share in found.profile.effective_prompt_share.items():
         batch = collate([*found.training, *found.validation], Weights(float(plw), *told.values()))
         expected = batch.weights[~batch.is_completion].sum() / batch.weights.sum()
         assert share == pytest.approx(expected.item())
@@ -110,7 +110,7 @@ def test_completions_lost_in_validation_do_not_stop_the_training(write, tokenize
     kept = next(pair for pair in (("c" * n, "b") for n in range(1, 9)) if places([Record("", pair[0], "", "b")]) > 0.5)
     options = DataOptions(max_tokens=HEAD + 20, on_long="truncate", validation_share=0.5)
     found = prepare.run(write([pairs[first], kept]), tokenizer, options)
-    assert found.profile["lost_whole_completion"] == len(found.training) == len(found.validation) == 1
+    assert found.profile.lost_whole_completion == len(found.training) == len(found.validation) == 1
 
 
 # Splitting.
@@ -154,7 +154,7 @@ def test_an_inverted_record_stays_on_its_side_of_the_split(write, tokenizer):
     path = write([(f"Question {number}?", "A longer answer than that, to be sure.") for number in range(100)])
     options = DataOptions(validation_share=0.3)
     plain, inverted = prepare.run(path, tokenizer, options), prepare.run(path, tokenizer, replace(options, invert=True))
-    assert inverted.profile["inverted"] == 100
+    assert inverted.profile.inverted == 100
     inverted_instructions = texts(inverted.validation, tokenizer, Segment.COMPLETION)
     assert [f"{text}</s>" for text in texts(plain.validation, tokenizer)] == inverted_instructions
 
@@ -168,12 +168,12 @@ def test_inversion_is_counted(write, tokenizer):
         tokenizer,
         DataOptions(invert=True, validation_share=1e-9),
     )
-    assert found.profile["inverted"] == 1
+    assert found.profile.inverted == 1
     expected = Record("", "Predict the prompt that generated the following AI output.", "A longer one.", "Short.")
     (example,) = Encoder(tokenizer, templates.load("alpaca", tokenizer)).encode([expected])
     assert example.tokens.tolist() in [one.tokens.tolist() for one in [*found.training, *found.validation]]
     # Bare, of both records: the new instruction or the old, the input or none, the completion.
-    bare = {name: found.profile["lengths"][name]["mean"] * 2 for name in ("instruction", "input", "completion")}
+    bare = {name: found.profile.lengths[name].mean * 2 for name in ("instruction", "input", "completion")}
     assert bare == {"instruction": len(expected.instruction) + 13, "input": 13, "completion": 6 + 6}
 
 
@@ -183,10 +183,10 @@ def test_a_set_is_mixed_with_its_own_inversion(write, tokenizer):
     options = DataOptions(mix=path, mix_invert=True, validation_share=0.3)
     for told in (options, replace(options, invert=True, mix_invert=False)):
         found = prepare.run(path, tokenizer, told)
-        assert (found.profile["records"], found.profile["inverted"], found.profile["duplicates"]) == (40, 20, 0)
+        assert (found.profile.records, found.profile.inverted, found.profile.duplicates) == (40, 20, 0)
         completions = texts([*found.training, *found.validation], tokenizer, Segment.COMPLETION)
         assert sum(text.startswith("Question") for text in completions) == 20
-    assert found.profile["name"] == "data inverted + 0.5 data"
+    assert found.profile.name == "data inverted + 0.5 data"
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.25, (60, 20)), (0.5, (40, 40)), (0.8, (10, 40)), (0.3, (60, 26))])
@@ -197,7 +197,7 @@ def test_a_mixture_has_its_share_and_is_as_large_as_can_be(write, tokenizer, sha
     mixed = texts([*found.training, *found.validation], tokenizer)
     assert len(set(mixed)) == len(mixed)
     assert tuple(sum(text.startswith(which) for text in mixed) for which in ("First", "Second")) == expected
-    assert [source["records"] for source in found.profile["sources"]] == list(expected)
+    assert [source.records for source in found.profile.sources] == list(expected)
     assert [source.name for source in found.sources] == [first, second]
 
 
@@ -225,7 +225,7 @@ def test_what_is_taken_into_a_mixture_does_not_decide_its_split(write, tokenizer
 )
 def test_a_blend_is_of_usable_records_and_cannot_be_larger(keys, share):
     is_second, usable = (np.array([one[which] for one in keys]) for which in (1, 2))
-    taken = prepare.blend(np.array([list(key) for key, *_ in keys], np.uint8), is_second, usable, share)
+    taken = selection.blend(np.array([list(key) for key, *_ in keys], np.uint8), is_second, usable, share)
     assert not (taken & ~usable).any()
     counts = np.array([(taken & ~is_second).sum(), (taken & is_second).sum()])
     whole = np.array([(usable & ~is_second).sum(), (usable & is_second).sum()])
@@ -250,11 +250,11 @@ def test_a_set_mixed_with_itself_has_nothing_left_without_its_duplicates(write, 
 def test_exact_duplicates_are_counted_and_dropped_if_told_so(write, tokenizer):
     pairs = [("a", "b"), ("c", "d"), ("a", "b"), ("a", "b "), ("a", "b"), ("A", "b")]
     found = prepare.run(write(pairs), tokenizer, DataOptions())
-    assert (found.profile["duplicates"], found.profile["records"]) == (2, 6)
-    assert "2, kept" in prepare.text(found.profile)
+    assert (found.profile.duplicates, found.profile.records) == (2, 6)
+    assert "2, kept" in profile.text(found.profile)
     found = prepare.run(write(pairs), tokenizer, DataOptions(drop_duplicates=True))
-    assert (found.profile["duplicates"], found.profile["records"]) == (2, 4)
-    assert "2, left out" in prepare.text(found.profile)
+    assert (found.profile.duplicates, found.profile.records) == (2, 4)
+    assert "2, left out" in profile.text(found.profile)
     assert [found.training.id(index) for index in range(len(found.training))] == sorted(
         f"data.jsonl:{number}"
         for number, pair in enumerate(pairs, 1)
@@ -266,7 +266,7 @@ def test_exact_duplicates_are_counted_and_dropped_if_told_so(write, tokenizer):
 def test_a_record_is_no_duplicate_of_its_inversion(write, tokenizer):
     path = write([("Short.", "A longer one."), ("Brief.", "A longer one yet.")])
     found = prepare.run(path, tokenizer, DataOptions(mix=path, mix_share=0.5))
-    assert found.profile["duplicates"] == 2
+    assert found.profile.duplicates == 2
 
 
 # Bad records.
@@ -290,16 +290,16 @@ def test_a_bad_record_is_named_by_file_and_number_or_skipped_and_listed(write, t
     assert way_out in str(raised.value)
 
     found = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip"))
-    (source,) = found.profile["sources"]
-    assert source["records"] == found.profile["records"] == 2
-    assert source["skipped"][0].startswith(f"record 2 {fault}")
-    assert source["skipped"][1] == "record 4 has something other than text as its output"
-    assert f"left out            {source['skipped'][0]}" in prepare.text(found.profile)
+    (source,) = found.profile.sources
+    assert source.records == found.profile.records == 2
+    assert source.skipped[0].startswith(f"record 2 {fault}")
+    assert source.skipped[1] == "record 4 has something other than text as its output"
+    assert f"left out            {source.skipped[0]}" in profile.text(found.profile)
 
 
 def test_an_empty_completion_may_be_kept_to_train_on_its_end(write, tokenizer):
     found = prepare.run(write([("a", ""), ("c", "d")]), tokenizer, DataOptions(empty_completion="keep"))
-    assert found.profile["lengths"]["completion"]["mean"] == 0.5
+    assert found.profile.lengths["completion"].mean == 0.5
     assert sorted(
         one.tokens[one.segment == Segment.COMPLETION].tolist() for one in [*found.training, *found.validation]
     ) == [[tokenizer.eos_token_id], [*tokenizer("d")["input_ids"], tokenizer.eos_token_id]]
@@ -308,8 +308,8 @@ def test_an_empty_completion_may_be_kept_to_train_on_its_end(write, tokenizer):
 def test_max_records_counts_usable_ones_and_reads_no_further(write, tokenizer):
     path = write([{}, GOOD, {}, GOOD, {}, GOOD])
     found = prepare.run(path, tokenizer, DataOptions(max_records=2, on_bad_record="skip"))
-    (source,) = found.profile["sources"]
-    assert (source["records"], len(source["skipped"])) == (2, 2)
+    (source,) = found.profile.sources
+    assert (source.records, len(source.skipped)) == (2, 2)
 
 
 def test_a_file_without_a_good_record_is_refused_even_when_skipping(write, tokenizer):
@@ -346,11 +346,11 @@ def test_a_record_that_the_template_refuses_is_bad_like_any(write, bad, template
     assert str(raised.value).endswith("--on-bad-record skip")
 
     found = prepare.run(path, tokenizer, replace(options, on_bad_record="skip"))
-    (source,) = found.profile["sources"]
-    assert found.profile["records"] == 2
+    (source,) = found.profile.sources
+    assert found.profile.records == 2
     assert [found.training.id(n) for n in range(len(found.training))] == ["chats.jsonl:1", "chats.jsonl:4"]
-    assert source["skipped"][0].startswith(f"record 2 {fault}")
-    assert source["skipped"][1].startswith("record 3 has something other than a list of turns")
+    assert source.skipped[0].startswith(f"record 2 {fault}")
+    assert source.skipped[1].startswith("record 3 has something other than a list of turns")
     with pytest.raises(ValueError, match=r"holds no usable record \(2 were read; record 1"):
         prepare.run(write([bad, bad]), tokenizer, replace(options, on_bad_record="skip"))
 
@@ -364,7 +364,7 @@ def test_a_template_that_is_none_is_no_fault_of_the_records(write, tokenizer, tm
 
 def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_are(write, tokenizer):
     found = prepare.run(write([*[("a", "")] * 9, ("b", "c")]), tokenizer, DataOptions(on_bad_record="skip"))
-    text = prepare.text(found.profile)
+    text = profile.text(found.profile)
     assert text.count("has an empty completion") == 5
     assert "9 in all, listed in profile.json" in text
 
@@ -372,9 +372,9 @@ def test_the_text_names_a_few_of_many_skipped_records_and_says_where_the_others_
 def test_fields_that_are_not_read_are_counted_and_told(write, tokenizer):
     path = write([GOOD | {"topic": "sums", "\x1b[1m": 1}, GOOD | {"topic": "sums", "source": None}])
     found = prepare.run(path, tokenizer, DataOptions()).profile
-    assert found["sources"][0]["fields_not_read"] == {"topic": 2, "\x1b[1m": 1}
-    assert "fields not read     'topic' (2), '\\x1b[1m' (1)" in prepare.text(found)
-    assert "fields not read" not in prepare.text(prepare.run(write([GOOD]), tokenizer, DataOptions()).profile)
+    assert found.sources[0].fields_not_read == {"topic": 2, "\x1b[1m": 1}
+    assert "fields not read     'topic' (2), '\\x1b[1m' (1)" in profile.text(found)
+    assert "fields not read" not in profile.text(prepare.run(write([GOOD]), tokenizer, DataOptions()).profile)
 
 
 def test_fields_of_turns_that_are_not_read_are_counted_and_told(write):
@@ -384,8 +384,8 @@ def test_fields_of_turns_that_are_not_read_are_counted_and_told(write):
     path = write([{"messages": turns}, {"messages": [*turns, *turns]}])
     for which, weights in (("every", {}), ("last", {"messages[].weight": 1})):
         found = prepare.run(path, tokenizer, DataOptions(template="chat", completion_turns=which)).profile
-        assert found["sources"][0]["fields_not_read"] == {"messages[].name": 2} | weights
-        assert "fields not read     'messages[].name' (2)" in prepare.text(found)
+        assert found.sources[0].fields_not_read == {"messages[].name": 2} | weights
+        assert "fields not read     'messages[].name' (2)" in profile.text(found)
 
 
 def test_text_of_another_format_stops_the_reading_and_names_the_way_out(write, tokenizer):
@@ -394,7 +394,7 @@ def test_text_of_another_format_stops_the_reading_and_names_the_way_out(write, t
         prepare.run(path, tokenizer, DataOptions())
     found = prepare.run(path, tokenizer, DataOptions(format="alpaca"))
     assert texts(found.training, tokenizer, Segment.INPUT) == ["2 2"]
-    assert found.profile["sources"][0]["fields_not_read"] == {"context": 1}
+    assert found.profile.sources[0].fields_not_read == {"context": 1}
 
 
 @pytest.mark.parametrize("names", [("input", "response"), ("context", "output")])
@@ -404,7 +404,7 @@ def test_an_input_under_another_formats_name_is_trained_on(write, tokenizer, nam
     )
     (example,) = found.training
     assert [texts([example], tokenizer, segment)[0] for segment in (1, 2, 3)] == ["Add.", "2 2", "4</s>"]
-    assert found.profile["sources"][0]["fields_not_read"] == {}
+    assert found.profile.sources[0].fields_not_read == {}
 
 
 # Formats.
@@ -416,8 +416,8 @@ def test_a_format_can_be_forced(write, tokenizer):
         prepare.run(path, tokenizer, DataOptions())
     for format, expected in (("alpaca", "4"), ("dolly", "four")):
         found = prepare.run(path, tokenizer, DataOptions(format=format))
-        assert found.profile["sources"][0]["format"] == format
-        assert f"{format} format" in prepare.text(found.profile)
+        assert found.profile.sources[0].format == format
+        assert f"{format} format" in profile.text(found.profile)
         (completion,) = texts(found.training, tokenizer, Segment.COMPLETION)
         assert completion == expected + "</s>"
 
@@ -435,7 +435,7 @@ def test_an_answer_that_is_marked_is_not_trained_on_and_makes_another_record(wri
     ]
     options = DataOptions(template="chat", completion_turns="every", validation_share=1e-9, drop_duplicates=True)
     found = prepare.run(write(rows), tokenizer, options)
-    assert (found.profile["records"], found.profile["duplicates"]) == (2, 1)
+    assert (found.profile.records, found.profile.duplicates) == (2, 1)
     together = [*found.training, *found.validation]
     assert sorted(texts(together, tokenizer, Segment.COMPLETION)) == ["No.</s>assistant</s>", "assistant</s>"]
     assert sorted(texts(together, tokenizer, Segment.INPUT)) == ["", "No."]
@@ -456,7 +456,7 @@ def test_every_turn_of_a_conversation_keeps_its_segment(write):
         assert texts(found.training, tokenizer, Segment.INPUT) == [input_text]
         (trained,) = texts(found.training, tokenizer, Segment.COMPLETION)
         assert trained.replace("</s>", "") == completion
-        bare = {name: length["mean"] for name, length in found.profile["lengths"].items()}
+        bare = {name: length.mean for name, length in found.profile.lengths.items()}
         assert (bare["instruction"], bare["input"], bare["completion"]) == (5, len(input_text), len(completion))
 
 
@@ -492,8 +492,8 @@ def test_a_record_of_too_many_characters_is_bad_like_any(write, tokenizer):
     ):
         prepare.run(path, tokenizer, DataOptions(max_characters=200))
     found = prepare.run(path, tokenizer, DataOptions(max_characters=200, on_bad_record="skip"))
-    assert found.profile["sources"][0]["skipped"] == ["record 1 has more than 200 characters (--max-characters)"]
-    assert found.profile["records"] == 2
+    assert found.profile.sources[0].skipped == ["record 1 has more than 200 characters (--max-characters)"]
+    assert found.profile.records == 2
 
 
 def test_no_format_is_found_out_by_more_than_one_row_at_once(write, tokenizer, monkeypatch):
@@ -511,19 +511,19 @@ def test_no_format_is_found_out_by_more_than_one_row_at_once(write, tokenizer, m
 
     monkeypatch.setattr(formats, "rows", lambda *_: (Row(instruction=str(n), output="b") for n in range(50)))
     path = write([("a file that no other test has", "b")])
-    assert prepare.run(path, tokenizer, DataOptions()).profile["records"] == 50
+    assert prepare.run(path, tokenizer, DataOptions()).profile.records == 50
     assert living[1] <= 3
 
 
 def test_what_is_said_of_a_record_and_counted_of_its_fields_has_an_end(write, tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "COUNTED_FIELDS", 2)
+    monkeypatch.setattr(building, "COUNTED_FIELDS", 2)
     good = {"instruction": "Add.", "output": "4"}
     rows = [good | {"weight": "x" * 5000}, good | {"a": 1}, good | {"b": 1}, good | {"c": 1, "b": 1}]
     path = write([])
     Path(path).write_text("\n".join(map(json.dumps, rows)))
-    (source,) = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip")).profile["sources"]
-    assert source["fields_not_read"] == {"a": 1, "b": 2}
-    (fault,) = source["skipped"]
+    (source,) = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip")).profile.sources
+    assert source.fields_not_read == {"a": 1, "b": 2}
+    (fault,) = source.skipped
     assert fault.startswith("record 1 has the weight 'xxx")
     assert fault.endswith("rename the field if it means something else")
     assert len(fault) < 600
@@ -593,7 +593,7 @@ def test_so_is_another_content_and_another_tokenizer(write, tokenizer, tmp_path)
 
 
 def imported(module):
-    """Where a module of this package imports from: names as in `prepare.CODE`, or a folder for what it itself holds."""
+    """Where a module imports from, named as in `building.CODE`; a folder, for what its own __init__ holds."""
     package = Path(prepare.__file__).parents[1]
     for node in ast.walk(ast.parse((package / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "plw_mlflow":
@@ -614,10 +614,10 @@ def test_the_code_that_matters_is_all_there_is_between_a_file_and_its_tokens():
         "errors",
         "toy",
     }
-    sources = {source for module in prepare.CODE for source in imported(module)}
+    sources = {source for module in building.CODE for source in imported(module)}
     decisive = {source for source in sources if not harmless & {source, source.partition("/")[0]}}
     assert "study" in decisive
-    assert decisive <= set(prepare.CODE)
+    assert decisive <= set(building.CODE)
 
 
 @pytest.mark.parametrize("given", ["cache", None])
@@ -641,10 +641,10 @@ def test_a_cache_that_cannot_be_made_is_told_with_the_way_out(write, tokenizer, 
 def test_the_profile_says_what_was_read(write, tokenizer):
     path = write(LONG)
     found = prepare.run(path, tokenizer, PrepareConfig(max_tokens=HEAD + 26)).profile
-    (source,) = found["sources"]
-    assert (source["name"], source["location"], source["licence"]) == (path, path, "")
-    text = prepare.text(found)
-    assert source["sha256"][:12] in text
+    (source,) = found.sources
+    assert (source.name, source.location, source.licence) == (path, path, "")
+    text = profile.text(found)
+    assert source.sha256[:12] in text
     assert "licence             not known" in text
     assert "1 dropped; 0 truncated" in text
 
@@ -652,7 +652,7 @@ def test_the_profile_says_what_was_read(write, tokenizer):
 def test_a_profile_is_written_where_there_is_a_folder_for_it(write, tokenizer, tmp_path):
     found = prepare.run(write(LONG), tokenizer, DataOptions())
     prepare.write(found, tmp_path / "new" / "folder")
-    assert json.loads((tmp_path / "new" / "folder" / "profile.json").read_text()) == found.profile
+    assert json.loads((tmp_path / "new" / "folder" / "profile.json").read_text()) == asdict(found.profile)
     assert (tmp_path / "new" / "folder" / "profile.png").read_bytes().startswith(b"\x89PNG")
     prepare.write(found, None)
 
@@ -665,38 +665,10 @@ def llama(shared):
     return AutoTokenizer.from_pretrained(shared / "data/models/llama-tokenizer-hf")
 
 
-def test_table_1_of_the_paper_to_the_last_digit(shared, llama):
-    """arXiv:2401.13586v1, Table 1, AlpacaData; 28 records have an empty completion, and the study kept them."""
-    found = prepare.run(
-        "AlpacaData", llama, DataOptions(data_dir=shared / "data", empty_completion="keep", on_long="truncate")
-    )
-    profile = found.profile
-    assert profile["records"] == 52_002
-    assert profile["tokens_bare"] == 4_376_482
-    shown = {
-        name: (f"{length['mean']:.2f}", f"{length['deviation']:.2f}") for name, length in profile["lengths"].items()
-    }
-    assert shown["instruction"] == ("13.40", "4.97")
-    assert shown["input"] == ("6.25", "14.38")
-    assert shown["completion"] == ("64.51", "64.85")
-    assert profile["generation_ratio"] == pytest.approx(3.284, abs=5e-4)
-    templated = profile["lengths_with_template"]
-    assert [f"{templated[name]['mean']:.2f}" for name in ("prompt", "completion")] == ["61.61", "65.53"]
-    assert len(found.training) + len(found.validation) == 52_002
-    assert "NON-COMMERCIAL" in prepare.text(profile)
-
-
 def test_inversion_of_the_kind_of_data_the_study_inverted(shared, llama):
-    found = prepare.run(str(shared / "data/instruct/alpaca_gpt4_sample.json.gz"), llama, DataOptions(invert=True))
-    profile = found.profile
-    assert (profile["records"], f"{profile['inverted'] / profile['records']:.0%}") == (999, "78%")
-    assert profile["lengths"]["completion"]["mean"] == pytest.approx(13.9, abs=0.05)
-    assert profile["lengths"]["instruction"]["mean"] == pytest.approx(17.9, abs=0.05)
-
-
-def test_dolly_is_shorter_than_its_prompts(shared, llama):
-    options = DataOptions(on_bad_record="skip")
-    found = prepare.run(str(shared / "data/instruct/dolly_15k.jsonl.gz"), llama, options).profile
-    assert (found["records"], found["sources"][0]["format"]) == (15_011, "dolly")
-    assert found["generation_ratio"] == pytest.approx(0.827, abs=5e-4)
-    assert found["generation_ratio_with_template"] == pytest.approx(0.613, abs=5e-4)
+    found = prepare.run(
+        str(shared / "data/instruct/alpaca_gpt4_sample.json.gz"), llama, DataOptions(invert=True)
+    ).profile
+    assert (found.records, f"{found.inverted / found.records:.0%}") == (999, "78%")
+    assert found.lengths["completion"].mean == pytest.approx(13.9, abs=0.05)
+    assert found.lengths["instruction"].mean == pytest.approx(17.9, abs=0.05)

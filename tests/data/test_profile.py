@@ -3,6 +3,7 @@
 import io
 import json
 import statistics
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from plw_mlflow.config import DataOptions
 from plw_mlflow.data import prepare, profile_figure
-from plw_mlflow.data.profile import profile, profile_text
+from plw_mlflow.data.profile import Contents, SourceContents, measure, text
 from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
@@ -34,32 +35,50 @@ COLUMNS = {
 }
 
 
+CONTENTS = Contents(
+    dataset="mine.json",
+    name="mine",
+    sources=[SourceContents("mine.json", "/mine.json", "0" * 64, "", False, "alpaca", 3, {}, [])],
+    template="alpaca",
+    records=3,
+    inverted=0,
+    duplicates=0,
+    duplicates_dropped=False,
+    dropped_as_too_long=0,
+    first_dropped_as_too_long=[],
+    truncated=0,
+    lost_whole_completion=0,
+    training_examples=3,
+    validation_examples=0,
+)
+
+
 def columns(**changes):
     return {name: np.array(values, np.int32) for name, values in (COLUMNS | changes).items()}
 
 
 def test_a_profile_by_hand():
-    found = profile(columns(), max_tokens=12, on_long="truncate")
-    assert (found["tokens_bare"], found["tokens"]) == (3 + 1 + 6 + 11, 36)
-    bare, templated = found["lengths"], found["lengths_with_template"]
-    assert {name: length["mean"] for name, length in bare.items()} == pytest.approx(
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="truncate")
+    assert (found.tokens_bare, found.tokens) == (3 + 1 + 6 + 11, 36)
+    bare, templated = found.lengths, found.lengths_with_template
+    assert {name: length.mean for name, length in bare.items()} == pytest.approx(
         {"instruction": 3, "input": 1 / 3, "prompt": 10 / 3, "completion": 11 / 3}
     )
     # The straddling token is counted to the prompt: prompts of 7, 6 and 10 tokens, completions of 3, 6 and 4.
-    assert {name: length["mean"] for name, length in templated.items()} == pytest.approx(
+    assert {name: length.mean for name, length in templated.items()} == pytest.approx(
         {"instruction": 3, "input": 1 / 3, "prompt": 23 / 3, "completion": 13 / 3, "example": 12}
     )
-    assert bare["completion"]["deviation"] == pytest.approx((((5 / 3) ** 2 + (7 / 3) ** 2 + (2 / 3) ** 2) / 3) ** 0.5)
-    assert bare["completion"]["quantiles"]["0.5"] == 3
-    assert (templated["example"]["quantiles"]["0"], templated["example"]["quantiles"]["1"]) == (10, 14)
-    assert found["generation_ratio"] == pytest.approx(11 / 10)
-    assert found["generation_ratio_with_template"] == pytest.approx(13 / 23)
-    assert found["mean_of_ratios"] == pytest.approx((2 / 3 + 6 / 1 + 3 / 6) / 3)
-    assert found["mean_of_ratios_with_template"] == pytest.approx((3 / 7 + 6 / 6 + 4 / 10) / 3)
-    assert found["completion_shorter_than_prompt"] == pytest.approx(2 / 3)
-    assert found["completion_shorter_than_prompt_with_template"] == pytest.approx(2 / 3)
-    assert found["border_straddled"] == found["longer_than_max_tokens"] == pytest.approx(1 / 3)
-    assert found["no_completion_within_max_tokens"] == 0
+    assert bare["completion"].deviation == pytest.approx((((5 / 3) ** 2 + (7 / 3) ** 2 + (2 / 3) ** 2) / 3) ** 0.5)
+    assert bare["completion"].quantiles["0.5"] == 3
+    assert (templated["example"].quantiles["0"], templated["example"].quantiles["1"]) == (10, 14)
+    assert found.generation_ratio == pytest.approx(11 / 10)
+    assert found.generation_ratio_with_template == pytest.approx(13 / 23)
+    assert found.mean_of_ratios == pytest.approx((2 / 3 + 6 / 1 + 3 / 6) / 3)
+    assert found.mean_of_ratios_with_template == pytest.approx((3 / 7 + 6 / 6 + 4 / 10) / 3)
+    assert found.completion_shorter_than_prompt == pytest.approx(2 / 3)
+    assert found.completion_shorter_than_prompt_with_template == pytest.approx(2 / 3)
+    assert found.border_straddled == found.longer_than_max_tokens == pytest.approx(1 / 3)
+    assert found.no_completion_within_max_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -71,87 +90,90 @@ def test_a_profile_by_hand():
     ],
 )
 def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, completion):
-    shares = profile(columns(), max_tokens=12, on_long=on_long)["effective_prompt_share"]
+    shares = measure(CONTENTS, columns(), max_tokens=12, on_long=on_long).effective_prompt_share
     assert list(shares) == ["0", "0.0005", "0.002236", "0.01", "0.02463", "0.05", "0.1", "0.2463", "0.5", "1"]
     for plw, share in zip(PUBLISHED_PLWS, shares.values(), strict=True):
         assert share == pytest.approx(plw * prompt / (plw * prompt + completion))
 
 
 def test_weights_other_than_the_plw_are_in_the_share_and_in_the_title():
-    found = profile(columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
     # Of the template, four tokens each, the first is never predicted; instructions and inputs have 3 + 1 tokens.
-    assert found["effective_prompt_share"]["0.5"] == pytest.approx(0.5 * 4 / (0.5 * 4 + 2 * 10))
-    assert "by PLW at template weight 0 and completion weight 2" in profile_text(found)
-    assert "by PLW at completion weight 2" in profile_text(found | {"template_weight": None})
-    assert "by PLW\n" in profile_text(profile(columns(), max_tokens=12, on_long="drop"))
+    assert found.effective_prompt_share["0.5"] == pytest.approx(0.5 * 4 / (0.5 * 4 + 2 * 10))
+    assert "by PLW at template weight 0 and completion weight 2" in text(found)
+    assert "by PLW at completion weight 2" in text(replace(found, template_weight=None))
+    assert "by PLW\n" in text(measure(CONTENTS, columns(), max_tokens=12, on_long="drop"))
 
 
 def test_completions_lost_at_the_limit_are_counted():
-    found = profile(columns(completion_kept=[3, 0, 0]), max_tokens=10, on_long="truncate")
-    assert found["longer_than_max_tokens"] == found["no_completion_within_max_tokens"] == pytest.approx(2 / 3)
+    found = measure(CONTENTS, columns(completion_kept=[3, 0, 0]), max_tokens=10, on_long="truncate")
+    assert found.longer_than_max_tokens == found.no_completion_within_max_tokens == pytest.approx(2 / 3)
 
 
 def test_what_has_no_prompt_has_no_ratio():
     nothing = columns(instruction=[0, 0, 0], input=[0, 0, 0])
-    found = profile(nothing, max_tokens=12, on_long="truncate")
-    assert found["generation_ratio"] is found["mean_of_ratios"] is None
-    assert "undefined bare" in profile_text(found)
+    found = measure(CONTENTS, nothing, max_tokens=12, on_long="truncate")
+    assert found.generation_ratio is found.mean_of_ratios is None
+    assert "undefined bare" in text(found)
 
 
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=50))
 def test_quantiles_are_lengths_that_occur(counts):
     same = columns(**dict.fromkeys(COLUMNS, counts))
-    found = profile(same, max_tokens=12, on_long="truncate")["lengths"]["completion"]
-    quantiles = list(found["quantiles"].values())
+    found = measure(CONTENTS, same, max_tokens=12, on_long="truncate").lengths["completion"]
+    quantiles = list(found.quantiles.values())
     assert set(quantiles) <= set(counts)
     assert quantiles == sorted(quantiles)
     assert (quantiles[0], quantiles[-1]) == (min(counts), max(counts))
-    assert found["mean"] == pytest.approx(statistics.fmean(counts))
-    assert found["deviation"] == pytest.approx(statistics.pstdev(counts))
+    assert found.mean == pytest.approx(statistics.fmean(counts))
+    assert found.deviation == pytest.approx(statistics.pstdev(counts))
 
 
 def test_the_table_has_what_a_person_asks():
-    found = profile(columns(), max_tokens=12, on_long="drop")
-    text = profile_text(found)
-    assert json.loads(json.dumps(found)) == found
-    assert "completion               3.67" in text
-    assert "generation ratio      1.100 bare, 0.565 with the template" in text
-    assert "33.33% of the records are longer; 0.00% have no completion within it" in text
-    assert "in 33.33% of the records a token straddles it" in text
-    assert "0.5: 0.333" in text
-    assert max(map(len, text.splitlines())) <= 140
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop")
+    shown = text(found)
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
+    assert "completion               3.67" in shown
+    assert "generation ratio      1.100 bare, 0.565 with the template" in shown
+    assert "33.33% of the records are longer; 0.00% have no completion within it" in shown
+    assert "in 33.33% of the records a token straddles it" in shown
+    assert "0.5: 0.333" in shown
+    assert max(map(len, shown.splitlines())) <= 140
 
 
 def test_a_border_that_nothing_straddles_is_not_spoken_of():
-    assert "straddles" not in profile_text(profile(columns(straddling=[0, 0, 0]), max_tokens=12, on_long="drop"))
-    ends = profile(columns(straddling=[0, 0, 0], straddling_end=[2, 0, 0]), max_tokens=12, on_long="drop")
-    assert "in 33.33% of the records a token straddles one" in profile_text(ends)
+    assert "straddles" not in text(measure(CONTENTS, columns(straddling=[0, 0, 0]), max_tokens=12, on_long="drop"))
+    ends = measure(CONTENTS, columns(straddling=[0, 0, 0], straddling_end=[2, 0, 0]), max_tokens=12, on_long="drop")
+    assert "in 33.33% of the records a token straddles one" in text(ends)
 
 
 def test_the_figure_is_drawn_whatever_the_data():
     for found in (
-        profile(columns(), max_tokens=12, on_long="drop"),
-        profile(columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
+        measure(CONTENTS, columns(), max_tokens=12, on_long="drop"),
+        measure(CONTENTS, columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
     ):
-        png = profile_figure.draw_profile(found | {"name": "$a_b$"})
+        png = profile_figure.draw_profile(replace(found, name="$a_b$"))
         image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
         assert (image < 128).mean() > 0.01  # some ink
 
 
 def test_alpacas_lengths_are_the_papers_to_the_last_digit(shared):
-    """Table 1 of arXiv:2401.13586v1, and the counts with the template in ../shared/data/README.md."""
+    """Table 1 of arXiv:2401.13586v1, and the counts with the template in ../shared/data/README.md.
+
+    28 records have an empty completion, and the study kept them.
+    """
     tokenizer = AutoTokenizer.from_pretrained(shared / "data/models/llama-tokenizer-hf")
-    options = DataOptions(empty_completion="keep", max_tokens=2048)
-    found = prepare.run(str(shared / "data/instruct/alpaca_data.json.gz"), tokenizer, options).profile
-    assert (found["records"], found["tokens_bare"]) == (52_002, 4_376_482)
-    bare = {
-        name: (round(length["mean"], 2), round(length["deviation"], 2)) for name, length in found["lengths"].items()
-    }
-    del bare["prompt"]
+    options = DataOptions(data_dir=shared / "data", empty_completion="keep", on_long="truncate")
+    prepared = prepare.run("AlpacaData", tokenizer, options)
+    found = prepared.profile
+    assert (found.records, found.tokens_bare) == (52_002, 4_376_482)
+    assert len(prepared.training) + len(prepared.validation) == 52_002
+    bare = {part: (round(lengths.mean, 2), round(lengths.deviation, 2)) for part, lengths in found.lengths.items()}
+    assert bare.pop("prompt")[0] == 19.65  # not in the table
     assert bare == {"instruction": (13.40, 4.97), "input": (6.25, 14.38), "completion": (64.51, 64.85)}
-    templated = {name: round(length["mean"], 2) for name, length in found["lengths_with_template"].items()}
-    assert (templated["prompt"], templated["completion"]) == (61.61, 65.53)
-    ratios = {name: round(found[name], 3) for name in found if "ratio" in name or "shorter" in name}
+    templated = found.lengths_with_template
+    assert (round(templated["prompt"].mean, 2), round(templated["completion"].mean, 2)) == (61.61, 65.53)
+    ratios = {name: round(value, 3) for name, value in vars(found).items() if "ratio" in name or "shorter" in name}
     assert ratios == {
         "generation_ratio": 3.284,
         "generation_ratio_with_template": 1.064,
@@ -160,14 +182,16 @@ def test_alpacas_lengths_are_the_papers_to_the_last_digit(shared):
         "completion_shorter_than_prompt": 0.301,
         "completion_shorter_than_prompt_with_template": 0.551,
     }
+    assert "NON-COMMERCIAL" in text(found)
 
 
 def test_dollys_ratios(shared):
     """../shared/data/README.md."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "data/models/llama-tokenizer-hf")
-    found = prepare.run(str(shared / "data/instruct/dolly_15k.jsonl.gz"), tokenizer, DataOptions()).profile
-    assert found["records"] == 15_011
-    assert round(found["generation_ratio"], 3) == 0.827
-    assert round(found["generation_ratio_with_template"], 3) == 0.613
-    assert round(found["mean_of_ratios"], 3) == 5.860
-    assert round(found["mean_of_ratios_with_template"], 3) == 1.448
+    path = str(shared / "data/instruct/dolly_15k.jsonl.gz")
+    found = prepare.run(path, tokenizer, DataOptions(on_bad_record="skip")).profile
+    assert (found.records, found.sources[0].format) == (15_011, "dolly")
+    assert round(found.generation_ratio, 3) == 0.827
+    assert round(found.generation_ratio_with_template, 3) == 0.613
+    assert round(found.mean_of_ratios, 3) == 5.860
+    assert round(found.mean_of_ratios_with_template, 3) == 1.448

@@ -9,7 +9,7 @@ from types import ModuleType
 import click
 import pytest
 
-from plw_mlflow.command_line.cli import options
+from plw_mlflow.command_line.options import options
 from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plw_mlflow.config import RecipeOptions
-from plw_mlflow.models import adapters, export, pad_token, pretrained
+from plw_mlflow.models import adapters, export, pad_token, pretrained, saved_adapters
 from tests.conftest import VOCABULARY, byte_tokenizer, tiny_llama
 from tests.families import tiny
 
@@ -78,7 +78,7 @@ def test_a_base_is_as_it_was_after_an_adapter_with_an_added_token(tied, tmp_path
     exported(tmp_path / "adapter", tmp_path / "output", "lora", add_pad_token=True, base=tiny_llama(tied=tied))
     base = tiny_llama(tied=tied)
     expected = base(TOKENS).logits
-    with pretrained.adapted(base, tmp_path / "adapter") as adapter:
+    with saved_adapters.attached(base, tmp_path / "adapter") as adapter:
         assert adapter(TOKENS).logits.shape[-1] == VOCABULARY + 1
     torch.testing.assert_close(base(TOKENS).logits, expected, rtol=0, atol=0)
     assert (base.get_input_embeddings().weight is base.get_output_embeddings().weight) == tied
@@ -94,12 +94,12 @@ def test_an_adapter_that_is_damaged_is_refused_in_one_line(tmp_path):
         changed = weights[name][:1].clone() if value is None else weights[name].fill_(value)
         save_file(weights | {name: changed}, file)
         with pytest.raises(ValueError, match=expected) as raised:
-            pretrained.load_adapter(tiny_llama(), tmp_path / "adapter")
+            saved_adapters.attach(tiny_llama(), tmp_path / "adapter")
         assert "\n" not in str(raised.value)
         assert not str(raised.value).endswith(":")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"the adapter of .* cannot be loaded: a file of its weights is damaged"):
-        pretrained.load_adapter(tiny_llama(), tmp_path / "adapter")
+        saved_adapters.attach(tiny_llama(), tmp_path / "adapter")
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from plw_mlflow.models import causal, pretrained
-from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.families import tiny
 
@@ -416,32 +415,6 @@ def test_another_tokenizer_may_be_named(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert pretrained.load_tokenizer(str(tmp_path / "model"), str(tmp_path / "tokenizer")).eos_token == "</s>"
-
-
-def test_a_digest_follows_the_weights_and_nothing_else(tmp_path):
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "a")
-    model.save_pretrained(tmp_path / "b")
-    (tmp_path / "b" / "README.md").write_text("notes")
-    assert pretrained.digest(str(tmp_path / "a")) == pretrained.digest(str(tmp_path / "b"))
-    model.lm_head.weight.data[0, 0] += 1
-    model.save_pretrained(tmp_path / "b")
-    assert pretrained.digest(str(tmp_path / "a")) != pretrained.digest(str(tmp_path / "b"))
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("org/name@abc123", ("org/name", "abc123")),
-        ("org/name", ("org/name", None)),
-        ("gpt2", ("gpt2", None)),
-        ("toy", (str(TOY_FOLDER), None)),
-        ("llama-2-7b", ("meta-llama/Llama-2-7b-hf", "01c7f73d771dfac7d292323805ebc428287df4f9")),
-    ],
-)
-def test_a_name_may_pin_a_revision(name, expected):
-    found = pretrained.locate(name)
-    assert (found.path, found.revision) == expected
 
 
 def test_the_real_llama_weights_load(shared):

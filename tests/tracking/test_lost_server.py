@@ -8,7 +8,7 @@ import pytest
 
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
-from plw_mlflow.evaluation.evaluate import Evaluation, Score, table
+from plw_mlflow.evaluation.scores import Evaluation, Score, table
 from plw_mlflow.tracking import StoredCheckpoints, connection, outbox, resumption
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.servers import Line, Refusing, Server

@@ -26,7 +26,7 @@ from plw_mlflow.config import DataOptions, EvaluateConfig, MainConfig, PrepareCo
 from plw_mlflow.data import prepare
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import Refused
-from plw_mlflow.evaluation.evaluate import Evaluation, Score, table
+from plw_mlflow.evaluation.scores import Evaluation, Score, table
 from plw_mlflow.tracking import StoredCheckpoints, connection, outbox, resumption
 from plw_mlflow.tracking import run as run_module
 from plw_mlflow.tracking.cells import cell_columns
@@ -74,7 +74,7 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     }
     assert found.data.tags["plw.data_sha256"] == ",".join(source.sha256 for source in prepared.sources)
     profile = store.download_artifacts(run.id, "profile.json", str(tmp_path))
-    assert json.loads(Path(profile).read_text()) == prepared.profile
+    assert json.loads(Path(profile).read_text()) == dataclasses.asdict(prepared.profile)
     assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
 
 

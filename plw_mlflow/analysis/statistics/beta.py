@@ -233,7 +233,7 @@ def climb(scores: Scores, theta: Array) -> tuple[Array, float, Array, bool]:
     return theta, value, hessian, False
 
 
-def fit_beta(y: ArrayLike, x: Array, group: ArrayLike, weights: ArrayLike | None = None) -> BetaFit:
+def fit(y: ArrayLike, x: Array, group: ArrayLike, weights: ArrayLike | None = None) -> BetaFit:
     """Fit y ~ X + (1 | group) by maximum likelihood in the beta family with logit link.
 
     y: [n] scores, each strictly between 0 and 1; if a pandas Series, its index names the rows in messages.

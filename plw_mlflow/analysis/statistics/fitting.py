@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from plw_mlflow.analysis.statistics import beta, mixed, over_tasks
+from plw_mlflow.analysis.statistics import beta, inference, over_tasks, random_intercept, random_slopes
 from plw_mlflow.analysis.statistics.design import Grid, is_close_together, is_of_curve
 from plw_mlflow.analysis.statistics.optimum import Parabola
 from plw_mlflow.errors import UserError
@@ -124,7 +124,7 @@ def fit(model: str, grid: Grid, scale: str = "none") -> Fit:
     """Fit one model. Raises UserError, in a line, where these scores do not allow it."""
     if is_close_together(grid.x):
         raise UserError("PLWs lie too close together to fit a curve")
-    result = MODELS[model](grid)
+    result = FITS[model](grid)
     return _conclude(model, result, scale)
 
 
@@ -159,7 +159,7 @@ def _over_tasks(grid: Grid, *, runs_differ: bool) -> _Result:
     )
 
 
-def hotelling(curves: over_tasks.Curves) -> JointTest:
+def hotelling(curves: over_tasks.MeanCurve) -> JointTest:
     """The joint test over tasks, of one table. Raises UserError as it does."""
     f, df1, df2, p = curves.joint_test()
     return JointTest("Hotelling's T^2 over tasks", float(f), df1, float(df2), float(p))
@@ -168,14 +168,14 @@ def hotelling(curves: over_tasks.Curves) -> JointTest:
 def _slopes(grid: Grid) -> _Result:
     if len(grid.tasks) < 4:
         raise UserError(f"random slopes by task need 4 tasks or more, there {_counted(len(grid.tasks))}")
-    has_runs = mixed.has_run_information(grid.scores, grid.x)
+    has_runs = random_slopes.has_run_information(grid.scores, grid.x)
     settings: dict[str, Any] = {"weights": grid.weights, "run_effect": has_runs}
-    restricted = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, **settings)
-    likely = mixed.fit_random_slopes(grid.scores, grid.x, grid.curve, reml=False, start=restricted, **settings)
+    restricted = random_slopes.fit(grid.scores, grid.x, grid.curve, **settings)
+    likely = random_slopes.fit(grid.scores, grid.x, grid.curve, reml=False, start=restricted, **settings)
     kept = [i for i, term in enumerate(grid.terms) if not is_of_curve(term)]
-    null = mixed.fit_random_slopes(grid.scores, grid.x[:, kept], grid.curve, reml=False, start=likely, **settings)
-    f, df1, df2, p = mixed.f_test(restricted, grid.contrasts)
-    chisq, df, lrt_p = mixed.likelihood_ratio(likely, null)
+    null = random_slopes.fit(grid.scores, grid.x[:, kept], grid.curve, reml=False, start=likely, **settings)
+    f, df1, df2, p = inference.f_test(restricted, grid.contrasts)
+    chisq, df, lrt_p = inference.likelihood_ratio(likely, null)
     notes = [] if grid.runs["model"].nunique() > 1 else ["One model, so there is no effect of models."]
     notes += [] if has_runs else ["No effect of runs: these scores cannot tell it from the rest."]
     notes += [f"At zero: the variance of {part}." for part in restricted.at_zero]
@@ -187,7 +187,7 @@ def _slopes(grid: Grid) -> _Result:
         grid.terms,
         restricted.coefficients,
         restricted.covariance,
-        partial(mixed.satterthwaite, restricted),
+        partial(inference.satterthwaite, restricted),
         [
             JointTest("F, Satterthwaite", f, df1, df2, p),
             JointTest("likelihood ratio", chisq, df, None, lrt_p),
@@ -197,7 +197,7 @@ def _slopes(grid: Grid) -> _Result:
         converged=restricted.converged and likely.converged and null.converged,
         loglik=restricted.loglik,
         is_restricted=True,
-        aic_bic=mixed.aic_bic(likely),
+        aic_bic=inference.aic_bic(likely),
         notes=tuple(notes),
     )
 
@@ -207,23 +207,23 @@ def _intercepts(grid: Grid) -> _Result:
     _need_tasks(grid)
     x, terms = grid.curve[run], grid.terms[:3]
     _need_residuals(y, x, task)
-    restricted = mixed.fit_random_intercept(y, x, task)
-    likely = mixed.fit_random_intercept(y, x, task, reml=False)
-    null = mixed.fit_random_intercept(y, x[:, :1], task, reml=False)
-    chisq, df, p = mixed.likelihood_ratio(likely, null)
-    f, df1, df2, f_p = mixed.f_test(restricted, np.eye(3)[1:])
+    restricted = random_intercept.fit(y, x, task)
+    likely = random_intercept.fit(y, x, task, reml=False)
+    null = random_intercept.fit(y, x[:, :1], task, reml=False)
+    chisq, df, p = inference.likelihood_ratio(likely, null)
+    f, df1, df2, f_p = inference.f_test(restricted, np.eye(3)[1:])
     return _Result(
         grid,
         terms,
         restricted.coefficients,
         restricted.covariance,
-        partial(mixed.satterthwaite, restricted),
+        partial(inference.satterthwaite, restricted),
         [JointTest("likelihood ratio", chisq, df, None, p), JointTest("F, Satterthwaite", f, df1, df2, f_p)],
         {"task intercept": restricted.var_group, "residual": restricted.var_residual},
         is_singular=restricted.is_singular,
         loglik=restricted.loglik,
         is_restricted=True,
-        aic_bic=mixed.aic_bic(likely),
+        aic_bic=inference.aic_bic(likely),
     )
 
 
@@ -232,8 +232,8 @@ def _beta(grid: Grid) -> _Result:
     _need_tasks(grid)
     x, terms = grid.curve[run], grid.terms[:3]
     _need_residuals(y, x, task)
-    fitted = beta.fit_beta(y, x, task)
-    null = beta.fit_beta(y, x[:, :1], task)
+    fitted = beta.fit(y, x, task)
+    null = beta.fit(y, x[:, :1], task)
     if not (np.isfinite(fitted.covariance).all() and math.isfinite(null.loglik)):
         raise UserError("the fit did not converge")
     chisq = max(0.0, 2 * (fitted.loglik - null.loglik))
@@ -286,7 +286,7 @@ def _ols(grid: Grid) -> _Result:
     )
 
 
-MODELS: dict[str, Callable[[Grid], _Result]] = {
+FITS: dict[str, Callable[[Grid], _Result]] = {
     "crossed": partial(_over_tasks, runs_differ=True),
     "task-t": partial(_over_tasks, runs_differ=False),
     "lmm-slopes": _slopes,
@@ -310,7 +310,7 @@ def _need_tasks(grid: Grid) -> None:
 
 def _need_residuals(y: Array, x: Array, task: NDArray[np.intp]) -> None:
     def centred(columns: Array) -> Array:
-        return columns - mixed.group_means(columns, task)[task]
+        return columns - random_intercept.group_means(columns, task)[task]
 
     rise, deviation = centred(x[:, 1:]), centred(y[:, None])[:, 0]
     residual = deviation - rise @ np.linalg.lstsq(rise, deviation)[0]

@@ -16,6 +16,7 @@ from scipy import optimize, special, stats
 from plw_mlflow.transforms import Array
 
 LEVEL = 0.05  # of every test; intervals are at 1 - LEVEL
+POWER = 0.8  # with which a planned study is to find what is there
 STEPS = 512  # at which a confidence set's borders are looked for
 
 
@@ -83,10 +84,6 @@ class Parabola:
         far = np.array([0.0, 1.0])  # the slope far out is the bend's
         certain = self.bend**2 > _two_sided(self.freedom(far)) ** 2 * self.covariance[1, 1]
         return pairs, not certain
-
-    def covers(self, w: float) -> bool:
-        """Whether Fieller's set, without the range, holds w."""
-        return self.excess(w) <= 0
 
     def interior_probability(self) -> float:
         """Of a maximum inside the range: rising at its low end and falling at its high one.

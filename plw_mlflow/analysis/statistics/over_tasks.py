@@ -29,7 +29,7 @@ DEDUCTED = 0.15
 
 
 @dataclass(frozen=True)
-class Curves:
+class MeanCurve:
     """What one table or N show of the mean of the tasks' curves, and how sure it is."""
 
     coefficients: Array  # [..., P], mean over tasks
@@ -183,7 +183,7 @@ def reference(k: int, first: Array, second: Array) -> tuple[Array, Array]:
     return np.where(fits, factor, alone[0]), np.where(fits, denominator, alone[1])
 
 
-def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curves:
+def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> MeanCurve:
     """Fit each task's scores by least squares, and average.
 
     scores: [..., R, T], none missing; x: [R, P] of full rank; contrasts: [K, P] of the coefficients, what is tested
@@ -212,7 +212,7 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Curv
     spread = _whitened(contrasts @ between @ contrasts.T, contrasts @ bread @ contrasts.T)[..., -1]
     if np.any(spread <= 1e-24 * np.abs(scores).max((-1, -2)) ** 2):
         raise UserError("all tasks have the same curve; nothing can be tested over them")
-    return Curves(
+    return MeanCurve(
         coefficients,
         between,
         bread,

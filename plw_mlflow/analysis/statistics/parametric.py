@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from plw_mlflow.analysis.statistics import mixed
+from plw_mlflow.analysis.statistics import inference, random_intercept, random_slopes
 from plw_mlflow.analysis.statistics.design import Grid, is_of_curve
 from plw_mlflow.analysis.statistics.fitting import JointTest
 from plw_mlflow.errors import UserError
@@ -35,33 +35,33 @@ def _intercepts(grid: Grid, random: np.random.Generator) -> Iterator[float]:
     y, run, task = grid.long
     x = grid.curve[run]
 
-    def fits(y: Array) -> tuple[mixed.RandomIntercept, mixed.RandomIntercept]:
+    def fits(y: Array) -> tuple[random_intercept.RandomIntercept, random_intercept.RandomIntercept]:
         return (
-            mixed.fit_random_intercept(y, x, task, reml=False),
-            mixed.fit_random_intercept(y, x[:, :1], task, reml=False),
+            random_intercept.fit(y, x, task, reml=False),
+            random_intercept.fit(y, x[:, :1], task, reml=False),
         )
 
     full, null = fits(y)
-    yield mixed.likelihood_ratio(full, null)[0]
+    yield inference.likelihood_ratio(full, null)[0]
     while True:
         levels = random.normal(0, np.sqrt(null.var_group), len(grid.tasks))
         noise = random.normal(0, np.sqrt(null.var_residual), len(y))
-        yield mixed.likelihood_ratio(*fits(null.coefficients[0] + levels[task] + noise))[0]
+        yield inference.likelihood_ratio(*fits(null.coefficients[0] + levels[task] + noise))[0]
 
 
 def _slopes(grid: Grid, random: np.random.Generator) -> Iterator[float]:
     """The same of `lmm-slopes`; refits begin at the fits of the scores."""
     kept = [i for i, term in enumerate(grid.terms) if not is_of_curve(term)]
-    has_runs = mixed.has_run_information(grid.scores, grid.x)
+    has_runs = random_slopes.has_run_information(grid.scores, grid.x)
 
-    def fit(scores: Array, x: Array, start: mixed.RandomSlopes | None = None) -> mixed.RandomSlopes:
-        return mixed.fit_random_slopes(
+    def fit(scores: Array, x: Array, start: random_slopes.RandomSlopes | None = None) -> random_slopes.RandomSlopes:
+        return random_slopes.fit(
             scores, x, grid.curve, weights=grid.weights, run_effect=has_runs, reml=False, start=start
         )
 
     full = fit(grid.scores, grid.x)
     null = fit(grid.scores, grid.x[:, kept], full)
-    yield mixed.likelihood_ratio(full, null)[0]
+    yield inference.likelihood_ratio(full, null)[0]
     weights = np.ones_like(grid.scores) if grid.weights is None else grid.weights
     is_scored = ~np.isnan(grid.scores)
     mean = np.array([column[scored].mean() for column, scored in zip(weights.T, is_scored.T, strict=True)])
@@ -72,7 +72,7 @@ def _slopes(grid: Grid, random: np.random.Generator) -> Iterator[float]:
         fixed = grid.x[:, kept] @ null.coefficients
         scores = fixed[:, None] + grid.curve @ curves.T + luck[:, None] + random.normal(size=sd.shape) * sd
         scores = np.where(is_scored, scores, np.nan)
-        yield mixed.likelihood_ratio(fit(scores, grid.x, full), fit(scores, grid.x[:, kept], null))[0]
+        yield inference.likelihood_ratio(fit(scores, grid.x, full), fit(scores, grid.x[:, kept], null))[0]
 
 
 RATIOS: dict[str, Callable[[Grid, np.random.Generator], Iterator[float]]] = {

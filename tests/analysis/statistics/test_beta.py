@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import integrate, optimize, special, stats
 
-from plw_mlflow.analysis.analyze import EXPONENT
 from plw_mlflow.analysis.statistics import beta
+from plw_mlflow.transforms import EXPONENT
 
 ROOT = Path(__file__).resolve().parents[3]
 R = ROOT / "tests/fixtures/r"
@@ -46,7 +46,7 @@ def check_fit(fit, coefficients, errors, var_group, phi, loglik):
 def test_the_studys_short_data_give_glmmtmbs_row():
     row = pd.read_csv(ROOT / "paper/tables/reference_fits_R.csv").query("software.str.startswith('glmmTMB')").iloc[0]
     table = pd.read_csv(ROOT / "paper/tables/v1_scores.csv").query("dataset == @row.dataset")
-    fit = beta.fit_beta(table["score"], design(table), table["task"])
+    fit = beta.fit(table["score"], design(table), table["task"])
     check_fit(
         fit,
         row[["b0", "b1", "b2"]].astype(float),
@@ -61,9 +61,9 @@ def test_simulated_tables_give_glmmtmbs_answers(number, dataset):
     table = pd.read_csv(R / f"table{number:02d}.csv").query("dataset == @dataset")
     x = np.column_stack([design(table), table["model"] == "base-2"])
     estimates, errors = answer[[f"ml.estimate.{term}" for term in TERMS]], answer[[f"ml.se.{term}" for term in TERMS]]
-    fit = beta.fit_beta(table["score"], x, table["task"])
+    fit = beta.fit(table["score"], x, table["task"])
     check_fit(fit, estimates, errors, answer["ml.var.task.intercept"], answer["ml.phi"], answer["ml.loglik"])
-    null = beta.fit_beta(table["score"], x[:, [0, 3]], table["task"])
+    null = beta.fit(table["score"], x[:, [0, 3]], table["task"])
     assert null.loglik == pytest.approx(answer["ml.null.loglik"], abs=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_polygammas_are_scipys():
 def test_order_of_rows_and_names_of_groups_do_not_matter():
     y, x, group = simulate()
     order = np.random.default_rng(3).permutation(len(y))
-    fit, again = beta.fit_beta(y, x, group), beta.fit_beta(y[order], x[order], [f"task {9 - g}" for g in group[order]])
+    fit, again = beta.fit(y, x, group), beta.fit(y[order], x[order], [f"task {9 - g}" for g in group[order]])
     np.testing.assert_allclose(again.coefficients, fit.coefficients, rtol=1e-8)
     np.testing.assert_allclose(again.covariance, fit.covariance, rtol=1e-6)
     assert again.loglik == pytest.approx(fit.loglik, abs=1e-9)
@@ -128,28 +128,28 @@ def test_order_of_rows_and_names_of_groups_do_not_matter():
 
 def test_units_of_x_do_not_matter():
     y, x, group = simulate()
-    fit, again = beta.fit_beta(y, x, group), beta.fit_beta(y, x * [1, 1e5, 1e-4], group)
+    fit, again = beta.fit(y, x, group), beta.fit(y, x * [1, 1e5, 1e-4], group)
     np.testing.assert_allclose(again.coefficients * [1, 1e5, 1e-4], fit.coefficients, rtol=1e-8)
     np.testing.assert_allclose(np.diag(again.covariance) * [1, 1e10, 1e-8], np.diag(fit.covariance), rtol=1e-6)
 
 
 def test_scores_mirrored_about_a_half_mirror_the_coefficients():
     y, x, group = simulate()
-    fit, again = beta.fit_beta(y, x, group), beta.fit_beta(1 - y, x, group)
+    fit, again = beta.fit(y, x, group), beta.fit(1 - y, x, group)
     np.testing.assert_allclose(again.coefficients, -fit.coefficients, rtol=1e-8)
     assert (again.phi, again.var_group) == pytest.approx((fit.phi, fit.var_group), rel=1e-7)
 
 
 def test_weights_scale_the_precision():
     y, x, group = simulate()
-    fit, double = beta.fit_beta(y, x, group), beta.fit_beta(y, x, group, np.full(len(y), 2.0))
+    fit, double = beta.fit(y, x, group), beta.fit(y, x, group, np.full(len(y), 2.0))
     assert double.phi == pytest.approx(fit.phi / 2, rel=1e-7)
     np.testing.assert_allclose(double.coefficients, fit.coefficients, rtol=1e-7)
 
 
 def test_recovers_what_made_the_scores():
     y, x, group = simulate(groups=60, each=40, phi=300.0)
-    fit = beta.fit_beta(y, x, group)
+    fit = beta.fit(y, x, group)
     errors = np.sqrt(np.diag(fit.covariance))
     assert (np.abs(fit.coefficients - [-0.4, 1.0, -0.8]) < 3 * errors).all()
     assert fit.phi == pytest.approx(300, rel=0.1)
@@ -165,7 +165,7 @@ def test_groups_that_do_not_differ_have_variance_0():
         return -stats.beta.logpdf(y, mu * np.exp(theta[3]), (1 - mu) * np.exp(theta[3])).sum()
 
     expected = optimize.minimize(plain, [0, 0, 0, 4], method="BFGS", options={"gtol": 1e-4})
-    fit = beta.fit_beta(y, x, group)
+    fit = beta.fit(y, x, group)
     assert fit.converged
     assert fit.var_group == 0
     assert fit.loglik == pytest.approx(-expected.fun, abs=1e-6)
@@ -180,11 +180,11 @@ def test_scores_outside_the_family_are_named(score):
     with pytest.raises(
         ValueError, match=r"^row 7: score \S+ is not strictly between 0 and 1.*fit another model"
     ) as error:
-        beta.fit_beta(y, x, group)
+        beta.fit(y, x, group)
     assert "\n" not in str(error.value)
     labelled = pd.Series(y, index=np.arange(len(y)) + 2)  # lines of a file with a header
     with pytest.raises(ValueError, match=r"^row 9: score"):
-        beta.fit_beta(labelled, x, group)
+        beta.fit(labelled, x, group)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +201,12 @@ def test_scores_outside_the_family_are_named(score):
 )
 def test_what_cannot_be_fitted_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        beta.fit_beta(*change(*simulate()))
+        beta.fit(*change(*simulate()))
 
 
 def test_a_fit_without_a_maximum_says_so():
     _, x, group = simulate()
     on_a_curve = special.expit(x @ [-0.4, 1.0, -0.8] + np.linspace(-1, 1, 6)[group])  # the precision has no bound
-    fit = beta.fit_beta(on_a_curve, x, group)
+    fit = beta.fit(on_a_curve, x, group)
     assert not fit.converged
     assert np.isnan(fit.covariance).all()

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze, planning
-from plw_mlflow.analysis.statistics import fitting, over_tasks, power
+from plw_mlflow.analysis import analyze, planning, score_table
+from plw_mlflow.analysis.statistics import fitting, next_plws, over_tasks, power, simulation
 from plw_mlflow.analysis.statistics.power import Design, Truth
 from plw_mlflow.study import PUBLISHED_PLWS
 from plw_mlflow.transforms import Transform
@@ -33,7 +33,7 @@ TRUTH = Truth(
 @pytest.fixture(scope="module")
 def study():
     """The study's data sets as the models take them."""
-    return {grid.dataset: grid for grid in analyze.grids(analyze.read_scores(STUDY))}
+    return {grid.dataset: grid for grid in analyze.grids(score_table.read_scores(STUDY))}
 
 
 def scores_of(truth, design, tables, seed=1):
@@ -92,7 +92,7 @@ def test_intervals_are_those_of_the_lead_model(design, run_sd):
     scores, plws = scores_of(truth, design, 30)
     grids = [grid_of(one, plws, design.models) for one in scores]
     seen = curve_of(over_tasks.fit(scores_in(grids), grids[0].x, grids[0].contrasts, runs_differ=True))
-    answers = power.answer(seen, truth.transform)
+    answers = simulation.fit_tables(seen, truth.transform)
     assert answers.is_located.sum() >= 10
     for grid, interval, is_located in zip(grids, answers.interval, answers.is_located, strict=True):
         fit = fitting.fit("crossed", grid)
@@ -109,7 +109,7 @@ def test_answers_are_those_of_the_lead_model_table_by_table(design, run_sd):
     grids = [grid_of(one, plws, design.models) for one in scores]
     fits = [fitting.fit("crossed", grid) for grid in grids]
     seen = curve_of(over_tasks.fit(scores_in(grids), grids[0].x, grids[0].contrasts, runs_differ=True))
-    answers = power.answer(seen, truth.transform)
+    answers = simulation.fit_tables(seen, truth.transform)
     np.testing.assert_allclose(answers.joint_p, [fit.joint_p for fit in fits])
     assert answers.has_optimum.tolist() == [fit.has_interior_optimum for fit in fits]
     assert 0 < answers.has_optimum.sum() < 12
@@ -137,7 +137,7 @@ def test_drawn_summaries_are_distributed_as_those_of_tables():
     w = TRUTH.transform(plws)
     x = np.column_stack([np.ones_like(w), w, w**2])
     told = curve_of(over_tasks.fit(scores, x, np.eye(3)[1:], runs_differ=True))
-    drawn = power.draw(TRUTH, design, 30_000, seed=2)
+    drawn = simulation.draw(TRUTH, design, 30_000, seed=2)
     looks = [
         lambda s: s.coefficients[:, 0],
         lambda s: s.coefficients[:, 1],
@@ -147,15 +147,15 @@ def test_drawn_summaries_are_distributed_as_those_of_tables():
         lambda s: np.linalg.det(s.between),
         lambda s: s.of_runs,
         lambda s: s.of_noise,
-        lambda s: power.answer(s, TRUTH.transform).joint_p,
-        lambda s: power.answer(s, TRUTH.transform).interval[:, 1],
+        lambda s: simulation.fit_tables(s, TRUTH.transform).joint_p,
+        lambda s: simulation.fit_tables(s, TRUTH.transform).interval[:, 1],
     ]
     assert min(stats.ks_2samp(look(told), look(drawn)).pvalue for look in looks) > 0.01
 
 
 def test_a_design_has_the_precision_of_its_table(study):
     grid = study["AlpacaDataShort"]
-    design = power.design_of(grid)
+    design = simulation.design_of(grid)
     assert design == Design(8, 1, PUBLISHED_PLWS, 2)
     assert design.runs == 20
     assert design.free == grid.x.shape[0] - grid.x.shape[1]
@@ -169,23 +169,23 @@ def test_a_design_has_the_precision_of_its_table(study):
 @pytest.mark.parametrize("tasks", [8, 13, 40])
 def test_without_an_effect_the_test_rejects_as_often_as_it_says(tasks, run_sd):
     none = replace(TRUTH, slope=0.0, bend=0.0, run_sd=run_sd)
-    outcome = power.simulate(none, Design(tasks, 2, PUBLISHED_PLWS), 0.2, 20_000)
+    outcome = simulation.simulate(none, Design(tasks, 2, PUBLISHED_PLWS), 0.2, 20_000)
     assert 0.04 < outcome.power.value < 0.06
     assert outcome.power.error == pytest.approx(0.0015, abs=1e-4)
     assert outcome.found.value == 0
 
 
 def test_intervals_hold_the_optimum_as_often_as_they_say():
-    outcome = power.simulate(TRUTH, Design(13, 2, PUBLISHED_PLWS), 0.2, 20_000)
+    outcome = simulation.simulate(TRUTH, Design(13, 2, PUBLISHED_PLWS), 0.2, 20_000)
     assert 0.93 < outcome.coverage.value < 0.97
 
 
 def test_tasks_seeds_and_plws_all_help():
     small = Design(8, 1, PUBLISHED_PLWS)
     larger = [replace(small, tasks=30), replace(small, seeds=5), replace(small, plws=PUBLISHED_PLWS * 2)]
-    before = power.simulate(TRUTH, small, 0.3)
+    before = simulation.simulate(TRUTH, small, 0.3)
     for design in larger:
-        after = power.simulate(TRUTH, design, 0.3)
+        after = simulation.simulate(TRUTH, design, 0.3)
         assert after.found.value > before.found.value + 3 * before.found.error
         assert after.median_width.value < before.median_width.value - 3 * before.median_width.error
         assert after.median_error.value < before.median_error.value - 3 * before.median_error.error
@@ -193,8 +193,8 @@ def test_tasks_seeds_and_plws_all_help():
 
 def test_a_simulation_is_its_seeds_and_its_errors_are_those_of_its_seeds():
     design = Design(8, 1, PUBLISHED_PLWS)
-    outcomes = [power.simulate(TRUTH, design, 0.3, 1000, seed) for seed in range(100)]
-    assert power.simulate(TRUTH, design, 0.3, 1000, 7) == outcomes[7]
+    outcomes = [simulation.simulate(TRUTH, design, 0.3, 1000, seed) for seed in range(100)]
+    assert simulation.simulate(TRUTH, design, 0.3, 1000, 7) == outcomes[7]
     for name in ("power", "interior", "found", "coverage", "median_width", "median_error"):
         estimates = [getattr(one, name) for one in outcomes]
         expected = np.std([one.value for one in estimates], ddof=1)
@@ -204,29 +204,29 @@ def test_a_simulation_is_its_seeds_and_its_errors_are_those_of_its_seeds():
 def test_the_truth_is_recovered_from_a_large_table():
     design = Design(600, 40, PUBLISHED_PLWS)
     (scores,), plws = scores_of(TRUTH, design, 1)
-    found = power.estimated(grid_of(scores, plws))
-    for name in power.STATED:
+    found = simulation.estimate_truth(grid_of(scores, plws))
+    for name in simulation.STATED:
         assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.12), name
     assert found.best_plw == pytest.approx(TRUTH.best_plw, abs=0.02)
 
 
 def test_where_tasks_differ_no_more_than_noise_they_do_not_differ(study):
     """AlpacaData's covariance has one direction below the noise's: what is left is a line, not less than nothing."""
-    truth = power.estimated(study["AlpacaData"])
+    truth = simulation.estimate_truth(study["AlpacaData"])
     eigenvalues = np.linalg.eigvalsh(truth.between)
     assert eigenvalues[1] > 1e-6
     assert abs(eigenvalues[0]) < 1e-12
     assert truth.run_sd == 0
-    assert power.simulate(truth, Design(8, 1, PUBLISHED_PLWS), 0.2, 1000).power.value > 0.05
+    assert simulation.simulate(truth, Design(8, 1, PUBLISHED_PLWS), 0.2, 1000).power.value > 0.05
 
 
 # ---------------------------------------------------------------------------------------------- stated numbers
 
 
 def test_what_is_printed_can_be_stated():
-    again = power.stated(TRUTH.spelled())
+    again = simulation.parse_truth(TRUTH.spelled())
     assert again == TRUTH
-    assert power.stated(f" {TRUTH.spelled().replace(',', ' , ').replace('=', ' = ')},") == TRUTH
+    assert simulation.parse_truth(f" {TRUTH.spelled().replace(',', ' , ').replace('=', ' = ')},") == TRUTH
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_what_is_printed_can_be_stated():
 )
 def test_a_mistake_in_stated_numbers_is_named(old, new, told):
     with pytest.raises(ValueError, match=told):
-        power.stated(TRUTH.spelled().replace(old, new))
+        simulation.parse_truth(TRUTH.spelled().replace(old, new))
 
 
 @pytest.mark.parametrize("changes", [{"tasks": 3}, {"plws": (0.0, 0.5)}, {"seeds": 1, "plws": (0.0, 0.5, 1.0)}])
@@ -261,7 +261,9 @@ def test_a_design_that_cannot_be_analysed_is_refused(changes):
 @pytest.fixture(scope="module")
 def plan(study):
     short = study["AlpacaDataShort"]
-    return power.plan(power.estimated(short), 0.5, dataset="short", models=2, as_run=power.design_of(short), draws=1000)
+    return power.plan(
+        simulation.estimate_truth(short), 0.5, dataset="short", models=2, as_run=simulation.design_of(short), draws=1000
+    )
 
 
 def test_a_plan_names_the_smallest_designs_that_suffice(plan):
@@ -320,17 +322,17 @@ def test_a_plan_needs_something_to_find(changes, width, told):
 
 
 def test_spaced_plws_are_equally_far_apart_on_the_curve():
-    assert power.spaced(TRUTH.transform, 5) == (0, 0.01, 0.1, 0.385, 1)
+    assert power.spaced_plws(TRUTH.transform, 5) == (0, 0.01, 0.1, 0.385, 1)
     wide = Transform("power", (0.0, 0.5, 2.0))
-    assert power.spaced(wide, 4)[-1] == 2
+    assert power.spaced_plws(wide, 4)[-1] == 2
 
 
 def test_an_incomplete_table_has_no_design(study):
     grid = study["AlpacaDataShort"]
     scores = grid.scores.copy()
     scores[0, 0] = np.nan
-    assert power.design_of(replace(grid, scores=scores)) is None
-    assert power.design_of(replace(grid, runs=grid.runs[1:], scores=grid.scores[1:])) is None
+    assert simulation.design_of(replace(grid, scores=scores)) is None
+    assert simulation.design_of(replace(grid, runs=grid.runs[1:], scores=grid.scores[1:])) is None
 
 
 # -------------------------------------------------------------------------------------------------------- next
@@ -352,13 +354,13 @@ def certain(of_models=1, **changes):
     truth = replace(TRUTH, **changes)
     (scores,), plws = scores_of(truth, Design(40, 30, PUBLISHED_PLWS, of_models), 1)
     grid = grid_of(scores, plws, of_models)
-    return grid, power.estimated(grid)
+    return grid, simulation.estimate_truth(grid)
 
 
 @pytest.mark.parametrize("of_models", [1, 2])
 def test_errors_are_those_of_the_tables_with_and_without_the_runs(of_models):
     grid, truth = certain(of_models, task_slope_sd=0.004, task_bend_sd=0.003)
-    proposal = power.next_plws(grid, 5)
+    proposal = next_plws.propose(grid, 5)
     assert proposal.runs == 5 * of_models
     tried = list(PUBLISHED_PLWS) * 30
     now = variance_of_optimum(truth, tried, 40, of_models)
@@ -374,9 +376,10 @@ def test_errors_are_those_of_the_tables_with_and_without_the_runs(of_models):
 def test_no_other_plw_is_better_than_the_next():
     grid, truth = certain(task_slope_sd=0.0, task_bend_sd=0.0)
     tried = list(PUBLISHED_PLWS) * 30
-    (chosen,) = power.next_plws(grid, 1).plws
+    (chosen,) = next_plws.propose(grid, 1).plws
     after = {
-        plw: variance_of_optimum(truth, [*tried, plw], 40, 1) for plw in (chosen, *power.spaced(truth.transform, 41))
+        plw: variance_of_optimum(truth, [*tried, plw], 40, 1)
+        for plw in (chosen, *power.spaced_plws(truth.transform, 41))
     }
     assert min(after.values()) == pytest.approx(after[chosen], rel=1e-6)
     assert max(after.values()) > after[chosen] * 1.0005
@@ -389,26 +392,26 @@ def test_the_next_plws_locate_an_optimum_better_than_equally_spaced_ones(first):
 
     def error(more):
         design = Design(8, 1, (*first, *more))
-        answers = power.answer(power.draw(truth, design, 5000, 1), truth.transform)
+        answers = simulation.fit_tables(simulation.draw(truth, design, 5000, 1), truth.transform)
         return np.sqrt(np.mean((answers.best - truth.best) ** 2))
 
     begun = [scores_of(truth, Design(8, 1, first), 1, seed) for seed in range(4)]
-    proposed = [error(power.next_plws(grid_of(scores[0], plws), 6).plws) for scores, plws in begun]
-    assert np.mean(proposed) < 0.85 * error(power.spaced(truth.transform, 6))
+    proposed = [error(next_plws.propose(grid_of(scores[0], plws), 6).plws) for scores, plws in begun]
+    assert np.mean(proposed) < 0.85 * error(power.spaced_plws(truth.transform, 6))
 
 
 def test_what_tasks_differ_by_stays():
     grid, _ = certain(task_slope_sd=0.1, task_bend_sd=0.08)
-    proposal = power.next_plws(grid, 4)
+    proposal = next_plws.propose(grid, 4)
     assert proposal.share_that_stays > 0.95
     assert proposal.error_at_last > 0.97 * proposal.error_now
 
 
 def test_a_proposal_is_its_seeds_and_can_be_run(study):
     grid = study["AlpacaDataShort"]
-    proposal = power.next_plws(grid, 6, seed=5)
-    assert proposal == power.next_plws(grid, 6, seed=5)
-    assert proposal.plws[:3] == power.next_plws(grid, 3, seed=5).plws
+    proposal = next_plws.propose(grid, 6, seed=5)
+    assert proposal == next_plws.propose(grid, 6, seed=5)
+    assert proposal.plws[:3] == next_plws.propose(grid, 3, seed=5).plws
     assert all(0 <= plw <= 1 and (plw == float(f"{plw:.3g}") or plw in PUBLISHED_PLWS) for plw in proposal.plws)
     assert proposal.error_at_last < proposal.error_then < proposal.error_now
     assert fitting.fit("crossed", grid).vertex_wp_se < proposal.error_now < 0.15
@@ -417,16 +420,16 @@ def test_a_proposal_is_its_seeds_and_can_be_run(study):
 
 def test_no_plw_is_proposed_without_an_optimum(study):
     with pytest.raises(ValueError, match="a maximum inside the range has probability"):
-        power.next_plws(study["AlpacaDataCleaned"], 3)
+        next_plws.propose(study["AlpacaDataCleaned"], 3)
     with pytest.raises(ValueError, match="must be 1 or more"):
-        power.next_plws(study["AlpacaDataShort"], 0)
+        next_plws.propose(study["AlpacaDataShort"], 0)
 
 
 def test_scores_without_residuals_are_refused():
     exact = replace(TRUTH, run_sd=0.0, residual_sd=1e-300)
     (scores,), plws = scores_of(exact, Design(8, 2, PUBLISHED_PLWS), 1)
     with pytest.raises(ValueError, match="follow a curve exactly"):
-        power.estimated(grid_of(scores, plws))
+        simulation.estimate_truth(grid_of(scores, plws))
 
 
 # ---------------------------------------------------------------------------------------------------- planning

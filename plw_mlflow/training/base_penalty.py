@@ -1,7 +1,8 @@
-"""Regularisers that the study's fourth version compared with PLW: dropout, and the distance to the base weights.
+"""Base penalty: the distance to the base weights, added to the loss of a step.
 
-The other two are weight decay (AdamW's own, `train.py`) and label smoothing (`loss.py`). All apply at any PLW. Their
-strengths in that comparison are not known.
+It is one of the regularisers that the study's fourth version compared with PLW; the others are dropout
+(`models/dropout.py`), weight decay (AdamW's own) and label smoothing (`loss.py`). All apply at any PLW. Their strengths
+in that comparison are not known.
 """
 
 from __future__ import annotations
@@ -9,38 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from plw_mlflow.errors import UserError
-
-
-def set_dropout(config: Any, probability: float) -> None:
-    """Set every dropout probability that a model's config has, before the model is made of it.
-
-    Raises UserError where it has none, or takes no such value.
-    """
-    found = _dropouts(config)
-    if not found:
-        raise UserError(f"{config.model_type} has no dropout to set; leave --dropout out")
-    for part, name in found:
-        try:
-            setattr(part, name, probability)
-        except StrictDataclassError:  # transformers holds MPT's attn_pdrop for a whole number
-            raise UserError(f"{config.model_type} takes no {name} of {probability}; leave --dropout out") from None
-
-
-def _dropouts(config: Any) -> list[tuple[Any, str]]:
-    """Each part of a config with the name of a dropout probability it has."""
-    found = []
-    for name, value in vars(config).items():
-        if hasattr(value, "model_type"):  # a config within the config
-            found += _dropouts(value)
-        # Other names: "resid_pdrop". Heads of other tasks have their own.
-        elif ("dropout" in name or "pdrop" in name) and not name.startswith(("summary_", "classifier_")):
-            found.append((config, name))
-    return found
 
 
 class BasePenalty:

@@ -18,8 +18,9 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, optimize, stats
+from scipy import linalg, optimize
 
+from plw_mlflow.analysis.statistics.inference import Uncertainty
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import Array
 
@@ -30,110 +31,7 @@ FLAT = 1e-5  # curvature of the deviance below this part of the usual one is non
 DECREMENT = 1e-6  # what a converged fit may still gain in deviance, by its own quadratic approximation
 
 
-@dataclass(frozen=True)
-class Uncertainty:
-    """What Satterthwaite's method needs to know of the variance parameters; their scale cancels out."""
-
-    parameter_covariance: Array  # [K, K], of the variance parameters: twice the inverse Hessian of the deviance
-    covariance_gradient: Array  # [K, P, P], of the coefficients' covariance by each parameter
-
-
 # ------------------------------------------------------------------------------------------ random intercept
-
-
-@dataclass(frozen=True)
-class RandomIntercept:
-    """A fitted linear mixed model y ~ X + (1 | group)."""
-
-    coefficients: Array  # [P]
-    covariance: Array  # [P, P], of the coefficients
-    var_group: float  # 0 when the fit is singular
-    var_residual: float  # of a score of weight 1
-    loglik: float  # restricted if fitted by REML
-    reml: bool
-    n: int
-    parameters: int  # coefficients and variances, as lme4 counts
-    uncertainty: Uncertainty
-
-    @property
-    def is_singular(self) -> bool:
-        """Whether groups differ no more than residual noise makes them."""
-        return self.var_group == 0
-
-
-def group_means(columns: Array, group: NDArray[np.intp], weights: Array | None = None) -> Array:
-    """The (weighted) mean of each column within each group: [groups, columns]."""
-    weights = np.ones(len(group)) if weights is None else weights
-    sums = np.column_stack([np.bincount(group, weights * column) for column in columns.T])
-    return sums / np.bincount(group, weights)[:, None]
-
-
-def fit_random_intercept(
-    y: Array, x: Array, group: NDArray[np.intp], reml: bool = True, weights: Array | None = None
-) -> RandomIntercept:
-    """Fit y ~ X + (1 | group) by REML or ML, groups of any sizes; the first column of X must be the intercept.
-
-    y: [n]; x: [n, P] of full rank; group: [n] numbers from 0 without a gap.
-    weights: [n] residual variances are var_residual / weight; scaled here to mean 1.
-
-    With variance ratio r = var_group / var_residual, the covariance of a group of size m is var_residual (I + r 11'),
-    whose inverse leaves deviations from the group's mean alone and divides the mean by 1 + r m. So least squares
-    needs the deviations once (reduced to a triangle) and one weighted row per group for each r tried. With weights,
-    means are weighted and m is the group's sum of them.
-    """
-    offset = y.mean()  # the intercept takes it back; smaller numbers lose fewer digits
-    both = np.column_stack([x, y - offset])
-    n, p = x.shape
-    weights = np.ones(n) if weights is None else weights / weights.mean()
-    size, means = np.bincount(group, weights), group_means(both, group, weights)
-    within = np.linalg.qr(np.sqrt(weights)[:, None] * (both - means[group])).R
-    divisor = n - p if reml else n
-
-    def triangle(ratio: float) -> tuple[Array, float]:
-        """R of the whitened [X y], and -2 log-likelihood with coefficients and residual variance profiled out."""
-        weight = np.sqrt(size / (1 + ratio * size))
-        r = np.linalg.qr(np.vstack([within, weight[:, None] * means])).R
-        deviance = divisor * (1 + math.log(2 * math.pi * r[p, p] ** 2 / divisor)) + np.log1p(ratio * size).sum()
-        if reml:
-            deviance += 2 * np.log(np.abs(np.diag(r)[:p])).sum()
-        return r, float(deviance - np.log(weights).sum())
-
-    # A coarse look first: the likelihood of unbalanced groups can have two peaks.
-    grid = np.linspace(-18, 30, 49)
-    start = grid[np.argmin([triangle(math.exp(log_ratio))[1] for log_ratio in grid])]
-    best = optimize.minimize_scalar(
-        lambda log_ratio: triangle(math.exp(log_ratio))[1],
-        bounds=(start - 1, start + 1),
-        method="bounded",
-        options={"xatol": 1e-9},
-    )
-    ratio = 0.0 if triangle(0.0)[1] <= best.fun + 1e-8 else math.exp(best.x)
-    r, deviance = triangle(ratio)
-    inverse = np.linalg.inv(r[:p, :p])
-    coefficients = inverse @ r[:p, p]
-    var_residual = float(r[p, p] ** 2) / divisor
-
-    # Second derivatives of the deviance in (log r, log var_residual). A group's mean row enters least squares with
-    # weight h = size / (1 + r size), and dh/dr = -h^2. At r = 0 it counts as known, so the freedom is n - P.
-    h = size / (1 + ratio * size)
-    lever = means[:, :p] @ inverse  # whitened by the coefficients' covariance
-    misfit = means[:, p] - means[:, :p] @ coefficients
-    first, second = (lever.T * h**2) @ lever, 2 * (lever.T * h**3) @ lever
-    pull = lever.T @ (h**2 * misfit)
-    bend = float(2 * h**3 @ misfit**2 - 2 * pull @ pull) / var_residual - h @ h
-    if reml:
-        bend += np.trace(second) - np.sum(first**2)
-    slope = float(h**2 @ misfit**2) / var_residual
-    hessian = np.array([[ratio**2 * bend, ratio * slope], [ratio * slope, divisor]])
-    covariance = var_residual * inverse @ inverse.T
-    uncertainty = Uncertainty(
-        2 * np.linalg.pinv(hessian, hermitian=True),
-        np.stack([ratio * var_residual * inverse @ first @ inverse.T, covariance]),
-    )
-    coefficients[0] += offset
-    return RandomIntercept(
-        coefficients, covariance, ratio * var_residual, var_residual, -deviance / 2, reml, n, p + 2, uncertainty
-    )
 
 
 # --------------------------------------------------------------------------------------------- random slopes
@@ -206,9 +104,7 @@ class _Solution:
     shrink: Array  # [R], part of a run's mean that the run's own effect does not take up
     rows: Array  # [R, TQ], precision times z
     gram: Array  # [TQ, TQ], Z'A Z with A the inverse covariance without the tasks' curves
-    cross: Array  # [P, TQ], X'A Z
     inner_inverse: Array  # [TQ, TQ], inverse of I + (I x L)' gram (I x L)
-    sphere: Array  # [T, Q], tasks' curves before `factor`
     coefficients: Array  # [P]
     whiten: Array  # [P, P], lower: inverse Cholesky factor of X'V^-1 X
     left: Array  # [1 + P, R, T], V^-1 times the residual and times the whitened fixed design, over `precision`
@@ -276,9 +172,7 @@ def _solve(table: _Table, parameters: Array) -> _Solution:
         shrink=shrink,
         rows=rows,
         gram=gram,
-        cross=cross,
         inner_inverse=inner_half.T @ inner_half,
-        sphere=sphere[0].reshape(tasks, q),
         coefficients=coefficients,
         whiten=whiten,
         left=left,
@@ -368,31 +262,6 @@ class RandomSlopes:
         inverse = np.divide(1, values, where=values > FLAT, out=np.zeros(size))
         root = unit[:, None] * vectors
         return Uncertainty(2 * (root * inverse) @ root.T, _covariance_gradient(_solve(self.table, self.search)))
-
-    @cached_property
-    def task_curves(self) -> tuple[Array, Array]:
-        """Each task's curve, coefficients of the first Q columns plus its best prediction: [T, Q], and [T, Q, Q].
-
-        The second is the covariance of the prediction's error with variances taken as known (Henderson's equations).
-        Raises UserError if the first Q fixed columns are not the random ones: a curve is then not their sum.
-        """
-        q = len(self.cov_task)
-        table, s = self.table, _solve(self.table, self.search)
-        x, z = (design @ np.linalg.inv(basis) for design, basis in ((table.x, table.x_basis), (table.z, table.z_basis)))
-        if x.shape[1] < q or not np.allclose(x[:, :q], z, rtol=0, atol=1e-8 * np.abs(z).max()):
-            raise UserError(
-                f"a task's curve needs the {q} random columns as the first fixed ones; fit them, or ask another fit"
-            )
-        tasks = table.scores.shape[1]
-        root = table.z_basis @ s.factor
-        curves = self.coefficients[:q] + s.sphere @ root.T
-        # Error of the spherical effects: what the scores leave open, and what the coefficients' own error brings in.
-        pull = _times(s.cross, s.factor, tasks) @ s.inner_inverse
-        pull = (s.whiten @ pull).reshape(-1, tasks, q).transpose(1, 0, 2) @ root.T  # [T, P, Q]
-        fixed = (s.whiten @ table.x_basis.T)[:, :q]  # [P, Q]
-        error = fixed - pull
-        inner = np.einsum("tatb->tab", s.inner_inverse.reshape(tasks, q, tasks, q))
-        return curves, root @ inner @ root.T + error.transpose(0, 2, 1) @ error
 
 
 def _covariance_gradient(s: _Solution) -> Array:
@@ -550,7 +419,7 @@ def _search(table: _Table, start: Array, reml: bool) -> _Found:
     return _Found(start + table.unit * end.x, float(end.fun), float(decrement), end.nfev)
 
 
-def fit_random_slopes(
+def fit(
     scores: Array,
     x: Array,
     z: Array,
@@ -618,58 +487,3 @@ def fit_random_slopes(
 
 
 # ------------------------------------------------------------------------------------------------- inference
-
-Fitted = RandomIntercept | RandomSlopes
-
-
-def satterthwaite(fit: Fitted, contrast: Array) -> float:
-    """Degrees of freedom of the t of a contrast [P] of coefficients, such that chi^2 matches its variance's variance.
-
-    As in lmerTest (Kuznetsova and others 2017, J. Stat. Softw. 82(13), section 2): 2 v^2 / (g'A g), v the contrast's
-    variance, g its gradient in the variance parameters, A their covariance. Infinite if no variance is uncertain.
-    """
-    variance = contrast @ fit.covariance @ contrast
-    slope = fit.uncertainty.covariance_gradient @ contrast @ contrast
-    spread = slope @ fit.uncertainty.parameter_covariance @ slope
-    return float(2 * variance**2 / spread) if spread > 0 else math.inf
-
-
-def f_test(fit: Fitted, contrasts: Array) -> tuple[float, int, float, float]:
-    """Joint test that contrasts [k, P] of coefficients are 0: F, its two degrees of freedom, and p.
-
-    The denominator's, after Fai and Cornelius (1996): with k independent t^2 in place of the joint test, the F whose
-    mean is theirs; 2 where one of those has no mean.
-    """
-    covariance = contrasts @ fit.covariance @ contrasts.T
-    values, vectors = np.linalg.eigh(covariance)
-    if values[0] <= 1e-12 * values[-1]:
-        raise UserError(f"{len(contrasts)} contrasts are not independent of each other; drop some")
-    separate = vectors.T @ contrasts
-    statistic = float(np.mean((separate @ fit.coefficients) ** 2 / values))
-    freedom = np.array([satterthwaite(fit, contrast) for contrast in separate])
-    if freedom.min() <= 2:
-        below = 2.0
-    elif np.ptp(freedom) < 1e-8 or np.isinf(freedom).any():
-        below = float(freedom.mean())
-    else:
-        excess = float((freedom / (freedom - 2)).sum())
-        below = 2 * excess / (excess - len(freedom))
-    return statistic, len(contrasts), below, float(stats.f.sf(statistic, len(contrasts), below))
-
-
-def likelihood_ratio(fit: Fitted, null: Fitted) -> tuple[float, int, float]:
-    """Chi^2 of a fit against one with fewer fixed columns and the same random parts, its degrees of freedom, and p.
-
-    Never below 0: a null that is likelier by more than rounding says that the fit's search missed the highest peak.
-    """
-    if fit.reml or null.reml:
-        raise UserError("restricted likelihoods of different fixed columns cannot be compared; fit both by ML")
-    statistic, freedom = max(0.0, 2 * (fit.loglik - null.loglik)), fit.parameters - null.parameters
-    return statistic, freedom, float(stats.chi2.sf(statistic, freedom))
-
-
-def aic_bic(fit: Fitted) -> tuple[float, float]:
-    """AIC and BIC, lower being better; BIC counts each score as an observation, as lme4 does."""
-    if fit.reml:
-        raise UserError("AIC and BIC of a restricted likelihood do not compare fixed columns; fit by ML")
-    return 2 * (fit.parameters - fit.loglik), fit.parameters * math.log(fit.n) - 2 * fit.loglik

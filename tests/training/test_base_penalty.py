@@ -1,4 +1,4 @@
-"""Is dropout set wherever a model has one, and is the distance to the base penalised as autograd would?"""
+"""Is the distance to the base penalised as autograd would?"""
 
 import copy
 import os
@@ -13,50 +13,14 @@ import torch
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig
 
 from plw_mlflow.config import RecipeOptions
-from plw_mlflow.models import adapters, pretrained
-from plw_mlflow.models.regularisers import BasePenalty, set_dropout
+from plw_mlflow.models import adapters
+from plw_mlflow.training.base_penalty import BasePenalty
 from tests.conftest import tiny_llama
 from tests.families import tiny
 
 STRENGTH = 0.3
-
-
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("gpt2", {"resid_pdrop", "embd_pdrop", "attn_pdrop"}),
-        ("gpt_neox", {"hidden_dropout", "attention_dropout"}),
-        ("llama", {"attention_dropout"}),
-        ("opt", {"dropout", "attention_dropout"}),
-        ("phi", {"resid_pdrop", "embd_pdrop", "attention_dropout"}),
-        ("qwen3", {"attention_dropout"}),
-    ],
-)
-def test_every_dropout_of_a_model_is_set(family, expected, tmp_path):
-    tiny(family).save_pretrained(tmp_path)
-    model, plain = pretrained.load(str(tmp_path), dropout=0.4), pretrained.load(str(tmp_path))
-    before, after = plain.config.to_dict(), model.config.to_dict()
-    assert {name for name in after if after[name] != before[name]} == expected
-    assert {after[name] for name in expected} == {0.4}
-
-    tokens = torch.arange(12).unsqueeze(0)
-    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
-    model.train()
-    assert not torch.equal(model(tokens).logits, model(tokens).logits)
-
-
-def test_a_config_within_the_config_is_seen():
-    with pytest.raises(ValueError, match=r"mpt takes no attn_pdrop of 0.4"):  # it is of the attention's own config
-        set_dropout(AutoConfig.for_model("mpt"), 0.4)
-
-
-def test_a_model_without_dropout_is_refused_by_name(tmp_path):
-    tiny("mamba").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="mamba has no dropout to set"):
-        pretrained.load(str(tmp_path), dropout=0.1)
 
 
 def away(model, seed=5):
@@ -184,7 +148,7 @@ def test_shards_are_penalised_as_the_whole():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = "import sys; from tests.models.test_regularisers import share; share(sys.argv[1])"
+    script = "import sys; from tests.training.test_base_penalty import share; share(sys.argv[1])"
     command = [sys.executable, "-c", script, port]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=120, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr

@@ -180,19 +180,29 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
     return typed
 
 
-def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
+def fittable(table: pd.DataFrame) -> pd.DataFrame:
+    """The data sets of a table that have PLWs enough for a curve; the others' names are kept for `remarks`.
 
     For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
     kept, for `check` to say so.
     """
     plws = table.groupby("dataset")["plw"].nunique()
-    thin = sorted(plws.index[plws < MIN_PLWS])
-    if len(thin) == len(plws):
-        return table, []
-    kept = table[~table["dataset"].isin(thin)]
-    kept.attrs = table.attrs
-    return kept, thin
+    too_few = sorted(plws.index[plws < MIN_PLWS])
+    if len(too_few) == len(plws):
+        return table
+    kept = table[~table["dataset"].isin(too_few)]
+    kept.attrs = {**table.attrs, "too_few_plws": too_few}
+    return kept
+
+
+def remarks(table: pd.DataFrame) -> list[str]:
+    """What a person must know of how a table was gathered, a line each: what was left out, and what else differs."""
+    lines = []
+    if too_few := table.attrs.get("too_few_plws"):
+        lines.append(f"left out, with fewer than {MIN_PLWS} PLWs: {', '.join(too_few)}")
+    lines += [f"left out: {cell}" for cell in table.attrs.get("left_out", [])]
+    lines += [f"note: {note}" for note in table.attrs.get("notes", [])]
+    return lines
 
 
 def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:
@@ -265,3 +275,16 @@ def missing_scores(table: pd.DataFrame) -> pd.DataFrame:
     """The scores a full grid of the table's models, data sets, PLWs, seeds and tasks would have and it has not."""
     grid = pd.MultiIndex.from_product([sorted(table[column].unique()) for column in SCORE], names=SCORE)
     return grid.difference(pd.MultiIndex.from_frame(table[SCORE])).to_frame(index=False)
+
+
+def task_types(table: pd.DataFrame) -> dict[str, str]:
+    """The type of each task, where the table has a column task_type. Raises UserError for a task of two types."""
+    if "task_type" not in table:
+        return {}
+    given = table[table["task_type"].notna() & (table["task_type"].astype(str).str.strip() != "")]
+    kinds = given["task_type"].astype(str).groupby(given["task"]).unique()
+    for task, several in kinds.items():
+        if len(several) > 1:
+            source = table.attrs.get("source", "score table")
+            raise UserError(f"{source}: task {task} has the types {' and '.join(sorted(several))}; keep one")
+    return {str(task): kind[0] for task, kind in kinds.items()}

@@ -1,0 +1,13 @@
+"""p-values corrected for looking at several data sets."""
+
+from __future__ import annotations
+
+
+def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's (1979) adjustment of p-values for looking at all of them."""
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}

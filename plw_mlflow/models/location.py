@@ -1,0 +1,74 @@
+"""Location: where a base model comes from, by the name it is given, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from plw_mlflow.config.presets import MODELS
+from plw_mlflow.errors import UserError, first_line
+from plw_mlflow.toy import TOY_FOLDER
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a base model comes from."""
+
+    path: str  # folder or hub id
+    revision: str | None  # of a hub id; None for a folder
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the model lies on this machine's disk."""
+        return Path(self.path).is_dir()
+
+
+def locate(name: str) -> Location:
+    """`toy`, a model of the study, a folder, or ID@REVISION, as a Location. Raises UserError for what can be none."""
+    if name == "toy":
+        return Location(str(TOY_FOLDER), None)
+    name = MODELS.get(name, name)
+    if Path(name).is_dir():
+        return Location(str(Path(name).resolve()), None)
+    path, _, revision = name.partition("@")
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"model {name!r} is not a folder on this machine")
+    return Location(path, revision or None)
+
+
+def digest(model: str) -> str:
+    """What identifies a base model that was loaded: the hub's commit, or a SHA-256 of its config and weight files."""
+    where = locate(model)
+    if not where.is_folder:
+        from huggingface_hub import hf_hub_download
+
+        # The file is in the cache by now, in a folder that has the commit's name.
+        config = hf_hub_download(where.path, "config.json", revision=where.revision, local_files_only=True)
+        return f"{where.path}@{Path(config).parent.name}"
+    found = hashlib.sha256()
+    folder = Path(where.path)
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in (folder / "config.json", *weights):
+        found.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                found.update(block)
+    return found.hexdigest()
+
+
+def base_of(settings: Path) -> str:
+    """The base that an adapter's settings name, with its revision. Raises UserError where they name none."""
+    try:
+        named = json.loads(settings.read_text(encoding="utf-8"))
+        base, revision = named["base_model_name_or_path"], named.get("revision")
+    except Exception as error:
+        raise UserError(f"{settings} names no base model: {type(error).__name__} {first_line(error)}") from None
+    if not base or (isinstance(base, str) and not base.strip()):
+        raise UserError(f"{settings} names no base model: base_model_name_or_path is empty")
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        raise UserError(f"{settings} names no base model: {base!r} with revision {revision!r} is no name")
+    if base.startswith("."):  # as it was to whoever trained, who was elsewhere
+        raise UserError(f"{settings} names its base by a path of another place: {base!r}; say by --base where it is")
+    return f"{base}@{revision}" if revision else base
