@@ -139,10 +139,8 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
 
 def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
     """The model to train, and whether a padding token was added to it and to the tokenizer."""
-    arithmetic = torch.bfloat16 if _is_bfloat16(config) else torch.float32
-    model = pretrained.load(
-        config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None
-    )
+    four_bit = getattr(torch, train.resolve_precision(config.precision)) if config.method == "qlora" else None
+    model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
     _check_vocabulary(model, prepared, config)
     return model, config.add_pad_token and pad_token.add(model, tokenizer)
 
@@ -154,12 +152,8 @@ def _contents(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> dict[s
         "examples": prepared.digest,
         "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": "bfloat16" if _is_bfloat16(config) else "float32",
+        "precision": train.resolve_precision(config.precision),
     }
-
-
-def _is_bfloat16(config: TrainConfig) -> bool:
-    return train.mixed_precision(config.precision) == "bf16"
 
 
 def _report(trained: train.Trained) -> None:
