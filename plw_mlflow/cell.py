@@ -137,11 +137,9 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
     run.log_data(prepared.sources, prepared.profile)
     prepare.write(prepared, config.output if is_first_process() else None)
     print(profile.text(prepared.profile))
-    is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
-    arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
-    model = pretrained.load(
-        config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None
-    )
+    precision = train.resolve_precision(config.precision)
+    four_bit = getattr(torch, precision) if config.method == "qlora" else None
+    model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
     _check_vocabulary(model, prepared, config)
     has_new_token = config.add_pad_token and pad_token.add(model, tokenizer)
     contents = {
@@ -149,7 +147,7 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         "examples": prepared.digest,
         "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": "bfloat16" if is_bfloat16 else "float32",
+        "precision": precision,
     }
     key = digest(config.identity() | contents)
     folder = config.checkpoint_dir / key
