@@ -18,7 +18,7 @@ import click
 import numpy as np
 import pandas as pd
 
-from plw_mlflow.advice import advise, evidence
+from plw_mlflow.advice import advise, evidence, evidence_figure
 from plw_mlflow.analysis import analyze, score_table, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.score_table import rescale
@@ -85,7 +85,7 @@ def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
 
 
 @cache
-def evidence_points() -> tuple[evidence.Point, ...]:
+def evidence_points() -> tuple[evidence.EvidencePoint, ...]:
     """All published points."""
     return tuple(evidence.published())
 
@@ -376,7 +376,9 @@ def draw_tasks() -> bytes:
         axes.fill_between(w, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
         axes.plot(w, mean, color="black", linewidth=2.4)
         axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)
-        axes.set_xticks([plw**EXPONENT for plw in advise.TICKS], [f"{plw:g}" for plw in advise.TICKS], fontsize=8)
+        axes.set_xticks(
+            [plw**EXPONENT for plw in evidence_figure.TICKS], [f"{plw:g}" for plw in evidence_figure.TICKS], fontsize=8
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_xlabel("PLW")
@@ -389,7 +391,7 @@ def draw_tasks() -> bytes:
 
 def draw_evidence() -> bytes:
     """The figure of `python -m entrypoints.advise --ratio 1`."""
-    return advise.draw(advise.advise(1.0, evidence_points()))
+    return evidence_figure.draw(advise.advise(1.0, evidence_points()))
 
 
 FIGURES: dict[str, Callable[[], bytes]] = {"study_tasks.png": draw_tasks, "advice.png": draw_evidence}

@@ -14,14 +14,14 @@ from plw_mlflow.command_line.cli import command
 from plw_mlflow.config import AdviseConfig, names
 
 if TYPE_CHECKING:
-    from plw_mlflow.advice.evidence import Point
+    from plw_mlflow.advice.evidence import EvidencePoint
     from plw_mlflow.tracking import Run
 
 
 @command(AdviseConfig)
 def main(config: AdviseConfig) -> None:
     from plw_mlflow import tracking
-    from plw_mlflow.advice import advise, evidence
+    from plw_mlflow.advice import advise, evidence, exports, wording
 
     task_types = advise.check_types(names(config.task_types or ""))
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
@@ -32,26 +32,27 @@ def main(config: AdviseConfig) -> None:
         if config.scores is not None or config.experiment is not None:
             points += _own_points(config, dict.fromkeys(dataset, ratio), task_types)
         advice = advise.advise(ratio, points, dataset=dataset, task_types=task_types)
-        run.log_files(advise.write(advice, config.output or Path(scratch)))
-        print(advise.text(advice))
+        run.log_files(exports.write(advice, config.output or Path(scratch)))
+        print(wording.text(advice))
         print(f"\nrun {run.id}\n{run.address()}")
 
 
 def _measure_ratio(config: AdviseConfig, run: Run) -> tuple[float, tuple[str, ...]]:
     """The generation ratio of the data set asked about, and the names that a score table may have for it."""
+    from plw_mlflow import tracking
     from plw_mlflow.advice import advise
     from plw_mlflow.data import prepare
     from plw_mlflow.models import pretrained
 
     prepared = prepare.run(str(config.dataset), pretrained.load_tokenizer(config.model, config.tokenizer), config)
-    run.log_data(prepared.sources, prepared.profile)
+    tracking.log_data(run, prepared.sources, prepared.profile)
     name, *others = config.dataset_names()
     contents = "+".join(source.sha256[:8] for source in prepared.sources)
     # The last is its name in a score table that has two files of one name.
     return advise.measured_ratio(prepared.profile), (name, *others, f"{name} ({contents})")
 
 
-def _own_points(config: AdviseConfig, measured: dict[str, float], task_types: tuple[str, ...]) -> list[Point]:
+def _own_points(config: AdviseConfig, measured: dict[str, float], task_types: tuple[str, ...]) -> list[EvidencePoint]:
     """The evidence of the person's own scores; measured: generation ratios by data set."""
     from plw_mlflow import tracking
     from plw_mlflow.advice import evidence
