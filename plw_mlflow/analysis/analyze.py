@@ -81,22 +81,24 @@ def analyze(
     for dataset, part in scaled.groupby("dataset"):
         tries = _Tries(str(dataset), refusals)
         grid = _grid(part, str(dataset), transform, also=by)
-        here = tries.every((model, partial(fitting.fit, model, grid, scale)) for model in fitting.FITS)
+        fits_here = tries.every((model, partial(fitting.fit, model, grid, scale)) for model in fitting.FITS)
         if refits:
-            here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in here]
-        fits += here
-        if not here:
-            reasons = "; ".join(f"{one.what}: {one.reason}" for one in refusals if one.dataset == dataset)
+            fits_here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in fits_here]
+        fits += fits_here
+        if not fits_here:
+            reasons = "; ".join(
+                f"{refusal.what}: {refusal.reason}" for refusal in refusals if refusal.dataset == dataset
+            )
             raise UserError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
-        lead = _lead(here, len(part), refusals)
-        equal = tries.every([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
+        lead = _lead(fits_here, len(part), refusals)
+        equivalences = tries.every([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
         answers.append(
             Answer(
                 str(dataset),
                 lead,
                 math.nan,
                 "",
-                equal[0] if equal else None,
+                equivalences[0] if equivalences else None,
                 tries.every(
                     (f"bootstrap over {over}", partial(bootstrap.bootstrap_optimum, grid, over, draws, seed))
                     for over in BOOTSTRAPS
@@ -135,18 +137,22 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
 
     `crossed` takes runs that are scored on every task alone: where that leaves little, `lmm-slopes` knows more.
     """
-    by_model = {one.model: one for one in fits}
-    there = [by_model[model] for model in LEADS if model in by_model] or fits
-    sound = [one for one in there if one.converged]
-    lead = next((one for one in sound if one.n >= MOST * scores), (sound or there)[0])
+    by_model = {fit.model: fit for fit in fits}
+    candidates = [by_model[model] for model in LEADS if model in by_model] or fits
+    sound = [fit for fit in candidates if fit.converged]
+    lead = next((fit for fit in sound if fit.n >= MOST * scores), (sound or candidates)[0])
     if lead.model == LEADS[0]:
         return lead
     if LEADS[0] in by_model:
         why = f"{LEADS[0]} can use {by_model[LEADS[0]].n} of {scores} scores only"
     else:
-        reason = next(one.reason for one in refusals if (one.dataset, one.what) == (lead.dataset, LEADS[0]))
+        reason = next(
+            refusal.reason for refusal in refusals if (refusal.dataset, refusal.what) == (lead.dataset, LEADS[0])
+        )
         why = f"{LEADS[0]} cannot be fitted ({reason})"
-    why += "".join(f" and {one.model} did not converge" for one in there[: there.index(lead)] if not one.converged)
+    why += "".join(
+        f" and {fit.model} did not converge" for fit in candidates[: candidates.index(lead)] if not fit.converged
+    )
     meaning = (
         ""
         if lead.model == "lmm-slopes"
@@ -164,13 +170,13 @@ class _Tries:
 
     def every(self, named: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
         """What the calls give, without those that refuse."""
-        found = []
-        for what, call in named:
+        results = []
+        for name, call in named:
             try:
-                found.append(call())
+                results.append(call())
             except ValueError as error:
-                self.note(what, str(error))
-        return found
+                self.note(name, str(error))
+        return results
 
     def note(self, what: str, reason: str) -> None:
         """Keep a reason."""
@@ -181,7 +187,7 @@ def _by_type(
     part: pd.DataFrame, types: dict[str, str], tries: _Tries, transform: str, scale: str, by: tuple[str, ...]
 ) -> list[tuple[str, Fit]]:
     """Each type's tasks by themselves, by the first of LEADS that so few allow."""
-    found = []
+    fits = []
     kinds = part["task"].map(types)
     for kind in sorted(kinds.dropna().unique()):
         of_kind = part[kinds == kind]
@@ -191,14 +197,14 @@ def _by_type(
         reasons: list[str] = []
         for model in LEADS:
             try:
-                found.append((str(kind), fitting.fit(model, grid, scale)))
+                fits.append((str(kind), fitting.fit(model, grid, scale)))
             except ValueError as error:
                 reasons.append(f"{model}: {error}")
             else:
                 break
         else:
             tries.note(f"{kind} tasks", "; ".join(reasons))
-    return found
+    return fits
 
 
 def grids(
@@ -221,19 +227,19 @@ def _variant(
     """The lead's answer under another scale or transform."""
     try:
         scaled = rescale(checked, scale)
-        found = fitting.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform, also=by), scale)
+        fit = fitting.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform, also=by), scale)
     except ValueError as error:
         return Variant(name, None, None, None, str(error))
-    return Variant(name, found.joint_p, found.optimum_plw, found.optimum_set)
+    return Variant(name, fit.joint_p, fit.optimum_plw, fit.optimum_set)
 
 
 def _differences(
     scaled: pd.DataFrame, by: tuple[str, ...], transform: str, refusals: list[Refusal]
 ) -> list[Difference]:
     """The tests between the values of columns, over all data sets together."""
-    asked = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
+    columns = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
 
     def compare(column: str) -> Difference:
         return differences.compare_curves(_grid(scaled, "all", transform, column, by), column)
 
-    return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in asked)
+    return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in columns)

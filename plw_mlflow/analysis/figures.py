@@ -67,7 +67,7 @@ def band(fit: Fit | TaskCurve, contrast: Array) -> tuple[Array, Array]:
     freedom = fit.degrees_of_freedom
     if isinstance(freedom, dict):
         each = [freedom[term] for term in TERMS[1:]]
-        fewest = min(math.inf if one is None else one for one in each)
+        fewest = min(math.inf if freedom_of_term is None else freedom_of_term for freedom_of_term in each)
     else:
         fewest = freedom
     variance = np.einsum("ij,jk,ik->i", contrast, np.array(fit.covariance)[:3, :3], contrast)
@@ -186,20 +186,20 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
                 part["w"], part["distance"], "o", color=colours[model], ms=3.2, alpha=0.8, mew=0, rasterized=rasterized
             )
         axes.plot(w, mean, color="black", linewidth=1, linestyle=(0, (1, 1.5)), zorder=4)
-        found = "too few scores for a curve"
+        caption = "too few scores for a curve"
         if (curve := own.get(task)) is not None:
             height, reach = band(curve, curve_terms(w) - curve_terms(mine["w"].to_numpy()).mean(0))
             axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.15, linewidth=0)
             axes.plot(w, height, color=CURVE_BLUE, linewidth=1.7)
-            found = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
-            found += f", p = {curve.joint_p:.1g}"
+            caption = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
+            caption += f", p = {curve.joint_p:.1g}"
             if curve.optimum_plw is not None and curve.delta_interval is not None:
                 colour, best = SURE_RED if curve.joint_p < LEVEL else UNSURE_GREY, float(transform(curve.optimum_plw))
                 axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
                 axes.plot(best, top, "D", color=colour, markersize=4.5)
                 axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
         axes.set_title(plain(task, 26), loc="left", fontsize=9, fontweight="bold", pad=15)
-        axes.text(0, 1.04, found, transform=axes.transAxes, fontsize=8, color="#55555a")
+        axes.text(0, 1.04, caption, transform=axes.transAxes, fontsize=8, color="#55555a")
         mark_plws(axes, transform, width=1.5 / columns, label="" if number < len(tasks) - columns else "PLW")
         axes.tick_params(labelsize=7.5)
     axes = panels[0]
@@ -229,25 +229,27 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
     A bar that leaves the figure goes to the end of the scores' scale.
     """
     shown = [(answer.dataset, equal) for answer in answers if (equal := answer.equivalence) is not None]
-    known = [
+    sizes = [
         size
         for _, equal in shown
         for size in (equal.smallest_margin, equal.detectable, equal.largest_difference, equal.margin)
         if size is not None
     ]
-    right = 1.06 * max(known)
+    right = 1.06 * max(sizes)
     figure = new_figure(10, 1.2 + 0.45 * len(shown))
     axes = figure.add_subplot()
     clear_axes(axes)
     axes.grid(axis="y", visible=False)
     names = ("not ruled out at 0.05", "largest difference found", "would be found in 4 of 5 such studies")
     for number, (_, equal) in enumerate(shown):
-        ruled, found, would = names if number == 0 else ("", "", "")
+        not_ruled_out, largest, detectable = names if number == 0 else ("", "", "")
         bar = 2 * right if equal.smallest_margin is None else equal.smallest_margin
-        axes.barh(-number, bar, height=0.5, color=CURVE_BLUE, alpha=0.16, label=ruled)
-        axes.plot(equal.largest_difference, -number, "D", color=CURVE_BLUE, markersize=7, label=found)
+        axes.barh(-number, bar, height=0.5, color=CURVE_BLUE, alpha=0.16, label=not_ruled_out)
+        axes.plot(equal.largest_difference, -number, "D", color=CURVE_BLUE, markersize=7, label=largest)
         would_be = [] if equal.detectable is None else [equal.detectable] * 2
-        axes.plot(would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=would)
+        axes.plot(
+            would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=detectable
+        )
     margin = next((equal.margin for _, equal in shown if equal.margin is not None), None)
     if margin is not None:
         axes.axvline(margin, color=SURE_RED, linewidth=1.4, linestyle=DASHED, label="margin given")

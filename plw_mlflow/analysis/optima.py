@@ -58,45 +58,47 @@ def estimates(answer: Answer, fits: list[Fit]) -> list[OptimumEstimate]:
             )
         return rows
 
-    found = [one for fit in fits for one in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
-    for one in answer.bootstraps:
-        name = "tasks and seeds" if one.over == "both" else one.over
-        found.append(
-            OptimumEstimate("Bootstrap over", name, "percentiles", None, None, [one.interval], False, one.interior)
+    rows = [row for fit in fits for row in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
+    for bootstrap in answer.bootstraps:
+        name = "tasks and seeds" if bootstrap.over == "both" else bootstrap.over
+        rows.append(
+            OptimumEstimate(
+                "Bootstrap over", name, "percentiles", None, None, [bootstrap.interval], False, bootstrap.interior
+            )
         )
     for kind, fit in answer.by_type:
-        found += of_fit("Type of task", f"{kind} ({fit.model})", fit)
+        rows += of_fit("Type of task", f"{kind} ({fit.model})", fit)
     for task in answer.by_task:
         own = [] if task.delta_interval is None else [task.delta_interval]
         best = task.best_plw, task.optimum_plw
-        found.append(
+        rows.append(
             OptimumEstimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability)
         )
-    return found
+    return rows
 
 
-def interval_text(one: OptimumEstimate) -> str:
+def interval_text(estimate: OptimumEstimate) -> str:
     """The interval of an estimate in words."""
-    if not one.intervals:
-        return "unbounded, none of it inside" if one.is_unbounded else "none inside"
-    inside = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in one.intervals)
-    return f"{inside}, and on beyond: unbounded" if one.is_unbounded else inside
+    if not estimate.intervals:
+        return "unbounded, none of it inside" if estimate.is_unbounded else "none inside"
+    inside = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in estimate.intervals)
+    return f"{inside}, and on beyond: unbounded" if estimate.is_unbounded else inside
 
 
-def estimate_rows(found: list[OptimumEstimate]) -> list[dict[str, Any]]:
+def estimate_rows(estimates: list[OptimumEstimate]) -> list[dict[str, Any]]:
     """Estimates as the table shows them: the intervals of one fit in one row."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in found:
-        row = rows.setdefault((one.group, one.name), {"first": one, "delta": None, "fieller": None})
-        row["fieller" if one.method == "Fieller" else "delta"] = one
+    for estimate in estimates:
+        row = rows.setdefault((estimate.group, estimate.name), {"first": estimate, "delta": None, "fieller": None})
+        row["fieller" if estimate.method == "Fieller" else "delta"] = estimate
     return list(rows.values())
 
 
 def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> Figure:
     """Where each method, and each part of the scores, finds the best PLW; intervals of one name share a row."""
     rows: dict[tuple[str, str], list[OptimumEstimate]] = {}
-    for one in estimates:
-        rows.setdefault((one.group, one.name), []).append(one)
+    for estimate in estimates:
+        rows.setdefault((estimate.group, estimate.name), []).append(estimate)
     groups = list(dict.fromkeys(group for group, _ in rows))
     figure = new_figure(10, 0.9 + 0.25 * (len(rows) + 1.4 * len(groups)))
     axes = figure.add_subplot()
@@ -105,30 +107,30 @@ def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> F
     across = axes.get_yaxis_transform()  # x as a part of the axes, y a row
     labels: dict[float, str] = {}
     y, last = 0.0, ""
-    for (group, name), found in rows.items():
+    for (group, name), estimates_of_row in rows.items():
         if group != last:
             y, last = y - 1.4, group
             axes.text(-0.01, y, group, transform=across, fontsize=9, fontweight="bold", ha="right", va="center")
         y -= 1
         labels[y] = plain(name, 34)
-        for number, one in enumerate(found):
-            height = y + 0.11 * (len(found) - 1) - 0.25 * number
+        for number, estimate in enumerate(estimates_of_row):
+            height = y + 0.11 * (len(estimates_of_row) - 1) - 0.25 * number
             style: dict[str, Any] = {
-                "color": SURE_RED if one.is_lead else CURVE_BLUE,
+                "color": SURE_RED if estimate.is_lead else CURVE_BLUE,
                 "clip_on": False,
                 "alpha": 0.6 if number else 1,
             }
-            for ends in one.intervals:
+            for ends in estimate.intervals:
                 at = transform(ends)
                 axes.plot(at, [height] * 2, linewidth=1.2 if number else 2.4, solid_capstyle="butt", **style)
                 for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
-                    if one.is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
+                    if estimate.is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
                         axes.plot(end, height, arrow, markersize=5, **style)
-        first = found[0]
+        first = estimates_of_row[0]
         if first.highest is not None:
             inside = first.plw is not None
             colour = SURE_RED if first.is_lead else CURVE_BLUE
-            face, height = colour if inside else "white", y + 0.11 * (len(found) - 1)
+            face, height = colour if inside else "white", y + 0.11 * (len(estimates_of_row) - 1)
             marker = "D" if inside else "o"
             axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
         best = "" if first.highest is None else "no peak" if first.plw is None else f"{first.plw:.3g}"

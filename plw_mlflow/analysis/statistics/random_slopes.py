@@ -72,8 +72,8 @@ class _Table:
     @cached_property
     def constant(self) -> float:
         """What the deviance (ML) owes to the number of scores and their weights."""
-        known = self.weights[self.weights > 0]
-        return float(len(known) * math.log(2 * math.pi) - np.log(known).sum())
+        weights = self.weights[self.weights > 0]
+        return float(len(weights) * math.log(2 * math.pi) - np.log(weights).sum())
 
     @cached_property
     def lower(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -454,9 +454,9 @@ def fit(
         alike[:entries] *= 0.1
         tied[entries : entries + run_effect] = math.exp(table.start[entries + run_effect :].mean() / 2)
         starts = [table.start, alike, *([tied] if run_effect else [])]
-    found = min((_search(table, guess, reml) for guess in starts), key=lambda found: found.deviance)
+    minimum = min((_search(table, guess, reml) for guess in starts), key=lambda minimum: minimum.deviance)
 
-    solution = _solve(table, found.parameters)
+    solution = _solve(table, minimum.parameters)
     factor = table.z_basis @ solution.factor
     root = solution.whiten @ table.x_basis.T
     var_run = solution.sd_run**2
@@ -474,15 +474,15 @@ def fit(
         cov_task=factor @ factor.T,
         var_run=var_run,
         var_residual=np.broadcast_to(solution.var_residual, scores.shape[1]).copy(),
-        loglik=-(found.deviance - basis - p * math.log(2 * math.pi) * reml) / 2,
+        loglik=-(minimum.deviance - basis - p * math.log(2 * math.pi) * reml) / 2,
         reml=reml,
         n=int(table.is_scored.sum()),
-        parameters=p + len(found.parameters),
+        parameters=p + len(minimum.parameters),
         at_zero=tuple(part for part, is_so in is_zero.items() if is_so),
-        converged=bool(found.decrement < DECREMENT),
-        evaluations=found.evaluations,
+        converged=bool(minimum.decrement < DECREMENT),
+        evaluations=minimum.evaluations,
         table=table,
-        search=found.parameters,
+        search=minimum.parameters,
     )
 
 
