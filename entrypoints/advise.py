@@ -39,12 +39,13 @@ def main(config: AdviseConfig) -> None:
 
 def _measure_ratio(config: AdviseConfig, run: Run) -> tuple[float, tuple[str, ...]]:
     """The generation ratio of the data set asked about, and the names that a score table may have for it."""
+    from plw_mlflow import tracking
     from plw_mlflow.advice import advise
     from plw_mlflow.data import prepare
     from plw_mlflow.models import pretrained
 
     prepared = prepare.run(str(config.dataset), pretrained.load_tokenizer(config.model, config.tokenizer), config)
-    run.log_data(prepared.sources, prepared.profile)
+    tracking.log_data(run, prepared.sources, prepared.profile)
     name, *others = config.dataset_names()
     contents = "+".join(source.sha256[:8] for source in prepared.sources)
     # The last is its name in a score table that has two files of one name.

@@ -57,7 +57,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     )
     command = shlex.join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
     run.log_files(report.write(analysis, table, folder, command))
-    run.log_regression(folder / "fit.json")
+    tracking.log_regression(folder / "fit.json")
     print(wording.table_text(analysis))
     grids = analyze.grids(table, config.scale, config.transform, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)

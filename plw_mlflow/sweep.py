@@ -123,5 +123,5 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
             return
         command = f"python -m entrypoints.analyze --run-id {parent.id}"
         parent.log_files(report.write(found, table, folder, command))
-        parent.log_regression(folder / "fit.json")
+        tracking.log_regression(folder / "fit.json")
         print("\n" + wording.table_text(found))

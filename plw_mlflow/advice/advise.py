@@ -166,10 +166,12 @@ def check_types(task_types: Sequence[str]) -> tuple[str, ...]:
 def fit_line(points: Sequence[EvidencePoint]) -> Line | None:
     """The line through the data sets of the located points; None where there are fewer than 3 or all of one ratio."""
     datasets, tau2 = by_dataset(points)
-    if len(datasets) < 3 or np.ptp([math.log10(one.ratio) for one in datasets]) == 0:
+    if len(datasets) < 3 or np.ptp([math.log10(dataset.ratio) for dataset in datasets]) == 0:
         return None
-    x = np.array([_row(one.ratio) for one in datasets])
-    pooled = pool(np.array([one.w for one in datasets]), np.array([one.variance for one in datasets]), x)
+    x = np.array([_row(dataset.ratio) for dataset in datasets])
+    pooled = pool(
+        np.array([dataset.w for dataset in datasets]), np.array([dataset.variance for dataset in datasets]), x
+    )
     return Line(datasets, pooled, tau2)
 
 
@@ -183,29 +185,32 @@ def by_dataset(points: Sequence[EvidencePoint]) -> tuple[list[DataSet], float]:
     which = np.array([keys.index((point.study, point.dataset)) for point in located], int)
     w, variances = np.array([point.w for point in located]), np.array([point.variance for point in located])
     tau2 = pool(w, variances, np.eye(len(keys))[which]).tau2 if len(located) > len(keys) else 0.0
-    found = []
+    datasets = []
     for number, (study, dataset) in enumerate(keys):
         weights = np.where(which == number, 1 / (variances + tau2), 0.0)
         ratio = located[int(np.argmax(which == number))].ratio
         mean = float(weights @ w / weights.sum())
-        found.append(DataSet(study, dataset, ratio, int((which == number).sum()), mean, 1 / float(weights.sum())))
-    return found, tau2
+        datasets.append(DataSet(study, dataset, ratio, int((which == number).sum()), mean, 1 / float(weights.sum())))
+    return datasets, tau2
 
 
 def _slopes(points: Sequence[EvidencePoint]) -> list[Slope]:
     """Each study's own slope, of those with located points at two ratios or more; errors as known, nothing beyond."""
     datasets, _ = by_dataset(points)
     slopes = []
-    for study in dict.fromkeys(one.study for one in datasets):
-        here = [one for one in datasets if one.study == study]
-        x = np.array([math.log10(one.ratio) for one in here])
-        if len(here) < 2 or np.ptp(x) == 0:
+    for study in dict.fromkeys(dataset.study for dataset in datasets):
+        of_study = [dataset for dataset in datasets if dataset.study == study]
+        x = np.array([math.log10(dataset.ratio) for dataset in of_study])
+        if len(of_study) < 2 or np.ptp(x) == 0:
             continue
-        weights = np.array([1 / one.variance for one in here])
+        weights = np.array([1 / dataset.variance for dataset in of_study])
         x -= weights @ x / weights.sum()
         information = float(weights @ x**2)
-        slope, reach = float(weights * x @ [one.w for one in here]) / information, NORMAL / math.sqrt(information)
-        slopes.append(Slope(study, len(here), slope, slope - reach, slope + reach))
+        slope, reach = (
+            float(weights * x @ [dataset.w for dataset in of_study]) / information,
+            NORMAL / math.sqrt(information),
+        )
+        slopes.append(Slope(study, len(of_study), slope, slope - reach, slope + reach))
     return slopes
 
 

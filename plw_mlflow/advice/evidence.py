@@ -127,11 +127,11 @@ def study(task_types: Sequence[str] = ()) -> list[EvidencePoint]:
     points = []
     for point in _of_table(table, "none", STUDY, ratios, dict.fromkeys(ratios, "printed")):
         points.append(point)
-        here = table[table["dataset"] == point.dataset]
-        if not point.is_located and here["task_type"].nunique() > 1:
-            for kind, part in here.groupby("task_type"):
-                (found,) = _of_table(part, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
-                points.append(replace(found, scores=f"{kind}: {found.scores}"))
+        scores = table[table["dataset"] == point.dataset]
+        if not point.is_located and scores["task_type"].nunique() > 1:
+            for kind, part in scores.groupby("task_type"):
+                (of_type,) = _of_table(part, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
+                points.append(replace(of_type, scores=f"{kind}: {of_type.scores}"))
     return points
 
 
@@ -168,13 +168,13 @@ def own(
 
 def wit() -> list[EvidencePoint]:
     """Weighted Instruction Tuning, arXiv:2507.07817: a point for each of five models on each of three data sets."""
-    known = {row["dataset"]: row for row in _rows("wit_generation_ratios.csv")}
+    ratios = {row["dataset"]: row for row in _rows("wit_generation_ratios.csv")}
     table = wit_scores()
     points = []
     for pair, part in table[table["plw"] <= 1].groupby(["dataset", "task"]):
         dataset, model = map(str, pair)
         fit = fitting.fit("ols-task", _grid(part, dataset))
-        place = model, "average of 5 benchmarks", float(known[dataset]["ratio"]), known[dataset]["how"]
+        place = model, "average of 5 benchmarks", float(ratios[dataset]["ratio"]), ratios[dataset]["how"]
         points.append(EvidencePoint(WIT, dataset, *place, *locate(fit), fit.joint_p, fit.model))
     return points
 

@@ -40,9 +40,9 @@ def to_json(advice: Advice) -> dict[str, Any]:
             "degrees_of_freedom": line.pooled.degrees_of_freedom,
             "tau2_datasets": line.pooled.tau2,
             "tau2_models": line.tau2_models,
-            "datasets": [asdict(one) for one in line.datasets],
+            "datasets": [asdict(dataset) for dataset in line.datasets],
         },
-        "slopes": [asdict(one) for one in advice.slopes],
+        "slopes": [asdict(slope) for slope in advice.slopes],
         "evidence": [
             asdict(point)
             | {"variance": point.variance if point.is_located else None}

@@ -26,43 +26,43 @@ def sentences(advice: Advice) -> list[str]:
     """The advice in words: first what to do, then how sure that is and why."""
     low, high = advice.interval
     if advice.w is None:
-        told = ["There is no evidence of a best PLW: any PLW from 0 to 1 will do; 0 is fine."]
+        lines = ["There is no evidence of a best PLW: any PLW from 0 to 1 will do; 0 is fine."]
     elif not advice.is_located:
-        told = [
+        lines = [
             "The evidence does not tell which PLW is best for such a data set: any PLW from 0 to 1 may be.",
             f"The middle of what is known is {advice.plw:.2g}, which is worth little.",
         ]
     else:
-        told = [f"Suggested PLW {advice.plw:.2g}, 95 % interval {low:.2g} to {high:.2g}."]
+        lines = [f"Suggested PLW {advice.plw:.2g}, 95 % interval {low:.2g} to {high:.2g}."]
         if advice.width >= WHOLE:
-            told.append("The interval is the whole range: this is a guess to start from, and only runs would tell.")
+            lines.append("The interval is the whole range: this is a guess to start from, and only runs would tell.")
         else:
             wide = "That is a wide interval, which rules out little; " if advice.width > WIDE else ""
-            told.append(f"{wide}PLW 0 lies {'within' if low == 0 else 'outside'} it.")
-    told += [*_own_words(advice), *_nearest_words(advice)]
+            lines.append(f"{wide}PLW 0 lies {'within' if low == 0 else 'outside'} it.")
+    lines += [*_own_words(advice), *_nearest_words(advice)]
     if advice.line is not None:
-        told += _line_words(advice, advice.line)
-    told += _slope_words(advice.slopes)
+        lines += _line_words(advice, advice.line)
+    lines += _slope_words(advice.slopes)
     studies = {point.study for point in advice.points}
     if {STUDY, WIT} <= studies:
-        told.append(IN_PRINT)
+        lines.append(IN_PRINT)
     if advice.task_types:
         of_types = f"on {' and '.join(advice.task_types)} tasks"
-        told.append(
+        lines.append(
             f"The evidence is {of_types} where a table tells tasks apart"
             + ("; WIT's averages of five benchmarks do not." if WIT in studies else ".")
         )
         if "long-generation" in advice.task_types:
-            told.append(LONG_GENERATION)
+            lines.append(LONG_GENERATION)
     curves = Counter((point.study, point.dataset) for point in advice.points)
     flat = Counter((point.study, point.dataset) for point in advice.points if not point.is_located)
     if flat:
         listed = ", ".join(f"{dataset} ({n} of {curves[study, dataset]})" for (study, dataset), n in flat.items())
-        told.append(f"No evidence are curves that could be flat, or highest anywhere: of {listed}.")
+        lines.append(f"No evidence are curves that could be flat, or highest anywhere: of {listed}.")
     guessed = sorted({point.dataset for point in advice.points if point.ratio_is == "guessed"})
     if guessed:
-        told.append(f"Nobody has printed the generation ratio of {', '.join(guessed)}, which is guessed.")
-    return told
+        lines.append(f"Nobody has printed the generation ratio of {', '.join(guessed)}, which is guessed.")
+    return lines
 
 
 def _own_words(advice: Advice) -> list[str]:
@@ -84,11 +84,11 @@ def _nearest_words(advice: Advice) -> list[str]:
     if not others:
         return []
     nearest = min(others, key=lambda point: abs(math.log(point.ratio / advice.ratio)))
-    here = [point for point in others if (point.study, point.dataset) == (nearest.study, nearest.dataset)]
-    found = [f"{_best(one)} by {one.what}{_p(one)}" for one in here if one.is_located]
-    if flat := len(here) - len(found):
-        found.append(f"anywhere by {flat} curve{'s' * (flat > 1)}" + (_p(here[0]) if len(here) == 1 else ""))
-    return [f"The nearest in ratio is {_named(nearest)} ({nearest.ratio:.2g}); best PLW: {'; '.join(found)}."]
+    curves = [point for point in others if (point.study, point.dataset) == (nearest.study, nearest.dataset)]
+    places = [f"{_best(point)} by {point.what}{_p(point)}" for point in curves if point.is_located]
+    if flat := len(curves) - len(places):
+        places.append(f"anywhere by {flat} curve{'s' * (flat > 1)}" + (_p(curves[0]) if len(curves) == 1 else ""))
+    return [f"The nearest in ratio is {_named(nearest)} ({nearest.ratio:.2g}); best PLW: {'; '.join(places)}."]
 
 
 def _named(point: EvidencePoint) -> str:
@@ -111,41 +111,41 @@ def _best(point: EvidencePoint) -> str:
 
 def _line_words(advice: Advice, line: Line) -> list[str]:
     (w, reach), (low, high) = line.next_one(advice.ratio), advice.mean_interval
-    ratios = [one.ratio for one in line.datasets]
-    told = [
+    ratios = [dataset.ratio for dataset in line.datasets]
+    lines = [
         f"By {len(ratios)} other data sets, the best PLW at ratio {advice.ratio:.3g} is {to_plw(w):.2g} on average "
         f"({low:.2g} to {high:.2g}); for one more data set and model it may be {to_plw(w - reach):.2g} to "
         f"{to_plw(w + reach):.2g}, as the best w_p differs by {math.sqrt(line.tau2_models):.2f} (SD) between models "
         f"and types of task on one data set and by {math.sqrt(line.pooled.tau2):.2f} between data sets of one ratio."
     ]
     if not min(ratios) <= advice.ratio <= max(ratios):
-        told.append(f"That is beyond the ratios there is evidence for, {min(ratios):.2g} to {max(ratios):.2g}.")
+        lines.append(f"That is beyond the ratios there is evidence for, {min(ratios):.2g} to {max(ratios):.2g}.")
     slope, reach = line.slope
-    told.append(
+    lines.append(
         f"All together, w_p of the best PLW moves by {_span(slope, slope - reach, slope + reach)} for a tenfold ratio"
         + ("." if abs(slope) > reach else ", which could be either way or none.")
     )
-    return told
+    return lines
 
 
 def _slope_words(slopes: Sequence[Slope]) -> list[str]:
     if not slopes:
         return []
     listed = "; ".join(
-        f"{one.study} {_span(one.slope, one.low, one.high)} from {one.datasets} data sets" for one in slopes
+        f"{slope.study} {_span(slope.slope, slope.low, slope.high)} from {slope.datasets} data sets" for slope in slopes
     )
-    rising, falling = [s for s in slopes if s.slope > 0], [s for s in slopes if s.slope < 0]
-    told = f"Study by study, for a tenfold ratio: {listed}."
-    if not any(one.low > 0 or one.high < 0 for one in slopes):
-        told += " Not one is sure of its sign."
+    rising, falling = [slope for slope in slopes if slope.slope > 0], [slope for slope in slopes if slope.slope < 0]
+    line = f"Study by study, for a tenfold ratio: {listed}."
+    if not any(slope.low > 0 or slope.high < 0 for slope in slopes):
+        line += " Not one is sure of its sign."
     if rising and falling:
-        is_sure = any(s.low > 0 for s in rising) and any(s.high < 0 for s in falling)
-        names = [" and ".join(s.study for s in side) for side in (rising, falling)]
-        told = (
+        is_sure = any(slope.low > 0 for slope in rising) and any(slope.high < 0 for slope in falling)
+        names = [" and ".join(slope.study for slope in side) for side in (rising, falling)]
+        line = (
             f"By their points the studies disagree in sign{'' if is_sure else ', though not surely'}: the best PLW "
-            f"rises with the generation ratio by {names[0]} and falls by {names[1]}. {told}"
+            f"rises with the generation ratio by {names[0]} and falls by {names[1]}. {line}"
         )
-    return [told]
+    return [line]
 
 
 def _span(value: float, low: float, high: float) -> str:

@@ -69,7 +69,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             {**asdict(fit), "joint_p": fit.joint_p, "has_too_few_runs": fit.has_too_few_runs, **concluded(fit)}
             for fit in analysis.fits
         ],
-        "refusals": [asdict(one) for one in analysis.refusals],
+        "refusals": [asdict(item) for item in analysis.refusals],
         "answers": [
             {
                 **{name: value for name, value in asdict(answer).items() if name != "lead"},
@@ -78,7 +78,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             }
             for answer in analysis.answers
         ],
-        "differences": [asdict(one) for one in analysis.differences],
+        "differences": [asdict(item) for item in analysis.differences],
     }
 
 

@@ -84,8 +84,8 @@ def html(
     for row in described["table"]["missing"]:
         cells.setdefault(tuple(row[column] for column in RUN), []).append(row["task"])
     refusals: dict[tuple[str, str], list[str]] = {}
-    for one in analysis.refusals:
-        refusals.setdefault((one.what, one.reason), []).append(one.dataset)
+    for refusal in analysis.refusals:
+        refusals.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         analysis=analysis,
         chapters=[
@@ -174,7 +174,7 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
     answers, by = analysis.answers, analysis.by
     if len(answers) > 1:
         drawn["overview", ""] = figures.draw_overview(answers, scaled, by)
-    if able := [one for one in answers if one.equivalence is not None and not one.lead.has_too_few_runs]:
+    if able := [answer for answer in answers if answer.equivalence is not None and not answer.lead.has_too_few_runs]:
         drawn["no-effect", ""] = figures.draw_no_effect(able)
     for answer in answers:
         mine = scaled[scaled["dataset"] == answer.dataset]
@@ -182,7 +182,7 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
         drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine, by)
         shown = estimates(answer, _of(analysis, answer))
         if len(answer.by_task) > MOST_TASKS:
-            shown = [one for one in shown if one.group != "Task"]
+            shown = [estimate for estimate in shown if estimate.group != "Task"]
         drawn["optimum", answer.dataset] = optima.draw_optima(shown, transform_of(answer.lead, mine))
         if len(left := residuals.residuals(answer.lead, mine, by)):
             drawn["residuals", answer.dataset] = residuals.draw_residuals(left)
@@ -228,8 +228,8 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
         "report.html": page.encode(),
         "fit.json": (json.dumps(described, indent=2, allow_nan=False) + "\n").encode(),
     }
-    for name, made in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
-        contents[f"{name}.csv"] = outputs.table(made(described))
+    for name, rows_of in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
+        contents[f"{name}.csv"] = outputs.table(rows_of(described))
     for key, figure in drawn.items():
         contents |= {f"{names[key]}.png": drawing.png(figure), f"{names[key]}.svg": svgs[key]}
 

@@ -26,16 +26,16 @@ def residuals(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.Dat
     Tasks with too few runs for residuals are left out.
     """
     grid = design.grid(table, fit.dataset, transform_of(fit, table), also=by)
-    found = [pd.DataFrame(columns=["task", "fitted", "residual", "standardised", "sd"], dtype=float)]
+    parts = [pd.DataFrame(columns=["task", "fitted", "residual", "standardised", "sd"], dtype=float)]
     for column, task in enumerate(grid.tasks):
         scored = ~np.isnan(grid.scores[:, column])
         x, y = grid.x[scored], grid.scores[scored, column]
         b, _, rank, _ = np.linalg.lstsq(x, y)
         residual = y - x @ b
         if len(y) > rank and (sd := float(np.sqrt(residual @ residual / (len(y) - rank)))) > 0:
-            one = {"task": task, "fitted": x @ b, "residual": residual, "standardised": residual / sd, "sd": sd}
-            found.append(pd.DataFrame(one))
-    return pd.concat(found[1:] or found, ignore_index=True)
+            columns = {"task": task, "fitted": x @ b, "residual": residual, "standardised": residual / sd, "sd": sd}
+            parts.append(pd.DataFrame(columns))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def draw_residuals(left: pd.DataFrame) -> Figure:

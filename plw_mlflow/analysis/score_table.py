@@ -94,11 +94,11 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _unreadable(path: Path, error: OSError) -> str:
     """Why a score file cannot be read, and what may have been meant."""
     if path.is_dir():
-        tables = sorted(one.name for one in path.glob("*.csv"))[:3]
+        tables = sorted(file.name for file in path.glob("*.csv"))[:3]
         within = f", such as {' or '.join(tables)} in it" if tables else "; there is none in it"
         return f"{path}: is a folder; give --scores a CSV file{within}"
     if not path.exists() and path.parent.is_dir():
-        names = [one.name for one in path.parent.iterdir() if one.is_file()]
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
         if alike := difflib.get_close_matches(path.name, names, 1):
             return f"{path}: there is no such file; did you mean {path.parent / alike[0]}?"
     if not path.parent.is_dir():

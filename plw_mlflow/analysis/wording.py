@@ -24,20 +24,20 @@ def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = N
     p = fit.joint_p if holm_p is None else holm_p
     matters = p < LEVEL
     if matters or fit.joint_p >= LEVEL:
-        lead = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
+        finding = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
     else:
-        lead = f"PLW may matter here (p = {fit.joint_p:.2g} by itself, {p:.2g} corrected for the other data sets)"
-    nothing = ""
+        finding = f"PLW may matter here (p = {fit.joint_p:.2g} by itself, {p:.2g} corrected for the other data sets)"
+    equivalence = ""
     if equal is not None and equal.p is not None:
         start = " All differences" if equal.p < LEVEL else " Not all differences"
-        nothing = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
+        equivalence = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
     if fit.optimum_plw is not None:
         unsure = "; where is not settled" if fit.optimum_set_is_unbounded and matters else ""
-        where = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)}{unsure})"
-        found = f": scores peak at {where}." if matters else f"; the peak at {where} may be chance."
-        return lead + found + nothing
+        place = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)}{unsure})"
+        peak = f": scores peak at {place}." if matters else f"; the peak at {place} may be chance."
+        return finding + peak + equivalence
     end = f"the curve is highest at PLW {highest_end(fit):.3g}, an end of the range tried"
-    return lead + (f": no interior optimum; {end}." if matters else ", and no interior optimum.") + nothing
+    return finding + (f": no interior optimum; {end}." if matters else ", and no interior optimum.") + equivalence
 
 
 def interval(fit: Fit) -> str:
@@ -82,10 +82,10 @@ def table_text(analysis: Analysis) -> str:
         lines += [f"  {note}" for note in answer.lead.notes]
         if answer.holm_p != answer.lead.joint_p and not answer.lead.has_too_few_runs:
             lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
-    for one in analysis.differences:
-        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in one.tests)
-        said = "Too few runs to tell" if one.has_too_few_runs else tests
-        lines += ["", f"Does the curve differ by {one.by}? {said}."]
+    for difference in analysis.differences:
+        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
+        conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
+        lines += ["", f"Does the curve differ by {difference.by}? {conclusion}."]
     refused: dict[tuple[str, str], list[str]] = {}
     for refusal in analysis.refusals:
         refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
@@ -212,14 +212,14 @@ def name_test(test: JointTest) -> str:
 
 def remarks(fit: Fit) -> str:
     """What must be known of a fit before its numbers are used, in a few words."""
-    said = {
+    holds_by_words = {
         "too few runs": fit.has_too_few_runs,
         "did not converge": not fit.converged,
         "singular": fit.is_singular,
         "coefficients of the logit": fit.model == "beta",
         f"{fit.runs} runs, {fit.tasks} tasks": any(note.startswith("Left out") for note in fit.notes),
     }
-    return ", ".join(words for words, holds in said.items() if holds)
+    return ", ".join(words for words, holds in holds_by_words.items() if holds)
 
 
 def stability(answer: Answer) -> str:
@@ -227,17 +227,17 @@ def stability(answer: Answer) -> str:
     if answer.lead.has_too_few_runs:
         return "With too few runs to tell, no scale or transform can be relied on."
     is_significant = answer.lead.joint_p < LEVEL
-    named = [(SCALE_WORDS[one.name], one) for one in answer.scales] + [
-        (TRANSFORM_WORDS[one.name], one) for one in answer.transforms
+    named = [(SCALE_WORDS[variant.name], variant) for variant in answer.scales] + [
+        (TRANSFORM_WORDS[variant.name], variant) for variant in answer.transforms
     ]
-    tried = [(name, one) for name, one in named if one.joint_p is not None]
-    other = [name for name, one in tried if ((one.joint_p or 0) < LEVEL) != is_significant]
+    tried = [(name, variant) for name, variant in named if variant.joint_p is not None]
+    differing = [name for name, variant in tried if ((variant.joint_p or 0) < LEVEL) != is_significant]
     text = f"p by {answer.lead.model}, of this data set alone, is {'' if is_significant else 'not '}below {LEVEL}"
-    if other:
-        text += f"; it is otherwise under {len(other)} of {len(tried)}: {', '.join(other)}."
+    if differing:
+        text += f"; it is otherwise under {len(differing)} of {len(tried)}: {', '.join(differing)}."
     else:
         text += " under every scale and transform that could be fitted."
-    peaks = [one.optimum_plw for _, one in tried if one.optimum_plw is not None]
+    peaks = [variant.optimum_plw for _, variant in tried if variant.optimum_plw is not None]
     if peaks and len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
     elif peaks and len(peaks) < len(tried):

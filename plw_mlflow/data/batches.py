@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plw_mlflow import seeding
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
 

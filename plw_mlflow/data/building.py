@@ -18,11 +18,11 @@ import tokenizers
 from tqdm import tqdm
 
 from plw_mlflow.config import DataOptions, digest
-from plw_mlflow.data import formats, inversion
+from plw_mlflow.data import files, formats, inversion
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.store import BARE, Store, Writer, once
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.errors import UserError
 
@@ -38,10 +38,13 @@ CODE = (
     "study",
     "environment/bounded",
     "data/records",
+    "data/files",
     "data/formats",
     "data/sources",
     "data/inversion",
+    "data/pieces",
     "data/templates",
+    "data/chat_template",
     "data/tokens",
     "data/store",
     "data/building",
@@ -56,7 +59,7 @@ def stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions,
     package = Path(__file__).parents[1]
     decisive = {
         "data": source.sha256,
-        "delimiter": formats.delimiter(Path(source.location)),
+        "delimiter": files.delimiter(Path(source.location)),
         "encoder": encoder.digest,
         "tokenizers": tokenizers.__version__,
         "invert": invert,

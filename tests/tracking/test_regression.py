@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from plw_mlflow.analysis import analyze, exports, score_table
-from plw_mlflow.tracking import regression
+from plw_mlflow.tracking import regression_model
 from plw_mlflow.transforms import EXPONENT, TERMS
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def fit_json():
 
 @pytest.fixture(scope="module")
 def model(fit_json):
-    found = regression.Regression()
+    found = regression_model.Regression()
     found.use(fit_json)
     return found
 
@@ -67,7 +67,7 @@ def test_a_tasks_curve_is_its_own(model, fit_json):
 def test_too_few_runs_give_no_interval_and_no_optimum():
     table = score_table.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
     kept = table[(table["model"] == "LLaMA1-7B") & table["plw"].isin([0, 0.01, 0.1, 1])]
-    found = regression.Regression()
+    found = regression_model.Regression()
     found.use(exports.to_json(analyze.analyze(kept, draws=0), kept))
     told = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
     assert told["score"].notna().all()
@@ -90,8 +90,8 @@ def test_what_it_does_not_know_is_an_error(model, row, message):
 def test_it_serves_over_http(fit_json, model, tmp_path):
     (tmp_path / "fit.json").write_text(json.dumps(fit_json))
     register = (
-        "import mlflow, pathlib, sys; from plw_mlflow.tracking import Run\n"
-        "with mlflow.start_run() as run: Run(run.info.run_id).log_regression(pathlib.Path('fit.json'))"
+        "import mlflow, pathlib, sys; from plw_mlflow.tracking import log_regression\n"
+        "with mlflow.start_run(): log_regression(pathlib.Path('fit.json'))"
     )
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
