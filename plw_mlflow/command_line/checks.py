@@ -20,6 +20,7 @@ from jinja2 import Environment, TemplateSyntaxError
 
 from plw_mlflow.config import (
     HUB_ID,
+    MODELS,
     AdviseConfig,
     AnalyzeConfig,
     Config,
@@ -32,9 +33,8 @@ from plw_mlflow.config import (
     SweepConfig,
     TrainConfig,
     cache_folder,
-    names,
+    split_list,
 )
-from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
@@ -143,7 +143,7 @@ def _reads_data(config: Config) -> bool:
 def _listed(config: Any, name: str) -> list[str]:
     """The values of an option of which a sweep has a list."""
     value = getattr(config, name)
-    return names(value) if isinstance(config, SweepConfig) else [value]
+    return split_list(value) if isinstance(config, SweepConfig) else [value]
 
 
 def _template(name: str, tokenizer: str) -> None:
