@@ -358,7 +358,7 @@ def test_absent_pieces_leave_no_hole(tmp_path, study):
     page = page_of(analysis, two_data_sets(), tmp_path)
     assert "Is there no effect?" not in page.shown
     assert "Under other scales" not in page.shown
-    assert "Nothing that was asked had to be refused." in page.shown
+    assert "These scores allowed everything." in page.shown
     assert "None" not in page.shown
     assert (tmp_path / "tasks.csv").read_text().startswith("dataset,task,task_type,intercept")
 
