@@ -384,7 +384,6 @@ def test_a_column_that_tells_runs_apart_is_compared_and_counted(tmp_path):
     assert [row[:4] for row in counts[1:]] == [["short", "m", "high", "12"], ["short", "m", "low", "12"]]
     assert counts[2].count("11") == 1
     assert "By learning_rate: high, low" in page.shown
-    assert "--by learning_rate --output DIR" in page.shown
     lead = analysis.answers[0].lead
     distance = pd.Series(figures.centred(lead, table, ("learning_rate",)))
     assert distance.groupby(table["learning_rate"].to_numpy()).mean().abs().max() < 0.001  # their levels differ by 0.3
