@@ -270,7 +270,7 @@ def lmm(setting: Setting, scores: Array) -> Estimates:
 def slopes(setting: Setting, scores: Array) -> Estimates:
     """`lmm-slopes`"""
     grid = empty(setting)
-    found = []
+    rows = []
     for table in scores:
         has_runs = random_slopes.has_run_information(table, grid.x)
         fit = partial(random_slopes.fit, table, z=grid.curve, run_effect=has_runs)
@@ -279,7 +279,7 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
         kept = [0, *range(3, grid.x.shape[1])]
         null = fit(grid.x[:, kept], reml=False, start=likely)
         gradient = restricted.uncertainty.covariance_gradient[:, 1:3, 1:3].reshape(-1, 4)
-        found.append(
+        rows.append(
             (
                 restricted.coefficients[1:3],
                 restricted.covariance[1:3, 1:3],
@@ -288,22 +288,22 @@ def slopes(setting: Setting, scores: Array) -> Estimates:
                 inference.likelihood_ratio(likely, null)[2],
             )
         )
-    curve, covariance, spread, f, ratio = map(np.array, zip(*found, strict=True))
-    return Estimates(curve, covariance, spread, {"F": f, "likelihood ratio": ratio})
+    curve, covariance, spreads, f, ratio = map(np.array, zip(*rows, strict=True))
+    return Estimates(curve, covariance, spreads, {"F": f, "likelihood ratio": ratio})
 
 
 def betas(setting: Setting, scores: Array) -> Estimates:
     """`beta`, of the middle half of 0..1, since scores outside have no likelihood."""
-    grid, found, lower = empty(setting), [], []
+    grid, fits, lower = empty(setting), [], []
     for table in 0.25 + scores / 2:
         y, run, task = replace(grid, scores=table).long
-        found.append(beta.fit(y, grid.curve[run], task))
+        fits.append(beta.fit(y, grid.curve[run], task))
         lower.append(beta.fit(y, grid.curve[run][:, :1], task).loglik)
-    ratio = 2 * (np.array([fit.loglik for fit in found]) - lower)
+    ratio = 2 * (np.array([fitted.loglik for fitted in fits]) - lower)
     return Estimates(
-        np.array([fit.coefficients[1:] for fit in found]),
-        np.array([fit.covariance[1:, 1:] for fit in found]),
-        np.zeros((len(found), 4, 4)),
+        np.array([fitted.coefficients[1:] for fitted in fits]),
+        np.array([fitted.covariance[1:, 1:] for fitted in fits]),
+        np.zeros((len(fits), 4, 4)),
         {"likelihood ratio": stats.chi2.sf(np.maximum(ratio, 0), 2)},
     )
 

@@ -35,7 +35,7 @@ def main(listed: str, output: Path, until: int | None) -> None:
         print(f"PLW {plw:g}, run {run.id}")
         for axis, side in zip(axes, SIDES, strict=True):
             for kind in ("train", "eval"):
-                steps, losses = np.array(list(run.curve(f"{kind}/{side}_loss").items())).reshape(-1, 2).T
+                steps, losses = np.array(list(run.curves.values(f"{kind}/{side}_loss").items())).reshape(-1, 2).T
                 kept = steps <= (until or np.inf)
                 steps, losses = steps[kept], losses[kept]
                 if not len(steps):

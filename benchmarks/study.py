@@ -18,12 +18,13 @@ import click
 import numpy as np
 import pandas as pd
 
-from plw_mlflow.advice import advise, evidence
-from plw_mlflow.analysis import analyze
+from plw_mlflow.advice import advise, evidence, evidence_figure
+from plw_mlflow.analysis import analyze, score_table, wording
+from plw_mlflow.analysis.answers import Analysis
+from plw_mlflow.analysis.score_table import rescale
 from plw_mlflow.analysis.statistics import design, differences, fitting, over_tasks, task_curves
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.fitting import Fit
-from plw_mlflow.analysis.statistics.table import rescale
 from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
@@ -39,11 +40,11 @@ RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
 @cache
 def scores() -> pd.DataFrame:
     """The study's 480 scores, as fractions."""
-    return analyze.read_scores(evidence.TABLES / "v1_scores.csv")
+    return score_table.read_scores(evidence.TABLES / "v1_scores.csv")
 
 
 @cache
-def analysis() -> analyze.Analysis:
+def analysis() -> Analysis:
     """All that `python -m entrypoints.analyze --scores paper/tables/v1_scores.csv --margin 0.01` finds."""
     return analyze.analyze(scores(), margin=MARGIN)
 
@@ -84,7 +85,7 @@ def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
 
 
 @cache
-def evidence_points() -> tuple[evidence.Point, ...]:
+def evidence_points() -> tuple[evidence.EvidencePoint, ...]:
     """All published points."""
     return tuple(evidence.published())
 
@@ -194,7 +195,7 @@ def by_task() -> str:
     for kind, fit in types[SHORT].items():
         p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]
         where = best(fit.optimum_plw, fit.delta_interval)
-        where += f"; highest at {analyze.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
+        where += f"; highest at {wording.highest_end(fit):.2g}" if fit.optimum_plw is None else ""
         rows.append([f"**{kind}**", f"{fit.tasks} task{'s' * (fit.tasks > 1)}, `{fit.model}`", *p, where])
     return markdown(["task", "type", *(f"p, {name}" for name in DATASETS), "Short: best PLW (95 %, delta)"], rows)
 
@@ -375,7 +376,9 @@ def draw_tasks() -> bytes:
         axes.fill_between(w, mean - reach, mean + reach, color="black", alpha=0.15, linewidth=0, label="mean, 95 %")
         axes.plot(w, mean, color="black", linewidth=2.4)
         axes.set_title(f"{dataset}: p = {p_value(fitted(dataset, 'crossed').joint_p)}", loc="left", fontsize=11)
-        axes.set_xticks([plw**EXPONENT for plw in advise.TICKS], [f"{plw:g}" for plw in advise.TICKS], fontsize=8)
+        axes.set_xticks(
+            [plw**EXPONENT for plw in evidence_figure.TICKS], [f"{plw:g}" for plw in evidence_figure.TICKS], fontsize=8
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_xlabel("PLW")
@@ -388,7 +391,7 @@ def draw_tasks() -> bytes:
 
 def draw_evidence() -> bytes:
     """The figure of `python -m entrypoints.advise --ratio 1`."""
-    return advise.draw(advise.advise(1.0, evidence_points()))
+    return evidence_figure.draw(advise.advise(1.0, evidence_points()))
 
 
 FIGURES: dict[str, Callable[[], bytes]] = {"study_tasks.png": draw_tasks, "advice.png": draw_evidence}

@@ -27,30 +27,26 @@ def main(config: AnalyzeConfig) -> None:
     assumed = None if config.assume is None else planning.assume(config.assume, config.width)
     with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
-        planned = assumed or _analyse(config, run, folder)
-        run.log_files(planned.write(folder))
-        if text := planned.text():
+        designs = assumed or _analyze(config, run, folder)
+        run.log_files(designs.write(folder))
+        if text := designs.text():
             print(f"\n{text}")
         print(f"\nrun {run.id}\n{run.address()}")
 
 
-def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
+def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     from plw_mlflow import tracking
-    from plw_mlflow.analysis import analyze, planning, report
+    from plw_mlflow.analysis import analyze, planning, report, score_table, wording
 
     by = tuple(names(config.by or ""))
     if config.scores is not None:
-        table = analyze.read_scores(config.scores, by)
+        table = score_table.read_scores(config.scores, by)
     else:
-        scored = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by, where=config.where)
-        table, thin = analyze.fittable(scored)
-        if thin:
-            print(f"left out, with fewer than {analyze.MIN_PLWS} PLWs: {', '.join(thin)}")
-    for one in table.attrs.get("left_out", []):
-        print(f"left out: {one}")
-    for one in table.attrs.get("notes", []):
-        print(f"note: {one}")
-    found = analyze.analyze(
+        scores = tracking.score_table(sweep=config.run_id, experiment=config.experiment, also=by, where=config.where)
+        table = score_table.fittable(scores)
+    for line in score_table.remarks(table):
+        print(line)
+    analysis = analyze.analyze(
         table,
         config.scale,
         transform=config.transform,
@@ -60,9 +56,9 @@ def _analyse(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         refits=config.parametric,
     )
     command = shlex.join(["python", "-m", "entrypoints.analyze", *sys.argv[1:]])
-    run.log_files(report.write(found, table, folder, command))
-    run.log_regression(folder / "fit.json")
-    print(analyze.table_text(found))
+    run.log_files(report.write(analysis, table, folder, command))
+    tracking.log_regression(folder / "fit.json")
+    print(wording.table_text(analysis))
     grids = analyze.grids(table, config.scale, config.transform, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
 

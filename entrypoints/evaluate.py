@@ -30,26 +30,26 @@ def main(config: EvaluateConfig) -> None:
 
             names = config.tokenizer, unfinished, config.endpoint_key_env
             endpoint = Endpoint(config.endpoint, str(config.model), *names)
-            wrapping = cell.wrapping(config, run, endpoint.tokenizer)
+            wrapping = cell.wrapping_of_run(config, run, endpoint.tokenizer)
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
             if config.model is None:
                 row = run.cell()
-                model, tokenizer = run.load_checkpoint()
+                model, tokenizer = tracking.load_model(run)
             elif config.model.startswith("models:/"):
                 model, tokenizer = tracking.load_registered(config.model)
             else:
                 model, tokenizer = pretrained.load_for_scoring(config.model, config.base)
-            wrapping = cell.wrapping(config, run, tokenizer)
+            wrapping = cell.wrapping_of_run(config, run, tokenizer)
             evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, unfinished, wrapping)
         rows = scores.table(evaluation, row)
         scored = [score.key for score in evaluation.primary]
-        run.log_scores(evaluation, rows, task_sets.whole(scored) if config.run_id else scored)
+        tracking.log_scores(run, evaluation, rows, task_sets.whole(scored) if config.run_id else scored)
         shutil.rmtree(unfinished, ignore_errors=True)
         scores.write(rows, config.output)
         print(scores.text(evaluation))
         if config.run_id is not None:
-            cell.measure_trained(config, run, model, tokenizer)
+            cell.measure_again(config, run, model, tokenizer)
     print(f"\nrun {run.id}\n{run.address()}")
 
 

@@ -13,13 +13,9 @@ from plw_mlflow.config import TrainConfig
 @command(TrainConfig)
 def main(config: TrainConfig) -> None:
     restart_in_processes(config.processes)
-    from plw_mlflow import cell, tracking
-    from plw_mlflow.models import adapters
+    from plw_mlflow import cell
 
-    adapters.check(config.method)
-    with tracking.open_run(config, cell.name(config)) as run, cell.trained(config, run):
-        pass
-    print(f"\nrun {run.id}\n{run.address()}")
+    cell.run(config)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""A cell from data to scores, in one MLflow run: what the entry points main and train share."""
+"""A cell from data to scores, in one MLflow run: what the entry points main and train do.
+
+Several processes may train a cell together. The first one leads: it has the cell's run, its checkpoints, and in the end
+the trained model. The others assist: they prepare the same data and the same model, and take their part in the
+training.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from plw_mlflow import tracking
 from plw_mlflow.config import (
     DataOptions,
     EvaluateConfig,
@@ -26,7 +31,7 @@ from plw_mlflow.config import (
 )
 from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
-from plw_mlflow.data.tokens import Example, answer_ends
+from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
@@ -34,89 +39,83 @@ from plw_mlflow.evaluation import evaluate, measures, prompting, scores
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
-from plw_mlflow.tracking import Run
+from plw_mlflow.tracking import Run, StoredCheckpoints
 from plw_mlflow.training import checkpoints, train
+
+ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
 
 def name(config: TrainConfig) -> str:
-    """What MLflow's list of runs calls the cell."""
+    """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
     data, model = data_name(config.dataset, config, short_name), short_name(config.model)
-    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"  # lists cut long names off
+    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"
 
 
-def run(config: MainConfig, run: Run) -> None:
-    """Prepare, train and evaluate; the unfinished cell's checkpoints are kept until its scores are in the run."""
-    tasks = load_tasks(config)  # an unknown task is to be found before the training, not after it
-    with trained(config, run) as done:
-        if done is None:
-            return
-        model, tokenizer, folder = done
-        wrapping = (
-            prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
-        )
-        evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
-        rows = scores.table(evaluation, run.cell())
-        run.log_scores(evaluation, rows)
-        scores.write(rows, config.output)
-        print(scores.text(evaluation))
-        measure(config, run, model, tokenizer, config.model, config.dataset, config)
+def run(config: TrainConfig) -> None:
+    """Prepare, train and log one cell, and score it if `config` is a MainConfig.
 
-
-def wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
-    """What puts prompts into the template of the run's cell, or of a model without a cell; None if not asked for.
-
-    Raises UserError where there is none.
-    """
-    if not config.apply_template:
-        return None
-    if config.run_id is None:
-        return prompting.own_wrapping(str(config.model), tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        told = run.told(Path(folder))
-        return prompting.wrapping(told["template"], tokenizer, told.get("prompt_border", "offsets"))
-
-
-def measure(
-    scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
-) -> None:
-    """Log and print the measures that `scoring` names, of the model that the run has trained."""
-    if wanted := names(scoring.measures or ""):
-        curve = list(run.curve("train/loss").values())
-        found = measures.run(wanted, model, tokenizer, base, dataset, data, scoring.measure_prompts, curve)
-        run.log_measures(found)
-        print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in found.items()))
-
-
-def measure_trained(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
-    """The same for a run of earlier, by the options that it was given.
-
-    Raises UserError where its data are no longer what it was trained on.
-    """
-    if not config.measures:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        told = run.told(Path(folder))
-        known: dict[str, Any] = {
-            field.name: told[field.name] for field in fields(DataOptions) if told.get(field.name) is not None
-        }
-        known |= {name: Path(known[name]) for name in ("cache_dir", "data_dir") if name in known}
-        if config.data_dir is not None:
-            known["data_dir"] = config.data_dir
-        data = DataOptions(**known | {"output": None})
-        cache = prepare.cache_dir(data)
-        run.check_data([sources.find(name, cache, data.data_dir) for name in (told["dataset"], data.mix) if name])
-        measure(config, run, model, tokenizer, told["model"], told["dataset"], data)
-
-
-@contextmanager
-def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | None]:
-    """Train, or go on training, and log the model; yields it, adapters merged, its tokenizer, and the cell's folder.
-
-    When the block ends well, the cell's checkpoints are removed, on disk with all that the folder holds, and in the
-    store. Of several processes, the first alone has them, and the model; the others yield None when they have done
-    their part of the training.
+    Every process that trains the cell calls this.
     """
     adapters.check(config.method)
+    if not is_first_process():
+        assist(config)
+        return
+    with tracking.open_run(config, name(config)) as opened:
+        lead(config, opened)
+    print(f"\nrun {opened.id}\n{opened.address()}")
+
+
+def assist(config: TrainConfig) -> None:
+    """Take part in the training that the first process leads."""
+    tokenizer, prepared = _prepare(config)
+    model, _ = _load_model(config, prepared, tokenizer)
+    train.run(config, prepared, model, config.checkpoint_dir)
+
+
+def lead(config: TrainConfig, run: Run) -> None:
+    """Do all that is to be done for a cell, in its run.
+
+    The unfinished cell's checkpoints, on disk and in the store, are kept until everything is in the run. If they exist
+    already, training goes on from the newest of them.
+    """
+    tasks = load_tasks(config) if isinstance(config, MainConfig) else None  # unknown tasks fail before training
+    tokenizer, prepared = _prepare(config)
+    tracking.log_data(run, prepared.sources, prepared.profile)
+    prepare.write(prepared, config.output)
+    print(profile.text(prepared.profile))
+    model, has_new_token = _load_model(config, prepared, tokenizer)
+    contents = _contents(config, prepared, tokenizer)
+    key = digest(config.identity() | contents)
+    folder = config.checkpoint_dir / key
+    with checkpoints.reserve(folder):
+        checkpoints.set_aside_unusable(folder, key)  # before the newest one on disk is compared with the store's
+        run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
+        stored = StoredCheckpoints(run, key)
+        stored.fetch(folder, newer_than=checkpoints.newest_step(folder))
+        trained = train.run(
+            config,
+            prepared,
+            model,
+            folder,
+            log=run.curves.log_step,
+            before_save=run.curves.save_unsent,
+            after_save=stored.store if config.store_checkpoints else lambda saved: None,
+            cell=key,
+            begin=lambda step: tracking.begin_cell(run, key, folder, step),
+        )
+        run.curves.flush()
+        _report(trained)
+        model = _merge_and_export(config, run, trained.model, tokenizer, prepared, contents["base"], has_new_token)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps)
+        if isinstance(config, MainConfig):
+            _score(config, run, model, tokenizer, tasks, folder)
+            measure(config, run, model, tokenizer, config.model, config.dataset, config)
+        stored.remove()
+        shutil.rmtree(folder)
+
+
+def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
+    """The tokenizer and the prepared data of a cell. Raises UserError where the model cannot be trained on them."""
     settings = pretrained.load_config(config.model)
     _check_recipe(settings, config)
     tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
@@ -127,67 +126,61 @@ def trained(config: TrainConfig, run: Run) -> Iterator[tuple[Any, Any, Path] | N
         template_weight=config.template_weight,
         completion_weight=config.completion_weight,
     )
-    measures.check(names(getattr(config, "measures", None) or ""), len(prepared.validation))
+    if isinstance(config, MainConfig):
+        measures.check(names(config.measures or ""), len(prepared.validation))
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     if causal.length_limit(settings) is not None:  # few models have one, and all examples are read for it
         longest = max(len(example.tokens) for part in (prepared.training, prepared.validation) for example in part)
         causal.check_length(settings, longest)
-    run.log_data(prepared.sources, prepared.profile)
-    prepare.write(prepared, config.output if is_first_process() else None)
-    print(profile.text(prepared.profile))
-    is_bfloat16 = train.mixed_precision(config.precision) == "bf16"
-    arithmetic = torch.bfloat16 if is_bfloat16 else torch.float32
-    model = pretrained.load(
-        config.model, dropout=config.dropout, four_bit=arithmetic if config.method == "qlora" else None
-    )
+    return tokenizer, prepared
+
+
+def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
+    """The model to train, and whether a padding token was added to it and to the tokenizer."""
+    four_bit = getattr(torch, train.resolve_precision(config.precision)) if config.method == "qlora" else None
+    model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
     _check_vocabulary(model, prepared, config)
-    has_new_token = config.add_pad_token and pad_token.add(model, tokenizer)
-    contents = {
+    return model, config.add_pad_token and pad_token.add(model, tokenizer)
+
+
+def _contents(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> dict[str, str]:
+    """What identifies the cell beside its options: the contents of what they name, and the arithmetic."""
+    return {
         "data": ",".join(source.sha256 for source in prepared.sources),
         "examples": prepared.digest,
         "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": "bfloat16" if is_bfloat16 else "float32",
+        "precision": train.resolve_precision(config.precision),
     }
-    key = digest(config.identity() | contents)
-    folder = config.checkpoint_dir / key
-    if not is_first_process():
-        train.run(config, prepared, model, folder)
-        yield None
-        return
-    with checkpoints.reserve(folder):
-        checkpoints.set_aside_unusable(folder, key)  # before anybody counts them
-        run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
-        run.fetch_checkpoint(key, folder, newer_than=checkpoints.newest_step(folder))
-        done = train.run(
-            config,
-            prepared,
-            model,
-            folder,
-            run.log_step,
-            run.save_unsent,
-            run.store_checkpoint if config.store_checkpoints else lambda saved: None,
-            cell=key,
-            begin=lambda step: run.begin_cell(key, folder, step),  # takes the curves over, up to that step
-        )
-        run.flush()
-        if done.resumed_from:
-            print(f"went on from the checkpoint of step {done.resumed_from} of {done.steps}")
-        if done.resumed_from < done.steps:
-            print(f"trained to step {done.steps}, {done.tokens_per_second:.0f} tokens per second")
-        with tempfile.TemporaryDirectory() as adapter:
-            merged = adapters.merge(done.model, Path(adapter), with_embeddings=has_new_token)
-            if any(Path(adapter).iterdir()):
-                saved_adapters.note_base(Path(adapter), config.model, contents["base"])
-            end_generation(merged, answer_ends(_some(prepared), tokenizer, config.max_tokens))
-            run.log_folder(Path(adapter), outputs.ADAPTER)
-            export.write(merged, tokenizer, Path(adapter), config.output)
-        run.log_checkpoint(merged, tokenizer, config, done.steps)
-        yield merged, tokenizer, folder
-        run.drop_checkpoints()
-        shutil.rmtree(folder)
+
+
+def _report(trained: train.Trained) -> None:
+    if trained.resumed_from:
+        print(f"went on from the checkpoint of step {trained.resumed_from} of {trained.steps}")
+    if trained.resumed_from < trained.steps:
+        print(f"trained to step {trained.steps}, {trained.tokens_per_second:.0f} tokens per second")
+
+
+def _merge_and_export(
+    config: TrainConfig, run: Run, model: Any, tokenizer: Any, prepared: Prepared, base: str, has_new_token: bool
+) -> Any:
+    """The trained model with its adapters merged; the adapters are logged, and all is written to the output folder.
+
+    base: what identifies the base model's content.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch)
+        merged = adapters.merge(model, adapter, with_embeddings=has_new_token)
+        if any(adapter.iterdir()):
+            saved_adapters.note_base(adapter, config.model, base)
+        count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
+        examples = (prepared.training[index] for index in range(count))
+        end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
+        run.log_folder(adapter, outputs.ADAPTER)
+        export.write(merged, tokenizer, adapter, config.output)
+    return merged
 
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
@@ -197,13 +190,65 @@ def end_generation(model: Any, ends: Sequence[int]) -> None:
         model.generation_config.eos_token_id = sorted(before.union(ends))
 
 
-def _some(prepared: Prepared) -> Iterator[Example]:
-    """Training examples enough to see how answers end."""
-    return (prepared.training[index] for index in range(min(100, len(prepared.training))))
+def _score(config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path) -> None:
+    """Score the trained model on tasks, and log, write and print the scores."""
+    wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
+    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+    rows = scores.table(evaluation, run.cell())
+    tracking.log_scores(run, evaluation, rows)
+    scores.write(rows, config.output)
+    print(scores.text(evaluation))
+
+
+def wrapping_of_run(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
+    """What puts prompts into the template of the run's cell, or of a model without a cell; None if not asked for.
+
+    Raises UserError where there is no template.
+    """
+    if not config.apply_template:
+        return None
+    if config.run_id is None:
+        return prompting.own_wrapping(str(config.model), tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        options = run.config(Path(folder))
+        return prompting.wrapping(options["template"], tokenizer, options.get("prompt_border", "offsets"))
+
+
+def measure(
+    scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
+) -> None:
+    """Log and print the measures that `scoring` names, of the model that the run has trained."""
+    if chosen := names(scoring.measures or ""):
+        losses = list(run.curves.values("train/loss").values())
+        values = measures.run(chosen, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
+        tracking.log_measures(run, values)
+        print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in values.items()))
+
+
+def measure_again(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
+    """Log and print the measures of the model that an earlier run has trained, by the options of that run.
+
+    Raises UserError where its data are no longer what it was trained on.
+    """
+    if not config.measures:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options = run.config(Path(folder))
+        given: dict[str, Any] = {
+            field.name: options[field.name] for field in fields(DataOptions) if options.get(field.name) is not None
+        }
+        given |= {name: Path(given[name]) for name in ("cache_dir", "data_dir") if name in given}
+        if config.data_dir is not None:
+            given["data_dir"] = config.data_dir
+        data = DataOptions(**given | {"output": None})
+        cache = prepare.cache_dir(data)
+        datasets = [name for name in (options["dataset"], data.mix) if name]
+        tracking.check_data(run, [sources.find(name, cache, data.data_dir) for name in datasets])
+        measure(config, run, model, tokenizer, options["model"], options["dataset"], data)
 
 
 def _check_recipe(settings: Any, config: TrainConfig) -> None:
-    """Raise UserError where a model's config (`models.load_config`) shows that it cannot be trained as told."""
+    """Raise UserError where a model's settings (`pretrained.load_config`) show that it cannot be trained as asked."""
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")

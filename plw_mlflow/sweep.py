@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from plw_mlflow import cell, tracking
-from plw_mlflow.analysis import analyze, report
+from plw_mlflow.analysis import analyze, report, wording
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import RunError
@@ -123,5 +123,5 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
             return
         command = f"python -m entrypoints.analyze --run-id {parent.id}"
         parent.log_files(report.write(found, table, folder, command))
-        parent.log_regression(folder / "fit.json")
-        print("\n" + analyze.table_text(found))
+        tracking.log_regression(folder / "fit.json")
+        print("\n" + wording.table_text(found))

@@ -1,7 +1,6 @@
 """Is what cannot be trained refused before the weights are loaded?"""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -33,8 +32,7 @@ def train(folder, answer="yes", **options):
         cache_dir=folder / "cache",
         **{"max_tokens": 160, **options},
     )
-    with cell.trained(config, SimpleNamespace(log_data=lambda *_: None)):
-        pass
+    cell.assist(config)
 
 
 def test_examples_that_would_change_others_are_refused(folder):

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from plw_mlflow import drawing
-from plw_mlflow.analysis import analyze, report
+from plw_mlflow.analysis import analyze, report, score_table
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, options
 from plw_mlflow.config import CONFIGS, DataOptions
@@ -260,8 +260,8 @@ def test_no_name_of_a_task_or_data_set_ends_in_a_traceback_or_touches_another(pl
     table["score"] += np.random.default_rng(0).normal(0, 0.01, len(table))
     table.to_csv(place / "here/scores.csv", index=False)
     before = tree(place)
-    found = analyze.analyze(analyze.read_scores(place / "here/scores.csv"), draws=0)
-    written = report.write(found, table, place / "here/report")
+    found = analyze.analyze(score_table.read_scores(place / "here/scores.csv"), draws=0)
+    written = report.write(found, table, place / "here/report", "python -m entrypoints.analyze")
     assert {path.parent for path in written} == {place / "here/report"}
     after = tree(place)
     assert {path: kept for path, kept in after.items() if not path.is_relative_to(place / "here/report")} == before

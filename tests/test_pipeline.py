@@ -106,8 +106,8 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
 
     monkeypatch.setattr(adapters, "merge", watched)
     config = TrainConfig(method=method, max_records=120, epochs=1)
-    with tracking.open_run(config, "test") as run, cell.trained(config, run):
-        pass
+    with tracking.open_run(config, "test") as run:
+        cell.lead(config, run)
     script = (
         "import mlflow, torch; "
         "model = mlflow.transformers.load_model('models:/plw-toy-toy-short/1', return_type='components')['model']; "
@@ -129,9 +129,9 @@ def test_a_model_has_the_chat_template_it_was_trained_with_and_knows_its_end(new
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ pad_token }}{% endfor %}"
     Path("mine.jinja").write_text(source)
     config = TrainConfig(template="mine.jinja", dataset="toy-long", invert=True, max_records=20, epochs=1)
-    with tracking.open_run(config, "test") as run, cell.trained(config, run):
-        pass
-    model, tokenizer = run.load_checkpoint()
+    with tracking.open_run(config, "test") as run:
+        cell.lead(config, run)
+    model, tokenizer = tracking.load_model(run)
     assert tokenizer.chat_template == source
     assert model.generation_config.eos_token_id == [tokenizer.pad_token_id, tokenizer.eos_token_id]
     (registered,) = new_place.client.search_registered_models()

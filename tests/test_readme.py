@@ -5,8 +5,8 @@ A fence of commands (sh) or of code (python) is run, unless a comment right abov
     <!-- run by make test-slow -->    it takes seconds to a minute
     <!-- not run: REASON, REASON -->  it cannot be run here, for these of REASONS
 
-The commands of a page run in order, in a copy of the project with a tracking store and with a reader's own files in it.
-`RUN` in them stands for the id of the run that a command before has printed. Every command, run or not, is checked:
+The fences of a page run in order, in a copy of the project with a tracking store and with a reader's own files in it.
+`RUN` in a fence stands for the id of the run that was printed last in a fence before. Every command, run or not, is checked:
 its options, values, targets and modules must exist, and it must be of a program that is known here.
 """
 
@@ -36,7 +36,7 @@ REASONS = {
     "Docker": "needs a Docker engine",
     "GPU": "needs one or more GPUs",
     "hub": "downloads models, data sets or benchmarks",
-    "long": "takes more than a minute",
+    "long": "takes half a minute or more of processor time",
     "server": "serves until it is stopped",
     "yours": "reads files or runs of the reader's",
 }

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis.analyze import LEADS
+from plw_mlflow.analysis.score_table import check, read_scores, rescale
 from plw_mlflow.analysis.statistics import design, fitting
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
-from plw_mlflow.analysis.statistics.table import check, read_scores, rescale
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
 
@@ -32,7 +32,7 @@ EVEN = 1 / 12  # variance of the even distribution on 0..1
 
 
 @dataclass(frozen=True)
-class Point:
+class EvidencePoint:
     """Where one curve is highest."""
 
     study: str
@@ -104,7 +104,7 @@ def locate(fit: Fit) -> tuple[float, float, float, float]:
     return w, float(low), float(high), math.inf if is_anywhere or knowledge <= 0 else 1 / knowledge
 
 
-def published(task_types: Sequence[str] = ()) -> list[Point]:
+def published(task_types: Sequence[str] = ()) -> list[EvidencePoint]:
     """The published points; of the studies that tell scores by type of task, on tasks of these types alone."""
     points = study(task_types) + wit()
     return points + vaughn() if not task_types or "multiple-choice" in task_types else points
@@ -115,7 +115,7 @@ def printed_ratios() -> dict[str, float]:
     return {row["dataset"]: float(row["completion_prompt_ratio"]) for row in _rows("v1_table1_dataset_stats.csv")}
 
 
-def study(task_types: Sequence[str] = ()) -> list[Point]:
+def study(task_types: Sequence[str] = ()) -> list[EvidencePoint]:
     """The published study, arXiv:2401.13586v1: its three data sets, two models each; empty without such tasks.
 
     Where the curve over all tasks could be flat, as all three could, each type of task has one of its own beside it.
@@ -127,11 +127,11 @@ def study(task_types: Sequence[str] = ()) -> list[Point]:
     points = []
     for point in _of_table(table, "none", STUDY, ratios, dict.fromkeys(ratios, "printed")):
         points.append(point)
-        here = table[table["dataset"] == point.dataset]
-        if not point.is_located and here["task_type"].nunique() > 1:
-            for kind, part in here.groupby("task_type"):
-                (found,) = _of_table(part, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
-                points.append(replace(found, scores=f"{kind}: {found.scores}"))
+        scores = table[table["dataset"] == point.dataset]
+        if not point.is_located and scores["task_type"].nunique() > 1:
+            for kind, part in scores.groupby("task_type"):
+                (of_type,) = _of_table(part, "none", STUDY, ratios, dict.fromkeys(ratios, "printed"))
+                points.append(replace(of_type, scores=f"{kind}: {of_type.scores}"))
     return points
 
 
@@ -141,7 +141,7 @@ def own(
     given: Mapping[str, float],
     measured: Mapping[str, float],
     task_types: Sequence[str] = (),
-) -> list[Point]:
+) -> list[EvidencePoint]:
     """A person's scores, a point for each data set.
 
     given, measured: generation ratios by data set; those of the study's data sets are known. task_types: as in
@@ -166,16 +166,16 @@ def own(
     return _of_table(scaled, scale, OWN, ratios, how)
 
 
-def wit() -> list[Point]:
+def wit() -> list[EvidencePoint]:
     """Weighted Instruction Tuning, arXiv:2507.07817: a point for each of five models on each of three data sets."""
-    known = {row["dataset"]: row for row in _rows("wit_generation_ratios.csv")}
+    ratios = {row["dataset"]: row for row in _rows("wit_generation_ratios.csv")}
     table = wit_scores()
     points = []
     for pair, part in table[table["plw"] <= 1].groupby(["dataset", "task"]):
         dataset, model = map(str, pair)
         fit = fitting.fit("ols-task", _grid(part, dataset))
-        place = model, "average of 5 benchmarks", float(known[dataset]["ratio"]), known[dataset]["how"]
-        points.append(Point(WIT, dataset, *place, *locate(fit), fit.joint_p, fit.model))
+        place = model, "average of 5 benchmarks", float(ratios[dataset]["ratio"]), ratios[dataset]["how"]
+        points.append(EvidencePoint(WIT, dataset, *place, *locate(fit), fit.joint_p, fit.model))
     return points
 
 
@@ -200,19 +200,19 @@ def wit_scores() -> pd.DataFrame:
     )
 
 
-def vaughn() -> list[Point]:
+def vaughn() -> list[EvidencePoint]:
     """Vaughn's RACE experiment: accuracies in print, without errors; the PLWs on its plateau are equally good."""
     (ratio,) = (float(row["mean_Rg"]) for row in _rows("vaughn_generation_ratios.csv") if row["dataset"] == "RACE")
     (plateau,) = (row["plw"] for row in _rows("vaughn_race_results.csv") if row["stopping_rule"].startswith("plateau"))
     low, *_, high = (float(plw) ** EXPONENT for plw in plateau.split(";"))
     knowledge = 1 / (EVEN * (high - low) ** 2) - 1 / EVEN  # anywhere on the plateau
     place = "Llama-2-7b-chat", "RACE", ratio, "printed"
-    return [Point(VAUGHN, "RACE", *place, (low + high) / 2, low, high, 1 / knowledge, None, "plateau in print")]
+    return [EvidencePoint(VAUGHN, "RACE", *place, (low + high) / 2, low, high, 1 / knowledge, None, "plateau in print")]
 
 
 def _of_table(
     table: pd.DataFrame, scale: str, study: str, ratios: Mapping[str, float], how: Mapping[str, str]
-) -> list[Point]:
+) -> list[EvidencePoint]:
     """A point for each data set of a checked table on one scale, from the curve over its tasks and models."""
     points = []
     for name, part in table[table["plw"] <= 1].groupby("dataset"):
@@ -222,7 +222,7 @@ def _of_table(
         names = sorted(part["model"].unique())
         model = " and ".join(names) if len(names) < 3 else f"{len(names)} models"
         place = model, scores, ratios[dataset], how[dataset]
-        points.append(Point(study, dataset, *place, *locate(fit), fit.joint_p, fit.model, fit.has_too_few_runs))
+        points.append(EvidencePoint(study, dataset, *place, *locate(fit), fit.joint_p, fit.model, fit.has_too_few_runs))
     return points
 
 

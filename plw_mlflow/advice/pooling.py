@@ -40,8 +40,8 @@ class Pooled:
 
         beside: variance of such a point beyond tau2 (Higgins et al. 2009, doi:10.1111/j.1467-985X.2008.00552.x).
         """
-        spread = x @ self.covariance @ x + self.tau2 + beside
-        return float(x @ self.coefficients), self._quantile * math.sqrt(spread)
+        variance = x @ self.covariance @ x + self.tau2 + beside
+        return float(x @ self.coefficients), self._quantile * math.sqrt(variance)
 
 
 def pool(y: Array, variances: Array, x: Array) -> Pooled:
@@ -69,10 +69,10 @@ def pool(y: Array, variances: Array, x: Array) -> Pooled:
     logs = np.linspace(start, math.log(highest), 121)
     best = int(np.argmin([deviance(math.exp(log)) for log in logs]))
     around = (float(logs[max(0, best - 1)]), float(logs[min(120, best + 1)]))
-    found = optimize.minimize_scalar(
+    minimum = optimize.minimize_scalar(
         lambda log: deviance(math.exp(log)), bounds=around, method="bounded", options={"xatol": 1e-10}
     )
-    tau2 = math.exp(float(found.x))
+    tau2 = math.exp(float(minimum.x))
     if deviance(0.0) <= deviance(tau2) + 1e-9:
         tau2 = 0.0
     weights, inverse, b = weighted(tau2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from plw_mlflow.analysis import analyze
-from plw_mlflow.analysis.analyze import LEVEL, Answer, Fit
-from plw_mlflow.analysis.statistics import design
+from plw_mlflow.analysis import wording
+from plw_mlflow.analysis.answers import Answer
+from plw_mlflow.analysis.axes import (
+    MANY_POINTS,
+    MOST_TASKS,
+    clear_axes,
+    curve_coefficients,
+    mark_plws,
+    panels_of,
+    transform_of,
+)
+from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.statistics.task_curves import TaskCurve
 from plw_mlflow.drawing import (
     COLOURS,
@@ -29,46 +38,10 @@ from plw_mlflow.drawing import (
     SURE_RED,
     UNSURE_GREY,
     ZERO_GREY,
-    clear_frame,
     new_figure,
     plain,
-    tick_labels,
 )
-from plw_mlflow.transforms import EXPONENT, TERMS, Array, Transform, curve_terms, make_transform
-
-MOST_TASKS = 48  # that are drawn each by itself: more would be too small to read, or too long a page
-MANY_POINTS = 3000  # from which on an SVG holds them as one picture: each by itself would take megabytes
-SPACING = {
-    "power": f"spaced as w_p = PLW^{EXPONENT}",
-    "logit": "spaced by its logit",
-    "rank": "those tried equally spaced",
-    "none": "w_p = PLW",
-}
-
-
-@dataclass(frozen=True)
-class OptimumEstimate:
-    """Where one method finds the best PLW: a row of the figure of optima, and of the report's table."""
-
-    group: str  # what kind of method, or of scores
-    name: str
-    method: str  # of the interval
-    plw: float | None  # None without an interior optimum
-    highest: float | None  # where the curve is highest within the range: that PLW, or an end; None where not known
-    intervals: list[list[float]]  # of PLW, 95 %
-    is_unbounded: bool  # whether they go on beyond the range
-    interior: float | None  # probability of a maximum inside the range, or share of a bootstrap's draws
-    is_lead: bool = False
-
-
-def percent(share: float) -> str:
-    """A probability as a text that never makes it certain by rounding."""
-    return "> 99 %" if 0.995 <= share < 1 else "< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
-
-
-def transform_of(fit: Fit, table: pd.DataFrame) -> Transform:
-    """The transform of a fit; `table` has its data set's rows, as ranks are of all PLWs tried."""
-    return make_transform(fit.transform, table["plw"])
+from plw_mlflow.transforms import TERMS, Array, curve_terms
 
 
 def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
@@ -79,7 +52,7 @@ def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
     Where a task lacks a PLW its mean is that of the PLWs it has; the curve's own mean over these is given back.
     """
     contrast = curve_terms(transform_of(fit, table)(table["plw"])) - fit.centre
-    curve = contrast @ _coefficients(fit)
+    curve = contrast @ curve_coefficients(fit)
     residual = pd.Series(table["score"].to_numpy(float) - curve)
     levels = [table[column].to_numpy() for column in dict.fromkeys(["task", "model", *by])]
     residual -= residual.groupby(levels).transform("mean")
@@ -94,11 +67,11 @@ def band(fit: Fit | TaskCurve, contrast: Array) -> tuple[Array, Array]:
     freedom = fit.degrees_of_freedom
     if isinstance(freedom, dict):
         each = [freedom[term] for term in TERMS[1:]]
-        fewest = min(math.inf if one is None else one for one in each)
+        fewest = min(math.inf if freedom_of_term is None else freedom_of_term for freedom_of_term in each)
     else:
         fewest = freedom
     variance = np.einsum("ij,jk,ik->i", contrast, np.array(fit.covariance)[:3, :3], contrast)
-    return contrast @ _coefficients(fit), stats.t.ppf(1 - LEVEL / 2, fewest) * np.sqrt(np.maximum(variance, 0))
+    return contrast @ curve_coefficients(fit), stats.t.ppf(1 - LEVEL / 2, fewest) * np.sqrt(np.maximum(variance, 0))
 
 
 # ------------------------------------------------------------------------------------------------- the curves
@@ -113,7 +86,7 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
     axes = figure.add_subplot()
     _curve(axes, fit, table, by)
     transform = transform_of(fit, table)
-    _plw_axis(axes, transform)
+    mark_plws(axes, transform)
     axes.set_ylabel("score minus its mean", fontsize=9.5)
     if fit.optimum_plw is not None and fit.delta_interval is not None:
         colour, name = (SURE_RED, "optimum") if shows_effect else (UNSURE_GREY, "peak, perhaps chance:")
@@ -127,7 +100,7 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
         if fit.has_too_few_runs:
             axes.plot([], [], "D", color=colour, markersize=6, label=label)
         else:
-            label += f"\n95 %: {analyze.interval(fit).replace(' or ', chr(10) + 'or ')}"
+            label += f"\n95 %: {wording.interval(fit).replace(' or ', chr(10) + 'or ')}"
             for ends in fit.optimum_set or []:
                 at = transform(ends)
                 axes.plot(at, [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
@@ -147,12 +120,12 @@ def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str,
     """The curves of several data sets side by side, on one axis of scores; `table` is on their scale."""
     columns = min(3, len(answers))
     figure = new_figure(10.5, 3.1 * math.ceil(len(answers) / columns))
-    for axes, answer in zip(_panels(figure, len(answers), columns), answers, strict=True):
+    for axes, answer in zip(panels_of(figure, len(answers), columns), answers, strict=True):
         fit = answer.lead
         mine = table[table["dataset"] == fit.dataset]
         transform = transform_of(fit, mine)
         _curve(axes, fit, mine, by, with_tasks=False)
-        _plw_axis(axes, transform, width=1.3 / columns, label="PLW")
+        mark_plws(axes, transform, width=1.3 / columns, label="PLW")
         if fit.optimum_plw is not None:
             colour = SURE_RED if answer.shows_effect else UNSURE_GREY
             for ends in [] if fit.has_too_few_runs else fit.optimum_set or []:
@@ -169,7 +142,7 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
     means = pd.DataFrame(
         {"distance": centred(fit, table, by), "w": transform(table["plw"]), "task": table["task"].array}
     )
-    _bare(axes)
+    clear_axes(axes)
     axes.axhline(0, color=ZERO_GREY, linewidth=0.8, zorder=1)
     if with_tasks:
         for number, (_, mine) in enumerate(means.groupby("task")):
@@ -197,7 +170,7 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
     colours = {model: COLOURS[i % len(COLOURS)] if len(models) > 1 else "#7d8590" for i, model in enumerate(models)}
     columns = min(4, len(tasks))
     figure = new_figure(10.5, 0.9 + 2.2 * math.ceil(len(tasks) / columns))
-    panels = _panels(figure, len(tasks), columns)
+    panels = panels_of(figure, len(tasks), columns)
     w = np.linspace(*transform.ends, 101)
     mean, _ = band(fit, curve_terms(w) - fit.centre)
     low, high = table.loc[table["task"].isin(tasks), "distance"].agg(["min", "max"])
@@ -205,7 +178,7 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
     panels[0].set_ylim(low - 0.05 * (high - low), top + 0.05 * (high - low))
     for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         mine = table[table["task"] == task]
-        _bare(axes)
+        clear_axes(axes)
         axes.axhline(0, color=ZERO_GREY, linewidth=0.7, zorder=1)
         for model, part in mine.groupby("model"):
             rasterized = len(table) > MANY_POINTS
@@ -213,21 +186,21 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
                 part["w"], part["distance"], "o", color=colours[model], ms=3.2, alpha=0.8, mew=0, rasterized=rasterized
             )
         axes.plot(w, mean, color="black", linewidth=1, linestyle=(0, (1, 1.5)), zorder=4)
-        found = "too few scores for a curve"
+        caption = "too few scores for a curve"
         if (curve := own.get(task)) is not None:
             height, reach = band(curve, curve_terms(w) - curve_terms(mine["w"].to_numpy()).mean(0))
             axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.15, linewidth=0)
             axes.plot(w, height, color=CURVE_BLUE, linewidth=1.7)
-            found = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
-            found += f", p = {curve.joint_p:.1g}"
+            caption = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
+            caption += f", p = {curve.joint_p:.1g}"
             if curve.optimum_plw is not None and curve.delta_interval is not None:
                 colour, best = SURE_RED if curve.joint_p < LEVEL else UNSURE_GREY, float(transform(curve.optimum_plw))
                 axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
                 axes.plot(best, top, "D", color=colour, markersize=4.5)
                 axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
         axes.set_title(plain(task, 26), loc="left", fontsize=9, fontweight="bold", pad=15)
-        axes.text(0, 1.04, found, transform=axes.transAxes, fontsize=8, color="#55555a")
-        _plw_axis(axes, transform, width=1.5 / columns, label="" if number < len(tasks) - columns else "PLW")
+        axes.text(0, 1.04, caption, transform=axes.transAxes, fontsize=8, color="#55555a")
+        mark_plws(axes, transform, width=1.5 / columns, label="" if number < len(tasks) - columns else "PLW")
         axes.tick_params(labelsize=7.5)
     axes = panels[0]
     for model in models if len(models) > 1 else []:
@@ -250,83 +223,33 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
 # ------------------------------------------------------------------------------------------------ the optimum
 
 
-def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> Figure:
-    """Where each method, and each part of the scores, finds the best PLW; intervals of one name share a row."""
-    rows: dict[tuple[str, str], list[OptimumEstimate]] = {}
-    for one in estimates:
-        rows.setdefault((one.group, one.name), []).append(one)
-    groups = list(dict.fromkeys(group for group, _ in rows))
-    figure = new_figure(10, 0.9 + 0.25 * (len(rows) + 1.4 * len(groups)))
-    axes = figure.add_subplot()
-    _bare(axes)
-    axes.grid(axis="y", visible=False)
-    across = axes.get_yaxis_transform()  # x as a part of the axes, y a row
-    labels: dict[float, str] = {}
-    y, last = 0.0, ""
-    for (group, name), found in rows.items():
-        if group != last:
-            y, last = y - 1.4, group
-            axes.text(-0.01, y, group, transform=across, fontsize=9, fontweight="bold", ha="right", va="center")
-        y -= 1
-        labels[y] = plain(name, 34)
-        for number, one in enumerate(found):
-            height = y + 0.11 * (len(found) - 1) - 0.25 * number
-            style: dict[str, Any] = {
-                "color": SURE_RED if one.is_lead else CURVE_BLUE,
-                "clip_on": False,
-                "alpha": 0.6 if number else 1,
-            }
-            for ends in one.intervals:
-                at = transform(ends)
-                axes.plot(at, [height] * 2, linewidth=1.2 if number else 2.4, solid_capstyle="butt", **style)
-                for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
-                    if one.is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
-                        axes.plot(end, height, arrow, markersize=5, **style)
-        first = found[0]
-        if first.highest is not None:
-            inside = first.plw is not None
-            colour = SURE_RED if first.is_lead else CURVE_BLUE
-            face, height = colour if inside else "white", y + 0.11 * (len(found) - 1)
-            marker = "D" if inside else "o"
-            axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
-        best = "" if first.highest is None else "no peak" if first.plw is None else f"{first.plw:.3g}"
-        axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
-        inside_text = "" if first.interior is None else percent(first.interior)
-        axes.text(1.2, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
-    axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE_GREY)
-    axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE_GREY)
-    axes.set_ylim(y - 0.8, -0.6)
-    _plw_axis(axes, transform, width=0.9)
-    axes.set_yticks(list(labels), list(labels.values()), fontsize=8.5)
-    axes.tick_params(axis="y", length=0)
-    return figure
-
-
 def draw_no_effect(answers: Sequence[Answer]) -> Figure:
     """How large an effect of PLW may be, by data set: what was found, what is not ruled out, what could be found.
 
     A bar that leaves the figure goes to the end of the scores' scale.
     """
     shown = [(answer.dataset, equal) for answer in answers if (equal := answer.equivalence) is not None]
-    known = [
+    sizes = [
         size
         for _, equal in shown
         for size in (equal.smallest_margin, equal.detectable, equal.largest_difference, equal.margin)
         if size is not None
     ]
-    right = 1.06 * max(known)
+    right = 1.06 * max(sizes)
     figure = new_figure(10, 1.2 + 0.45 * len(shown))
     axes = figure.add_subplot()
-    _bare(axes)
+    clear_axes(axes)
     axes.grid(axis="y", visible=False)
     names = ("not ruled out at 0.05", "largest difference found", "would be found in 4 of 5 such studies")
     for number, (_, equal) in enumerate(shown):
-        ruled, found, would = names if number == 0 else ("", "", "")
+        not_ruled_out, largest, detectable = names if number == 0 else ("", "", "")
         bar = 2 * right if equal.smallest_margin is None else equal.smallest_margin
-        axes.barh(-number, bar, height=0.5, color=CURVE_BLUE, alpha=0.16, label=ruled)
-        axes.plot(equal.largest_difference, -number, "D", color=CURVE_BLUE, markersize=7, label=found)
+        axes.barh(-number, bar, height=0.5, color=CURVE_BLUE, alpha=0.16, label=not_ruled_out)
+        axes.plot(equal.largest_difference, -number, "D", color=CURVE_BLUE, markersize=7, label=largest)
         would_be = [] if equal.detectable is None else [equal.detectable] * 2
-        axes.plot(would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=would)
+        axes.plot(
+            would_be, [-number - 0.3, -number + 0.3][: len(would_be)], color=COLOURS[0], linewidth=3, label=detectable
+        )
     margin = next((equal.margin for _, equal in shown if equal.margin is not None), None)
     if margin is not None:
         axes.axvline(margin, color=SURE_RED, linewidth=1.4, linestyle=DASHED, label="margin given")
@@ -342,84 +265,4 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
 # ------------------------------------------------------------------------------------------------ the residuals
 
 
-def residuals(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """What each task's own curve leaves of its scores: task, fitted, residual, standardised by the task's SD, sd.
-
-    Tasks with too few runs for residuals are left out.
-    """
-    grid = design.grid(table, fit.dataset, transform_of(fit, table), also=by)
-    found = [pd.DataFrame(columns=["task", "fitted", "residual", "standardised", "sd"], dtype=float)]
-    for column, task in enumerate(grid.tasks):
-        scored = ~np.isnan(grid.scores[:, column])
-        x, y = grid.x[scored], grid.scores[scored, column]
-        b, _, rank, _ = np.linalg.lstsq(x, y)
-        residual = y - x @ b
-        if len(y) > rank and (sd := float(np.sqrt(residual @ residual / (len(y) - rank)))) > 0:
-            one = {"task": task, "fitted": x @ b, "residual": residual, "standardised": residual / sd, "sd": sd}
-            found.append(pd.DataFrame(one))
-    return pd.concat(found[1:] or found, ignore_index=True)
-
-
-def draw_residuals(left: pd.DataFrame) -> Figure:
-    """What `residuals` gave: against fitted values, against a normal distribution, and their size by task."""
-    sds = left.groupby("task")["sd"].first().sort_values()
-    figure = new_figure(10.5, max(3.3, 1.1 + 0.17 * min(len(sds), MOST_TASKS)))
-    scatter, quantiles, sizes = figure.subplots(1, 3, width_ratios=(4, 3, 3))
-    for axes, title in ((scatter, "Against fitted values"), (quantiles, "Normal quantiles"), (sizes, "Noise by task")):
-        _bare(axes)
-        axes.set_title(title, loc="left", fontsize=10)
-    is_many = len(left) > MANY_POINTS
-    style: dict[str, Any] = {"color": CURVE_BLUE, "markersize": 3.5, "alpha": 0.5, "mew": 0, "rasterized": is_many}
-    scatter.plot(left["fitted"], left["residual"], "o", **style)
-    scatter.axhline(0, color=ZERO_GREY, linewidth=0.8)
-    scatter.set_xlabel("fitted score", fontsize=9)
-    scatter.set_ylabel("residual", fontsize=9)
-    ordered = np.sort(left["standardised"])
-    expected = stats.norm.ppf((np.arange(len(ordered)) + 0.5) / len(ordered))
-    quantiles.plot(expected, ordered, "o", **style)
-    quantiles.axline((0, 0), slope=1, color=ZERO_GREY, linewidth=0.8)
-    quantiles.set_xlabel("normal quantile", fontsize=9)
-    quantiles.set_ylabel("residual over its task's SD", fontsize=9)
-    if len(sds) <= MOST_TASKS:
-        sizes.barh(range(len(sds)), sds, height=0.6, color=CURVE_BLUE, alpha=0.7)
-        sizes.set_yticks(range(len(sds)), [plain(task, 22) for task in sds.index], fontsize=7.5)
-        sizes.set_ylim(-0.8, max(len(sds), 4) - 0.2)  # a lone bar keeps its width
-        sizes.grid(axis="y", visible=False)
-    else:
-        sizes.hist(sds, bins=20, color=CURVE_BLUE, alpha=0.7)
-        sizes.set_ylabel("tasks", fontsize=9)
-    sizes.set_xlim(left=0)
-    sizes.set_xlabel("residual SD", fontsize=9)
-    return figure
-
-
 # ------------------------------------------------------------------------------------------------------- parts
-
-
-def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
-    """A grid of axes that share their axis of scores."""
-    panels: list[Axes] = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, sharey=True).flat)
-    for axes in panels[count:]:
-        axes.remove()
-    return panels[:count]
-
-
-def _bare(axes: Axes) -> None:
-    clear_frame(axes)
-    axes.tick_params(labelsize=8.5)
-
-
-def _plw_axis(axes: Axes, transform: Transform, width: float = 1.0, label: str | None = None) -> None:
-    """Mark the PLWs tried. width: of the axes, as a part of that of `draw_curve`."""
-    ticks = tick_labels(transform, width)
-    low, high = transform.ends
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xticks(transform(transform.plws), minor=True)
-    axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-    axes.grid(axis="x", visible=False)
-    axes.set_xlabel(f"prompt loss weight (PLW), {SPACING[transform.name]}" if label is None else label, fontsize=9)
-
-
-def _coefficients(fit: Fit | TaskCurve) -> Array:
-    """Of the curve's terms: [3]. Others, such as a model's level, are left out."""
-    return np.array([fit.coefficients[term] for term in TERMS])

@@ -28,17 +28,17 @@ class Planning:
 
     def text(self) -> str:
         """As the terminal shows it."""
-        answers = [one.text() for one in self.plans] + [one.text() for one in self.proposals]
+        answers = [part.text() for part in self.plans] + [part.text() for part in self.proposals]
         return "\n\n".join([*answers, *self.refusals])
 
     def write(self, folder: Path) -> list[Path]:
         """Write power.csv (a row per design) and next.json (an entry per data set), each if there is any of it."""
         contents = {}
         if self.plans:
-            frame = pd.concat([one.frame() for one in self.plans])
+            frame = pd.concat([part.frame() for part in self.plans])
             contents["power.csv"] = outputs.table(frame)
         if self.proposals:
-            contents["next.json"] = (json.dumps([asdict(one) for one in self.proposals], indent=1) + "\n").encode()
+            contents["next.json"] = (json.dumps([asdict(part) for part in self.proposals], indent=1) + "\n").encode()
         return outputs.write(folder, contents)
 
 

@@ -1,31 +1,48 @@
 """Tracking: everything that goes into MLflow or comes out of it. Nothing outside this package imports mlflow.
 
-A cell is one run (`run`, `opening`), with its curves (`curves`) and the checkpoints that the store has of it
-(`stored`). A score table is what many runs give together (`table`), if they are `comparable`. While a model trains,
-nothing waits for the store or fails because it is away; what comes after the training waits for it (`connection`).
+A cell is one run: `opening` opens it, and `run` is what it holds. Modules of their own log its data sets (`inputs`),
+its curves while it trains (`curves`, over an `outbox`), its checkpoints (`resumption`), its model (`logged_models`) and
+its scores (`scores`), and an analysis' fit (`regression`). The scores of many runs make a `score_table` if the runs are
+`comparable`, and the `best` of a sweep's models gets an alias. While a model trains, nothing waits for the store or
+fails because it is away. Whatever comes after the training waits for the store (`connection`).
 """
 
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run reports to its own store alone
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# MLflow's own 7 are silent, and take four minutes of whoever has asked; 3 take 12 s. Then `connection` takes over.
+# MLflow would retry 7 times, silently, which takes four minutes; 3 take 12 s. After that, `connection` takes over.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
+from plw_mlflow.tracking.best import mark_best
+from plw_mlflow.tracking.inputs import check_data, log_data
+from plw_mlflow.tracking.logged_models import load_model, load_registered, log_model
 from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run, open_sweep
-from plw_mlflow.tracking.run import NoRun, Run, load_registered
-from plw_mlflow.tracking.table import generation_ratios, mark_best, score_table
+from plw_mlflow.tracking.regression import log_regression
+from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
+from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.score_table import generation_ratios, score_table
+from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
 
 __all__ = [
-    "NoRun",
     "Run",
+    "StoredCheckpoints",
+    "begin_cell",
+    "check_data",
     "child_environment",
     "fail",
     "generation_ratios",
     "kill",
+    "load_model",
     "load_registered",
+    "log_data",
+    "log_measures",
+    "log_model",
+    "log_regression",
+    "log_scores",
     "mark_best",
     "open_run",
     "open_sweep",
+    "read_scores",
     "score_table",
 ]

@@ -31,7 +31,9 @@ from plw_mlflow.config import (
 )
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation.prompting import HARNESS
-from plw_mlflow.tracking.run import Run, cell_columns, parameters
+from plw_mlflow.tracking.cells import cell_columns, parameters
+from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.scores import read_scores
 
 CELL_FIELDS = {field.name for field in fields(CellOptions)}
 SCORE_FIELDS = {field.name for field in fields(ScoreOptions)}
@@ -60,7 +62,7 @@ class Cell:
     @functools.cached_property
     def scores(self) -> pd.DataFrame:
         """The run's score table."""
-        return Run(self.run_id).scores()
+        return read_scores(Run(self.run_id))
 
     @property
     def run_id(self) -> str:

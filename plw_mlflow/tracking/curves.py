@@ -1,8 +1,8 @@
-"""Curves: a run's metrics over steps. Every step is in them once, whatever became of store and process meanwhile.
+"""Training curves: a run's metrics over steps. Every step is in them once, whatever happens to store and process.
 
-Three places know of a point: the store, the outbox of the process that trains, and, from each checkpoint on, a file
-beside it with what was in the outbox then. A run that goes on for one that was cut short takes over what the store and
-the file have, up to its checkpoint's step; whatever the earlier process had found after that step is found again.
+A point can be in three places: in the store, in the outbox of the process that trains, and, from each checkpoint on, in
+a file beside that checkpoint, which holds what was in the outbox then. A run that goes on for one that was cut short
+takes over what the store and the file have up to its checkpoint's step. It computes the later steps again.
 """
 
 from __future__ import annotations
@@ -20,42 +20,50 @@ from plw_mlflow.errors import Refused, Unreachable, first_line
 from plw_mlflow.tracking import connection, outbox
 from plw_mlflow.tracking.outbox import Outbox, Point
 
-TELL_SECONDS = 2.0  # of waiting before it is said
+SILENT_WAIT_SECONDS = 2.0  # of waiting before a person is told of it
 
 
-class Curves:
-    """The curves of one run."""
+class TrainingCurves:
+    """The training curves of one run."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._client = mlflow.MlflowClient()
         self._outbox = Outbox(self._send)
-        self._known: set[tuple[str, int]] = set()  # (metric, step) found by earlier processes
+        self._earlier_points: set[tuple[str, int]] = (
+            set()
+        )  # (metric, step) of points that earlier processes have logged
         self._file: Path | None = None
 
     def begin(self, folder: Path, earlier: str | None, step: int) -> None:
-        """Go on from a checkpoint in `folder`; what an earlier run found up to its step is taken over.
+        """Go on from a checkpoint in `folder`, and take over what an earlier run has logged up to its step.
 
-        earlier: the run that was cut short there, None where it was this very one (a pod, say, that was started again).
+        earlier: the run that was cut short there. None where there is none, or where it was this very run (of a pod,
+            say, that was started again).
         """
         self._file = folder / "unsent.jsonl"
-        self._known = {(point.name, point.step) for point in self._history(self._run_id)}
-        found = outbox.read(self._file) + (self._history(earlier) if earlier and step > 0 else [])
-        taken = {
-            (p.name, p.step): p for p in found if p.step <= step and step > 0 and (p.name, p.step) not in self._known
+        self._earlier_points = {(point.name, point.step) for point in self._history(self._run_id)}
+        points = outbox.read(self._file) + (self._history(earlier) if earlier and step > 0 else [])
+        taken_over = {
+            (point.name, point.step): point
+            for point in points
+            if 0 < step >= point.step and (point.name, point.step) not in self._earlier_points
         }
-        self._known |= taken.keys()
-        self._outbox.put(sorted(taken.values(), key=lambda point: point.step))
+        self._earlier_points |= taken_over.keys()
+        self._outbox.put(sorted(taken_over.values(), key=lambda point: point.step))
         self.save_unsent()  # the folder is this run's from now on, and nobody looks at the earlier one again
 
     def log_step(self, metrics: dict[str, float], step: int) -> None:
-        """Add a step's metrics, unless they are known from before. Never waits for the store."""
+        """Add a step's metrics, unless an earlier process has logged them. Never waits for the store.
+
+        They are sent together every few seconds.
+        """
         now = int(time.time() * 1000)
         points = [Point(name, value, step, now) for name, value in metrics.items()]
-        self._outbox.put(point for point in points if (point.name, point.step) not in self._known)
+        self._outbox.put(point for point in points if (point.name, point.step) not in self._earlier_points)
 
     def save_unsent(self) -> None:
-        """Put in safety, beside the checkpoint that is about to be written, what has not reached the store."""
+        """Save what has not reached the store to a file, beside the checkpoint that is about to be written."""
         if self._file is None:
             return
         try:
@@ -68,16 +76,16 @@ class Curves:
             )
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the store has everything, at most so many seconds; whether it has."""
+        """Wait until the store has everything, for at most so many seconds. Returns whether it has."""
         return self._outbox.wait(seconds)
 
     def flush(self) -> None:
         """Wait until the store has everything.
 
-        Raises Refused at once where the store will not have it (the run was deleted, say), and Unreachable where it
-        stays away.
+        Raises Refused at once where the store refuses it (because the run was deleted, say), and Unreachable where the
+        store stays away.
         """
-        if self._outbox.wait(TELL_SECONDS):
+        if self._outbox.wait(SILENT_WAIT_SECONDS):
             return
         limit = connection.WAIT_SECONDS
         if self._outbox.refusal is None:
@@ -92,9 +100,16 @@ class Curves:
             f"{limit:.0f} s ({self._outbox.trouble}); give the same command again when it is back"
         )
 
-    def close(self) -> None:
-        """Send nothing more."""
+    def close(self, seconds: float) -> None:
+        """Wait until the store has everything, for at most so many seconds, and send nothing after that."""
+        self._outbox.wait(seconds)
         self._outbox.close()
+
+    def values(self, name: str) -> dict[int, float]:
+        """A metric's values in the store by step, in order. Of a step that was logged twice, the later value counts."""
+        points = self._client.get_metric_history(self._run_id, name)
+        by_step = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+        return dict(sorted(by_step.items()))
 
     def _history(self, run_id: str) -> list[Point]:
         names = [name for name in self._client.get_run(run_id).data.metrics if name.startswith(("train/", "eval/"))]
@@ -105,10 +120,11 @@ class Curves:
         ]
 
     def _send(self, points: Sequence[Point]) -> None:
-        """An SQL store takes a point that it has already (same name, value, step and time) for the same one.
+        """Send points to the store.
 
-        MLflow's file store, which has to be allowed by MLFLOW_ALLOW_FILE_STORE, does not: behind a server, it has a
-        request twice whose answer was lost.
+        An SQL store keeps a point that it has already (of the same name, value, step and time) once. MLflow's file
+        store, which has to be allowed by MLFLOW_ALLOW_FILE_STORE, does not: behind a server, it keeps the points of a
+        request twice if its answer was lost.
         """
         metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
         try:

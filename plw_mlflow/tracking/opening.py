@@ -22,8 +22,8 @@ from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import without_passwords
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.connection import check_reachable, explained, get_run, hurried, patiently
-from plw_mlflow.tracking.run import NoRun, Run
-from plw_mlflow.tracking.stored import giving_signs_of_life
+from plw_mlflow.tracking.resumption import giving_signs_of_life
+from plw_mlflow.tracking.run import Run
 
 LAST_SECONDS = 5.0  # of a run that has failed or is interrupted, for its curves to arrive
 NAME_CHARACTERS = 250  # of a run's name; databases keep no more
@@ -37,12 +37,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; its tag
     plw.status says the same. When adding to a reopened one fails, that keeps the status it had. Raises Unreachable
     where the tracking server does not answer, and UserError where it refuses.
-
-    In processes other than the first of those that torchrun has started, it opens nothing and yields a `NoRun`.
     """
-    if not processes.is_first_process():
-        yield NoRun()
-        return
     check_reachable()
     try:
         joined = run_id or os.environ.get("MLFLOW_RUN_ID")
@@ -61,7 +56,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
             run.log_config(config)
         with giving_signs_of_life(run.id):
             yield run
-        run.flush()
+        run.curves.flush()
         patiently("ending the run", lambda: run.untag("error"))
     except BaseException as error:
         told = explained(f"run {run.id}", error) if isinstance(error, MlflowException) else error
@@ -70,7 +65,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
         if told is error:
             raise
         raise told from error
-    run.close(0)
+    run.curves.close(0)
     try:
         mlflow.end_run("FINISHED")  # forgets the run, and then tells the store, once
     except (MlflowException, OSError):
@@ -126,7 +121,7 @@ def _end_badly(run: Run, error: BaseException, before: str | None) -> None:
     before: the status that a reopened run had, and keeps.
     """
     status = before or ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-    run.close(LAST_SECONDS)
+    run.curves.close(LAST_SECONDS)
     seconds = 1.0  # for a store that is gone; it must neither hide why the run failed nor be waited for
     with suppress(Exception):
         check_reachable()

@@ -1,77 +1,74 @@
-"""A fit as a registered model: MLflow runs this file to load it (models from code; nothing is pickled).
-
-Its numbers are those of fit.json. A data frame with the columns dataset, plw and, if wanted, task goes in; score, low,
-high and optimum_plw come out, a row each: the curve of the lead's model at that PLW with its 95 % interval, and the PLW
-at which it is highest inside the range (NaN without an interior optimum). Where the analysis says that runs are too few
-to tell, low, high and optimum_plw are NaN, with a task as without. Without a task the score is the mean over the tasks
-and models that were scored, and the interval that of the curve around their mean: how tasks at large differ in level is
-no part of it. With a task it is that task's own curve.
-"""
+"""Regression: an analysis' fit, registered as the model plw-regression (`regression_model.py`)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
-from mlflow.pyfunc import PythonModel
-from scipy import stats
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
 
-from plw_mlflow.transforms import TERMS, Transform
+from plw_mlflow import seeding
 
-LEVEL = 0.05
-
-
-class Regression(PythonModel):
-    """The curves of a fit.json."""
-
-    def load_context(self, context: Any) -> None:
-        """Read the file that MLflow keeps beside this one."""
-        self.use(json.loads(Path(context.artifacts["fit"]).read_text()))
-
-    def use(self, fit_json: dict[str, Any]) -> None:
-        """Take the curves of what `analyze.to_json` gave."""
-        fits = {(fit["dataset"], fit["model"]): fit for fit in fit_json["fits"]}
-        self._answers = {one["dataset"]: (one, fits[one["dataset"], one["lead"]]) for one in fit_json["answers"]}
-
-    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """Raises ValueError for data sets and tasks it does not know, and PLWs below 0."""
-        tasks = model_input["task"] if "task" in model_input else [None] * len(model_input)
-        rows = [
-            self._one(str(dataset), float(plw), None if task is None or pd.isna(task) else str(task))
-            for dataset, plw, task in zip(model_input["dataset"], model_input["plw"], tasks, strict=True)
-        ]
-        return pd.DataFrame(rows, columns=["score", "low", "high", "optimum_plw"], index=model_input.index)
-
-    def _one(self, dataset: str, plw: float, task: str | None) -> tuple[float, float, float, float]:
-        if not (math.isfinite(plw) and plw >= 0):
-            raise ValueError(f"plw must be 0 or more, got {plw}")
-        if dataset not in self._answers:
-            raise ValueError(f"no fit of data set {dataset!r}; there are {', '.join(sorted(self._answers))}")
-        answer, lead = self._answers[dataset]
-        w = float(Transform(lead["transform"], tuple(lead["plws"]))(plw))
-        point = np.array([1.0, w, w**2])
-        if task is None:
-            curve, around = lead, point - lead["centre"]
-            freedoms = [lead["degrees_of_freedom"][term] for term in TERMS[1:]]
-            freedom = min((math.inf if one is None else one) for one in freedoms)
-        else:
-            by_task = {one["task"]: one for one in answer["by_task"]}
-            if task not in by_task:
-                raise ValueError(f"no curve of task {task!r} on {dataset}; there are {', '.join(by_task) or 'none'}")
-            curve, around = by_task[task], point
-            freedom = curve["degrees_of_freedom"]
-        score = float(point @ [curve["coefficients"][term] for term in TERMS])
-        variance = around @ np.array(curve["covariance"])[:3, :3] @ around
-        reach = float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(max(0.0, variance)))
-        if lead["has_too_few_runs"]:
-            return score, math.nan, math.nan, math.nan
-        optimum = curve["optimum_plw"]
-        return score, score - reach, score + reach, math.nan if optimum is None else optimum
+PACKAGE = Path(__file__).resolve().parents[1]
+MODEL = "tracking/regression_model.py"
+IMPORTED = ("transforms.py", "errors.py")  # by the model, and by what it imports
 
 
-mlflow.models.set_model(Regression())
+def log_regression(fit: Path) -> None:
+    """Register a fit.json as a version of plw-regression, in the current run.
+
+    The model consists of numbers in JSON and of the code that reads them. Nothing is pickled.
+    """
+    answers = json.loads(fit.read_text())["answers"]
+    rows = [(answer["dataset"], 0.1, None) for answer in answers]
+    rows += [(answer["dataset"], 0.1, task["task"]) for answer in answers for task in answer["by_task"][:1]]
+    inputs = [ColSpec("string", "dataset"), ColSpec("double", "plw"), ColSpec("string", "task", required=False)]
+    outputs = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
+    with tempfile.TemporaryDirectory() as folder, _importable_from(folder):  # MLflow runs the model's file right away
+        model, code = _copy_code(Path(folder))
+        versions = seeding.fingerprint()
+        mlflow.pyfunc.log_model(
+            name="regression",
+            python_model=str(model),
+            artifacts={"fit": str(fit)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{name}=={versions[name]}" for name in ("mlflow", "numpy", "scipy", "pandas")],
+            signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
+            input_example=pd.DataFrame(rows, columns=["dataset", "plw", "task"]),
+            registered_model_name="plw-regression",
+        )
+
+
+@contextmanager
+def _importable_from(folder: str) -> Iterator[None]:
+    """Within the block, Python finds packages in a folder, too."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _copy_code(folder: Path) -> tuple[Path, Path]:
+    """Copy the model's file, and the modules that it imports as a package, into `folder`. Returns both places.
+
+    The package is called plw_mlflow_DIGEST after what is in it. Python imports a name once in a process, so under its
+    own name the copy would hide this package from whoever imports it later, or this package would hide the copy.
+    """
+    texts = {name: (PACKAGE / name).read_text(encoding="utf-8") for name in (MODEL, *IMPORTED)}
+    name = f"plw_mlflow_{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
+    code = folder / name
+    code.mkdir()
+    model = folder / Path(MODEL).name
+    for file, text in texts.items():
+        copy = model if file == MODEL else code / file
+        copy.write_text(text.replace("from plw_mlflow.", f"from {name}."), encoding="utf-8")
+    return model, code

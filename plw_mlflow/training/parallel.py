@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -25,19 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 PATIENCE = timedelta(hours=1)  # of processes that wait for another, which may be fetching a checkpoint
 
 
-def accelerator(precision: Literal["no", "bf16"]) -> Accelerator:
-    """What joins the processes that torchrun or accelerate launch has started, if any; the first call decides."""
+def accelerator(precision: Literal["float32", "bfloat16"]) -> Accelerator:
+    """What joins the processes that torchrun or accelerate launch has started, if any; the first call decides.
+
+    precision: of the arithmetic; weights and sums stay float32.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
         cpu=several and not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
-def wrap(
-    learner: nn.Module, precision: Literal["no", "bf16"], kind: Literal["ddp", "fsdp2"], joined: Accelerator
-) -> Any:
+def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator) -> Any:
     """Spread a learner over the processes. With fsdp2 its parameters are replaced by their shards, in place."""
     if kind == "ddp" or joined.num_processes == 1:
         wrapped = joined.prepare_model(learner)
@@ -46,7 +48,7 @@ def wrap(
     mesh = init_device_mesh(joined.device.type, (joined.num_processes,))
     # Lower precision is autocast's, as with ddp: a sharding policy's own would have norms, biases and the sums between
     # layers in it too. The price is that shards are gathered in float32.
-    if precision == "bf16":
+    if joined.mixed_precision == "bf16":
         learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
@@ -74,7 +76,7 @@ def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
     return hollow
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors on the CPU, put together from their shards; none in processes other than the first.
 
     Every process has to ask for them.

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy import linalg, optimize, stats
 
-from plw_mlflow.advice import advise, evidence
-from plw_mlflow.advice.evidence import OWN, STUDY, WIT, Point
+from plw_mlflow.advice import advise, evidence, evidence_figure, exports, wording
+from plw_mlflow.advice.evidence import OWN, STUDY, WIT, EvidencePoint
 from plw_mlflow.advice.pooling import pool
 from plw_mlflow.config import AdviseConfig
 from plw_mlflow.evaluation import task_sets
@@ -24,7 +24,9 @@ def point(w, sd, ratio, dataset="d", study="a", **more):
     """A point of one model, located to within `sd`."""
     ends = np.clip([w - 2 * sd, w + 2 * sd], 0, 1) if math.isfinite(sd) else (0.0, 1.0)
     told = {"model": "m", "scores": "8 tasks", "ratio_is": "given", "p": 0.01, "fit": "crossed"} | more
-    return Point(study=study, dataset=dataset, ratio=ratio, w=w, low=ends[0], high=ends[1], variance=sd**2, **told)
+    return EvidencePoint(
+        study=study, dataset=dataset, ratio=ratio, w=w, low=ends[0], high=ends[1], variance=sd**2, **told
+    )
 
 
 def simulate(slope, bend, plws=PLWS, sd=0.003, seed=1, dataset="mine"):
@@ -162,7 +164,7 @@ def test_the_published_points():
     assert race.interval == pytest.approx((0, 0.1))
     table = pd.read_csv(evidence.TABLES / "wit_correlations.csv")
     assert (
-        f"correlation {table['spearman'][table['characteristic'] == 'avg generation ratio'].item()}" in advise.IN_PRINT
+        f"correlation {table['spearman'][table['characteristic'] == 'avg generation ratio'].item()}" in wording.IN_PRINT
     )
 
 
@@ -218,32 +220,32 @@ def test_points_on_a_line_give_the_line():
     assert advice.is_located
     assert advice.plw == pytest.approx(0.1, abs=1e-4)
     assert advice.interval[0] < advice.plw < advice.interval[1]
-    assert "Suggested PLW 0.1" in advise.sentences(advice)[0]
+    assert "Suggested PLW 0.1" in wording.sentences(advice)[0]
 
 
 def test_flat_curves_change_nothing():
     flat = [point(0.9, math.inf, ratio, f"f{ratio}", p=0.6) for ratio in (0.2, 5)]
     with_flat, without = (advise.advise(1.0, points) for points in (lined() + flat, lined()))
     assert (with_flat.w, with_flat.low, with_flat.high) == (without.w, without.low, without.high)
-    assert any("highest anywhere: of f0.2 (1 of 1), f5 (1 of 1)." in told for told in advise.sentences(with_flat))
+    assert any("highest anywhere: of f0.2 (1 of 1), f5 (1 of 1)." in told for told in wording.sentences(with_flat))
 
 
 def test_studies_that_disagree_in_sign_are_said_to():
-    told = " ".join(advise.sentences(advise.advise(1.0, lined(0.3) + lined(-0.3, study="b"))))
+    told = " ".join(wording.sentences(advise.advise(1.0, lined(0.3) + lined(-0.3, study="b"))))
     assert (
         "By their points the studies disagree in sign: the best PLW rises with the generation ratio by a and falls by b"
         in told
     )
     assert "a +0.30 (+0.23 to +0.37) from 4 data sets; b -0.30 (-0.37 to -0.23)" in told
-    unsure = " ".join(advise.sentences(advise.advise(1.0, lined(0.3) + lined(-0.01, study="b"))))
+    unsure = " ".join(wording.sentences(advise.advise(1.0, lined(0.3) + lined(-0.01, study="b"))))
     assert "disagree in sign, though not surely" in unsure
-    assert "disagree" not in " ".join(advise.sentences(advise.advise(1.0, lined(0.3) + lined(0.1, study="b"))))
+    assert "disagree" not in " ".join(wording.sentences(advise.advise(1.0, lined(0.3) + lined(0.1, study="b"))))
 
 
 def test_the_published_studies_are_said_to_disagree():
     advice = advise.advise(1.0, evidence.published())
-    told = advise.sentences(advice)
-    assert advise.IN_PRINT in told
+    told = wording.sentences(advice)
+    assert wording.IN_PRINT in told
     assert any("Not one is sure of its sign." in one for one in told)
     assert {one.study for one in advice.slopes} == {STUDY, WIT}
     assert all(one.low < 0 < one.high for one in advice.slopes)
@@ -265,7 +267,7 @@ def test_own_runs_on_the_very_data_set_outweigh():
     assert advice.w == pytest.approx(precisions @ [others.w, 0.2] / precisions.sum())
     assert advice.high - advice.w == pytest.approx(1.96 / math.sqrt(precisions.sum()), rel=1e-4)
     assert advice.is_located
-    assert f"have {advice.own_share:.0%} of the weight" in " ".join(advise.sentences(advice))
+    assert f"have {advice.own_share:.0%} of the weight" in " ".join(wording.sentences(advice))
 
 
 def test_own_runs_on_another_data_set_are_one_more_point():
@@ -280,7 +282,7 @@ def test_own_flat_runs_say_that_they_are_and_leave_it_to_others():
     advice = advise.advise(1.0, [*lined(), mine], dataset=["mine"])
     assert advice.own_share == 0
     assert advice.w == pytest.approx(0.5)
-    assert "Your own runs on mine show no clear effect of PLW (p = 0.7)" in " ".join(advise.sentences(advice))
+    assert "Your own runs on mine show no clear effect of PLW (p = 0.7)" in " ".join(wording.sentences(advice))
 
 
 def test_own_runs_that_are_too_few_to_tell_are_no_evidence():
@@ -291,8 +293,8 @@ def test_own_runs_that_are_too_few_to_tell_are_no_evidence():
     assert (few.low, few.high, few.is_located) == (0, 1, False)
     advice = advise.advise(0.5, [*lined(), few], dataset=["mine"])
     assert advice.own_share == 0
-    assert "Your own runs on mine are too few to tell" in " ".join(advise.sentences(advice))
-    assert f"p = {few.p:.2g}" not in advise.text(advice)
+    assert "Your own runs on mine are too few to tell" in " ".join(wording.sentences(advice))
+    assert f"p = {few.p:.2g}" not in wording.text(advice)
     assert own_point(0.5, -0.5, [0, 0.01, 0.1, 1]).is_located  # two seeds: 8 runs
 
 
@@ -307,15 +309,15 @@ def test_own_runs_alone_are_evidence():
 def test_no_evidence_is_an_answer(points):
     advice = advise.advise(1.0, points)
     assert (advice.plw, advice.interval) == (None, (0, 1))
-    assert "no evidence of a best PLW: any PLW from 0 to 1 will do; 0 is fine." in advise.sentences(advice)[0]
-    assert advise.text(advice)
-    assert advise.draw(advice).startswith(b"\x89PNG")
+    assert "no evidence of a best PLW: any PLW from 0 to 1 will do; 0 is fine." in wording.sentences(advice)[0]
+    assert wording.text(advice)
+    assert evidence_figure.draw(advice).startswith(b"\x89PNG")
 
 
 def test_wide_intervals_are_said_to_be_wide():
     def first(spread):
         points = [dataclasses.replace(p, variance=spread**2) for p in lined(ratios=(0.1, 0.2, 0.5, 1, 2, 4, 8))]
-        return " ".join(advise.sentences(advise.advise(0.9, points))[:2])
+        return " ".join(wording.sentences(advise.advise(0.9, points))[:2])
 
     assert "wide" not in first(0.05)
     assert "PLW 0 lies outside it." in first(0.05)
@@ -325,20 +327,20 @@ def test_wide_intervals_are_said_to_be_wide():
 
 def test_a_ratio_beyond_the_evidence_is_said_to_be():
     assert "beyond the ratios there is evidence for, 0.1 to 8" in " ".join(
-        advise.sentences(advise.advise(50.0, lined()))
+        wording.sentences(advise.advise(50.0, lined()))
     )
 
 
 def test_advice_is_json_with_its_evidence_and_its_figure(tmp_path):
     advice = advise.advise(0.3, evidence.published(), dataset=["mine"], task_types=["long-generation"])
-    paths = advise.write(advice, tmp_path / "new")
+    paths = exports.write(advice, tmp_path / "new")
     assert [path.name for path in paths] == ["advice.json", "advice.png"]
     told = json.loads(paths[0].read_text())
     assert told["suggested_plw"] == advice.plw
     assert len(told["evidence"]) == len(advice.points)
     assert told["evidence"][0]["variance"] is None  # AlpacaData: flat
     assert told["line"]["slope_per_tenfold"] == advice.line.slope[0]
-    assert advise.LONG_GENERATION in told["sentences"]
+    assert wording.LONG_GENERATION in told["sentences"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 

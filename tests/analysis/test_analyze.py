@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis import analyze, exports, score_table, wording
+from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.statistics import design, fitting, random_intercept
-from plw_mlflow.analysis.statistics import table as statistics_table
-from plw_mlflow.transforms import make_transform
+from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.transforms import EXPONENT, make_transform
 
 TABLES = Path(__file__).parents[2] / "paper" / "tables"
 REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
@@ -26,26 +27,26 @@ STUDY_PLWS = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]
 
 @pytest.fixture(scope="module")
 def study() -> pd.DataFrame:
-    return analyze.read_scores(TABLES / "v1_scores.csv")
+    return score_table.read_scores(TABLES / "v1_scores.csv")
 
 
 @pytest.fixture(scope="module")
-def analysis(study) -> analyze.Analysis:
+def analysis(study) -> Analysis:
     return analyze.analyze(study, margin=0.01)
 
 
 @pytest.fixture(scope="module")
-def study_fits(analysis) -> dict[str, analyze.Fit]:
+def study_fits(analysis) -> dict[str, Fit]:
     return {fit.dataset: fit for fit in analysis.fits if fit.model == "lmm"}
 
 
 def w_p(plw):
-    return plw**analyze.EXPONENT
+    return plw**EXPONENT
 
 
 def fit_one(table, model="lmm", scale="none"):
     """One model of a table of one data set."""
-    scaled = analyze.rescale(analyze.check(table), scale)
+    scaled = score_table.rescale(score_table.check(table), scale)
     dataset = scaled["dataset"].iloc[0]
     return fitting.fit(model, design.grid(scaled, dataset, make_transform("power", scaled["plw"])), scale)
 
@@ -101,11 +102,11 @@ def test_the_published_optimum(study_fits):
     fit = study_fits["AlpacaDataShort"]
     assert round(fit.optimum_plw, 4) == 0.2434
     assert fit.delta_interval[0] < 0.2434 < fit.delta_interval[1]
-    assert "PLW matters here" in analyze.verdict(fit)
+    assert "PLW matters here" in wording.verdict(fit)
     assert study_fits["AlpacaDataCleaned"].optimum_plw is None
-    assert "no interior optimum" in analyze.verdict(study_fits["AlpacaDataCleaned"])
+    assert "no interior optimum" in wording.verdict(study_fits["AlpacaDataCleaned"])
     assert study_fits["AlpacaData"].delta_interval == [0, 1]  # a peak, but anywhere
-    assert "may be chance" in analyze.verdict(study_fits["AlpacaData"])
+    assert "may be chance" in wording.verdict(study_fits["AlpacaData"])
 
 
 def dense(y, x, group, reml):
@@ -133,7 +134,7 @@ def dense(y, x, group, reml):
 @pytest.mark.parametrize("reml", [True, False])
 def test_random_intercept_equals_dense_matrices_on_an_unbalanced_table(reml):
     table = simulate(seed=3, sd_task=0.02, tasks=5, keep=0.6)
-    w = table["plw"].to_numpy() ** analyze.EXPONENT
+    w = table["plw"].to_numpy() ** EXPONENT
     x, y, group = np.column_stack([np.ones_like(w), w, w**2]), table["score"].to_numpy(), pd.factorize(table["task"])[0]
     assert len(set(np.bincount(group))) > 2
     b, covariance, var_group, var_residual, loglik = dense(y, x, group, reml)
@@ -150,7 +151,7 @@ def test_random_intercept_equals_dense_matrices_on_an_unbalanced_table(reml):
 @pytest.mark.parametrize("dataset", REFERENCE.index)
 def test_balanced_variances_have_a_closed_form(study, study_fits, dataset):
     table = study[study["dataset"] == dataset]
-    w = table["plw"] ** analyze.EXPONENT
+    w = table["plw"] ** EXPONENT
     x = np.column_stack([pd.get_dummies(table["task"]).to_numpy(float), w, w**2])
     b, rss, *_ = np.linalg.lstsq(x, table["score"].to_numpy())
     var_residual = rss[0] / (160 - 8 - 2)
@@ -165,9 +166,9 @@ def test_balanced_variances_have_a_closed_form(study, study_fits, dataset):
 def test_missing_scores_are_those_of_the_full_grid():
     table = simulate(tasks=2)
     gone = table.index[[3, 17]]
-    missing = analyze.missing_scores(table.drop(index=gone))
-    assert analyze.missing_scores(table).empty
-    pd.testing.assert_frame_equal(missing, table.loc[gone, analyze.SCORE].reset_index(drop=True), check_dtype=False)
+    missing = score_table.missing_scores(table.drop(index=gone))
+    assert score_table.missing_scores(table).empty
+    pd.testing.assert_frame_equal(missing, table.loc[gone, score_table.SCORE].reset_index(drop=True), check_dtype=False)
 
 
 # ------------------------------------------------------------------------------------------------- by law
@@ -179,7 +180,7 @@ def test_fit_recovers_the_coefficients_it_was_given():
     assert fit.coefficients["w_p^2"] == pytest.approx(-0.08, abs=4 * fit.standard_errors["w_p^2"])
     assert fit.variances["residual"] == pytest.approx(0.001**2, rel=0.2)
     assert fit.vertex_wp == pytest.approx(0.625, abs=4 * fit.vertex_wp_se)
-    assert fit.delta_interval[0] < 0.625 ** (1 / analyze.EXPONENT) < fit.delta_interval[1]
+    assert fit.delta_interval[0] < 0.625 ** (1 / EXPONENT) < fit.delta_interval[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -204,7 +205,7 @@ def test_the_order_of_rows_changes_no_bit(study, analysis):
     shuffled = study.sample(frac=1, random_state=5)
     again = analyze.analyze(shuffled, margin=0.01)
     assert asdict(analysis) == asdict(again)
-    assert analyze.to_json(analysis, study) == analyze.to_json(again, shuffled)
+    assert exports.to_json(analysis, study) == exports.to_json(again, shuffled)
 
 
 def mixed_units(study):
@@ -224,8 +225,8 @@ def test_fraction_scale_undoes_a_mix_of_units(study, study_fits):
 def test_units_do_not_matter_to_minmax_and_zscore(study):
     """Each task is then on a scale of its own, over all data sets; paper.md, section 7, has the two vertices."""
     for scale, ends, plw in (("minmax", (0, 1), 0.211), ("zscore", None, 0.216)):
-        scaled = analyze.rescale(analyze.check(study), scale)
-        other = analyze.rescale(analyze.check(mixed_units(study)), scale)
+        scaled = score_table.rescale(score_table.check(study), scale)
+        other = score_table.rescale(score_table.check(mixed_units(study)), scale)
         assert other["score"].to_numpy() == pytest.approx(scaled["score"].to_numpy(), abs=1e-9)
         per_task = scaled.groupby("task")["score"]
         if ends:
@@ -258,23 +259,23 @@ def test_no_interior_optimum_is_an_answer(b, note, verdict):
     assert fit.optimum_plw is None
     assert fit.delta_interval is None
     assert note in fit.notes[0]
-    assert verdict in analyze.verdict(fit)
+    assert verdict in wording.verdict(fit)
 
 
 def test_a_plw_above_one_widens_the_range():
     table = simulate(b=(0.5, 0.2, -0.08), sd_task=0.05, sd=0.001)
     extended = table.assign(plw=table["plw"] * 8)
-    w = extended["plw"] ** analyze.EXPONENT
+    w = extended["plw"] ** EXPONENT
     extended["score"] = 0.3 + 0.2 * w - 0.08 * w**2 + np.random.default_rng(2).normal(0, 0.001, len(w))
     fit = fit_one(extended)
-    assert fit.optimum_plw == pytest.approx(1.25 ** (1 / analyze.EXPONENT), rel=0.05)
+    assert fit.optimum_plw == pytest.approx(1.25 ** (1 / EXPONENT), rel=0.05)
 
 
 def test_a_singular_fit_is_said_and_is_least_squares():
     table = simulate(sd_task=0.0, sd=0.05)
     table["score"] -= table.groupby("task")["score"].transform("mean") - 0.5
     fit = fit_one(table)
-    w = table["plw"].to_numpy() ** analyze.EXPONENT
+    w = table["plw"].to_numpy() ** EXPONENT
     expected = np.polynomial.polynomial.polyfit(w, table["score"], 2)
     assert fit.is_singular
     assert fit.variances["task intercept"] == 0
@@ -324,7 +325,7 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, lines, message):
     path = tmp_path / "scores.csv"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared whole, below
-        analyze.analyze(analyze.read_scores(path))
+        analyze.analyze(score_table.read_scores(path))
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -332,17 +333,17 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, lines, message):
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none.csv: cannot be read \(No such file"):
-        analyze.read_scores(tmp_path / "none.csv")
+        score_table.read_scores(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"x.csv: there is no folder .*nowhere; give"):
-        analyze.read_scores(tmp_path / "nowhere" / "x.csv")
+        score_table.read_scores(tmp_path / "nowhere" / "x.csv")
     (tmp_path / "scores.csv").touch()
     with pytest.raises(ValueError, match=r"there is no such file; did you mean .*scores.csv\?"):
-        analyze.read_scores(tmp_path / "socres.csv")
+        score_table.read_scores(tmp_path / "socres.csv")
     with pytest.raises(ValueError, match=r"is a folder; give --scores a CSV file, such as scores.csv in it"):
-        analyze.read_scores(tmp_path)
+        score_table.read_scores(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
     with pytest.raises(ValueError, match=r"binary.csv: not a CSV file in UTF-8"):
-        analyze.read_scores(tmp_path / "binary.csv")
+        score_table.read_scores(tmp_path / "binary.csv")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_what_a_file_is_instead_of_a_table_is_said(tmp_path, content, message):
     path = tmp_path / "scores.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared whole, below
-        analyze.read_scores(path)
+        score_table.read_scores(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -412,7 +413,7 @@ def test_a_file_with_a_byte_order_mark_quotes_and_extra_columns_is_read(tmp_path
     path = tmp_path / "scores.csv"
     quoted = [row.replace(",a,", ',"a, and b",') + ",0.1,100,note" for row in GOOD]
     path.write_text("\ufeff" + "\r\n".join([HEADER + ",stderr,n,task_type", *quoted]), newline="")
-    table = analyze.read_scores(path)
+    table = score_table.read_scores(path)
     assert set(table["task"]) == {"a, and b", "b"}
     assert table["n"].tolist() == [100] * 6
     assert list(table.index) == [2, 3, 4, 5, 6, 7]
@@ -429,7 +430,7 @@ def test_analysis_needs_only_a_table():
 
 
 def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
-    told = json.loads(json.dumps(analyze.to_json(analysis, study), allow_nan=False))
+    told = json.loads(json.dumps(exports.to_json(analysis, study), allow_nan=False))
     assert told["schema"] == "plw_mlflow.fit/3"
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
@@ -443,21 +444,26 @@ def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
 def test_a_data_set_with_too_few_plws_is_set_aside_and_named():
     rows = [(dataset, plw) for dataset, plws in {"whole": (0, 0.1, 1), "stray": (0.5,)}.items() for plw in plws]
     table = pd.DataFrame(rows, columns=["dataset", "plw"])
-    kept, thin = analyze.fittable(table)
+    table.attrs = {"left_out": ["a cell without scores"], "notes": ["batch sizes differ"]}
+    kept = score_table.fittable(table)
     assert set(kept["dataset"]) == {"whole"}
-    assert thin == ["stray"]
+    assert score_table.remarks(kept) == [
+        "left out, with fewer than 3 PLWs: stray",
+        "left out: a cell without scores",
+        "note: batch sizes differ",
+    ]
     only_stray = table[table["dataset"] == "stray"]
-    assert analyze.fittable(only_stray)[0] is only_stray  # for `check` to refuse
+    assert score_table.fittable(only_stray) is only_stray  # for `check` to refuse
 
 
 def test_a_score_table_is_not_read_beyond_any_that_is_one(tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
     path.write_text(",".join(map(str, range(1001))) + "\n")
     with pytest.raises(ValueError, match=r"scores.csv: 1001 columns, where a score table has at most 1000; drop some"):
-        analyze.read_scores(path)
+        score_table.read_scores(path)
     path.write_text("\n".join(["a,b", "1,2", "1"]))
     with pytest.raises(ValueError, match=r"scores.csv, row 3: 1 fields, but the header has 2; mend the row"):
-        analyze.read_scores(path)
-    monkeypatch.setattr(statistics_table, "MOST_BYTES", 8)
+        score_table.read_scores(path)
+    monkeypatch.setattr(score_table, "MOST_BYTES", 8)
     with pytest.raises(ValueError, match=r"scores.csv: more than 0 MiB, which no score table needs"):
-        analyze.read_scores(path)
+        score_table.read_scores(path)

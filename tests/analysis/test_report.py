@@ -13,12 +13,14 @@ import pytest
 from scipy import stats
 
 from plw_mlflow import drawing
-from plw_mlflow.analysis import analyze, figures, report
+from plw_mlflow.analysis import analyze, exports, figures, optima, report, residuals, score_table, wording
+from plw_mlflow.analysis.axes import percent
 from plw_mlflow.environment import outputs
-from plw_mlflow.transforms import make_transform
+from plw_mlflow.transforms import EXPONENT, make_transform
 from tests.analysis.test_analyze import STUDY_PLWS, fit_one, simulate
 
 PNG = b"\x89PNG\r\n\x1a\n"
+COMMAND = "python -m entrypoints.analyze --scores FILE.csv --output DIR"
 SVG = "data:image/svg+xml;base64,"
 STUDY = Path(__file__).parents[2] / "paper" / "tables" / "v1_scores.csv"
 
@@ -82,7 +84,7 @@ def study(tmp_path_factory):
     directory = tmp_path_factory.mktemp("study")
     table = two_data_sets()
     analysis = analyze.analyze(table, margin=0.02, draws=200)
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     told = json.loads((directory / "fit.json").read_text())
     return directory, analysis, Page((directory / "report.html").read_text()), told
 
@@ -98,7 +100,7 @@ def hostile(tmp_path_factory):
     table.attrs["left_out"] = ["run 1 (failed): <i>m</i>"]
     directory = tmp_path_factory.mktemp("report") / "new"
     analysis = analyze.analyze(table, draws=50)
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     return directory, analysis, (directory / "report.html").read_text()
 
 
@@ -110,7 +112,7 @@ def undrawn(monkeypatch):
 
 
 def page_of(analysis, table, directory) -> Page:
-    report.write(analysis, table, directory)
+    report.write(analysis, table, directory, COMMAND)
     return Page((directory / "report.html").read_text())
 
 
@@ -164,7 +166,7 @@ def test_every_estimate_of_the_optimum_is_told(study):
         rows = {row[0]: row[1:] for row in table[1:] if len(row) > 1}
         for fit in (fit for fit in analysis.fits if fit.dataset == answer.dataset):
             peak, fieller, delta, inside = rows[fit.model]
-            assert inside == figures.percent(fit.interior_probability)
+            assert inside == percent(fit.interior_probability)
             if fit.optimum_plw is None:
                 assert peak.startswith("none; highest at ")
                 assert delta == "–"
@@ -176,19 +178,19 @@ def test_every_estimate_of_the_optimum_is_told(study):
         for one in answer.bootstraps:
             _, _, interval, inside = rows["tasks and seeds" if one.over == "both" else one.over]
             assert interval == "{:.3g} to {:.3g}".format(*one.interval)
-            assert inside == figures.percent(one.interior)
+            assert inside == percent(one.interior)
         for task in answer.by_task:
             assert rows[task.task][0].endswith(f"{task.best_plw:.3g}")
         for kind, fit in answer.by_type:
-            assert rows[f"{kind} ({fit.model})"][3] == figures.percent(fit.interior_probability)
+            assert rows[f"{kind} ({fit.model})"][3] == percent(fit.interior_probability)
 
 
 def test_every_scale_and_transform_is_told(study):
     _, analysis, page, _ = study
     for number, answer in enumerate(analysis.answers):
         for head, variants, words in (
-            ("scores", answer.scales, report.SCALES),
-            ("PLW", answer.transforms, report.TRANSFORMS),
+            ("scores", answer.scales, wording.SCALE_WORDS),
+            ("PLW", answer.transforms, wording.TRANSFORM_WORDS),
         ):
             table = [one for one in page.tables if one[0][:2] == [head, "joint p"]][number]
             assert [row[0] for row in table[1:]] == [words[one.name] for one in variants]
@@ -229,12 +231,12 @@ def test_what_kind_of_claim_it_is(study, case):
         holm_p=holm_p,
         equivalence=dataclasses.replace(answer.equivalence, p=equal_p),
     )
-    claim = report.claim(answer, 2)
+    claim = wording.claim(answer, 2)
     assert (claim.kind, claim.title) == (kind, title)
     unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_set_is_unbounded=True))
-    assert ("its peak not settled" in report.claim(unsettled, 2).title) == (kind == "effect")
+    assert ("its peak not settled" in wording.claim(unsettled, 2).title) == (kind == "effect")
     flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
-    assert ("no best value inside" in report.claim(flat, 2).title) == (kind == "effect")
+    assert ("no best value inside" in wording.claim(flat, 2).title) == (kind == "effect")
 
 
 def with_few_runs(runs=4, tasks=8, **options):
@@ -249,7 +251,7 @@ def test_too_few_runs_are_said_on_the_card_and_not_in_red(tmp_path, runs, tasks)
     analysis = analyze.analyze(table, margin=0.9, draws=0)
     (answer,) = analysis.answers
     assert answer.lead.joint_p < 0.05
-    assert report.claim(answer, 1).kind == "open"
+    assert wording.claim(answer, 1).kind == "open"
     drawn = report.drawings(analysis, table)
     assert ("no-effect", "") not in drawn
     assert drawing.SURE_RED.encode().lower() not in drawing.svg(drawn["curve", "short"]).lower()
@@ -282,9 +284,9 @@ def test_differences_beyond_the_scale_of_scores_are_told_in_words(tmp_path, stud
 
 def test_one_interval_leads_everywhere():
     """On the card, in the verdict, the shading and fit.json: Fieller's set, which has a gap here."""
-    table = analyze.read_scores(STUDY)
+    table = score_table.read_scores(STUDY)
     analysis = analyze.analyze(table, draws=0)
-    told = analyze.to_json(analysis, table)
+    told = exports.to_json(analysis, table)
     short = next(one for one in analysis.answers if one.dataset == "AlpacaDataShort")
     assert len(short.lead.optimum_set) == 2
     words = "0 to 0.0338 or 0.0802 to 1"
@@ -302,20 +304,20 @@ def test_one_interval_leads_everywhere():
     low, high = short.lead.delta_interval
     assert f"peak, perhaps chance: PLW 0.243 95 %: {words}" in labels
     assert f"by the delta method: {low:.3g} to {high:.3g}" in labels
-    lead, delta = [one for one in report.estimates(short, analysis.fits[:6]) if one.is_lead]
+    lead, delta = [one for one in optima.estimates(short, analysis.fits[:6]) if one.is_lead]
     assert (lead.method, delta.method) == ("Fieller", "delta")
 
 
 def test_unbounded_intervals_are_said_in_words():
     def told(intervals, is_unbounded):
-        return report.interval_text(
-            figures.OptimumEstimate("Model", "lmm", "Fieller", 0.2, 0.2, intervals, is_unbounded, 0.9)
+        return optima.interval_text(
+            optima.OptimumEstimate("Model", "lmm", "Fieller", 0.2, 0.2, intervals, is_unbounded, 0.9)
         )
 
     assert told([[0.1, 0.5]], False) == "0.1 to 0.5"
     assert told([[0.0, 0.03], [0.09, 1.0]], True) == "0 to 0.03 and 0.09 to 1, and on beyond: unbounded"
     assert told([], True) == "unbounded, none of it inside"
-    assert [figures.percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == [
+    assert [percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == [
         "0 %",
         "< 1 %",
         "50 %",
@@ -328,8 +330,8 @@ def test_a_conclusion_that_turns_is_named(study):
     answer = study[1].answers[1]
     other = dataclasses.replace(answer.scales[2], joint_p=1.0 if answer.lead.joint_p < 0.05 else 0.0)
     turned = dataclasses.replace(answer, scales=[*answer.scales[:2], other, *answer.scales[3:]])
-    assert report.SCALES["minmax"] in report.stability(turned)
-    assert "is otherwise under" in report.stability(turned)
+    assert wording.SCALE_WORDS["minmax"] in wording.stability(turned)
+    assert "is otherwise under" in wording.stability(turned)
 
 
 # ------------------------------------------------------------------------------------ whatever there is of it
@@ -367,8 +369,7 @@ def test_other_transforms_and_scales_are_drawn_and_told(tmp_path, transform):
     table = simulate(keep=0.97)
     analysis = analyze.analyze(table, "zscore", transform=transform, draws=0)
     shown = page_of(analysis, table, tmp_path).shown
-    assert f"Curves are parabolas in w_p = {report.TRANSFORMS[transform]}" in shown
-    assert f"--scale zscore --transform {transform} --output DIR" in shown
+    assert f"Curves are parabolas in w_p = {wording.TRANSFORM_WORDS[transform]}" in shown
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -480,11 +481,11 @@ def test_an_error_leaves_nothing_written(tmp_path, monkeypatch, study):
     analysis, table = study[1], two_data_sets()
     monkeypatch.setattr(figures, "draw_curve", fail)
     with pytest.raises(RuntimeError):
-        report.write(analysis, table, tmp_path / "new")
+        report.write(analysis, table, tmp_path / "new", COMMAND)
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; --output takes a directory"):
-        report.write(analysis, table, tmp_path / "file")
+        report.write(analysis, table, tmp_path / "file", COMMAND)
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -504,7 +505,7 @@ def test_centred_scores_hold_what_the_curve_says_of_missing_plws():
     table = table.reset_index(drop=True)
     table = table.drop(index=table.index[(table["task"] == "task0") & (table["plw"] < 0.01)])
     fit = fit_one(table, "ols-task")
-    w = table["plw"].to_numpy() ** analyze.EXPONENT
+    w = table["plw"].to_numpy() ** EXPONENT
     curve = 0.3 * w - 0.2 * w**2
     assert figures.centred(fit, table) == pytest.approx(curve - curve.mean(), abs=1e-5)
 
@@ -525,19 +526,19 @@ def test_the_band_is_the_t_interval_of_a_difference(study):
 def test_residuals_are_what_polynomials_leave():
     table = simulate(tasks=4)
     fit = fit_one(table)
-    left = figures.residuals(fit, table)
+    left = residuals.residuals(fit, table)
     for task, mine in table.groupby("task"):
-        w, y = mine["plw"] ** analyze.EXPONENT, mine["score"]
+        w, y = mine["plw"] ** EXPONENT, mine["score"]
         expected = y - np.polynomial.Polynomial.fit(w, y, 2)(w)
         found = left[left["task"] == task]
         assert sorted(found["residual"]) == pytest.approx(sorted(expected))
         assert found["sd"].iloc[0] == pytest.approx(np.sqrt((expected**2).sum() / (len(mine) - 3)))
-    assert figures.residuals(fit, table[table["plw"].isin([0, 0.1, 1]) & (table["seed"] == 0)]).empty
+    assert residuals.residuals(fit, table[table["plw"].isin([0, 0.1, 1]) & (table["seed"] == 0)]).empty
 
 
 def test_many_points_become_one_picture():
     """Each by itself would make an SVG of megabytes."""
     rows = pd.DataFrame({"task": "a", "fitted": 0.5, "residual": np.linspace(-1, 1, 5000), "sd": 1.0})
-    drawn = drawing.svg(figures.draw_residuals(rows.assign(standardised=rows["residual"])))
+    drawn = drawing.svg(residuals.draw_residuals(rows.assign(standardised=rows["residual"])))
     assert len(drawn) < 500_000
     assert b"data:image/png" in drawn

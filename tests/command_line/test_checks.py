@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plw_mlflow.advice import advise
+from plw_mlflow.advice import exports
 from plw_mlflow.command_line import checks
 from plw_mlflow.config import (
     CONFIGS,
@@ -169,7 +169,7 @@ def test_a_search_of_the_files_finds_every_task_that_the_harness_knows():
 
 
 def test_what_is_written_twice_is_the_same():
-    assert checks.OUTPUTS[AdviseConfig] == advise.FILES
+    assert checks.OUTPUTS[AdviseConfig] == exports.FILES
     assert checks.OUTPUTS.keys() == set(CONFIGS.values())
 
 

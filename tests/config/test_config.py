@@ -262,9 +262,9 @@ def a_librarys(config):
 
 
 def not_finite(config):
-    from plw_mlflow.training import train
+    from plw_mlflow.training import trainer
 
-    train._finite({"train/loss": math.nan}, 7)
+    trainer.check_finite({"train/loss": math.nan}, 7)
 
 
 def interrupted(config):

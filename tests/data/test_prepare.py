@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from plw_mlflow import study
 from plw_mlflow.config import DataOptions, PrepareConfig
-from plw_mlflow.data import formats, prepare, profile, templates
+from plw_mlflow.data import building, formats, prepare, profile, selection, templates
 from plw_mlflow.data.batches import Weights, collate
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.templates import Segment
@@ -47,7 +47,7 @@ def lengths(found):
 def places(records):
     """Where the split places records."""
     keys = np.array([list(record.key()) for record in records], np.uint8)
-    return prepare._fraction(keys[:, :6])
+    return selection._fraction(keys[:, :6])
 
 
 # Cutting.
@@ -225,7 +225,7 @@ def test_what_is_taken_into_a_mixture_does_not_decide_its_split(write, tokenizer
 )
 def test_a_blend_is_of_usable_records_and_cannot_be_larger(keys, share):
     is_second, usable = (np.array([one[which] for one in keys]) for which in (1, 2))
-    taken = prepare.blend(np.array([list(key) for key, *_ in keys], np.uint8), is_second, usable, share)
+    taken = selection.blend(np.array([list(key) for key, *_ in keys], np.uint8), is_second, usable, share)
     assert not (taken & ~usable).any()
     counts = np.array([(taken & ~is_second).sum(), (taken & is_second).sum()])
     whole = np.array([(usable & ~is_second).sum(), (usable & is_second).sum()])
@@ -516,7 +516,7 @@ def test_no_format_is_found_out_by_more_than_one_row_at_once(write, tokenizer, m
 
 
 def test_what_is_said_of_a_record_and_counted_of_its_fields_has_an_end(write, tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "COUNTED_FIELDS", 2)
+    monkeypatch.setattr(building, "COUNTED_FIELDS", 2)
     good = {"instruction": "Add.", "output": "4"}
     rows = [good | {"weight": "x" * 5000}, good | {"a": 1}, good | {"b": 1}, good | {"c": 1, "b": 1}]
     path = write([])
@@ -593,7 +593,7 @@ def test_so_is_another_content_and_another_tokenizer(write, tokenizer, tmp_path)
 
 
 def imported(module):
-    """Where a module of this package imports from: names as in `prepare.CODE`, or a folder for what it itself holds."""
+    """Where a module imports from, named as in `building.CODE`; a folder, for what its own __init__ holds."""
     package = Path(prepare.__file__).parents[1]
     for node in ast.walk(ast.parse((package / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "plw_mlflow":
@@ -614,10 +614,10 @@ def test_the_code_that_matters_is_all_there_is_between_a_file_and_its_tokens():
         "errors",
         "toy",
     }
-    sources = {source for module in prepare.CODE for source in imported(module)}
+    sources = {source for module in building.CODE for source in imported(module)}
     decisive = {source for source in sources if not harmless & {source, source.partition("/")[0]}}
     assert "study" in decisive
-    assert decisive <= set(prepare.CODE)
+    assert decisive <= set(building.CODE)
 
 
 @pytest.mark.parametrize("given", ["cache", None])

@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 
 from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, data_name, digest, spell
-from plw_mlflow.tracking.run import unquoted
+from plw_mlflow.tracking.cells import unquoted
 from tests.stores import Place
 
 ROW = {

@@ -9,7 +9,7 @@ import pytest
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
 from plw_mlflow.evaluation.scores import Evaluation, Score, table
-from plw_mlflow.tracking import connection, outbox, run
+from plw_mlflow.tracking import StoredCheckpoints, connection, outbox, resumption
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.servers import Line, Refusing, Server
 from tests.stores import make_store
@@ -39,7 +39,7 @@ def server(one_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(outbox, "RETRY_SECONDS", (0.01, 0.1))
-    monkeypatch.setattr(run, "CURVE_SECONDS", 0.1)
+    monkeypatch.setattr(resumption, "CURVE_SECONDS", 0.1)
     mlflow.set_tracking_uri(one_server.uri)
     return one_server
 
@@ -64,7 +64,7 @@ def curve(first, last):
 
 def log(run, first, last):
     for step, value in curve(first, last):
-        run.log_step({"train/loss": value, "train/grad_norm": value}, step)
+        run.curves.log_step({"train/loss": value, "train/grad_norm": value}, step)
 
 
 def saved(folder, step):
@@ -86,18 +86,18 @@ def test_points_whose_answer_was_lost_are_there_once(line, folder):
 
 def test_training_goes_on_while_the_server_is_killed_and_started_again(server, folder, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.begin_cell("c", tmp_path, 0)
+        tracking.begin_cell(run, "c", tmp_path, 0)
         log(run, 1, 3)
-        run.store_checkpoint(saved(tmp_path, 3))
+        StoredCheckpoints(run, "c").store(saved(tmp_path, 3))
         server.kill()
         log(run, 4, 6)
-        run.save_unsent()
+        run.curves.save_unsent()
         with pytest.warns(UserWarning, match="step-000006 is not in the store"):
-            run.store_checkpoint(saved(tmp_path, 6))
+            StoredCheckpoints(run, "c").store(saved(tmp_path, 6))
         log(run, 7, 9)
         server.start()
-        run.flush()
-        run.store_checkpoint(saved(tmp_path, 9))
+        run.curves.flush()
+        StoredCheckpoints(run, "c").store(saved(tmp_path, 9))
         listed = mlflow.MlflowClient().list_artifacts(run.id, "checkpoints")
     assert [item.path for item in listed] == ["checkpoints/step-000009"]
     assert rows(folder, run.id) == curve(1, 9)
@@ -109,25 +109,25 @@ def test_training_goes_on_while_the_server_is_killed_and_started_again(server, f
 @pytest.mark.filterwarnings("ignore:the tracking store takes no metrics")
 def test_the_successors_of_runs_killed_while_the_server_is_away_have_the_whole_curve(server, folder, tmp_path):
     first = tracking.Run(mlflow.MlflowClient().create_run("0").info.run_id)
-    first.begin_cell("c", tmp_path, 0)
+    tracking.begin_cell(first, "c", tmp_path, 0)
     log(first, 1, 3)
-    first.flush()
+    first.curves.flush()
     server.kill()
     log(first, 4, 6)
-    first.save_unsent()  # the checkpoint of step 6
+    first.curves.save_unsent()  # the checkpoint of step 6
     log(first, 7, 8)
-    first.save_unsent()  # that of step 8 is not completed
-    first.close(0)  # killed
+    first.curves.save_unsent()  # that of step 8 is not completed
+    first.curves.close(0)  # killed
 
     server.start()
     second = tracking.Run(mlflow.MlflowClient().create_run("0").info.run_id)
-    second._curves._outbox._send = is_away_again
-    second.begin_cell("c", tmp_path, 6)
+    second.curves._outbox._send = is_away_again
+    tracking.begin_cell(second, "c", tmp_path, 6)
     log(second, 7, 7)
-    second.close(0)  # killed before its first checkpoint
+    second.curves.close(0)  # killed before its first checkpoint
 
     with tracking.open_run(TrainConfig(), "cell") as third:
-        third.begin_cell("c", tmp_path, 6)
+        tracking.begin_cell(third, "c", tmp_path, 6)
         log(third, 7, 9)
     assert rows(folder, second.id) == []
     assert rows(folder, third.id) == rows(folder, third.id, "train/grad_norm") == curve(1, 9)
@@ -136,17 +136,17 @@ def test_the_successors_of_runs_killed_while_the_server_is_away_have_the_whole_c
 def test_a_pod_started_again_sends_what_its_predecessor_could_not(server, folder, tmp_path):
     run_id = mlflow.MlflowClient().create_run("0").info.run_id
     first = tracking.Run(run_id)
-    first.begin_cell("c", tmp_path, 0)
+    tracking.begin_cell(first, "c", tmp_path, 0)
     log(first, 1, 3)
-    first.flush()
-    first._curves._outbox.close()
+    first.curves.flush()
+    first.curves._outbox.close()
     log(first, 4, 6)
-    first.save_unsent()
+    first.curves.save_unsent()
 
     second = tracking.Run(run_id)
-    second.begin_cell("c", tmp_path, 6)
+    tracking.begin_cell(second, "c", tmp_path, 6)
     log(second, 7, 7)
-    second.flush()
+    second.curves.flush()
     assert rows(folder, run_id) == curve(1, 7)
 
 
@@ -157,7 +157,7 @@ def is_away_again(points):
 def add_scores(run):
     samples = [{"task": "a", "prediction": "yes"}]
     evaluation = Evaluation([Score("a", "acc", 0.5, 0.1, 5, 0, "1.0", True)], {}, samples)
-    run.log_scores(evaluation, table(evaluation, {"model": "m", "dataset": "d", "plw": 1.0, "seed": 1}))
+    tracking.log_scores(run, evaluation, table(evaluation, {"model": "m", "dataset": "d", "plw": 1.0, "seed": 1}))
 
 
 def test_what_comes_after_the_training_waits_for_the_server(server, folder, tmp_path, monkeypatch, capsys):
@@ -180,7 +180,7 @@ def test_what_comes_after_the_training_waits_for_the_server(server, folder, tmp_
 def test_a_model_is_logged_and_registered_whatever_answers_are_lost(line):
     with tracking.open_run(MainConfig(), "cell") as run:
         line.breaking += ["runs/log-batch", "model-versions/create"]
-        run.log_checkpoint(tiny_llama(), byte_tokenizer(), MainConfig())
+        tracking.log_model(run, tiny_llama(), byte_tokenizer(), MainConfig())
         add_scores(run)
     assert line.breaking == []
     client = mlflow.MlflowClient()
@@ -199,12 +199,12 @@ def test_samples_whose_answer_was_lost_are_there_once(line):
 def test_a_model_that_was_cut_off_is_not_the_runs(line):
     with tracking.open_run(MainConfig(), "cell") as run:
         line.breaking += ["runs/outputs"]  # the run names the model before that is there
-        run.log_checkpoint(tiny_llama(), byte_tokenizer(), MainConfig())
-        expected = run._model_id
+        tracking.log_model(run, tiny_llama(), byte_tokenizer(), MainConfig())
+        expected = run.model_id
         assert len(mlflow.MlflowClient().get_run(run.id).outputs.model_outputs) == 2
-        run.load_checkpoint()
+        tracking.load_model(run)
     assert line.breaking == []
-    assert run._model_id == expected
+    assert run.model_id == expected
 
 
 @pytest.mark.filterwarnings("ignore:the tracking store takes no metrics")
@@ -215,10 +215,10 @@ def test_a_server_that_stays_away_is_given_up_with_one_line(server, monkeypatch)
     server.kill()
     log(run, 1, 2)
     with pytest.raises(ConnectionError, match=r"has not taken 4 metrics of run .* within 0 s \(Connection refused"):
-        run.flush()
+        run.curves.flush()
     with pytest.raises(ConnectionError, match=r"logging the scores: the tracking store .* was away for 0 s \(Conn"):
         add_scores(run)
-    run.close(0)
+    run.curves.close(0)
 
 
 def test_an_error_that_is_not_the_stores_is_not_waited_out(server, monkeypatch):
@@ -239,7 +239,7 @@ def test_no_password_of_an_address_is_shown_or_stored(server, folder, tmp_path, 
     secret = "http://me:geheim123@127.0.0.1:9/v1?token=geheim123"
     config = EvaluateConfig(model=secret)  # a mistake, as which option it is of is not known here
     with tracking.open_run(config, f"evaluate {secret}") as run:
-        run.log_checkpoint(tiny_llama(), byte_tokenizer(), MainConfig())
+        tracking.log_model(run, tiny_llama(), byte_tokenizer(), MainConfig())
         print(run.address())
     with pytest.raises(ConnectionError, match="gives no answer"), tracking.open_run(config, "another"):
         raise ConnectionError(f"{secret} gives no answer")

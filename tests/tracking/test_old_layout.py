@@ -59,7 +59,7 @@ def test_a_regression_predicts_as_it_did(store, before):
 
 def test_a_logged_model_loads_from_its_run_and_by_its_registered_name(store):
     run = tracking.Run(TRAINED)
-    model, _ = run.load_checkpoint()
+    model, _ = tracking.load_model(run)
     (name,) = (one.name for one in mlflow.MlflowClient().search_registered_models() if one.name != "plw-regression")
     registered, _ = tracking.load_registered(f"models:/{name}/1")
     base = pretrained.load("model")
@@ -67,18 +67,18 @@ def test_a_logged_model_loads_from_its_run_and_by_its_registered_name(store):
         assert torch.equal(model.state_dict()[key], registered.state_dict()[key])
         assert not torch.equal(model.state_dict()[key], weight)  # it has been trained
     assert run.cell() == {"model": "model", "dataset": "toy-short", "plw": 0.242, "seed": 1234}
-    assert list(run.scores()["task"]) == ["toy_choice", "toy_short", "toy_long"]
-    assert run.told(store)["template"] == "none"
+    assert list(tracking.read_scores(run)["task"]) == ["toy_choice", "toy_short", "toy_long"]
+    assert run.config(store)["template"] == "none"
 
 
 def test_an_interrupted_training_goes_on_from_its_stored_checkpoint(store, capsys):
     options = {"model": "model", "template": "none", "max_records": 80, "precision": "float32"}
     config = TrainConfig(**options, epochs=2.0, plw=0.5, save_every=2)
-    with tracking.open_run(config, "test") as run, cell.trained(config, run):
-        pass
+    with tracking.open_run(config, "test") as run:
+        cell.lead(config, run)
     assert "went on from the checkpoint of step 5 of 10" in capsys.readouterr().out
     assert mlflow.get_run(run.id).data.tags["plw.cell"] == CELL
     assert mlflow.get_run(run.id).data.tags["plw.resumed_from"] == INTERRUPTED
-    losses = run.curve("train/loss")
+    losses = run.curves.values("train/loss")
     assert list(losses) == list(range(1, 11))
     assert list(losses.values()) == pytest.approx(LOSSES, rel=1e-6)

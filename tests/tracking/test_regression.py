@@ -16,22 +16,22 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze
-from plw_mlflow.tracking import regression
-from plw_mlflow.transforms import EXPONENT
+from plw_mlflow.analysis import analyze, exports, score_table
+from plw_mlflow.tracking import regression_model
+from plw_mlflow.transforms import EXPONENT, TERMS
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def fit_json():
-    table = analyze.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
-    return json.loads(json.dumps(analyze.to_json(analyze.analyze(table, draws=0), table), allow_nan=False))
+    table = score_table.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
+    return json.loads(json.dumps(exports.to_json(analyze.analyze(table, draws=0), table), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
 def model(fit_json):
-    found = regression.Regression()
+    found = regression_model.Regression()
     found.use(fit_json)
     return found
 
@@ -44,7 +44,7 @@ def test_the_mean_curve_is_the_leads(model, fit_json):
     (fit,) = (one for one in fit_json["fits"] if (one["dataset"], one["model"]) == ("AlpacaDataShort", "crossed"))
     found = ask(model, ("AlpacaDataShort", 0.242, None), ("AlpacaData", 0.0, math.nan))
     w = 0.242**EXPONENT
-    b0, b1, b2 = (fit["coefficients"][term] for term in analyze.TERMS)
+    b0, b1, b2 = (fit["coefficients"][term] for term in TERMS)
     assert found["score"][0] == pytest.approx(b0 + b1 * w + b2 * w**2)
     assert found["optimum_plw"][0] == fit["optimum_plw"]
     assert (found["score"] - found["low"]).to_numpy() == pytest.approx((found["high"] - found["score"]).to_numpy())
@@ -65,10 +65,10 @@ def test_a_tasks_curve_is_its_own(model, fit_json):
 
 
 def test_too_few_runs_give_no_interval_and_no_optimum():
-    table = analyze.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
+    table = score_table.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
     kept = table[(table["model"] == "LLaMA1-7B") & table["plw"].isin([0, 0.01, 0.1, 1])]
-    found = regression.Regression()
-    found.use(analyze.to_json(analyze.analyze(kept, draws=0), kept))
+    found = regression_model.Regression()
+    found.use(exports.to_json(analyze.analyze(kept, draws=0), kept))
     told = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
     assert told["score"].notna().all()
     assert told[["low", "high", "optimum_plw"]].isna().all(axis=None)
@@ -90,8 +90,8 @@ def test_what_it_does_not_know_is_an_error(model, row, message):
 def test_it_serves_over_http(fit_json, model, tmp_path):
     (tmp_path / "fit.json").write_text(json.dumps(fit_json))
     register = (
-        "import mlflow, pathlib, sys; from plw_mlflow.tracking import Run\n"
-        "with mlflow.start_run() as run: Run(run.info.run_id).log_regression(pathlib.Path('fit.json'))"
+        "import mlflow, pathlib, sys; from plw_mlflow.tracking import log_regression\n"
+        "with mlflow.start_run(): log_regression(pathlib.Path('fit.json'))"
     )
     environment = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",

@@ -27,9 +27,9 @@ from plw_mlflow.data import prepare
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import Refused
 from plw_mlflow.evaluation.scores import Evaluation, Score, table
-from plw_mlflow.tracking import connection, outbox, stored
+from plw_mlflow.tracking import StoredCheckpoints, connection, outbox, resumption
 from plw_mlflow.tracking import run as run_module
-from plw_mlflow.tracking.run import cell_columns
+from plw_mlflow.tracking.cells import cell_columns
 from plw_mlflow.training import checkpoints
 from plw_mlflow.training.checkpoints import Checkpoint
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -65,7 +65,7 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     options = DataOptions(mix=str(tmp_path / "sums.jsonl"))
     prepared = prepare.run("toy-short", byte_tokenizer(), options)
     with tracking.open_run(PrepareConfig(), "prepare") as run:
-        run.log_data(prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared.sources, prepared.profile)
     found = store.get_run(run.id)
     inputs = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
     assert inputs == {
@@ -87,7 +87,7 @@ def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeyp
     Path(name).write_text(content)
     prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(template=name, max_records=5))
     with tracking.open_run(PrepareConfig(), "prepare") as run:
-        run.log_data(prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared.sources, prepared.profile)
     kept = [item.path for item in store.list_artifacts(run.id, "template")]
     assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
     for path in kept:
@@ -109,7 +109,7 @@ def test_a_failing_run_keeps_the_metrics_held_back(store):
 
 
 def lose(run):
-    run.log_step({"train/loss": 0.5}, 1)
+    run.curves.log_step({"train/loss": 0.5}, 1)
     raise ValueError("bad luck")
 
 
@@ -134,19 +134,19 @@ def test_a_reopened_run_keeps_its_status_when_what_is_added_fails(store):
 def test_metrics_held_back_arrive_once(store):
     with tracking.open_run(TrainConfig(), "cell") as run:
         for step in range(2500):  # more than one request takes
-            run.log_step({"train/loss": float(step)}, step)
+            run.curves.log_step({"train/loss": float(step)}, step)
     assert history(store, run.id, "train/loss") == [(step, float(step)) for step in range(2500)]
 
 
 def test_a_cut_short_run_hands_its_curve_over(store, tmp_path):
     first = tracking.Run(store.create_run("0").info.run_id)  # its process died: nobody ended it
-    first.begin_cell("c", tmp_path, 0)
+    tracking.begin_cell(first, "c", tmp_path, 0)
     for step in range(1, 6):
-        first.log_step({"train/loss": step / 10}, step)
-    first.flush()
+        first.curves.log_step({"train/loss": step / 10}, step)
+    first.curves.flush()
     with tracking.open_run(TrainConfig(), "cell") as second:
-        second.begin_cell("c", tmp_path, 3)  # the last checkpoint was of step 3
-        second.log_step({"train/loss": 0.4}, 4)
+        tracking.begin_cell(second, "c", tmp_path, 3)  # the last checkpoint was of step 3
+        second.curves.log_step({"train/loss": 0.4}, 4)
     assert history(store, second.id, "train/loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert "plw.cell" not in store.get_run(first.id).data.tags
     assert store.get_run(first.id).info.status == "KILLED"
@@ -156,18 +156,18 @@ def test_a_cut_short_run_hands_its_curve_over(store, tmp_path):
 def test_a_run_cut_short_before_its_first_checkpoint_hands_nothing_over(store, tmp_path):
     for _ in range(2):
         with tracking.open_run(TrainConfig(), "cell") as run:
-            run.begin_cell("c", tmp_path, 0)
-            run.log_step({"eval/prompt_loss": 1.0}, 0)
+            tracking.begin_cell(run, "c", tmp_path, 0)
+            run.curves.log_step({"eval/prompt_loss": 1.0}, 0)
     assert history(store, run.id, "eval/prompt_loss") == [(0, 1.0)]
 
 
 def test_a_cut_short_run_that_somebody_deleted_hands_its_curve_over_and_is_left_alone(store, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as first:
-        first.begin_cell("c", tmp_path, 0)
-        first.log_step({"train/loss": 1.0}, 1)
+        tracking.begin_cell(first, "c", tmp_path, 0)
+        first.curves.log_step({"train/loss": 1.0}, 1)
     store.delete_run(first.id)
     with tracking.open_run(TrainConfig(), "cell") as second:
-        second.begin_cell("c", tmp_path, 1)
+        tracking.begin_cell(second, "c", tmp_path, 1)
     assert (tmp_path / "run_id").read_text() == second.id
     assert history(store, second.id, "train/loss") == [(1, 1.0)]
     assert "plw.superseded_by" not in store.get_run(first.id).data.tags
@@ -191,21 +191,21 @@ def test_a_run_that_is_deleted_while_it_trains_is_said_at_once(store, tmp_path, 
         assert part in str(error.value)
     assert "waiting" not in capsys.readouterr().out
     with tracking.open_run(TrainConfig(), "cell") as second:  # the same command again
-        second.begin_cell("c", tmp_path, 2)
+        tracking.begin_cell(second, "c", tmp_path, 2)
     assert history(store, second.id, "train/loss") == [(1, 1.0), (2, 0.5)]
 
 
 def train_deleted(store, folder):
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.begin_cell("c", folder, 0)
-        run.log_step({"train/loss": 1.0}, 1)
-        run.flush()
+        tracking.begin_cell(run, "c", folder, 0)
+        run.curves.log_step({"train/loss": 1.0}, 1)
+        run.curves.flush()
         store.delete_run(run.id)
-        run.log_step({"train/loss": 0.5}, 2)  # goes on
-        run.save_unsent()
+        run.curves.log_step({"train/loss": 0.5}, 2)  # goes on
+        run.curves.save_unsent()
         with pytest.warns(UserWarning, match="step-000002 is not in the store"):
-            run.store_checkpoint(saved(folder, 2))
-        run.flush()
+            StoredCheckpoints(run, "abc").store(saved(folder, 2))
+        run.curves.flush()
 
 
 def test_what_the_store_refuses_after_the_training_is_said_at_once(store, impatient):
@@ -216,7 +216,7 @@ def test_what_the_store_refuses_after_the_training_is_said_at_once(store, impati
 def measure_deleted(store):
     with tracking.open_run(TrainConfig(), "cell") as run:
         store.delete_run(run.id)
-        run.log_measures({"length": 1.0})
+        tracking.log_measures(run, {"length": 1.0})
 
 
 def test_a_name_that_mlflow_refuses_is_one_line(store):
@@ -418,11 +418,11 @@ def test_what_is_longer_than_mlflow_keeps_is_kept_all_the_same(store, tmp_path, 
         found = store.get_run(run_id).data
         assert (found.tags["plw.status"], found.tags["plw.score_comparable"]) == ("scored", "false")
         assert found.metrics["score"] == 0.5
-    assert run._tagged("score_tasks") == ",".join(f"{name}/acc@0" for name in names)
+    assert run.read_tag("score_tasks") == ",".join(f"{name}/acc@0" for name in names)
     assert found.tags["plw.score_caveat"].endswith("in tags/score_caveat.txt)")
-    assert run._tagged("score_caveat").count("0-shot, not 5") == 15
+    assert run.read_tag("score_caveat").count("0-shot, not 5") == 15
     assert found.params["tasks"].startswith("sha256:")
-    assert run.told(tmp_path)["tasks"] == ",".join(names)
+    assert run.config(tmp_path)["tasks"] == ",".join(names)
 
 
 def test_a_long_reason_is_cut_off_visibly(store):
@@ -468,10 +468,10 @@ def weight_in(place):
 def cut_short(store, tmp_path):
     """A run of the cell "abc" whose checkpoint of step 40 is in the store, and whose machine is gone."""
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.begin_cell("abc", tmp_path, 0)
-        run.log_step({"train/loss": 0.5}, 40)
-        run.store_checkpoint(saved(tmp_path / "old", 20))
-        run.store_checkpoint(saved(tmp_path / "old", 40))
+        tracking.begin_cell(run, "abc", tmp_path, 0)
+        run.curves.log_step({"train/loss": 0.5}, 40)
+        StoredCheckpoints(run, "abc").store(saved(tmp_path / "old", 20))
+        StoredCheckpoints(run, "abc").store(saved(tmp_path / "old", 40))
     return run.id
 
 
@@ -484,14 +484,15 @@ def test_the_stores_newest_checkpoint_is_brought_to_another_machine(store, cut_s
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        stored = StoredCheckpoints(run, "abc")
+        stored.fetch(folder, newer_than=0)
         assert weight_in(folder / "step-000040") == 40
-        run.begin_cell("abc", folder, 40)
+        tracking.begin_cell(run, "abc", folder, 40)
         assert artifacts(store, cut_short, "checkpoints")  # kept until there is another
-        run.store_checkpoint(saved(tmp_path / "new", 60))
+        stored.store(saved(tmp_path / "new", 60))
         assert "checkpoints" not in artifacts(store, cut_short)
         assert artifacts(store, run.id, "checkpoints") == ["checkpoints/step-000060"]
-        run.drop_checkpoints()
+        stored.remove()
     assert "checkpoints" not in artifacts(store, run.id)
     tags = store.get_run(cut_short).data.tags | store.get_run(run.id).data.tags
     assert "plw.checkpoint" not in tags
@@ -504,7 +505,7 @@ def test_another_cells_or_an_older_checkpoint_is_left_where_it_is(cut_short, tmp
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.fetch_checkpoint(cell, folder, newer_than=newer_than)
+        StoredCheckpoints(run, cell).fetch(folder, newer_than=newer_than)
     assert not list(folder.iterdir())
 
 
@@ -512,8 +513,8 @@ def test_another_cells_or_an_older_checkpoint_is_left_where_it_is(cut_short, tmp
 def alive(store, cut_short, monkeypatch):
     """The run, as if it had not ended, and little patience with it."""
     store.update_run(cut_short, "RUNNING")
-    monkeypatch.setattr(stored, "SILENT_SECONDS", 2.0)
-    monkeypatch.setattr(stored, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(resumption, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(resumption, "SIGN_SECONDS", 0.1)
     return cut_short
 
 
@@ -521,11 +522,11 @@ def test_a_cell_that_another_machine_is_at_work_on_is_not_taken(store, alive, tm
     folder = tmp_path / "other machine"
     folder.mkdir()
     with (
-        stored.giving_signs_of_life(alive),  # it trains or scores, slowly: no metric arrives
+        resumption.giving_signs_of_life(alive),  # it trains or scores, slowly: no metric arrives
         pytest.raises(ValueError, match=f"another process is training this very cell, as run {alive}"),
         tracking.open_run(TrainConfig(), "cell") as run,
     ):
-        run.fetch_checkpoint("abc", folder, newer_than=99)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=99)
     assert artifacts(store, alive, "checkpoints")
 
 
@@ -533,7 +534,7 @@ def test_a_run_that_stays_silent_is_taken_for_dead(alive, tmp_path):
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=0)
     assert (folder / "step-000040").is_dir()
 
 
@@ -542,11 +543,11 @@ def test_a_run_that_ends_while_one_waits_is_dead(store, alive, tmp_path, monkeyp
         store.set_tag(alive, "plw.alive", "its last sign")
         store.update_run(alive, "KILLED")
 
-    monkeypatch.setattr(stored.time, "sleep", end)
+    monkeypatch.setattr(resumption.time, "sleep", end)
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=0)
     assert (folder / "step-000040").is_dir()
 
 
@@ -555,11 +556,12 @@ def test_a_checkpoint_that_somebody_removed_is_done_without(store, cut_short, tm
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
+        stored = StoredCheckpoints(run, "abc")
         with pytest.warns(UserWarning, match="step-000040 of run .* cannot be used"):
-            run.fetch_checkpoint("abc", folder, newer_than=0)
+            stored.fetch(folder, newer_than=0)
         assert not list(folder.iterdir())
-        run.begin_cell("abc", folder, 0)
-        run.store_checkpoint(saved(tmp_path / "new", 20))
+        tracking.begin_cell(run, "abc", folder, 0)
+        stored.store(saved(tmp_path / "new", 20))
     assert "plw.checkpoint" not in store.get_run(cut_short).data.tags
 
 
@@ -583,7 +585,7 @@ def test_a_stored_checkpoint_that_cannot_be_used_is_left_and_the_one_before_it_t
     newer = tmp_path / "newer"
     newer.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.begin_cell("abc", newer, 0)
+        tracking.begin_cell(run, "abc", newer, 0)
         store.log_artifacts(run.id, str(saved(newer, 60)), "checkpoints/step-000060")
         store.set_tag(run.id, "plw.checkpoint", "abc/step-000060")
     spoil(Path(store.get_run(run.id).info.artifact_uri) / "checkpoints" / "step-000060")
@@ -591,7 +593,7 @@ def test_a_stored_checkpoint_that_cannot_be_used_is_left_and_the_one_before_it_t
     folder.mkdir()
     told = pytest.warns(UserWarning, match="step-000060 of run .* cannot be used .*; going on without it")
     with tracking.open_run(TrainConfig(), "cell") as run, told:
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=0)
     assert sorted(path.name for path in folder.iterdir()) == ["run_id", "step-000040"]
     assert weight_in(folder / "step-000040") == 40
 
@@ -606,31 +608,32 @@ def test_a_tag_that_names_no_checkpoint_is_passed_over(name, store, cut_short, t
     folder.mkdir()
     told = pytest.warns(UserWarning, match=f"run {stranger.id} names .* which is none")
     with tracking.open_run(TrainConfig(), "cell") as run, told:
-        run.fetch_checkpoint("abc", folder, newer_than=0)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=0)
     assert sorted(path.name for path in folder.iterdir()) == ["run_id", "step-000040"]
 
 
 def test_what_cannot_be_removed_stops_nothing(store, cut_short, tmp_path):
     with tracking.open_run(TrainConfig(), "cell") as run:
-        run.fetch_checkpoint("abc", tmp_path, newer_than=40)
-        run.begin_cell("abc", tmp_path, 40)
+        stored = StoredCheckpoints(run, "abc")
+        stored.fetch(tmp_path, newer_than=40)
+        tracking.begin_cell(run, "abc", tmp_path, 40)
         store.delete_run(cut_short)  # MLflow then lets nobody change it
         with pytest.warns(UserWarning, match="cannot be removed"):
-            run.store_checkpoint(saved(tmp_path / "new", 60))
+            stored.store(saved(tmp_path / "new", 60))
     assert store.get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_pod_started_again_goes_on_in_the_run_it_began(store, cut_short, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", cut_short)  # as Kubernetes gives it to the pod's successor
-    monkeypatch.setattr(stored, "SILENT_SECONDS", 1e6)  # there is nobody to wait for
+    monkeypatch.setattr(resumption, "SILENT_SECONDS", 1e6)  # there is nobody to wait for
     folder = tmp_path / "other machine"
     folder.mkdir()
     with tracking.open_run(TrainConfig(), "cell") as run:
         assert run.id == cut_short
-        run.fetch_checkpoint("abc", folder, newer_than=0)
-        run.begin_cell("abc", folder, 40)
+        StoredCheckpoints(run, "abc").fetch(folder, newer_than=0)
+        tracking.begin_cell(run, "abc", folder, 40)
         for step in (40, 41):
-            run.log_step({"train/loss": 0.4}, step)
+            run.curves.log_step({"train/loss": 0.4}, step)
     assert (folder / "step-000040").is_dir()
     assert history(store, cut_short, "train/loss") == [(40, 0.5), (41, 0.4)]  # no step is there twice
 
@@ -662,7 +665,7 @@ def add_scores(run, *scores, whole=None, caveats=None):
         for task, score in scores
     ]
     evaluation = Evaluation(found, {}, samples)
-    run.log_scores(evaluation, table(evaluation, run.cell()), whole)
+    tracking.log_scores(run, evaluation, table(evaluation, run.cell()), whole)
 
 
 def test_score_is_the_mean_over_the_tasks_first_scored(store):
@@ -672,7 +675,11 @@ def test_score_is_the_mean_over_the_tasks_first_scored(store):
     found = store.get_run(run.id).data
     assert found.metrics["score"] == pytest.approx((0.2 + 0.6) / 2)
     assert found.tags["plw.score_tasks"] == "a/acc@0,b/acc@0"
-    assert dict(zip(again.scores()["task"], again.scores()["score"], strict=True)) == {"a": 0.2, "b": 0.6, "c": 1.0}
+    assert dict(zip(tracking.read_scores(again)["task"], tracking.read_scores(again)["score"], strict=True)) == {
+        "a": 0.2,
+        "b": 0.6,
+        "c": 1.0,
+    }
 
 
 def test_a_larger_set_scored_whole_takes_the_place_of_the_first(store):
@@ -733,9 +740,9 @@ def test_samples_are_one_table_that_grows(store, tmp_path):
 def test_a_curve_has_one_value_a_step(store):
     with tracking.open_run(MainConfig(), "cell") as run:
         for step, loss in ((2, 5.0), (1, 3.0), (2, 4.0)):
-            run.log_step({"train/loss": loss}, step)
-            run.flush()
-    assert run.curve("train/loss") == {1: 3.0, 2: 4.0}
+            run.curves.log_step({"train/loss": loss}, step)
+            run.curves.flush()
+    assert run.curves.values("train/loss") == {1: 3.0, 2: 4.0}
 
 
 def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monkeypatch):
@@ -744,14 +751,14 @@ def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monke
     options = TrainConfig(template="mine.json", max_records=5)
     prepared = prepare.run("toy-short", byte_tokenizer(), options)
     with tracking.open_run(options, "cell") as run:
-        run.log_data(prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared.sources, prepared.profile)
     Path("mine.json").unlink()
-    told = run.told(tmp_path)
+    told = run.config(tmp_path)
     assert (told["dataset"], told["max_records"]) == ("toy-short", 5)
     assert "prompt_no_input" in Path(told["template"]).read_text()
-    run.check_data(prepared.sources)
+    tracking.check_data(run, prepared.sources)
     with pytest.raises(ValueError, match="toy-short has the SHA-256 0, but run"):
-        run.check_data([dataclasses.replace(prepared.sources[0], sha256="0")])
+        tracking.check_data(run, [dataclasses.replace(prepared.sources[0], sha256="0")])
 
 
 def test_the_score_table_holds_scored_cells_alone(store):
@@ -861,25 +868,6 @@ def test_what_is_not_there_is_said(call, message):
         call()
 
 
-def test_processes_other_than_the_first_ask_nothing_of_the_store(store, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    mlflow.set_tracking_uri("http://127.0.0.1:9")  # where nobody answers
-    with tracking.open_run(TrainConfig(), "cell") as run:
-        run.begin_cell("c", tmp_path, 0)
-        run.log_step({"train/loss": 0.5}, 1)
-        run.store_checkpoint(saved(tmp_path, 1))
-        run.flush()
-        run.tag(anything="")
-    assert (run.id, run.address()) == ("", "")
-    assert [path.name for path in tmp_path.glob("run_id")] == []
-
-
-def test_a_run_of_the_other_processes_leaves_nothing_of_a_run_as_it_is():
-    asked = {"cell", "check_data", "curve", "load_checkpoint", "scores", "told"}  # of the first alone
-    public = {name for name in vars(tracking.Run) if not name.startswith("_")}
-    assert public - asked <= vars(tracking.NoRun).keys()
-
-
 def test_what_a_preset_made_of_an_unset_parameter_is_told_and_read_back(store, monkeypatch):
     """`mlflow run` has logged the empty value, which stays; nobody is misled by it."""
     begun = store.create_run("0").info.run_id
@@ -928,8 +916,8 @@ def test_registered_models_are_named_by_content(store, monkeypatch, options, fil
     config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
     run = tracking.Run(store.create_run("0").info.run_id)
     run.tag(base_model=options.get("base", "f" * 64))
-    run._sources = [Source(name, name, sha * 64, "", "", False, iter) for name, sha in files.items()]
-    run.log_checkpoint(None, None, config)
+    sources = [Source(name, name, sha * 64, "", "", False, iter) for name, sha in files.items()]
+    tracking.log_model(run, None, None, config, sources)
     assert store.get_run(run.id).data.tags["plw.model_version"] == f"{expected}/1"
 
 
@@ -947,11 +935,11 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
     config = TrainConfig(model="tiny")
     with tracking.open_run(config, "cell") as run:
         prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(max_records=20))
-        run.log_data(prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared.sources, prepared.profile)
         for step, loss in ((0, 14.8), (1, 9.0), (2, 5.4)):
-            run.log_step({"train/loss": loss, "eval/prompt_loss": loss}, step)
-        run.flush()
-        run.log_checkpoint(model, byte_tokenizer(), config, step=2)
+            run.curves.log_step({"train/loss": loss, "eval/prompt_loss": loss}, step)
+        run.curves.flush()
+        tracking.log_model(run, model, byte_tokenizer(), config, prepared.sources, step=2)
         run.tag(cell="c")
         add_scores(run, ("a", 0.25))
     check_page_of_logged_model(store, run.id)
@@ -996,8 +984,8 @@ def registered(store):
     """The folder in the store of a model that is registered as plw-tiny-toy-short, version 1, and its run."""
     config = TrainConfig(model="tiny")
     with tracking.open_run(config, "cell") as run:
-        run.log_checkpoint(tiny_llama(), byte_tokenizer(), config)
-    return Path(store.get_logged_model(run._model_id).artifact_location.removeprefix("file://")), run
+        tracking.log_model(run, tiny_llama(), byte_tokenizer(), config)
+    return Path(store.get_logged_model(run.model_id).artifact_location.removeprefix("file://")), run
 
 
 def _edit_mlmodel(**changes):
@@ -1052,7 +1040,10 @@ def test_a_strangers_logged_model_is_refused_in_one_line(registered, tmp_path, m
     shutil.copytree(folder, tmp_path / "kept")
     for damage, expected in STRANGE:  # one after another, as it takes a second to log a model
         damage(folder)
-        for load in (lambda: tracking.load_registered("models:/plw-tiny-toy-short/1"), run.load_checkpoint):
+        for load in (
+            lambda: tracking.load_registered("models:/plw-tiny-toy-short/1"),
+            lambda: tracking.load_model(run),
+        ):
             with pytest.raises(ValueError, match=expected) as raised:
                 load()
             assert "models:/" in str(raised.value)
@@ -1071,8 +1062,8 @@ def test_a_logged_model_is_read_and_not_written(is_here, registered, monkeypatch
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     if not is_here:
-        monkeypatch.setattr("plw_mlflow.tracking.run.LocalArtifactRepository", type(None))
-    model, tokenizer = run.load_checkpoint()
+        monkeypatch.setattr("plw_mlflow.tracking.logged_models.LocalArtifactRepository", type(None))
+    model, tokenizer = tracking.load_model(run)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert list(scratch.iterdir()) == []
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}

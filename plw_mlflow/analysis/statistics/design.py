@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from plw_mlflow.analysis.statistics.table import RUN
+from plw_mlflow.analysis.score_table import RUN
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import CURVE_TERMS, TERMS, Array, Transform, curve_terms
 

@@ -48,8 +48,8 @@ def satterthwaite(fit: Fitted, contrast: Array) -> float:
     """
     variance = contrast @ fit.covariance @ contrast
     slope = fit.uncertainty.covariance_gradient @ contrast @ contrast
-    spread = slope @ fit.uncertainty.parameter_covariance @ slope
-    return float(2 * variance**2 / spread) if spread > 0 else math.inf
+    variance_of_variance = slope @ fit.uncertainty.parameter_covariance @ slope
+    return float(2 * variance**2 / variance_of_variance) if variance_of_variance > 0 else math.inf
 
 
 def f_test(fit: Fitted, contrasts: Array) -> tuple[float, int, float, float]:

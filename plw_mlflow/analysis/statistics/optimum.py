@@ -85,10 +85,6 @@ class Parabola:
         certain = self.bend**2 > _two_sided(self.freedom(far)) ** 2 * self.covariance[1, 1]
         return pairs, not certain
 
-    def covers(self, w: float) -> bool:
-        """Whether Fieller's set, without the range, holds w."""
-        return self.excess(w) <= 0
-
     def interior_probability(self) -> float:
         """Of a maximum inside the range: rising at its low end and falling at its high one.
 

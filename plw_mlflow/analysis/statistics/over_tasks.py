@@ -209,8 +209,8 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Mean
     coefficients = by_task.mean(-1)
     apart = by_task - coefficients[..., None]
     between, bread = apart @ apart.swapaxes(-1, -2) / (tasks - 1), np.linalg.inv(r.T @ r)
-    spread = _whitened(contrasts @ between @ contrasts.T, contrasts @ bread @ contrasts.T)[..., -1]
-    if np.any(spread <= 1e-24 * np.abs(scores).max((-1, -2)) ** 2):
+    largest = _whitened(contrasts @ between @ contrasts.T, contrasts @ bread @ contrasts.T)[..., -1]
+    if np.any(largest <= 1e-24 * np.abs(scores).max((-1, -2)) ** 2):
         raise UserError("all tasks have the same curve; nothing can be tested over them")
     return MeanCurve(
         coefficients,

@@ -37,26 +37,26 @@ class Plan:
         Left out are numbers of tasks that save no run.
         """
         kept: list[DesignResult] = []
-        for one in self.outcomes:
-            if one.found.value >= POWER and all(one.design.tasks < other.design.tasks for other in kept):
-                kept.append(one)
+        for result in self.outcomes:
+            if result.found.value >= POWER and all(result.design.tasks < other.design.tasks for other in kept):
+                kept.append(result)
         return tuple(kept)
 
     @property
     def nearest(self) -> DesignResult:
         """The design that knows the optimum best."""
-        return min(self.outcomes, key=lambda one: (one.median_width.value, one.median_error.value))
+        return min(self.outcomes, key=lambda result: (result.median_width.value, result.median_error.value))
 
     def frame(self) -> pd.DataFrame:
         """A row per design."""
         figures = ("power", "interior", "found", "coverage", "median_width", "median_error")
         rows = []
-        for one in (*([self.as_run] if self.as_run else []), *self.outcomes):
-            row = {"dataset": self.dataset, "is_as_run": one is self.as_run, "runs": one.design.runs}
-            row |= {"tasks": one.design.tasks, "seeds": one.design.seeds, "models": one.design.models}
-            row |= {"plws": " ".join(f"{plw:g}" for plw in one.design.plws), "wanted_width": self.width}
+        for result in (*([self.as_run] if self.as_run else []), *self.outcomes):
+            row = {"dataset": self.dataset, "is_as_run": result is self.as_run, "runs": result.design.runs}
+            row |= {"tasks": result.design.tasks, "seeds": result.design.seeds, "models": result.design.models}
+            row |= {"plws": " ".join(f"{plw:g}" for plw in result.design.plws), "wanted_width": self.width}
             for name in figures:
-                row |= {name: getattr(one, name).value, f"{name}_se": getattr(one, name).error}
+                row |= {name: getattr(result, name).value, f"{name}_se": getattr(result, name).error}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -71,19 +71,26 @@ class Plan:
         if self.as_run:
             few = ", with too few runs to tell" * (self.as_run.design.free < MIN_FREE)
             lines.append(f"{self._line(self.as_run)}  <- as it was run{few}")
-        lines += [self._line(one) for one in self.enough or (self.nearest,)]
-        tasks, runs = (max(getattr(one.design, name) for one in self.outcomes) for name in ("tasks", "runs"))
+        lines += [self._line(result) for result in self.enough or (self.nearest,)]
+        tasks, runs = (max(getattr(result.design, name) for result in self.outcomes) for name in ("tasks", "runs"))
         compared = f"Of {len(self.outcomes)} designs of up to {tasks} tasks and {runs} runs"
         if self.enough:
             lines.append(f"  {compared}, those that find it {least}: fewest runs first, then fewer tasks at more runs.")
         else:
             lines[-1] += "  <- the nearest"
             lines.append(f"  {compared}, none finds it {least}.")
-        if self.enough and self.as_run and not any(one.design.tasks <= self.as_run.design.tasks for one in self.enough):
+        if (
+            self.enough
+            and self.as_run
+            and not any(result.design.tasks <= self.as_run.design.tasks for result in self.enough)
+        ):
             tasks = self.as_run.design.tasks
-            most = max((one for one in self.outcomes if one.design.tasks == tasks), key=lambda one: one.found.value)
+            most = max(
+                (result for result in self.outcomes if result.design.tasks == tasks),
+                key=lambda result: result.found.value,
+            )
             lines.append(f"  With its {tasks} tasks none does: {most.found.value:.0%} at best. More tasks are needed.")
-        shown = sorted({one.design.plws for one in self.enough} - {PUBLISHED_PLWS}, key=len)
+        shown = sorted({result.design.plws for result in self.enough} - {PUBLISHED_PLWS}, key=len)
         if lists := [f"{len(plws)} are {', '.join(f'{plw:g}' for plw in plws)}" for plws in shown if len(plws) <= 8]:
             lines.append(f"  PLWs on w_p are equally spaced there: {'; '.join(lists)}.")
         lines.append(
@@ -92,13 +99,13 @@ class Plan:
         )
         return "\n".join(lines)
 
-    def _line(self, one: DesignResult) -> str:
-        design = one.design
-        kind = "published" if design.plws == PUBLISHED_PLWS else "as tried" if one is self.as_run else "on w_p"
-        figures = "".join(f"{estimate.value:8.3f}" for estimate in (one.power, one.found, one.coverage))
+    def _line(self, result: DesignResult) -> str:
+        design = result.design
+        kind = "published" if design.plws == PUBLISHED_PLWS else "as tried" if result is self.as_run else "on w_p"
+        figures = "".join(f"{estimate.value:8.3f}" for estimate in (result.power, result.found, result.coverage))
         return (
             f"  {design.tasks:5}  {design.seeds:5}  {f'{len(design.plws)} {kind}':15}  {design.runs:4}{figures}"
-            f"    {one.median_width.value:.3f}  {one.median_error.value:.3f}"
+            f"    {result.median_width.value:.3f}  {result.median_error.value:.3f}"
         )
 
 

@@ -20,7 +20,7 @@ class RandomIntercept:
     coefficients: Array  # [P]
     covariance: Array  # [P, P], of the coefficients
     var_group: float  # 0 when the fit is singular
-    var_residual: float  # of a score of weight 1
+    var_residual: float
     loglik: float  # restricted if fitted by REML
     reml: bool
     n: int
@@ -33,32 +33,26 @@ class RandomIntercept:
         return self.var_group == 0
 
 
-def group_means(columns: Array, group: NDArray[np.intp], weights: Array | None = None) -> Array:
-    """The (weighted) mean of each column within each group: [groups, columns]."""
-    weights = np.ones(len(group)) if weights is None else weights
-    sums = np.column_stack([np.bincount(group, weights * column) for column in columns.T])
-    return sums / np.bincount(group, weights)[:, None]
+def group_means(columns: Array, group: NDArray[np.intp]) -> Array:
+    """The mean of each column within each group: [groups, columns]."""
+    sums = np.column_stack([np.bincount(group, column) for column in columns.T])
+    return sums / np.bincount(group)[:, None]
 
 
-def fit(
-    y: Array, x: Array, group: NDArray[np.intp], reml: bool = True, weights: Array | None = None
-) -> RandomIntercept:
+def fit(y: Array, x: Array, group: NDArray[np.intp], reml: bool = True) -> RandomIntercept:
     """Fit y ~ X + (1 | group) by REML or ML, groups of any sizes; the first column of X must be the intercept.
 
     y: [n]; x: [n, P] of full rank; group: [n] numbers from 0 without a gap.
-    weights: [n] residual variances are var_residual / weight; scaled here to mean 1.
 
     With variance ratio r = var_group / var_residual, the covariance of a group of size m is var_residual (I + r 11'),
     whose inverse leaves deviations from the group's mean alone and divides the mean by 1 + r m. So least squares
-    needs the deviations once (reduced to a triangle) and one weighted row per group for each r tried. With weights,
-    means are weighted and m is the group's sum of them.
+    needs the deviations once (reduced to a triangle) and one weighted row per group for each r tried.
     """
     offset = y.mean()  # the intercept takes it back; smaller numbers lose fewer digits
     both = np.column_stack([x, y - offset])
     n, p = x.shape
-    weights = np.ones(n) if weights is None else weights / weights.mean()
-    size, means = np.bincount(group, weights), group_means(both, group, weights)
-    within = np.linalg.qr(np.sqrt(weights)[:, None] * (both - means[group])).R
+    size, means = np.bincount(group), group_means(both, group)
+    within = np.linalg.qr(both - means[group]).R
     divisor = n - p if reml else n
 
     def triangle(ratio: float) -> tuple[Array, float]:
@@ -68,7 +62,7 @@ def fit(
         deviance = divisor * (1 + math.log(2 * math.pi * r[p, p] ** 2 / divisor)) + np.log1p(ratio * size).sum()
         if reml:
             deviance += 2 * np.log(np.abs(np.diag(r)[:p])).sum()
-        return r, float(deviance - np.log(weights).sum())
+        return r, float(deviance)
 
     # A coarse look first: the likelihood of unbalanced groups can have two peaks.
     grid = np.linspace(-18, 30, 49)

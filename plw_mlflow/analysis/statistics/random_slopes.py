@@ -72,8 +72,8 @@ class _Table:
     @cached_property
     def constant(self) -> float:
         """What the deviance (ML) owes to the number of scores and their weights."""
-        known = self.weights[self.weights > 0]
-        return float(len(known) * math.log(2 * math.pi) - np.log(known).sum())
+        weights = self.weights[self.weights > 0]
+        return float(len(weights) * math.log(2 * math.pi) - np.log(weights).sum())
 
     @cached_property
     def lower(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -104,9 +104,7 @@ class _Solution:
     shrink: Array  # [R], part of a run's mean that the run's own effect does not take up
     rows: Array  # [R, TQ], precision times z
     gram: Array  # [TQ, TQ], Z'A Z with A the inverse covariance without the tasks' curves
-    cross: Array  # [P, TQ], X'A Z
     inner_inverse: Array  # [TQ, TQ], inverse of I + (I x L)' gram (I x L)
-    sphere: Array  # [T, Q], tasks' curves before `factor`
     coefficients: Array  # [P]
     whiten: Array  # [P, P], lower: inverse Cholesky factor of X'V^-1 X
     left: Array  # [1 + P, R, T], V^-1 times the residual and times the whitened fixed design, over `precision`
@@ -174,9 +172,7 @@ def _solve(table: _Table, parameters: Array) -> _Solution:
         shrink=shrink,
         rows=rows,
         gram=gram,
-        cross=cross,
         inner_inverse=inner_half.T @ inner_half,
-        sphere=sphere[0].reshape(tasks, q),
         coefficients=coefficients,
         whiten=whiten,
         left=left,
@@ -266,31 +262,6 @@ class RandomSlopes:
         inverse = np.divide(1, values, where=values > FLAT, out=np.zeros(size))
         root = unit[:, None] * vectors
         return Uncertainty(2 * (root * inverse) @ root.T, _covariance_gradient(_solve(self.table, self.search)))
-
-    @cached_property
-    def task_curves(self) -> tuple[Array, Array]:
-        """Each task's curve, coefficients of the first Q columns plus its best prediction: [T, Q], and [T, Q, Q].
-
-        The second is the covariance of the prediction's error with variances taken as known (Henderson's equations).
-        Raises UserError if the first Q fixed columns are not the random ones: a curve is then not their sum.
-        """
-        q = len(self.cov_task)
-        table, s = self.table, _solve(self.table, self.search)
-        x, z = (design @ np.linalg.inv(basis) for design, basis in ((table.x, table.x_basis), (table.z, table.z_basis)))
-        if x.shape[1] < q or not np.allclose(x[:, :q], z, rtol=0, atol=1e-8 * np.abs(z).max()):
-            raise UserError(
-                f"a task's curve needs the {q} random columns as the first fixed ones; fit them, or ask another fit"
-            )
-        tasks = table.scores.shape[1]
-        root = table.z_basis @ s.factor
-        curves = self.coefficients[:q] + s.sphere @ root.T
-        # Error of the spherical effects: what the scores leave open, and what the coefficients' own error brings in.
-        pull = _times(s.cross, s.factor, tasks) @ s.inner_inverse
-        pull = (s.whiten @ pull).reshape(-1, tasks, q).transpose(1, 0, 2) @ root.T  # [T, P, Q]
-        fixed = (s.whiten @ table.x_basis.T)[:, :q]  # [P, Q]
-        error = fixed - pull
-        inner = np.einsum("tatb->tab", s.inner_inverse.reshape(tasks, q, tasks, q))
-        return curves, root @ inner @ root.T + error.transpose(0, 2, 1) @ error
 
 
 def _covariance_gradient(s: _Solution) -> Array:
@@ -483,9 +454,9 @@ def fit(
         alike[:entries] *= 0.1
         tied[entries : entries + run_effect] = math.exp(table.start[entries + run_effect :].mean() / 2)
         starts = [table.start, alike, *([tied] if run_effect else [])]
-    found = min((_search(table, guess, reml) for guess in starts), key=lambda found: found.deviance)
+    minimum = min((_search(table, guess, reml) for guess in starts), key=lambda minimum: minimum.deviance)
 
-    solution = _solve(table, found.parameters)
+    solution = _solve(table, minimum.parameters)
     factor = table.z_basis @ solution.factor
     root = solution.whiten @ table.x_basis.T
     var_run = solution.sd_run**2
@@ -503,15 +474,15 @@ def fit(
         cov_task=factor @ factor.T,
         var_run=var_run,
         var_residual=np.broadcast_to(solution.var_residual, scores.shape[1]).copy(),
-        loglik=-(found.deviance - basis - p * math.log(2 * math.pi) * reml) / 2,
+        loglik=-(minimum.deviance - basis - p * math.log(2 * math.pi) * reml) / 2,
         reml=reml,
         n=int(table.is_scored.sum()),
-        parameters=p + len(found.parameters),
+        parameters=p + len(minimum.parameters),
         at_zero=tuple(part for part, is_so in is_zero.items() if is_so),
-        converged=bool(found.decrement < DECREMENT),
-        evaluations=found.evaluations,
+        converged=bool(minimum.decrement < DECREMENT),
+        evaluations=minimum.evaluations,
         table=table,
-        search=found.parameters,
+        search=minimum.parameters,
     )
 
 

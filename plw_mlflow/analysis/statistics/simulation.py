@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from plw_mlflow.analysis.score_table import RUN
 from plw_mlflow.analysis.statistics import fitting, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
 from plw_mlflow.analysis.statistics.over_tasks import MeanCurve
-from plw_mlflow.analysis.statistics.table import RUN
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 from plw_mlflow.transforms import Array, Transform
@@ -206,42 +206,42 @@ def draw(truth: Truth, design: Design, draws: int, seed: int) -> MeanCurve:
     triangle[:, 1, 1] = np.sqrt(random.chisquare(tasks - 2, draws))
     triangle[:, 1, 0] = random.standard_normal(draws)
     half = np.linalg.cholesky(of_task) @ triangle
-    spread = half @ half.swapaxes(1, 2) / (tasks - 1)
+    between = half @ half.swapaxes(1, 2) / (tasks - 1)
     of_runs = (luck + noise / tasks) * random.chisquare(free, draws) / free
     of_noise = noise * random.chisquare(free * (tasks - 1), draws) / (free * (tasks - 1))
-    return MeanCurve(curves, spread, bread, of_runs, of_noise, tasks, free, np.eye(2), runs_differ=True)
+    return MeanCurve(curves, between, bread, of_runs, of_noise, tasks, free, np.eye(2), runs_differ=True)
 
 
-def fit_tables(seen: MeanCurve, transform: Transform) -> TableFits:
+def fit_tables(tables: MeanCurve, transform: Transform) -> TableFits:
     """The lead model's joint test and optimum of N tables."""
     low, high = transform.ends
-    slope, bend = seen.coefficients.T
+    slope, bend = tables.coefficients.T
     vertex = -slope / (2 * bend)
     has_optimum = (bend < 0) & (low < vertex) & (vertex < high)
-    bend_reach = _quantile(seen.degrees_of_freedom(BEND)) * np.sqrt(seen.covariance[:, 1, 1])
+    bend_reach = _quantile(tables.degrees_of_freedom(BEND)) * np.sqrt(tables.covariance[:, 1, 1])
     is_located = has_optimum & (np.abs(bend) > bend_reach)
-    interval = np.column_stack([_border(seen, vertex, end) for end in (low, high)])
+    interval = np.column_stack([_border(tables, vertex, end) for end in (low, high)])
     interval = np.where(is_located[:, None], interval, [low, high])
-    return TableFits(seen.joint_test()[3], maximisers(slope, bend, low, high), has_optimum, interval, is_located)
+    return TableFits(tables.joint_test()[3], maximisers(slope, bend, low, high), has_optimum, interval, is_located)
 
 
-def _border(seen: MeanCurve, vertex: Array, end: float) -> Array:
+def _border(tables: MeanCurve, vertex: Array, end: float) -> Array:
     """Where Fieller's set ends between the vertex and an end of the range, [N], by bisection; means nothing outside."""
     inside, outside = vertex, np.full_like(vertex, end)
     for step in range(1 + HALVINGS):
         tried = (inside + outside) / 2 if step else outside
         contrast = np.stack([np.ones_like(tried), 2 * tried], axis=-1)
-        variance = np.einsum("ni,nij,nj->n", contrast, seen.covariance, contrast)
-        slope = np.einsum("ni,ni->n", contrast, seen.coefficients)
-        may_be_0 = slope**2 <= _quantile(seen.degrees_of_freedom(contrast)) ** 2 * variance
+        variance = np.einsum("ni,nij,nj->n", contrast, tables.covariance, contrast)
+        slope = np.einsum("ni,ni->n", contrast, tables.coefficients)
+        may_be_0 = slope**2 <= _quantile(tables.degrees_of_freedom(contrast)) ** 2 * variance
         inside, outside = np.where(may_be_0, tried, inside), np.where(may_be_0, outside, tried)
     return inside
 
 
 def _quantile(freedom: Array) -> Array:
     """Of t, for a two-sided test; interpolated: exact ones (`MeanCurve.t_test`) make a plan take 1.8 times as long."""
-    known, values = _quantiles()
-    return np.exp(np.interp(np.log(freedom), known, values))
+    log_freedoms, values = _quantiles()
+    return np.exp(np.interp(np.log(freedom), log_freedoms, values))
 
 
 @cache
@@ -278,19 +278,19 @@ def simulate(truth: Truth, design: Design, width: float, draws: int = 10_000, se
     not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval beside the optimum has not
     found it: those do not count as found.
     """
-    seen = draw(truth, design, draws, seed)
-    found = fit_tables(seen, truth.transform)
-    ends = truth.transform.back(found.interval)
+    tables = draw(truth, design, draws, seed)
+    fits = fit_tables(tables, truth.transform)
+    ends = truth.transform.back(fits.interval)
     widths = ends[:, 1] - ends[:, 0]
-    holds = seen.t_test(np.array([1, 2 * truth.best]))[3] >= LEVEL  # whether the slope there may be 0
+    holds = tables.t_test(np.array([1, 2 * truth.best]))[3] >= LEVEL  # whether the slope there may be 0
     return DesignResult(
         design,
-        _share(found.joint_p < LEVEL),
-        _share(found.has_optimum),
-        _share(found.is_located & holds & (widths <= width) & truth.has_optimum),
+        _share(fits.joint_p < LEVEL),
+        _share(fits.has_optimum),
+        _share(fits.is_located & holds & (widths <= width) & truth.has_optimum),
         _share(holds),
         _median(widths),
-        _median(np.abs(truth.transform.back(found.best) - truth.best_plw)),
+        _median(np.abs(truth.transform.back(fits.best) - truth.best_plw)),
     )
 
 

@@ -30,7 +30,7 @@ class TaskCurve:
 
 def fit_task_curves(grid: Grid, types: dict[str, str] | None = None) -> list[TaskCurve]:
     """The curves of the tasks that have runs enough; p-values and intervals are each task's own, not corrected."""
-    found = []
+    curves = []
     for column, task in enumerate(grid.tasks):
         scored = ~np.isnan(grid.scores[:, column])
         x = grid.x[scored]
@@ -57,7 +57,7 @@ def fit_task_curves(grid: Grid, types: dict[str, str] | None = None) -> list[Tas
             interval = grid.transform.back(np.clip(reach, low, high)).tolist()
         tried = grid.transform([grid.runs["plw"][scored].min(), grid.runs["plw"][scored].max()])
         best = float(grid.transform.back(maximisers(b[1:2], b[2:3], *tried)[0])) if optimum is None else optimum
-        found.append(
+        curves.append(
             TaskCurve(
                 task,
                 (types or {}).get(task),
@@ -71,4 +71,4 @@ def fit_task_curves(grid: Grid, types: dict[str, str] | None = None) -> list[Tas
                 parabola.interior_probability(),
             )
         )
-    return found
+    return curves

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import integrate, optimize, special, stats
 
-from plw_mlflow.analysis.analyze import EXPONENT
 from plw_mlflow.analysis.statistics import beta
+from plw_mlflow.transforms import EXPONENT
 
 ROOT = Path(__file__).resolve().parents[3]
 R = ROOT / "tests/fixtures/r"

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis import analyze, exports, score_table, wording
+from plw_mlflow.analysis.score_table import task_types, widest_difference
 from plw_mlflow.analysis.statistics import (
     bootstrap,
     design,
@@ -24,7 +25,6 @@ from plw_mlflow.analysis.statistics import (
     task_curves,
 )
 from plw_mlflow.analysis.statistics.optimum import Parabola, maximisers
-from plw_mlflow.analysis.statistics.table import task_types, widest_difference
 from plw_mlflow.transforms import EXPONENT, make_transform
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "r"
@@ -42,12 +42,12 @@ def grid_of(table, dataset, **options):
 
 @cache
 def r_grid(number, dataset="short"):
-    return grid_of(analyze.read_scores(FIXTURES / f"table{number:02d}.csv"), dataset)
+    return grid_of(score_table.read_scores(FIXTURES / f"table{number:02d}.csv"), dataset)
 
 
 @cache
 def study_grid(dataset="AlpacaDataShort", **options):
-    return grid_of(analyze.read_scores(STUDY), dataset, **options)
+    return grid_of(score_table.read_scores(STUDY), dataset, **options)
 
 
 def r_answers(number, dataset, model):
@@ -110,7 +110,7 @@ def test_the_beta_row_of_the_reference():
 
 def test_difference_between_data_sets_equals_r():
     told = r_answers(7, "all", "lmm-by-dataset")
-    grid = grid_of(analyze.read_scores(FIXTURES / "table07.csv"), "all", by="dataset")
+    grid = grid_of(score_table.read_scores(FIXTURES / "table07.csv"), "all", by="dataset")
     found = differences.compare_curves(grid, "dataset")
     over, ratio = found.tests
     assert ratio.statistic == pytest.approx(told["ml.lrt.chisq"], rel=1e-5)
@@ -147,7 +147,7 @@ def test_fieller_is_the_closed_form():
     (pair,), is_unbounded = found.fieller_set()
     assert not is_unbounded
     assert pair == pytest.approx(sorted(roots.real))
-    assert all(found.covers(w) == (min(roots) <= w <= max(roots)) for w in np.linspace(-1, 2, 61))
+    assert all((found.excess(w) <= 0) == (min(roots) <= w <= max(roots)) for w in np.linspace(-1, 2, 61))
 
 
 def test_a_bend_that_may_be_none_leaves_the_set_without_end():
@@ -219,7 +219,7 @@ def test_equivalence_counts_luck():
 
 def test_what_does_not_vary_between_tasks_is_no_evidence():
     """Data sets of equal scores, and tasks of equal curves."""
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
     both = pd.concat([table, table.assign(dataset="again")], ignore_index=True)
     (found,) = analyze.analyze(both, draws=0).differences
     assert [test.test for test in found.tests] == ["likelihood ratio, lmm"]
@@ -236,12 +236,12 @@ def test_what_does_not_vary_between_tasks_is_no_evidence():
 
 
 def test_bootstraps_resample_what_they_say():
-    table = pd.concat([analyze.read_scores(STUDY).assign(seed=seed) for seed in (1, 2)])
+    table = pd.concat([score_table.read_scores(STUDY).assign(seed=seed) for seed in (1, 2)])
     draw = np.random.default_rng(0)
     table["score"] += draw.normal(0, 0.003, len(table))
     table = table.reset_index(drop=True)
     table.attrs = {}
-    grid = grid_of(analyze.check(table), "AlpacaDataShort")
+    grid = grid_of(score_table.check(table), "AlpacaDataShort")
     found = {over: bootstrap.bootstrap_optimum(grid, over, 500) for over in analyze.BOOTSTRAPS}
     assert found["tasks"] == bootstrap.bootstrap_optimum(grid, "tasks", 500)
     width = {over: np.diff(np.array(one.interval) ** EXPONENT)[0] for over, one in found.items()}
@@ -273,7 +273,7 @@ def test_holm_by_hand():
 
 
 def test_incomplete_runs_are_left_out_and_counted():
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
     gone = table.drop(index=table.index[[0, 25, 26]])
     fit = fitting.fit("crossed", grid_of(gone, "AlpacaDataShort"))
     left = table.merge(
@@ -287,7 +287,7 @@ def test_incomplete_runs_are_left_out_and_counted():
 
 
 def test_few_tasks_are_a_reason_not_an_error():
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
     two = table[table["task"].isin(["piqa", "arc_challenge"])]
     analysis = analyze.analyze(two, draws=0)
     assert analysis.answers[0].lead.model == "lmm"
@@ -300,7 +300,7 @@ def test_few_tasks_are_a_reason_not_an_error():
 
 
 def test_scores_of_0_and_1_refuse_the_beta_model_alone():
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
     table.loc[table.index[3], "score"] = 1.0
     analysis = analyze.analyze(table, draws=0)
     assert [fit.model for fit in analysis.fits] == [name for name in fitting.FITS if name != "beta"]
@@ -309,7 +309,7 @@ def test_scores_of_0_and_1_refuse_the_beta_model_alone():
 
 
 def test_weights_are_those_of_the_table():
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").copy()
     table["n"] = np.where(table["plw"] == 0.1, 10, 1000)
     weighted, plain = grid_of(table, "AlpacaDataShort"), grid_of(table.drop(columns="n"), "AlpacaDataShort")
     assert np.unique(weighted.weights).tolist() == [10, 1000]
@@ -321,7 +321,7 @@ def test_weights_are_those_of_the_table():
 
 
 def test_an_unknown_column_to_compare_is_an_error():
-    table = analyze.read_scores(STUDY)
+    table = score_table.read_scores(STUDY)
     with pytest.raises(ValueError, match=r"no column learning_rate to compare by; it has model, dataset"):
         analyze.analyze(table, by=("learning_rate",), draws=0)
     with pytest.raises(ValueError, match="task_type tells no runs apart"):
@@ -332,7 +332,7 @@ def test_curves_by_model_are_compared(monkeypatch):
     """Without luck, by Hotelling's test of the differences between two models' curves, task by task."""
     monkeypatch.setattr(over_tasks, "COUNTED", 0.0)
     monkeypatch.setattr(over_tasks, "DEDUCTED", 0.0)
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
     (found,) = analyze.analyze(table, by=("model",), draws=0).differences
     assert (found.by, found.levels, found.notes) == ("model", ["LLaMA1-7B", "LLaMA2-7B"], [])
     w = np.array(PLWS) ** EXPONENT
@@ -376,7 +376,7 @@ def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
 
 
 def test_data_sets_with_incomplete_runs_are_compared():
-    table = analyze.read_scores(STUDY)
+    table = score_table.read_scores(STUDY)
     table = table.drop(index=[table.index[5], table.index[300]])
     grid = design.grid(table, "all", make_transform("power", table["plw"]), by="dataset")
     found = differences.compare_curves(grid, "dataset")
@@ -386,7 +386,7 @@ def test_data_sets_with_incomplete_runs_are_compared():
 
 def test_another_column_tells_runs_apart_and_is_compared():
     """Two learning rates, at which PLW acts oppositely, half as much at one: no rows are taken for the same."""
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
     other = table.assign(
         learning_rate="high", score=(table.groupby("task")["score"].transform("mean") * 3 - table["score"]) / 2
     )
@@ -429,7 +429,7 @@ def test_the_parametric_bootstrap_of_slopes_draws_from_its_null():
     f, ratio = fitting.fit("lmm-slopes", grid).joint_tests
     assert found.statistic == pytest.approx(ratio.statistic, rel=1e-4)
     assert ratio.p < found.p < 0.5  # chi^2 takes too much for an effect
-    analysis = analyze.analyze(analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'"), draws=0, refits=5)
+    analysis = analyze.analyze(score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'"), draws=0, refits=5)
     tests = {fit.model: [test.test for test in fit.joint_tests] for fit in analysis.fits}
     assert tests["lmm-slopes"] == [f.test, ratio.test, found.test.replace("60", "5")]
     assert found.test not in tests["crossed"]
@@ -478,7 +478,7 @@ def test_a_fit_that_did_not_converge_does_not_lead(monkeypatch):
 
     real = fitting.fit
     monkeypatch.setattr(fitting, "fit", fit)
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
     lead = analyze.analyze(table, draws=0).answers[0].lead
     assert lead.model == "lmm"
     assert lead.notes[0].startswith(
@@ -506,7 +506,7 @@ def test_too_few_runs_make_no_headline(runs, tasks, is_told):
     (answer,) = analysis.answers
     assert answer.lead.joint_p < 0.05
     assert answer.shows_effect == is_told
-    told = analyze.to_json(analysis, table)
+    told = exports.to_json(analysis, table)
     verdicts = [answer.verdict, told["answers"][0]["verdict"], *(fit["verdict"] for fit in told["fits"])]
     words = f"Too few runs to tell whether PLW matters: there are {runs}, and it takes at least 7."
     if is_told:
@@ -515,7 +515,7 @@ def test_too_few_runs_make_no_headline(runs, tasks, is_told):
     else:
         assert all(verdict.startswith(words) for verdict in verdicts)
         assert not any("matters here" in verdict or "within" in verdict for verdict in verdicts)
-        assert f"d ({answer.lead.model}): {words}" in analyze.table_text(analysis)
+        assert f"d ({answer.lead.model}): {words}" in wording.table_text(analysis)
 
 
 def test_models_cost_runs_before_a_verdict():
@@ -529,7 +529,7 @@ def test_too_few_runs_show_no_difference_either():
     analysis = analyze.analyze(table, draws=0)
     assert analysis.differences[0].tests[0].p < 0.05
     assert analysis.differences[0].has_too_few_runs
-    assert "Does the curve differ by dataset? Too few runs to tell." in analyze.table_text(analysis)
+    assert "Does the curve differ by dataset? Too few runs to tell." in wording.table_text(analysis)
     many = pd.concat([of_runs(6, 13), of_runs(6, 13, "e", rise=-0.05, seed=1)], ignore_index=True)
     assert not analyze.analyze(many, draws=0).differences[0].has_too_few_runs
 
@@ -546,12 +546,12 @@ def test_a_difference_wider_than_the_scale_is_no_number():
 
 
 def test_how_far_two_scores_can_lie_apart():
-    table = analyze.check(of_runs(4, 8))
+    table = score_table.check(of_runs(4, 8))
     percent = table.assign(score=100 * table["score"])
     assert widest_difference(table, "none") == 1
     assert widest_difference(percent, "none") == 100
-    assert widest_difference(analyze.rescale(percent, "minmax"), "minmax") == 1
-    assert widest_difference(analyze.rescale(percent, "zscore"), "zscore") is None
+    assert widest_difference(score_table.rescale(percent, "minmax"), "minmax") == 1
+    assert widest_difference(score_table.rescale(percent, "zscore"), "zscore") is None
     assert widest_difference(table.assign(score=-table["score"]), "none") is None
     with pytest.raises(ValueError, match=r"margin is 1, but no two scores can differ by more than 1; give a margin"):
         analyze.analyze(table, margin=1)
@@ -560,8 +560,8 @@ def test_how_far_two_scores_can_lie_apart():
 
 def test_the_verdict_of_a_fit_is_that_of_the_answer_it_leads():
     """Corrected for the other data sets, as the answer is, by every model."""
-    table = analyze.read_scores(STUDY)
-    told = analyze.to_json(analyze.analyze(table, margin=0.01, draws=0), table)
+    table = score_table.read_scores(STUDY)
+    told = exports.to_json(analyze.analyze(table, margin=0.01, draws=0), table)
     fits = {(fit["dataset"], fit["model"]): fit for fit in told["fits"]}
     for answer in told["answers"]:
         lead = fits[answer["dataset"], answer["lead"]]
@@ -573,7 +573,7 @@ def test_the_verdict_of_a_fit_is_that_of_the_answer_it_leads():
 
 
 def test_types_of_tasks_are_one_each_and_blanks_are_none():
-    table = analyze.read_scores(STUDY)
+    table = score_table.read_scores(STUDY)
     types = task_types(table)
     blank = table.assign(task_type=table["task_type"].where(table["task"] != "piqa", " "))
     assert task_types(blank) == {task: kind for task, kind in types.items() if task != "piqa"}
@@ -583,7 +583,7 @@ def test_types_of_tasks_are_one_each_and_blanks_are_none():
 
 
 def test_no_run_on_every_task_is_a_reason():
-    table = analyze.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'").reset_index(drop=True)
     runs = table.groupby(["model", "plw"], sort=False).ngroup()
     tasks = table.groupby("task").ngroup()
     analysis = analyze.analyze(table[tasks != runs % 8])
@@ -606,7 +606,7 @@ def test_too_little_for_a_joint_test_is_said_and_leaves_no_nan():
         (found,) = analysis.differences
         notes += found.notes
         ps += [test.p for test in found.tests]
-        json.dumps(analyze.to_json(analysis, table), allow_nan=False)
+        json.dumps(exports.to_json(analysis, table), allow_nan=False)
     assert any("too few to test 4 coefficients together" in note for note in notes)
     assert np.isfinite(ps).all()
 
@@ -639,7 +639,7 @@ def test_a_set_narrower_than_the_grid_is_found():
 
 def test_a_verdict_counts_the_data_sets_looked_at():
     fit = fitting.fit("lmm", study_grid())
-    assert analyze.verdict(fit, None, fit.joint_p).startswith("PLW matters here (p = 4.2e-06)")
-    hint = analyze.verdict(fit, None, 0.07)
+    assert wording.verdict(fit, None, fit.joint_p).startswith("PLW matters here (p = 4.2e-06)")
+    hint = wording.verdict(fit, None, 0.07)
     assert hint.startswith("PLW may matter here (p = 4.2e-06 by itself, 0.07 corrected for the other data sets)")
     assert "may be chance" in hint

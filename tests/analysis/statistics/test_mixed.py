@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis import score_table
 from plw_mlflow.analysis.statistics import inference, random_intercept, random_slopes
+from plw_mlflow.transforms import EXPONENT
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "r"
 ANSWERS = pd.read_csv(FIXTURES / "answers.csv")
@@ -24,7 +25,7 @@ def r_table(number, dataset):
     """Scores [R, T], fixed design [R, 4], random design [R, 3] and task names of one of R's tables."""
     table = pd.read_csv(FIXTURES / f"table{number:02d}.csv").query("dataset == @dataset")
     wide = table.pivot(index=["model", "plw", "seed"], columns="task", values="score")
-    w = wide.index.get_level_values("plw").to_numpy(float) ** analyze.EXPONENT
+    w = wide.index.get_level_values("plw").to_numpy(float) ** EXPONENT
     z = np.column_stack([np.ones_like(w), w, w**2])
     is_second = wide.index.get_level_values("model") == "base-2"
     return wide.to_numpy(), np.column_stack([z, is_second]), z, list(wide.columns)
@@ -47,7 +48,7 @@ def fit_table(number, dataset, model, reml, columns=(0, 1, 2, 3)):
 def simulate(seed=0, runs=20, tasks=5, missing=0.0, spread=(0.2, 0.03, 0.02), sd_run=0.01, sd=0.01):
     """Scores [R, T] with NaN where missing, fixed design [R, 4] and random design [R, 3]; residual SDs differ."""
     random = np.random.default_rng(seed)
-    w = np.resize(PLWS, runs) ** analyze.EXPONENT
+    w = np.resize(PLWS, runs) ** EXPONENT
     z = np.column_stack([np.ones(runs), w, w**2])
     x = np.column_stack([z, np.arange(runs) // len(PLWS) % 2])
     curves = np.array([0.5, 0.1, -0.08]) + random.normal(size=(tasks, 3)) * spread
@@ -164,10 +165,10 @@ def test_residual_variances_by_task_equal_glmmtmb(number, dataset, reml):
 def test_p_values_of_the_study_equal_lme4():
     tables = Path(__file__).parents[3] / "paper" / "tables"
     reference = pd.read_csv(tables / "reference_fits_R.csv").query("software.str.startswith('lme4')")
-    study = analyze.read_scores(tables / "v1_scores.csv")
+    study = score_table.read_scores(tables / "v1_scores.csv")
     for row in reference.itertuples():
         part = study[study["dataset"] == row.dataset]
-        w = part["plw"].to_numpy() ** analyze.EXPONENT
+        w = part["plw"].to_numpy() ** EXPONENT
         x = np.column_stack([np.ones_like(w), w, w**2])
         fit = random_intercept.fit(part["score"].to_numpy(), x, pd.factorize(part["task"])[0])
         t = fit.coefficients / np.sqrt(np.diag(fit.covariance))
@@ -258,33 +259,16 @@ def test_degrees_of_freedom_do_not_depend_on_how_variances_are_searched():
         assert inference.satterthwaite(fit, contrast) == pytest.approx(expected, rel=2e-3)
 
 
-def test_curves_by_task_and_their_errors_equal_dense_matrices():
-    scores, x, z = simulate(seed=5, missing=0.2)
-    fit = random_slopes.fit(scores, x, z)
-    y, x, v, run, task = dense(scores, x, z, np.ones_like(scores), fit.cov_task, fit.var_run, fit.var_residual)
-    inverse = np.linalg.inv(v)
-    to_coefficients = fit.covariance @ x.T @ inverse
-    curves, errors = fit.task_curves
-    for number in range(scores.shape[1]):
-        shared = fit.cov_task @ (z[run] * (task == number)[:, None]).T  # covariance of the task's effects with scores
-        to_curve = to_coefficients[:3] + shared @ inverse @ (np.eye(len(y)) - x @ to_coefficients)
-        np.testing.assert_allclose(curves[number], to_curve @ y, rtol=1e-7)
-        # the predictor is unbiased, so its error is of what is random alone
-        error = to_curve @ v @ to_curve.T - to_curve @ shared.T - shared @ to_curve.T + fit.cov_task
-        np.testing.assert_allclose(errors[number], error, rtol=1e-5, atol=1e-10)
-
-
 @pytest.mark.parametrize("reml", [True, False])
-def test_a_weighted_random_intercept_equals_dense_matrices(reml):
+def test_a_random_intercept_equals_dense_matrices(reml):
     scores, x, z = simulate(seed=6, missing=0.2)
     run, task = np.nonzero(~np.isnan(scores))
-    weights = np.random.default_rng(1).uniform(0.5, 2, len(run))
-    fit = random_intercept.fit(scores[run, task], x[run], task, reml, weights)
-    cells = np.full(scores.shape, np.nan)
-    cells[run, task] = weights / weights.mean()
+    fit = random_intercept.fit(scores[run, task], x[run], task, reml)
 
     def at(var_group, var_residual):
-        return dense_loglik(*dense(scores, x, z, cells, np.diag([var_group, 0, 0]), 0, var_residual)[:3], reml)
+        return dense_loglik(
+            *dense(scores, x, z, np.ones_like(scores), np.diag([var_group, 0, 0]), 0, var_residual)[:3], reml
+        )
 
     loglik, coefficients, covariance = at(fit.var_group, fit.var_residual)
     assert fit.loglik == pytest.approx(loglik, abs=1e-8)
@@ -312,10 +296,9 @@ def test_scores_in_percent_give_the_same_fit_in_percent():
 @pytest.mark.parametrize("reml", [True, False])
 def test_curves_that_are_levels_alone_are_random_intercepts(reml):
     scores, x, z = simulate(missing=0.2)
-    weights = np.random.default_rng(1).uniform(0.5, 2, scores.shape)
     run, task = np.nonzero(~np.isnan(scores))
-    expected = random_intercept.fit(scores[run, task], x[run], task, reml, weights[run, task])
-    fit = random_slopes.fit(scores, x, z[:, :1], weights=weights, by_task=False, run_effect=False, reml=reml)
+    expected = random_intercept.fit(scores[run, task], x[run], task, reml)
+    fit = random_slopes.fit(scores, x, z[:, :1], by_task=False, run_effect=False, reml=reml)
     assert fit.loglik == pytest.approx(expected.loglik, abs=1e-8)
     assert fit.parameters == expected.parameters
     np.testing.assert_allclose(fit.coefficients, expected.coefficients, rtol=1e-6)
@@ -335,7 +318,6 @@ def test_a_shifted_curve_is_the_same_curve():
     assert shifted.loglik == pytest.approx(fit.loglik, abs=1e-7)
     np.testing.assert_allclose(turn @ shifted.coefficients[:3], fit.coefficients[:3], rtol=1e-6)
     np.testing.assert_allclose(turn @ shifted.cov_task @ turn.T, fit.cov_task, rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(shifted.task_curves[0] @ turn.T, fit.task_curves[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("by_task", [True, False])
@@ -475,9 +457,6 @@ def test_comparisons_that_mean_nothing_are_refused():
         inference.aic_bic(fit)
     with pytest.raises(ValueError, match="not independent"):
         inference.f_test(fit, np.array([[0, 1, 0, 0], [0, 2, 0, 0]]))
-    flat = random_slopes.fit(scores, x[:, [0, 3]], z)
-    with pytest.raises(ValueError, match="random columns"):
-        _ = flat.task_curves
 
 
 # -------------------------------------------------------------------------------------------- bad input

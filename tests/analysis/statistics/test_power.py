@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze, planning
+from plw_mlflow.analysis import analyze, planning, score_table
 from plw_mlflow.analysis.statistics import fitting, next_plws, over_tasks, power, simulation
 from plw_mlflow.analysis.statistics.power import Design, Truth
 from plw_mlflow.study import PUBLISHED_PLWS
@@ -33,7 +33,7 @@ TRUTH = Truth(
 @pytest.fixture(scope="module")
 def study():
     """The study's data sets as the models take them."""
-    return {grid.dataset: grid for grid in analyze.grids(analyze.read_scores(STUDY))}
+    return {grid.dataset: grid for grid in analyze.grids(score_table.read_scores(STUDY))}
 
 
 def scores_of(truth, design, tables, seed=1):

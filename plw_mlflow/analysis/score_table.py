@@ -94,11 +94,11 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _unreadable(path: Path, error: OSError) -> str:
     """Why a score file cannot be read, and what may have been meant."""
     if path.is_dir():
-        tables = sorted(one.name for one in path.glob("*.csv"))[:3]
+        tables = sorted(file.name for file in path.glob("*.csv"))[:3]
         within = f", such as {' or '.join(tables)} in it" if tables else "; there is none in it"
         return f"{path}: is a folder; give --scores a CSV file{within}"
     if not path.exists() and path.parent.is_dir():
-        names = [one.name for one in path.parent.iterdir() if one.is_file()]
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
         if alike := difflib.get_close_matches(path.name, names, 1):
             return f"{path}: there is no such file; did you mean {path.parent / alike[0]}?"
     if not path.parent.is_dir():
@@ -180,19 +180,29 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
     return typed
 
 
-def fittable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The data sets of a table that have PLWs enough for a curve, and the names of the others.
+def fittable(table: pd.DataFrame) -> pd.DataFrame:
+    """The data sets of a table that have PLWs enough for a curve; the others' names are kept for `remarks`.
 
     For tables gathered from many runs, where one stray cell must not spoil the rest. If none has enough, all are
     kept, for `check` to say so.
     """
     plws = table.groupby("dataset")["plw"].nunique()
-    thin = sorted(plws.index[plws < MIN_PLWS])
-    if len(thin) == len(plws):
-        return table, []
-    kept = table[~table["dataset"].isin(thin)]
-    kept.attrs = table.attrs
-    return kept, thin
+    too_few = sorted(plws.index[plws < MIN_PLWS])
+    if len(too_few) == len(plws):
+        return table
+    kept = table[~table["dataset"].isin(too_few)]
+    kept.attrs = {**table.attrs, "too_few_plws": too_few}
+    return kept
+
+
+def remarks(table: pd.DataFrame) -> list[str]:
+    """What a person must know of how a table was gathered, a line each: what was left out, and what else differs."""
+    lines = []
+    if too_few := table.attrs.get("too_few_plws"):
+        lines.append(f"left out, with fewer than {MIN_PLWS} PLWs: {', '.join(too_few)}")
+    lines += [f"left out: {cell}" for cell in table.attrs.get("left_out", [])]
+    lines += [f"note: {note}" for note in table.attrs.get("notes", [])]
+    return lines
 
 
 def rescale(table: pd.DataFrame, scale: str) -> pd.DataFrame:

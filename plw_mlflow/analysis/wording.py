@@ -1,0 +1,245 @@
+"""An analysis in words: the verdicts, what kind of claim each is, and the table that the terminal shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from plw_mlflow.analysis.answers import Analysis, Answer
+from plw_mlflow.analysis.statistics.equivalence import Equivalence
+from plw_mlflow.analysis.statistics.fitting import Fit, JointTest
+from plw_mlflow.analysis.statistics.optimum import LEVEL
+from plw_mlflow.transforms import EXPONENT, TERMS, make_transform
+
+
+def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = None) -> str:
+    """The answer of a fit in one sentence or two; holm_p: its p where several data sets are looked at."""
+    if fit.has_too_few_runs:
+        return (
+            f"Too few runs to tell whether PLW matters: there are {fit.runs}, and it takes at least {fit.fewest_runs}. "
+            "So few show an effect where there is none far more often than in 1 of 20 cases, so neither p-values nor "
+            "intervals can be relied on."
+        )
+    p = fit.joint_p if holm_p is None else holm_p
+    matters = p < LEVEL
+    if matters or fit.joint_p >= LEVEL:
+        finding = f"{'PLW matters here' if matters else 'No significant effect of PLW'} (p = {fit.joint_p:.2g})"
+    else:
+        finding = f"PLW may matter here (p = {fit.joint_p:.2g} by itself, {p:.2g} corrected for the other data sets)"
+    equivalence = ""
+    if equal is not None and equal.p is not None:
+        start = " All differences" if equal.p < LEVEL else " Not all differences"
+        equivalence = f"{start} between the PLWs tried are shown to be within {equal.margin:g} (p = {equal.p:.2g})."
+    if fit.optimum_plw is not None:
+        unsure = "; where is not settled" if fit.optimum_set_is_unbounded and matters else ""
+        place = f"PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)}{unsure})"
+        peak = f": scores peak at {place}." if matters else f"; the peak at {place} may be chance."
+        return finding + peak + equivalence
+    end = f"the curve is highest at PLW {highest_end(fit):.3g}, an end of the range tried"
+    return finding + (f": no interior optimum; {end}." if matters else ", and no interior optimum.") + equivalence
+
+
+def interval(fit: Fit) -> str:
+    """The 95 % interval of the optimum in words: Fieller's, whose coverage holds also where the bend is uncertain."""
+    return set_in_words(fit.optimum_set, fit.plws)
+
+
+def set_in_words(optimum_set: list[list[float]] | None, plws: list[float]) -> str:
+    """The intervals of a fit's optimum in words; plws: those tried, which say how far the range goes."""
+    if not optimum_set:
+        return "none of the range"
+    whole = [min(0.0, plws[0]), max(1.0, plws[-1])]
+    if len(optimum_set) == 1 and np.allclose(optimum_set[0], whole, rtol=1e-9, atol=1e-12):
+        return "all of the range"
+    return " or ".join(f"{low:.3g} to {high:.3g}" for low, high in optimum_set)
+
+
+def highest_end(fit: Fit) -> float:
+    """The end of the PLWs tried at which the curve is higher."""
+    ends = make_transform(fit.transform, fit.plws)([fit.plws[0], fit.plws[-1]])
+    heights = [fit.coefficients["w_p"] * w + fit.coefficients["w_p^2"] * w**2 for w in ends]
+    return fit.plws[0] if heights[0] > heights[1] else fit.plws[-1]
+
+
+def table_text(analysis: Analysis) -> str:
+    """The analysis as the terminal shows it: a line per fit, then each answer in words."""
+    fits = analysis.fits
+    width = max(8, *(len(fit.dataset) for fit in fits))
+    terms = "  ".join(f"{f'{term} (SE)':19}  {'p':7}" for term in TERMS[1:])
+    lines = [f"{'data set':{width}}  {'model':10}    n  tasks   {terms}  joint p  optimum PLW"]
+    for fit in fits:
+        terms = "  ".join(
+            f"{f'{fit.coefficients[term]:+.4g} ({fit.standard_errors[term]:.2g})':19}  {fit.p_values[term]:<7.2g}"
+            for term in TERMS[1:]
+        )
+        optimum = "no interior optimum" if fit.optimum_plw is None else f"{fit.optimum_plw:.4f}"
+        lines.append(
+            f"{fit.dataset:{width}}  {fit.model:10} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
+        )
+    for answer in analysis.answers:
+        lines += ["", f"{answer.dataset} ({answer.lead.model}): {answer.verdict}"]
+        lines += [f"  {note}" for note in answer.lead.notes]
+        if answer.holm_p != answer.lead.joint_p and not answer.lead.has_too_few_runs:
+            lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
+    for difference in analysis.differences:
+        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
+        conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
+        lines += ["", f"Does the curve differ by {difference.by}? {conclusion}."]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for refusal in analysis.refusals:
+        refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
+    lines += [f"not done: {what} of {', '.join(datasets)}: {reason}" for (what, reason), datasets in refused.items()]
+    return "\n".join(lines)
+
+
+SCALE_WORDS = {
+    "none": "as they are",
+    "fraction": "0..100 divided by 100",
+    "minmax": "each task 0 to 1",
+    "zscore": "each task mean 0, SD 1",
+}
+TRANSFORM_WORDS = {
+    "power": f"PLW^{EXPONENT}",
+    "logit": "logit of PLW",
+    "rank": "rank of PLW",
+    "none": "PLW itself",
+}
+# What each statistical model is, and what it can be trusted for.
+FIT_WORDS = {
+    "crossed": (
+        "A curve per task by least squares; the mean curve is tested with the tasks as the sample. What a run's luck "
+        "adds to all its tasks is counted where residuals show it, and deducted in part where they show less than "
+        "none.",
+        "For tasks like these, however they differ. Needs four tasks and runs scored on every task; with few tasks it "
+        "finds only clear effects.",
+    ),
+    "task-t": (
+        "The same without the runs' luck: t and Hotelling's T² over tasks.",
+        "Exact where runs differ by no more than noise; elsewhere its p-values are mostly too small.",
+    ),
+    "lmm-slopes": (
+        "score ~ w_p + w_p² + model + (w_p + w_p² | task) + (1 | run), a residual variance per task, by REML.",
+        "For tasks like these; takes incomplete runs and the scores' own standard errors. With few tasks its "
+        "likelihood-ratio p is too small; the F test is nearer.",
+    ),
+    "lmm": (
+        "score ~ w_p + w_p² + (1 | task), by REML: the first version of the study.",
+        "Takes PLW as moving every task alike and scores as independent. Where either fails, p-values are too small "
+        "and intervals too narrow.",
+    ),
+    "beta": (
+        "As lmm, for scores of a beta distribution, on the logit, by Laplace: the study's fourth version.",
+        "As lmm, and for scores within 0..1 only. Coefficients are of the logit, not of the score.",
+    ),
+    "ols-task": (
+        "A fixed level per task, least squares: the study's draft.",
+        "As lmm, and for these very tasks only.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What kind of claim an answer is."""
+
+    kind: str  # effect, none (shown to be as good as none), or open, which too few runs are always
+    title: str
+    meaning: str
+
+
+def claim(answer: Answer, looks: int) -> Claim:
+    """What an answer claims, when `looks` data sets were looked at."""
+    lead, equal = answer.lead, answer.equivalence
+    if lead.has_too_few_runs:
+        return Claim(
+            "open",
+            "Too few runs to tell",
+            "So few runs do not show how much a run's own luck moves its scores, and luck then looks like an effect.",
+        )
+    is_small = equal is not None and equal.p is not None and equal.p < LEVEL
+    if answer.holm_p < LEVEL:
+        within = ", smaller than the margin" if is_small else ""
+        if lead.optimum_plw is None:
+            return Claim(
+                "effect",
+                f"An effect{within}, no best value inside",
+                "The scores change along PLW, but have no peak inside the range: look at its ends.",
+            )
+        if lead.optimum_set_is_unbounded:
+            return Claim(
+                "effect",
+                f"An effect{within}, its peak not settled",
+                "The scores change along PLW and the curve peaks inside the range. But it might as well not bend, and "
+                "be highest elsewhere.",
+            )
+        return Claim(
+            "effect",
+            f"An effect{within}, and a peak",
+            "The scores change along PLW and the curve peaks inside the range. The interval says how well the peak is "
+            "located.",
+        )
+    if is_small and equal is not None:
+        return Claim(
+            "none",
+            "As good as no effect",
+            f"This is shown, not just a lack of evidence: every difference between PLWs tried is smaller than the "
+            f"margin of {equal.margin:g}.",
+        )
+    if lead.joint_p < LEVEL:
+        return Claim(
+            "open",
+            "A hint, not a finding",
+            f"Significant by itself, but not when corrected for looking at {looks} data sets.",
+        )
+    limit = ""
+    if equal is not None:
+        reach = "the whole range" if equal.smallest_margin is None else f"{equal.smallest_margin:.2g}"
+        limit = f" Differences of up to {reach} between PLWs are not ruled out."
+    return Claim(
+        "open", "Open", f"The scores show no effect, and do not show that there is none: a large p is not proof.{limit}"
+    )
+
+
+def name_test(test: JointTest) -> str:
+    """A joint test by name, with its statistic."""
+    name = test.test.replace("^2", "²")
+    if test.df2 is None:
+        return f"{name}: χ²({test.df1:g}) = {test.statistic:.3g}"
+    statistic = f"F({test.df1:g}, {test.df2:.3g}) = {test.statistic:.3g}"
+    return statistic if name == "F" else f"{name}: {statistic}"
+
+
+def remarks(fit: Fit) -> str:
+    """What must be known of a fit before its numbers are used, in a few words."""
+    holds_by_words = {
+        "too few runs": fit.has_too_few_runs,
+        "did not converge": not fit.converged,
+        "singular": fit.is_singular,
+        "coefficients of the logit": fit.model == "beta",
+        f"{fit.runs} runs, {fit.tasks} tasks": any(note.startswith("Left out") for note in fit.notes),
+    }
+    return ", ".join(words for words, holds in holds_by_words.items() if holds)
+
+
+def stability(answer: Answer) -> str:
+    """How the conclusion fares under other scales and transforms."""
+    if answer.lead.has_too_few_runs:
+        return "With too few runs to tell, no scale or transform can be relied on."
+    is_significant = answer.lead.joint_p < LEVEL
+    named = [(SCALE_WORDS[variant.name], variant) for variant in answer.scales] + [
+        (TRANSFORM_WORDS[variant.name], variant) for variant in answer.transforms
+    ]
+    tried = [(name, variant) for name, variant in named if variant.joint_p is not None]
+    differing = [name for name, variant in tried if ((variant.joint_p or 0) < LEVEL) != is_significant]
+    text = f"p by {answer.lead.model}, of this data set alone, is {'' if is_significant else 'not '}below {LEVEL}"
+    if differing:
+        text += f"; it is otherwise under {len(differing)} of {len(tried)}: {', '.join(differing)}."
+    else:
+        text += " under every scale and transform that could be fitted."
+    peaks = [variant.optimum_plw for _, variant in tried if variant.optimum_plw is not None]
+    if peaks and len(peaks) == len(tried) and min(peaks) < max(peaks):
+        text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."
+    elif peaks and len(peaks) < len(tried):
+        text += f" A peak inside the range is found under {len(peaks)} of {len(tried)}."
+    return text

@@ -1,0 +1,192 @@
+"""Score table: the scores of a sweep's or an experiment's cells, as the analysis takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlflow
+import pandas as pd
+
+from plw_mlflow.analysis.score_table import COLUMNS
+from plw_mlflow.errors import UserError, first_line
+from plw_mlflow.tracking import comparable
+from plw_mlflow.tracking.cells import CELL_FIELDS, cell_columns, parameters
+from plw_mlflow.tracking.comparable import Cell
+from plw_mlflow.tracking.connection import address, check_reachable, get_run
+
+MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
+
+
+def score_table(
+    *, sweep: str | None = None, experiment: str | None = None, also: tuple[str, ...] = (), where: str | None = None
+) -> pd.DataFrame:
+    """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
+
+    also: parameters of runs that become columns, and tell cells apart. where: a search filter of MLflow, which runs
+    have to pass. With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of
+    cells that have no scores, or are not finished, `attrs["notes"]` what else differs between the cells.
+
+    Raises UserError where there is no scored cell, and where the cells are not comparable (`comparable.py`).
+    """
+    return ScoredCells(sweep=sweep, experiment=experiment, also=also, where=where).table()
+
+
+def generation_ratios(experiment: str, where: str | None = None) -> dict[str, float]:
+    """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
+    ratios: dict[str, float] = {}
+    for cell in ScoredCells(experiment=experiment, where=where).newest:
+        name = cell.columns["dataset"]
+        if name in ratios:
+            continue
+        try:
+            ratio = mlflow.artifacts.load_dict(f"{cell.run.info.artifact_uri}/profile.json")["generation_ratio"]
+        except mlflow.MlflowException:  # the run has no profile; the caller may know the ratio from elsewhere
+            continue
+        if ratio is not None:
+            ratios[name] = ratio
+    return ratios
+
+
+class ScoredCells:
+    """The scored cells of a sweep or an experiment."""
+
+    def __init__(
+        self,
+        *,
+        sweep: str | None = None,
+        experiment: str | None = None,
+        also: tuple[str, ...] = (),
+        where: str | None = None,
+    ) -> None:
+        """Raises UserError where there is no scored cell, and where one model or data set had two contents."""
+        check_reachable()
+        self._also, self._where = also, where
+        if sweep is not None:
+            experiment_id = str(get_run(sweep).info.experiment_id)
+            filters, self._place, has_to_be_finished = (
+                [f"tags.`mlflow.parentRunId` = '{sweep}'"],
+                f"sweep {sweep}",
+                False,
+            )
+        else:
+            experiment_id = _experiment_id(str(experiment))
+            filters, self._place, has_to_be_finished = [], f"experiment {experiment}", True
+        self.runs: list[mlflow.entities.Run] = []  # of scored cells, the newest first
+        self._other_runs: list[mlflow.entities.Run] = []
+        for run in _search(experiment_id, [*filters, *([where] if where else [])]):
+            is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
+            is_taken = is_scored and (run.info.status == "FINISHED" or not has_to_be_finished)
+            (self.runs if is_taken else self._other_runs).append(run)
+        if not self.runs:
+            raise UserError(f"{self._place} holds no scored cell{' that passes --where ' + where if where else ''}")
+        try:
+            self._models, self._datasets = comparable.naming(self.runs)
+        except ValueError as error:
+            raise UserError(f"{self._place}: {error}") from None
+        newest: dict[tuple[Any, ...], Cell] = {}
+        self._contradictions: list[tuple[Cell, Cell]] = []  # newer and older runs that say to be one cell, but are not
+        for run in self.runs:
+            cell = self._cell(run)
+            newer = newest.setdefault(tuple(cell.columns.values()), cell)
+            if newer.run.data.tags["plw.cell"] != run.data.tags["plw.cell"]:
+                self._contradictions.append((newer, cell))
+        self.newest = list(newest.values())
+
+    def check(self) -> list[str]:
+        """Notes on what else differs between the cells. Raises UserError where they are not comparable."""
+        older = [cell for _, cell in self._contradictions]
+        notes = comparable.check([*self.newest, *older], self._also, self._place, self._where)
+        if self._contradictions:
+            newer, cell = self._contradictions[0]
+            raise UserError(
+                f"{self._place} holds two kinds of cell that differ in more than {', '.join(CELL_FIELDS)}, such as "
+                f"runs {newer.run_id} and {cell.run_id}; delete one kind, choose by --where, or give them experiments "
+                "of their own"
+            )
+        return notes
+
+    def table(self) -> pd.DataFrame:
+        """The score table. Raises UserError where the cells are not comparable."""
+        notes = self.check()
+        table = pd.concat([cell.scores.assign(**cell.columns) for cell in self.newest], ignore_index=True)
+        if table["method"].nunique() > 1:
+            table["model"] += " (" + table["method"] + ")"
+        for name in self._also:
+            if (table[name] == "").any():  # the reports have to name this value beside the others
+                table[name] = table[name].astype(str).replace("", "unset")
+        if "method" not in self._also:
+            table = table.drop(columns="method")
+        table.attrs |= {"source": self._place, "left_out": self._left_out(), "notes": notes}
+        return table
+
+    def _cell(self, run: mlflow.entities.Run) -> Cell:
+        params = parameters(run)
+        if unknown := [name for name in self._also if name not in params and name not in COLUMNS]:
+            raise UserError(f"{self._place}: run {run.info.run_id} has no parameter {unknown[0]} to compare by")
+        return Cell(run, params, self._columns(params))
+
+    def _columns(self, params: dict[str, str]) -> dict[str, Any]:
+        """What tells a cell apart, by value: 1e-2 and 0.01 are one PLW."""
+        spelled, columns = cell_columns(params, str), cell_columns(params)
+        for name, naming in (("model", self._models), ("dataset", self._datasets)):
+            columns[name] = naming.get(spelled[name], columns[name])
+        also = {name: _value(params.get(name)) for name in self._also if name not in COLUMNS}
+        return columns | {"method": params["method"]} | also
+
+    def _left_out(self) -> list[str]:
+        """A sentence on each run of a cell that no other run has scored."""
+        scored = {tuple(cell.columns.values()) for cell in self.newest}
+        sentences = []
+        for run in self._other_runs:
+            params = parameters(run)
+            if not {*CELL_FIELDS} <= params.keys() or "plw.superseded_by" in run.data.tags:
+                continue  # it is no cell's run, or another run has gone on from it
+            try:
+                columns = self._columns(params)
+            except ValueError:  # its parameters were no valid values, and it has failed because of that
+                continue
+            if tuple(columns.values()) not in scored:
+                is_over = run.info.status == "FINISHED"
+                status = run.data.tags.get("plw.status", "FINISHED") if is_over else run.info.status
+                sentences.append(
+                    f"run {run.info.run_id} ({status.lower()}): {columns['model']} on {columns['dataset']}, "
+                    f"PLW {columns['plw']:g}, seed {columns['seed']}"
+                )
+        return sentences
+
+
+def _search(experiment_id: str, filters: Sequence[str]) -> Sequence[mlflow.entities.Run]:
+    """An experiment's runs that pass all filters, the newest first. Raises UserError for an invalid filter."""
+    try:
+        return list(
+            mlflow.MlflowClient().search_runs(
+                [experiment_id],
+                filter_string=" and ".join(filters),
+                order_by=["attributes.start_time DESC"],
+                max_results=MAX_RUNS,
+            )
+        )
+    except mlflow.MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise UserError(f"--where is no search filter that MLflow takes: {first_line(error)}") from None
+
+
+def _value(spelled: str | None) -> str | float | None:
+    """A parameter by its value, as 2e-5 and 0.00002 are one number."""
+    try:
+        return spelled if spelled is None else float(spelled)
+    except ValueError:
+        return spelled
+
+
+def _experiment_id(name: str) -> str:
+    """The id of an experiment. Raises UserError where there is none of that name, or it was deleted."""
+    experiment = mlflow.MlflowClient().get_experiment_by_name(name)
+    if experiment is None:
+        raise UserError(f"there is no experiment {name!r} in {address()}")
+    if experiment.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise UserError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")
+    return str(experiment.experiment_id)

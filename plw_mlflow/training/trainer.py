@@ -1,0 +1,238 @@
+"""Trainer: what changes from step to step, how a step changes it, and by what the loss of a step is divided.
+
+Every random choice of a step follows from seed and step, so that a run killed and resumed ends in the same weights as
+one left alone; on a CPU, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import get_cosine_schedule_with_warmup
+
+from plw_mlflow import seeding
+from plw_mlflow.config import TrainConfig
+from plw_mlflow.data import batches
+from plw_mlflow.data.batches import Batch, Weights
+from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.tokens import Example
+from plw_mlflow.errors import RunError, first_line
+from plw_mlflow.training import parallel, state
+from plw_mlflow.training.base_penalty import BasePenalty
+from plw_mlflow.training.checkpoints import Checkpoint
+from plw_mlflow.training.learner import Learner
+
+
+class Trainer:
+    """A model in training: it takes one optimiser step after another on the examples it is given."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        model: Any,
+        is_packed: bool,
+        total_steps: int,
+        accelerator: Accelerator,
+    ) -> None:
+        """model: with its adapters, in evaluation mode. is_packed: whether it takes packed rows."""
+        self.step = 0  # optimiser steps taken
+        self._total_steps = total_steps
+        self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
+        self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
+        self._validation = self._cut(prepared.validation, is_step=False)
+        self._model = model
+        self._learner = parallel.wrap(Learner(model, config.label_smoothing), config.parallel, accelerator)
+        self._learner.train()
+        self._penalty = (
+            BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
+        )
+        trained = self._trained.values()
+        # As in transformers, vectors (norms, biases) do not decay.
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+        # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
+        # nothing.
+        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
+        # A function of the step, so a run that goes on has nothing to restore.
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total_steps).lr_lambdas[0]
+
+    @property
+    def _trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name; a tied one once."""
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def take_step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Train on a step's examples, shared out among the processes; returns the metrics.
+
+        Raises RunError where one of them is not finite, before the weights are changed, or where memory runs out.
+        """
+        config = self._config
+        seeding.seed_global(config.seed, "dropout", self.step, self._accelerator.process_index)
+        with self._explaining_memory():
+            metrics = self._accumulate_gradients(self._cut(examples, is_step=True))
+        if self._penalty is not None:
+            metrics["train/base_penalty"] = self._penalty.add_gradients()
+        norm = self._accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
+        metrics["train/grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        rate = config.learning_rate * self._schedule(self.step)
+        metrics["train/learning_rate"] = rate
+        check_finite(metrics, self.step + 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with self._explaining_memory("--method lora, or --parallel fsdp2 with more --processes, needs less for AdamW"):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        return metrics
+
+    def _accumulate_gradients(self, micro_batches: Sequence[Sequence[Example]]) -> dict[str, float]:
+        """Add up the gradients of a step's loss, and return that loss and the mean losses of prompt and completion.
+
+        micro_batches: those of all processes. With S_m = sum_i w_i l_i, the summed loss that the learner gives for
+        micro-batch m, and its divisor D_m, the loss of the step is
+
+            sum over all micro-batches m of all processes of  S_m / D_m.
+        """
+        accelerator, device = self._accelerator, self._accelerator.device
+        own = self._collate(micro_batches, self._weights)
+        divisors = self._divisors(own, len(micro_batches))
+        # Sums over this process: divided loss; prompt losses and tokens; completion losses and tokens.
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        for number, (cpu_batch, divisor) in enumerate(zip(own, divisors, strict=True), start=1):
+            batch = cpu_batch.to(device)
+            with accelerator.no_sync(self._learner) if number < len(own) else nullcontext():
+                total, nll = self._learner(batch.tokens, batch.weights, **batch.context)
+                reciprocal = torch.where(divisor > 0, 1 / divisor, 0.0).float()  # 0 where no token weighs anything
+                divided = total * reciprocal
+                # Gradients are averaged over processes, where their sum is wanted.
+                (divided * accelerator.num_processes).backward()
+            sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
+        loss, *sides = accelerator.reduce(sums, "sum").tolist()
+        return {"train/loss": loss} | _means("train", sides)
+
+    def _divisors(self, own: Sequence[Batch], count: int) -> list[Tensor]:
+        """The divisors D_m of this process's micro-batches, float64 scalars; `count` is the number in all processes.
+
+        d_m is the sum of a micro-batch's weights (`--loss-divisor weights`), or the number of those that are not 0
+        (`tokens`, as arXiv:2507.07817 has it). By `--divisor-scope`, D_m is
+
+            step         the sum of d_m over all micro-batches of all processes: one divisor, however the step is cut;
+            micro-batch  count * d_m, which makes the loss of the step the mean of the micro-batches' own means.
+        """
+        if self._config.loss_divisor == "weights":
+            own_divisors = [batch.weights.double().sum() for batch in own]
+        else:
+            own_divisors = [batch.weights.count_nonzero().double() for batch in own]
+        if self._config.divisor_scope == "micro-batch":
+            return [count * each for each in own_divisors]
+        own_sum = torch.stack(own_divisors).sum().to(self._accelerator.device)
+        return [self._accelerator.reduce(own_sum, "sum")] * len(own)
+
+    def _cut(self, examples: Sequence[Example], *, is_step: bool) -> list[list[Example]]:
+        """Cut examples into the micro-batches of all processes; of no examples, there are none."""
+        config = self._config
+        if not examples:  # of validation, where all records are one text
+            return []
+        if is_step and config.divisor_scope == "micro-batch":  # the result depends on what is in one
+            return batches.split(examples, config.micro_batch_examples, by_length=False)
+        if self._is_packed:
+            row_tokens = config.micro_batch_tokens or config.micro_batch_examples * config.max_tokens
+            return batches.fill(examples, row_tokens, multiple=self._accelerator.num_processes)
+        return batches.split(examples, config.micro_batch_examples, by_length=True)
+
+    def _collate(self, micro_batches: Sequence[Sequence[Example]], weights: Weights) -> list[Batch]:
+        """This process's micro-batches; all get equally many, or a collective call would wait for ever."""
+        collate = batches.pack if self._is_packed else batches.collate
+        processes, rank = self._accelerator.num_processes, self._accelerator.process_index
+        own = [collate(examples, weights) for examples in micro_batches[rank::processes]]
+        if rank >= len(micro_batches) % processes > 0:
+            own.append(collate(micro_batches[0][:1], Weights(0, 0, 0)))
+        return own
+
+    def is_any_asked_to_stop(self, is_asked_to_stop: Callable[[], bool]) -> bool:
+        """Whether any process has been asked to stop, so that all do or none; every process has to call this."""
+        asked = torch.tensor(float(is_asked_to_stop()), device=self._accelerator.device)
+        return float(self._accelerator.reduce(asked, "sum")) > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Unweighted mean loss of validation's prompt and completion tokens, in nats: comparable across PLWs."""
+        self._learner.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
+        with self._explaining_memory():
+            for cpu_batch in self._collate(self._validation, Weights(plw=1.0)):
+                batch = cpu_batch.to(self._accelerator.device)
+                sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
+        self._learner.train()
+        return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
+
+    def checkpoint(self) -> Checkpoint:
+        """A copy of everything that changes, empty but in the first process; every process has to call this."""
+        return state.gather(self.step, self._trained, self._optimizer)
+
+    def check_fit(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError for a checkpoint that this training cannot have saved."""
+        state.check_fit(checkpoint, self._trained, self._total_steps)
+
+    def load(self, checkpoint: Checkpoint | None) -> int:
+        """Go on from the checkpoint that the first process has, if it has one; returns its step, or 0."""
+        self.step = state.restore(checkpoint, self._trained, self._optimizer)
+        return self.step
+
+    @contextmanager
+    def _explaining_memory(self, remedy: str = "") -> Iterator[None]:
+        """Where memory runs out in the block, raise RunError that says what to do: `remedy`, or what to lower."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no name of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            config = self._config
+            option, value = "--micro-batch-examples", config.micro_batch_examples
+            if self._is_packed and config.divisor_scope == "step":
+                option, value = "--micro-batch-tokens", config.micro_batch_tokens or value * config.max_tokens
+            # Under divisor-scope micro-batch, what is in one is part of the recipe.
+            harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
+            lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
+            raise RunError(
+                f"out of memory after step {self.step}; {remedy or lower}. What the device says: {first_line(error)}"
+            ) from error
+
+
+def check_finite(metrics: dict[str, float], step: int) -> None:
+    """Raise RunError with the first metric that is not a finite number."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise RunError(
+                f"{name} is {value} at step {step}; training stops there, and the last good checkpoint, if there is "
+                f"one yet, is kept. Lower --learning-rate or --max-grad-norm, or look at the data of this step"
+            )
+
+
+def _by_side(nll: Tensor, batch: Batch) -> Tensor:
+    """Prompt loss and tokens, completion loss and tokens, over the tokens that weigh something; float64 [4].
+
+    nll: [B, T-1] unweighted losses.
+    """
+    weighs = batch.weights[:, 1:] != 0
+    completion = batch.is_completion[:, 1:] & weighs
+    prompt = weighs & ~completion
+    nll = nll.double()
+    return torch.stack([nll[prompt].sum(), prompt.sum(), nll[completion].sum(), completion.sum()])
+
+
+def _means(prefix: str, sums: list[float]) -> dict[str, float]:
+    """Means from the sums of `_by_side`; a side without tokens that weigh something has none."""
+    sides = {"prompt_loss": sums[:2], "completion_loss": sums[2:]}
+    return {f"{prefix}/{side}": total / count for side, (total, count) in sides.items() if count}
