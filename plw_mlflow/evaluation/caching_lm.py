@@ -24,9 +24,9 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
-from tqdm import tqdm
 
 from plw_mlflow.data.tokens import Encoder, added_around
+from plw_mlflow.environment.progress import Progress
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import answer_store
 from plw_mlflow.evaluation.answer_store import AnswerStore
@@ -297,29 +297,34 @@ class CachingLM(TemplateLM):
         keys = [request.key for request in requests]
         distinct = dict(zip(keys, requests, strict=True))
         unanswered = list(distinct)
-        bar = tqdm(total=len(distinct), desc=what, disable=disable_tqdm or None)  # None: shown in a terminal alone
-        bar.update(sum(key in self.answers for key in distinct))
-        while unanswered:
-            for numbers, compute in plan([distinct[key] for key in unanswered]):
-                batch = [unanswered[number] for number in numbers]
-                if any(key in self.answers for key in batch):
-                    continue
-                try:
-                    with torch.inference_mode():
-                        results = compute()
-                except torch.OutOfMemoryError as error:
-                    if len(batch) == 1:
-                        raise
-                    reason = str(error).partition("\n")[0]
-                    error.__traceback__ = None  # it holds on to the tensors of the batch
-                    self.halve_batches(reason)
-                    break
-                self.answers.add(dict(zip(batch, results, strict=True)))
-                self.computed += len(batch)
-                bar.update(len(batch))
-            unanswered = [key for key in unanswered if key not in self.answers]
-        bar.close()
+        done = sum(key in self.answers for key in distinct)
+        with Progress(what, len(distinct), "requests", done=done, is_shown=not disable_tqdm) as progress:
+            while unanswered:
+                for numbers, compute in plan([distinct[key] for key in unanswered]):
+                    batch = [unanswered[number] for number in numbers]
+                    if any(key in self.answers for key in batch):
+                        continue
+                    results = self._compute(compute, len(batch))
+                    if results is None:
+                        break  # the rest is planned again, in smaller batches
+                    self.answers.add(dict(zip(batch, results, strict=True)))
+                    self.computed += len(batch)
+                    progress.update(len(batch))
+                unanswered = [key for key in unanswered if key not in self.answers]
         return [self.answers[key] for key in keys]
+
+    def _compute(self, compute: Callable[[], list[Any]], batch_size: int) -> list[Any] | None:
+        """The answers of a batch; None where it does not fit the device's memory, after which batches are smaller."""
+        try:
+            with torch.inference_mode():
+                return compute()
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise
+            reason = str(error).partition("\n")[0]
+            error.__traceback__ = None  # it holds on to the tensors of the batch
+            self.halve_batches(reason)
+            return None
 
 
 def _by_encoder(prompts: Sequence[TemplatedPrompt]) -> Iterator[tuple[Encoder, list[TemplatedPrompt]]]:
