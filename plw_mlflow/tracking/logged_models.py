@@ -101,11 +101,11 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
             return str(version.version)
     logging_utils.disable_logging()  # MLflow prints two lines that say no more than the one below
     try:
-        version = str(mlflow.register_model(source, name, tags=tags).version)
+        registered = mlflow.register_model(source, name, tags=tags)
     finally:
         logging_utils.enable_logging()
-    print(f"registered the model as {name}, version {version}")
-    return version
+    print(f"registered the model as {name}, version {registered.version}")
+    return str(registered.version)
 
 
 def _load(uri: str) -> tuple[Any, Any]:
