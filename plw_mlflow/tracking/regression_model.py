@@ -35,14 +35,14 @@ class Regression(PythonModel):
         self.use(json.loads(Path(context.artifacts["fit"]).read_text()))
 
     def use(self, fit_json: dict[str, Any]) -> None:
-        """Take the curves of what `analyze.to_json` gave."""
+        """Take the curves of the contents of a fit.json."""
         fits = {(fit["dataset"], fit["model"]): fit for fit in fit_json["fits"]}
         self._answers = {
             answer["dataset"]: (answer, fits[answer["dataset"], answer["lead"]]) for answer in fit_json["answers"]
         }
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """Raises ValueError for data sets and tasks it does not know, and PLWs below 0."""
+        """A row for each row of `model_input`. Raises ValueError for unknown data sets and tasks, and PLWs below 0."""
         tasks = model_input["task"] if "task" in model_input else [None] * len(model_input)
         rows = [
             self._predict_row(str(dataset), float(plw), None if task is None or pd.isna(task) else str(task))
