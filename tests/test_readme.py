@@ -6,8 +6,8 @@ A fence of commands (sh) or of code (python) is run, unless a comment right abov
     <!-- not run: REASON, REASON -->  it cannot be run here, for these of REASONS
 
 The fences of a page run in order, in a copy of the project with a tracking store and with a reader's own files in it.
-`RUN` in a fence stands for the id of the run that was printed last in a fence before. Every command, run or not, is checked:
-its options, values, targets and modules must exist, and it must be of a program that is known here.
+`RUN` in a fence stands for the id of the run that was printed last in a fence before. Every command, run or not, is
+checked: its options, values, targets and modules must exist, and it must be of a program that is known here.
 """
 
 import functools

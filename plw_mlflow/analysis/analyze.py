@@ -41,8 +41,9 @@ from plw_mlflow.transforms import TRANSFORMS, make_transform
 
 T = TypeVar("T")
 
-LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")  # the first that could be fitted, to most scores, is the answer
-MOST = 0.75  # of the scores
+# The first of these that could be fitted to enough of the scores leads the report.
+LEADS = ("crossed", "lmm-slopes", "lmm", "ols-task")
+ENOUGH = 0.75  # of the scores
 BOOTSTRAPS: tuple[bootstrap.Resampled, ...] = ("tasks", "seeds", "both")
 
 
@@ -57,7 +58,7 @@ def analyze(
     refits: int = 0,
     seed: int = 1234,
 ) -> Analysis:
-    """Check a table, bring it to one scale, and ask it everything.
+    """Check a table, bring it to one scale, fit every model to every data set, and answer every question.
 
     margin: a difference of scores that is as good as none, for the test of no effect. by: columns between whose values
     curves are compared; `dataset` always is. draws: of each bootstrap of the optimum, 0 for none. refits: of the
@@ -67,7 +68,6 @@ def analyze(
     """
     checked = check(table, by).sort_values([*SCORE, *by])  # sums then round alike whatever the order of rows
     scaled = rescale(checked, scale)
-    source = table.attrs.get("source", "score table")
     widest = widest_difference(scaled, scale)
     if margin is not None and widest is not None and margin >= widest:
         raise UserError(
@@ -78,69 +78,81 @@ def analyze(
     fits: list[Fit] = []
     refusals: list[Refusal] = []
     answers: list[Answer] = []
-    for dataset, part in scaled.groupby("dataset"):
-        tries = _Tries(str(dataset), refusals)
-        grid = _grid(part, str(dataset), transform, also=by)
-        fits_here = tries.every((model, partial(fitting.fit, model, grid, scale)) for model in fitting.FITS)
-        if refits:
-            fits_here = [_bootstrapped(fit, grid, refits, seed, tries) for fit in fits_here]
+    for name, part in scaled.groupby("dataset"):
+        dataset, attempts = str(name), _Attempts(str(name), refusals)
+        grid = _grid(part, dataset, transform, also=by)
+        fits_here = _fits(grid, scale, refits, seed, attempts)
         fits += fits_here
-        if not fits_here:
-            reasons = "; ".join(
-                f"{refusal.what}: {refusal.reason}" for refusal in refusals if refusal.dataset == dataset
-            )
-            raise UserError(f"{source}: data set {dataset} can be fitted by no model ({reasons})")
         lead = _lead(fits_here, len(part), refusals)
-        equivalences = tries.every([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
-        answers.append(
-            Answer(
-                str(dataset),
-                lead,
-                math.nan,
-                "",
-                equivalences[0] if equivalences else None,
-                tries.every(
-                    (f"bootstrap over {over}", partial(bootstrap.bootstrap_optimum, grid, over, draws, seed))
-                    for over in BOOTSTRAPS
-                    if draws
-                ),
-                task_curves.fit_task_curves(grid, types),
-                _by_type(part, types, tries, transform, scale, by),
-                [_variant(checked, str(dataset), lead.model, other, transform, other, by) for other in SCALES],
-                [_variant(checked, str(dataset), lead.model, scale, other, other, by) for other in TRANSFORMS],
-            )
+        no_effect = attempts.results([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
+        resampled = attempts.results(
+            (f"bootstrap over {over}", partial(bootstrap.bootstrap_optimum, grid, over, draws, seed))
+            for over in BOOTSTRAPS
+            if draws
         )
-    adjusted = multiple_testing.adjust_by_holm({answer.dataset: answer.lead.joint_p for answer in answers})
-    answers = [
-        replace(
-            answer,
-            holm_p=adjusted[answer.dataset],
-            verdict=verdict(answer.lead, answer.equivalence, adjusted[answer.dataset]),
+        answer = Answer(
+            dataset=dataset,
+            lead=lead,
+            holm_p=math.nan,  # it and the verdict depend on all data sets' p-values, and follow below
+            verdict="",
+            equivalence=no_effect[0] if no_effect else None,
+            bootstraps=resampled,
+            by_task=task_curves.fit_task_curves(grid, types),
+            by_type=_by_type(part, types, attempts, transform, scale, by),
+            scales=[_variant(checked, lead, other, transform, other, by) for other in SCALES],
+            transforms=[_variant(checked, lead, scale, other, other, by) for other in TRANSFORMS],
         )
-        for answer in answers
-    ]
+        answers.append(answer)
     return Analysis(
-        fits, refusals, answers, _differences(scaled, by, transform, refusals), scale, transform, margin, by
+        fits=fits,
+        refusals=refusals,
+        answers=_concluded(answers),
+        differences=_differences(scaled, by, transform, refusals),
+        scale=scale,
+        transform=transform,
+        margin=margin,
+        by=by,
     )
 
 
-def _bootstrapped(fit: Fit, grid: design.Grid, draws: int, seed: int, tries: _Tries) -> Fit:
-    """The fit with one joint test more, if it is of a model that has it."""
+def _concluded(answers: list[Answer]) -> list[Answer]:
+    """The answers with their p-values corrected for each other, and the verdicts these lead to."""
+    adjusted = multiple_testing.adjust_by_holm({answer.dataset: answer.lead.joint_p for answer in answers})
+    return [
+        replace(answer, holm_p=holm_p, verdict=verdict(answer.lead, answer.equivalence, holm_p))
+        for answer, holm_p in zip(answers, adjusted.values(), strict=True)
+    ]
+
+
+def _fits(grid: design.Grid, scale: str, refits: int, seed: int, attempts: _Attempts) -> list[Fit]:
+    """Every model that these scores allow. Raises UserError where they allow none."""
+    fits = attempts.results((model, partial(fitting.fit, model, grid, scale)) for model in fitting.FITS)
+    if not fits:
+        reasons = "; ".join(f"{what}: {reason}" for what, reason in attempts.refused)
+        raise UserError(f"{grid.source}: data set {grid.dataset} can be fitted by no model ({reasons})")
+    return [_bootstrapped(fit, grid, refits, seed, attempts) for fit in fits] if refits else fits
+
+
+def _bootstrapped(fit: Fit, grid: design.Grid, draws: int, seed: int, attempts: _Attempts) -> Fit:
+    """The fit with the parametric bootstrap as a further joint test, if there is one for its model."""
     if fit.model not in parametric.RATIOS:
         return fit
     test = partial(parametric.joint_test, grid, fit.model, draws, seed)
-    return replace(fit, joint_tests=[*fit.joint_tests, *tries.every([(f"{fit.model}, parametric bootstrap", test)])])
+    return replace(
+        fit, joint_tests=[*fit.joint_tests, *attempts.results([(f"{fit.model}, parametric bootstrap", test)])]
+    )
 
 
 def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
-    """The fit of the first of LEADS that converged and uses most of the scores, if there is one; why it is not first.
+    """The fit that leads: of the first of LEADS that converged and uses ENOUGH of the scores, if there is one.
 
-    `crossed` takes runs that are scored on every task alone: where that leaves little, `lmm-slopes` knows more.
+    Where that is not the first of LEADS, a note says why. `crossed` uses only the runs that are scored on every task:
+    where few are, `lmm-slopes` knows more.
     """
     by_model = {fit.model: fit for fit in fits}
     candidates = [by_model[model] for model in LEADS if model in by_model] or fits
     sound = [fit for fit in candidates if fit.converged]
-    lead = next((fit for fit in sound if fit.n >= MOST * scores), (sound or candidates)[0])
+    lead = next((fit for fit in sound if fit.n >= ENOUGH * scores), (sound or candidates)[0])
     if lead.model == LEADS[0]:
         return lead
     if LEADS[0] in by_model:
@@ -162,14 +174,19 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
     return replace(lead, notes=[f"{lead.model} leads, as {why}{meaning}.", *lead.notes])
 
 
-class _Tries:
-    """Calls that may refuse, whose reasons are kept."""
+class _Attempts:
+    """Calls that raise an error where the scores do not allow them; each error's message is kept as a refusal."""
 
     def __init__(self, dataset: str, refusals: list[Refusal]) -> None:
         self._dataset, self._refusals = dataset, refusals
 
-    def every(self, named: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
-        """What the calls give, without those that refuse."""
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """What was refused for this data set, and why."""
+        return [(refusal.what, refusal.reason) for refusal in self._refusals if refusal.dataset == self._dataset]
+
+    def results(self, named: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
+        """What the calls return, without those that raise an error."""
         results = []
         for name, call in named:
             try:
@@ -184,9 +201,9 @@ class _Tries:
 
 
 def _by_type(
-    part: pd.DataFrame, types: dict[str, str], tries: _Tries, transform: str, scale: str, by: tuple[str, ...]
+    part: pd.DataFrame, types: dict[str, str], attempts: _Attempts, transform: str, scale: str, by: tuple[str, ...]
 ) -> list[tuple[str, Fit]]:
-    """Each type's tasks by themselves, by the first of LEADS that so few allow."""
+    """The tasks of each type by themselves, fitted by the first of LEADS that they allow."""
     fits = []
     kinds = part["task"].map(types)
     for kind in sorted(kinds.dropna().unique()):
@@ -203,7 +220,7 @@ def _by_type(
             else:
                 break
         else:
-            tries.note(f"{kind} tasks", "; ".join(reasons))
+            attempts.note(f"{kind} tasks", "; ".join(reasons))
     return fits
 
 
@@ -221,13 +238,12 @@ def _grid(
     return design.grid(part, dataset, make_transform(transform, part["plw"]), by=by, also=also)
 
 
-def _variant(
-    checked: pd.DataFrame, dataset: str, model: str, scale: str, transform: str, name: str, by: tuple[str, ...]
-) -> Variant:
+def _variant(checked: pd.DataFrame, lead: Fit, scale: str, transform: str, name: str, by: tuple[str, ...]) -> Variant:
     """The lead's answer under another scale or transform."""
     try:
         scaled = rescale(checked, scale)
-        fit = fitting.fit(model, _grid(scaled[scaled["dataset"] == dataset], dataset, transform, also=by), scale)
+        part = scaled[scaled["dataset"] == lead.dataset]
+        fit = fitting.fit(lead.model, _grid(part, lead.dataset, transform, also=by), scale)
     except ValueError as error:
         return Variant(name, None, None, None, str(error))
     return Variant(name, fit.joint_p, fit.optimum_plw, fit.optimum_set)
@@ -242,4 +258,4 @@ def _differences(
     def compare(column: str) -> Difference:
         return differences.compare_curves(_grid(scaled, "all", transform, column, by), column)
 
-    return _Tries("all", refusals).every((f"by {column}", partial(compare, column)) for column in columns)
+    return _Attempts("all", refusals).results((f"by {column}", partial(compare, column)) for column in columns)

@@ -46,6 +46,7 @@ def panels_of(figure: Figure, count: int, columns: int) -> list[Axes]:
 
 
 def clear_axes(axes: Axes) -> None:
+    """Axes without a frame, with small tick labels."""
     clear_frame(axes)
     axes.tick_params(labelsize=8.5)
 

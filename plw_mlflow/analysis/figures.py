@@ -1,4 +1,4 @@
-"""Figures of an analysis: scores along PLW with the curves fitted to them, and where these have their optimum.
+"""Figures of an analysis: scores along PLW with the curves fitted to them, and how large an effect may be.
 
 Tasks differ from each other far more than PLW moves any of them, and so may models, so scores are centred: what is
 drawn is how far a score lies from the mean of its own task and model. The band is then that of the curve about its own
@@ -41,7 +41,9 @@ from plw_mlflow.drawing import (
     new_figure,
     plain,
 )
-from plw_mlflow.transforms import TERMS, Array, curve_terms
+from plw_mlflow.transforms import CURVE_TERMS, Array, Transform, curve_terms
+
+DOTTED = (0, (1, 1.5))
 
 
 def centred(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Array:
@@ -66,8 +68,7 @@ def band(fit: Fit | TaskCurve, contrast: Array) -> tuple[Array, Array]:
     """
     freedom = fit.degrees_of_freedom
     if isinstance(freedom, dict):
-        each = [freedom[term] for term in TERMS[1:]]
-        fewest = min(math.inf if freedom_of_term is None else freedom_of_term for freedom_of_term in each)
+        fewest = min(math.inf if (value := freedom[term]) is None else value for term in CURVE_TERMS)
     else:
         fewest = freedom
     variance = np.einsum("ij,jk,ik->i", contrast, np.array(fit.covariance)[:3, :3], contrast)
@@ -84,36 +85,42 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
     """
     figure = new_figure(10, 4.8)
     axes = figure.add_subplot()
-    _curve(axes, fit, table, by)
+    _draw_mean_curve(axes, fit, table, by)
     transform = transform_of(fit, table)
     mark_plws(axes, transform)
     axes.set_ylabel("score minus its mean", fontsize=9.5)
-    if fit.optimum_plw is not None and fit.delta_interval is not None:
-        colour, name = (SURE_RED, "optimum") if shows_effect else (UNSURE_GREY, "peak, perhaps chance:")
-        if fit.has_too_few_runs:
-            name = "peak, with too few runs to tell:"
-        best = float(transform(fit.optimum_plw))
-        axes.axvline(best, color=colour, linewidth=1.4, linestyle=DASHED, zorder=3)
-        label = f"{name} PLW {fit.optimum_plw:.3g}"
-        above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": colour}
-        axes.plot(best, 1.03, "D", markersize=7, **above)
-        if fit.has_too_few_runs:
-            axes.plot([], [], "D", color=colour, markersize=6, label=label)
-        else:
-            label += f"\n95 %: {wording.interval(fit).replace(' or ', chr(10) + 'or ')}"
-            for ends in fit.optimum_set or []:
-                at = transform(ends)
-                axes.plot(at, [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
-                for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
-                    if fit.optimum_set_is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
-                        axes.plot(end, 1.03, arrow, markersize=7, **above)
-            axes.plot([], [], "D-", color=colour, markersize=6, linewidth=3, label=label)
-            low, high = fit.delta_interval
-            axes.plot(transform(fit.delta_interval), [1.075, 1.075], "|-", linewidth=1.2, markersize=6, **above)
-            label = f"by the delta method:\n{low:.3g} to {high:.3g}"
-            axes.plot([], [], "|-", color=colour, markersize=6, linewidth=1.2, label=label)
+    _mark_optimum(axes, fit, transform, shows_effect)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False, labelspacing=0.9)
     return figure
+
+
+def _mark_optimum(axes: Axes, fit: Fit, transform: Transform, shows_effect: bool) -> None:
+    """The optimum as a dashed line, and above the axes its intervals by both methods; nothing without an optimum."""
+    if fit.optimum_plw is None or fit.delta_interval is None:
+        return
+    colour, name = (SURE_RED, "optimum") if shows_effect else (UNSURE_GREY, "peak, perhaps chance:")
+    if fit.has_too_few_runs:
+        name = "peak, with too few runs to tell:"
+    label = f"{name} PLW {fit.optimum_plw:.3g}"
+    best = float(transform(fit.optimum_plw))
+    axes.axvline(best, color=colour, linewidth=1.4, linestyle=DASHED, zorder=3)
+    above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": colour}
+    axes.plot(best, 1.03, "D", markersize=7, **above)
+    if fit.has_too_few_runs:
+        axes.plot([], [], "D", color=colour, markersize=6, label=label)
+        return
+    for ends in fit.optimum_set or []:
+        w = transform(ends)
+        axes.plot(w, [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
+        for end, limit, arrow in zip(w, transform.ends, "<>", strict=True):
+            if fit.optimum_set_is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
+                axes.plot(end, 1.03, arrow, markersize=7, **above)
+    label += f"\n95 %: {wording.interval(fit).replace(' or ', chr(10) + 'or ')}"
+    axes.plot([], [], "D-", color=colour, markersize=6, linewidth=3, label=label)
+    low, high = fit.delta_interval
+    axes.plot(transform(fit.delta_interval), [1.075, 1.075], "|-", linewidth=1.2, markersize=6, **above)
+    label = f"by the delta method:\n{low:.3g} to {high:.3g}"
+    axes.plot([], [], "|-", color=colour, markersize=6, linewidth=1.2, label=label)
 
 
 def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
@@ -122,9 +129,9 @@ def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str,
     figure = new_figure(10.5, 3.1 * math.ceil(len(answers) / columns))
     for axes, answer in zip(panels_of(figure, len(answers), columns), answers, strict=True):
         fit = answer.lead
-        mine = table[table["dataset"] == fit.dataset]
-        transform = transform_of(fit, mine)
-        _curve(axes, fit, mine, by, with_tasks=False)
+        of_dataset = table[table["dataset"] == fit.dataset]
+        transform = transform_of(fit, of_dataset)
+        _draw_mean_curve(axes, fit, of_dataset, by, with_tasks=False)
         mark_plws(axes, transform, width=1.3 / columns, label="PLW")
         if fit.optimum_plw is not None:
             colour = SURE_RED if answer.shows_effect else UNSURE_GREY
@@ -136,7 +143,9 @@ def draw_overview(answers: Sequence[Answer], table: pd.DataFrame, by: tuple[str,
     return figure
 
 
-def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, with_tasks: bool = True) -> None:
+def _draw_mean_curve(
+    axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, with_tasks: bool = True
+) -> None:
     """A fit's curve with its band over the means of the scores at each PLW."""
     transform = transform_of(fit, table)
     means = pd.DataFrame(
@@ -145,8 +154,8 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
     clear_axes(axes)
     axes.axhline(0, color=ZERO_GREY, linewidth=0.8, zorder=1)
     if with_tasks:
-        for number, (_, mine) in enumerate(means.groupby("task")):
-            at = mine.groupby("w")["distance"].mean()
+        for number, (_, of_task) in enumerate(means.groupby("task")):
+            at = of_task.groupby("w")["distance"].mean()
             tasks = table["task"].nunique()
             label = "" if number else f"each of {tasks} tasks" if tasks > 1 else "the task"
             axes.plot(at.index, at, "-", color="#aab0ba", linewidth=0.9, alpha=0.8, zorder=2, label=label)
@@ -163,8 +172,8 @@ def _curve(axes: Axes, fit: Fit, table: pd.DataFrame, by: tuple[str, ...], *, wi
 
 def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
     """A panel per task, on one axis of scores: its scores, its own curve and peak, and the curve of all tasks."""
-    fit = answer.lead
-    transform, own = transform_of(fit, table), {curve.task: curve for curve in answer.by_task}
+    fit, transform = answer.lead, transform_of(answer.lead, table)
+    task_curves = {curve.task: curve for curve in answer.by_task}
     table = table.assign(w=transform(table["plw"]), distance=centred(fit, table, by))
     tasks, models = sorted(table["task"].unique())[:MOST_TASKS], sorted(table["model"].unique())
     colours = {model: COLOURS[i % len(COLOURS)] if len(models) > 1 else "#7d8590" for i, model in enumerate(models)}
@@ -177,50 +186,52 @@ def draw_tasks(answer: Answer, table: pd.DataFrame, by: tuple[str, ...] = ()) ->
     top = high + 0.15 * (high - low)  # room for the peak's interval
     panels[0].set_ylim(low - 0.05 * (high - low), top + 0.05 * (high - low))
     for number, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
-        mine = table[table["task"] == task]
+        of_task = table[table["task"] == task]
         clear_axes(axes)
         axes.axhline(0, color=ZERO_GREY, linewidth=0.7, zorder=1)
-        for model, part in mine.groupby("model"):
-            rasterized = len(table) > MANY_POINTS
-            axes.plot(
-                part["w"], part["distance"], "o", color=colours[model], ms=3.2, alpha=0.8, mew=0, rasterized=rasterized
-            )
-        axes.plot(w, mean, color="black", linewidth=1, linestyle=(0, (1, 1.5)), zorder=4)
+        for model, part in of_task.groupby("model"):
+            style: dict[str, Any] = {"color": colours[model], "ms": 3.2, "alpha": 0.8, "mew": 0}
+            axes.plot(part["w"], part["distance"], "o", rasterized=len(table) > MANY_POINTS, **style)
+        axes.plot(w, mean, color="black", linewidth=1, linestyle=DOTTED, zorder=4)
         caption = "too few scores for a curve"
-        if (curve := own.get(task)) is not None:
-            height, reach = band(curve, curve_terms(w) - curve_terms(mine["w"].to_numpy()).mean(0))
-            axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.15, linewidth=0)
-            axes.plot(w, height, color=CURVE_BLUE, linewidth=1.7)
+        if (curve := task_curves.get(task)) is not None:
+            _draw_task_curve(axes, curve, transform, curve_terms(of_task["w"].to_numpy()).mean(0), top)
             caption = f"{'peaks' if curve.optimum_plw is not None else 'highest'} at {curve.best_plw:.2g}"
             caption += f", p = {curve.joint_p:.1g}"
-            if curve.optimum_plw is not None and curve.delta_interval is not None:
-                colour, best = SURE_RED if curve.joint_p < LEVEL else UNSURE_GREY, float(transform(curve.optimum_plw))
-                axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
-                axes.plot(best, top, "D", color=colour, markersize=4.5)
-                axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
         axes.set_title(plain(task, 26), loc="left", fontsize=9, fontweight="bold", pad=15)
         axes.text(0, 1.04, caption, transform=axes.transAxes, fontsize=8, color="#55555a")
         mark_plws(axes, transform, width=1.5 / columns, label="" if number < len(tasks) - columns else "PLW")
         axes.tick_params(labelsize=7.5)
-    axes = panels[0]
     for model in models if len(models) > 1 else []:
-        axes.plot([], [], "o", color=colours[model], markersize=5, label=plain(model))
-    axes.plot([], [], color=CURVE_BLUE, linewidth=1.7, label="the task's own curve, 95 % band")
-    axes.plot([], [], color="black", linewidth=1, linestyle=(0, (1, 1.5)), label="curve of all tasks")
-    axes.plot(
-        [],
-        [],
-        "D-",
-        color=UNSURE_GREY,
-        markersize=4.5,
-        label="the task's peak, 95 % by the delta method (red where p < 0.05)",
-    )
+        panels[0].plot([], [], "o", color=colours[model], markersize=5, label=plain(model))
+    _label_task_lines(panels[0])
     figure.legend(loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)
     figure.supylabel("score minus its mean", fontsize=9)
     return figure
 
 
-# ------------------------------------------------------------------------------------------------ the optimum
+def _draw_task_curve(axes: Axes, curve: TaskCurve, transform: Transform, centre: Array, top: float) -> None:
+    """A task's own curve about its mean over `centre`, with its band; its peak and the peak's interval at `top`."""
+    w = np.linspace(*transform.ends, 101)
+    height, reach = band(curve, curve_terms(w) - centre)
+    axes.fill_between(w, height - reach, height + reach, color=CURVE_BLUE, alpha=0.15, linewidth=0)
+    axes.plot(w, height, color=CURVE_BLUE, linewidth=1.7)
+    if curve.optimum_plw is not None and curve.delta_interval is not None:
+        colour, best = SURE_RED if curve.joint_p < LEVEL else UNSURE_GREY, float(transform(curve.optimum_plw))
+        axes.plot(transform(curve.delta_interval), [top, top], color=colour, linewidth=1.4)
+        axes.plot(best, top, "D", color=colour, markersize=4.5)
+        axes.axvline(best, color=colour, linewidth=0.9, linestyle=DASHED, zorder=2)
+
+
+def _label_task_lines(axes: Axes) -> None:
+    """Entries of the legend for the lines that every panel has."""
+    peak = "the task's peak, 95 % by the delta method (red where p < 0.05)"
+    axes.plot([], [], color=CURVE_BLUE, linewidth=1.7, label="the task's own curve, 95 % band")
+    axes.plot([], [], color="black", linewidth=1, linestyle=DOTTED, label="curve of all tasks")
+    axes.plot([], [], "D-", color=UNSURE_GREY, markersize=4.5, label=peak)
+
+
+# --------------------------------------------------------------------------------------------- the effect's size
 
 
 def draw_no_effect(answers: Sequence[Answer]) -> Figure:
@@ -260,9 +271,3 @@ def draw_no_effect(answers: Sequence[Answer]) -> Figure:
     axes.set_xlabel("difference of scores between two PLWs", fontsize=9)
     figure.legend(loc="outside lower left", ncols=4, fontsize=8.5, frameon=False)
     return figure
-
-
-# ------------------------------------------------------------------------------------------------ the residuals
-
-
-# ------------------------------------------------------------------------------------------------------- parts

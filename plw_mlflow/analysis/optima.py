@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plw_mlflow.analysis.answers import Answer
@@ -40,41 +41,39 @@ class OptimumEstimate:
 
 def estimates(answer: Answer, fits: list[Fit]) -> list[OptimumEstimate]:
     """The best PLW by every model (`fits`, of the answer's data set), bootstrap, type of task and task."""
-
-    def of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[OptimumEstimate]:
-        best = highest_end(fit) if fit.optimum_plw is None else fit.optimum_plw
-        delta = [] if fit.delta_interval is None else [fit.delta_interval]
-        shared: dict[str, Any] = {
-            "plw": fit.optimum_plw,
-            "highest": best,
-            "interior": fit.interior_probability,
-            "is_lead": is_lead,
-        }
-        rows = [OptimumEstimate(group, name, "delta", intervals=delta, is_unbounded=False, **shared)]
-        if fit.optimum_set is not None:
-            unbounded = fit.optimum_set_is_unbounded
-            rows.insert(
-                0, OptimumEstimate(group, name, "Fieller", intervals=fit.optimum_set, is_unbounded=unbounded, **shared)
-            )
-        return rows
-
-    rows = [row for fit in fits for row in of_fit("Model", fit.model, fit, fit.model == answer.lead.model)]
+    rows = []
+    for fit in fits:
+        rows += _estimates_of_fit("Model", fit.model, fit, is_lead=fit.model == answer.lead.model)
     for bootstrap in answer.bootstraps:
         name = "tasks and seeds" if bootstrap.over == "both" else bootstrap.over
-        rows.append(
-            OptimumEstimate(
-                "Bootstrap over", name, "percentiles", None, None, [bootstrap.interval], False, bootstrap.interior
-            )
-        )
+        ends, share = [bootstrap.interval], bootstrap.interior
+        rows.append(OptimumEstimate("Bootstrap over", name, "percentiles", None, None, ends, False, share))
     for kind, fit in answer.by_type:
-        rows += of_fit("Type of task", f"{kind} ({fit.model})", fit)
-    for task in answer.by_task:
-        own = [] if task.delta_interval is None else [task.delta_interval]
-        best = task.best_plw, task.optimum_plw
-        rows.append(
-            OptimumEstimate("Task", task.task, "delta", best[1], best[0], own, False, task.interior_probability)
-        )
+        rows += _estimates_of_fit("Type of task", f"{kind} ({fit.model})", fit)
+    for curve in answer.by_task:
+        ends = [] if curve.delta_interval is None else [curve.delta_interval]
+        optimum, best, probability = curve.optimum_plw, curve.best_plw, curve.interior_probability
+        rows.append(OptimumEstimate("Task", curve.task, "delta", optimum, best, ends, False, probability))
     return rows
+
+
+def _estimates_of_fit(group: str, name: str, fit: Fit, is_lead: bool = False) -> list[OptimumEstimate]:
+    """The best PLW by a fit, with the interval by each method that gives one."""
+    shared: dict[str, Any] = {
+        "plw": fit.optimum_plw,
+        "highest": highest_end(fit) if fit.optimum_plw is None else fit.optimum_plw,
+        "interior": fit.interior_probability,
+        "is_lead": is_lead,
+    }
+    ends = [] if fit.delta_interval is None else [fit.delta_interval]
+    delta = OptimumEstimate(group, name, "delta", intervals=ends, is_unbounded=False, **shared)
+    if fit.optimum_set is None:
+        return [delta]
+    is_unbounded = fit.optimum_set_is_unbounded
+    return [
+        OptimumEstimate(group, name, "Fieller", intervals=fit.optimum_set, is_unbounded=is_unbounded, **shared),
+        delta,
+    ]
 
 
 def interval_text(estimate: OptimumEstimate) -> str:
@@ -106,37 +105,14 @@ def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> F
     axes.grid(axis="y", visible=False)
     across = axes.get_yaxis_transform()  # x as a part of the axes, y a row
     labels: dict[float, str] = {}
-    y, last = 0.0, ""
-    for (group, name), estimates_of_row in rows.items():
-        if group != last:
-            y, last = y - 1.4, group
+    y, last_group = 0.0, ""
+    for (group, name), of_row in rows.items():
+        if group != last_group:
+            y, last_group = y - 1.4, group
             axes.text(-0.01, y, group, transform=across, fontsize=9, fontweight="bold", ha="right", va="center")
         y -= 1
         labels[y] = plain(name, 34)
-        for number, estimate in enumerate(estimates_of_row):
-            height = y + 0.11 * (len(estimates_of_row) - 1) - 0.25 * number
-            style: dict[str, Any] = {
-                "color": SURE_RED if estimate.is_lead else CURVE_BLUE,
-                "clip_on": False,
-                "alpha": 0.6 if number else 1,
-            }
-            for ends in estimate.intervals:
-                at = transform(ends)
-                axes.plot(at, [height] * 2, linewidth=1.2 if number else 2.4, solid_capstyle="butt", **style)
-                for end, limit, arrow in zip(at, transform.ends, "<>", strict=True):
-                    if estimate.is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
-                        axes.plot(end, height, arrow, markersize=5, **style)
-        first = estimates_of_row[0]
-        if first.highest is not None:
-            inside = first.plw is not None
-            colour = SURE_RED if first.is_lead else CURVE_BLUE
-            face, height = colour if inside else "white", y + 0.11 * (len(estimates_of_row) - 1)
-            marker = "D" if inside else "o"
-            axes.plot(transform(first.highest), height, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
-        best = "" if first.highest is None else "no peak" if first.plw is None else f"{first.plw:.3g}"
-        axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
-        inside_text = "" if first.interior is None else percent(first.interior)
-        axes.text(1.2, y, inside_text, transform=across, fontsize=8.5, va="center", ha="right")
+        _draw_row(axes, of_row, transform, y)
     axes.text(1.03, -1.4, "peak", transform=across, fontsize=8.5, va="center", color=UNSURE_GREY)
     axes.text(1.2, -1.4, "inside", transform=across, fontsize=8.5, va="center", ha="right", color=UNSURE_GREY)
     axes.set_ylim(y - 0.8, -0.6)
@@ -144,3 +120,27 @@ def draw_optima(estimates: Sequence[OptimumEstimate], transform: Transform) -> F
     axes.set_yticks(list(labels), list(labels.values()), fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _draw_row(axes: Axes, estimates: list[OptimumEstimate], transform: Transform, y: float) -> None:
+    """The intervals of one name, the first thick, its best PLW as a marker, and both in numbers at the right."""
+    first, across = estimates[0], axes.get_yaxis_transform()
+    top = y + 0.11 * (len(estimates) - 1)
+    colour = SURE_RED if first.is_lead else CURVE_BLUE
+    for number, estimate in enumerate(estimates):
+        height = top - 0.25 * number
+        style: dict[str, Any] = {"color": colour, "clip_on": False, "alpha": 0.6 if number else 1}
+        for ends in estimate.intervals:
+            w = transform(ends)
+            axes.plot(w, [height] * 2, linewidth=1.2 if number else 2.4, solid_capstyle="butt", **style)
+            for end, limit, arrow in zip(w, transform.ends, "<>", strict=True):
+                if estimate.is_unbounded and math.isclose(end, limit, abs_tol=1e-9):
+                    axes.plot(end, height, arrow, markersize=5, **style)
+    is_inside = first.plw is not None
+    if first.highest is not None:
+        marker, face = ("D", colour) if is_inside else ("o", "white")
+        axes.plot(transform(first.highest), top, marker, ms=6, color=colour, mfc=face, zorder=5, clip_on=False)
+    best = "" if first.highest is None else f"{first.plw:.3g}" if is_inside else "no peak"
+    axes.text(1.03, y, best, transform=across, fontsize=8.5, va="center")
+    probability = "" if first.interior is None else percent(first.interior)
+    axes.text(1.2, y, probability, transform=across, fontsize=8.5, va="center", ha="right")

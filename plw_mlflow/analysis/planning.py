@@ -1,6 +1,7 @@
 """What to run: design help for each data set of a table, as text and as files.
 
-The statistics are in `statistics/power.py`; here they are asked, and what they refuse is kept with its reason.
+The statistics are in `statistics/power.py` and `statistics/next_plws.py`. Where a data set does not allow them, the
+reason is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from plw_mlflow.environment import outputs
 
 @dataclass(frozen=True)
 class Planning:
-    """What was asked about runs to come."""
+    """Design help: plans and proposals for runs to come."""
 
     plans: list[Plan]  # a data set each, as are the proposals
     proposals: list[Proposal]
@@ -45,8 +46,8 @@ class Planning:
 def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Planning:
     """Design help from scores.
 
-    width: of the optimum's 95 % interval, in PLW, for which designs are sought; next_plws: how many are proposed. None
-    does not ask.
+    width: wanted, of the optimum's 95 % interval, in PLW; None makes no plan. next_plws: how many PLWs to propose; None
+    makes no proposal.
     """
     plans, proposals, refusals = [], [], []
     for grid in grids:
@@ -54,11 +55,8 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
             if width is not None:
                 as_run = simulation.design_of(grid)
                 names = grid.runs["model"].nunique()
-                plans.append(
-                    power.plan(
-                        simulation.estimate_truth(grid), width, dataset=grid.dataset, models=names, as_run=as_run
-                    )
-                )
+                truth = simulation.estimate_truth(grid)
+                plans.append(power.plan(truth, width, dataset=grid.dataset, models=names, as_run=as_run))
         except ValueError as error:
             refusals.append(f"not done: {grid.dataset}, power: {error}")
         try:
@@ -70,5 +68,5 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
 
 
 def assume(stated: str, width: float) -> Planning:
-    """Design help from stated numbers. Raises UserError where these are at fault or have no optimum."""
+    """Design help from numbers that a person states. Raises UserError where these are at fault or have no optimum."""
     return Planning([power.plan(simulation.parse_truth(stated), width)], [], [])

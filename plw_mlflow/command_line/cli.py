@@ -107,6 +107,15 @@ def _prepare_process() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {_safe(str(message))}", file=sys.stderr)
     sys.excepthook = lambda *error: _show_traceback(error[1])
     logging.setLogRecordFactory(_safe_record)
+    _silence_libraries()
+
+
+def _silence_libraries() -> None:
+    """Keep out of the output what libraries say on import although nobody can do anything about it."""
+    # bitsandbytes recommends a package for 4-bit products on CPUs, whatever it is imported for.
+    of_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    of_kernels.addFilter(lambda record: "kernels-community" not in record.getMessage())
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow's GitPython, where git is not installed
 
 
 def _stop(message: str, status: int) -> NoReturn:

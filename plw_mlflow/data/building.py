@@ -18,7 +18,7 @@ import tokenizers
 from tqdm import tqdm
 
 from plw_mlflow.config import DataOptions, digest
-from plw_mlflow.data import formats, inversion
+from plw_mlflow.data import files, formats, inversion
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.store import BARE, Store, Writer, once
@@ -38,6 +38,7 @@ CODE = (
     "study",
     "environment/bounded",
     "data/records",
+    "data/files",
     "data/formats",
     "data/sources",
     "data/inversion",
@@ -56,7 +57,7 @@ def stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions,
     package = Path(__file__).parents[1]
     decisive = {
         "data": source.sha256,
-        "delimiter": formats.delimiter(Path(source.location)),
+        "delimiter": files.delimiter(Path(source.location)),
         "encoder": encoder.digest,
         "tokenizers": tokenizers.__version__,
         "invert": invert,

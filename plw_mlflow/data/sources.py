@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from plw_mlflow.config import DATA_FILE_ENDINGS, HUB_ID
-from plw_mlflow.data import formats
+from plw_mlflow.data import files
 from plw_mlflow.environment import disk
 from plw_mlflow.errors import Unreachable, UserError, did_you_mean, first_line
 
@@ -130,7 +130,7 @@ def check(dataset: str, data_dir: Path | None = None) -> None:
                 start = file.read(512)
             if not start:
                 raise UserError(f"{dataset} is empty")
-            formats.check_kind(path, start)
+            files.check_kind(path, start)
             return
         if path.exists():
             raise UserError(f"data set {dataset!r} is no regular file, so it cannot be read twice; save it as one")
@@ -188,7 +188,7 @@ def _toy(name: str) -> Source:
 
 
 def _file(path: Path, name: str, sha256: str, licence: str, inverted: bool) -> Source:
-    return Source(name, str(path.resolve()), sha256, licence, path.name, inverted, partial(formats.rows, path))
+    return Source(name, str(path.resolve()), sha256, licence, path.name, inverted, partial(files.rows, path))
 
 
 def _obtain(name: str, pinned: Pinned, cache_dir: Path, data_dir: Path | None) -> tuple[Path, str]:
@@ -240,19 +240,19 @@ def _verified(path: Path, name: str, pinned: Pinned) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with formats.unpacked(path) as stream:
+    with files.unpacked(path) as stream:
         return _digest(stream, hashlib.sha256())
 
 
 def _git_blob(path: Path) -> str:
-    with formats.unpacked(path) as stream:
-        size = sum(len(chunk) for chunk in iter(lambda: stream.read(formats.CHUNK), b""))
-    with formats.unpacked(path) as stream:
+    with files.unpacked(path) as stream:
+        size = sum(len(chunk) for chunk in iter(lambda: stream.read(files.CHUNK), b""))
+    with files.unpacked(path) as stream:
         return _digest(stream, hashlib.sha1(f"blob {size}\0".encode()))
 
 
 def _digest(stream: BinaryIO, digest: Any) -> str:
-    for chunk in iter(lambda: stream.read(formats.CHUNK), b""):
+    for chunk in iter(lambda: stream.read(files.CHUNK), b""):
         digest.update(chunk)
     return str(digest.hexdigest())
 
@@ -281,7 +281,7 @@ def _hub(dataset: str, data_dir: Path | None) -> Source:
     return Source(dataset, identity, sha256, licence, name, False, partial(_hub_rows, name, commit))
 
 
-def _hub_rows(name: str, commit: str, most: int = formats.MOST_CHARACTERS) -> Iterator[Any]:
+def _hub_rows(name: str, commit: str, most: int = files.MOST_CHARACTERS) -> Iterator[Any]:
     import datasets
 
     try:
@@ -289,4 +289,4 @@ def _hub_rows(name: str, commit: str, most: int = formats.MOST_CHARACTERS) -> It
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data set {name} at {commit} cannot be read from the hub: {first_line(error)}") from None
     for row in table:
-        yield row if formats.characters(row) <= most else formats.too_long(most)
+        yield row if files.characters(row) <= most else files.too_long(most)

@@ -22,9 +22,9 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
-from tqdm import tqdm
 
 from plw_mlflow.data.tokens import Encoder, added_around
+from plw_mlflow.environment.progress import Progress
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import answer_store
 from plw_mlflow.evaluation.answer_store import AnswerStore
@@ -293,8 +293,8 @@ class CachingLM(TemplateLM):
         """
         keys, requests = list(asked), list(asked.values())
         todo = list(range(len(keys)))
-        bar = tqdm(total=len(keys), desc=what, disable=disable_tqdm or None)  # None: unless a person looks at it
-        bar.update(sum(key in self.answers for key in keys))
+        done = sum(key in self.answers for key in keys)
+        progress = Progress(what, len(keys), "requests", done=done, is_shown=not disable_tqdm)
         while todo:
             for numbers, run in plan([requests[number] for number in todo]):
                 batch = [keys[todo[number]] for number in numbers]
@@ -312,9 +312,9 @@ class CachingLM(TemplateLM):
                     break
                 self.answers.add(dict(zip(batch, results, strict=True)))
                 self.done += len(batch)
-                bar.update(len(batch))
+                progress.update(len(batch))
             todo = [number for number in todo if keys[number] not in self.answers]
-        bar.close()
+        progress.close()
         return self.answers
 
 

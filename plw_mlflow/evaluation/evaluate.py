@@ -92,6 +92,7 @@ def _ask(
     from lm_eval import evaluator
 
     evaluator.add_env_info = lambda results: None  # it starts pip and others, for seconds; environment.json says it
+    evaluator.get_git_commit_hash = lambda: None  # of the folder it is run in; git complains where that has none
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
     bleu.without_standard_error(tasks.loaded)
     with redirect_stdout(StringIO()), _bars_only_when_slow():  # it prints that it bootstraps, whoever reads the output

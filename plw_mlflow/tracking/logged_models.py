@@ -14,6 +14,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.utils import logging_utils
 
 from plw_mlflow import seeding
 from plw_mlflow.config import data_name, short_name, spell
@@ -98,7 +99,13 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     for version in run.client.search_model_versions(f"name = '{name}'"):
         if version.source == source:
             return str(version.version)
-    return str(mlflow.register_model(source, name, tags=tags).version)
+    logging_utils.disable_logging()  # MLflow prints two lines that say no more than the one below
+    try:
+        registered = mlflow.register_model(source, name, tags=tags)
+    finally:
+        logging_utils.enable_logging()
+    print(f"registered the model as {name}, version {registered.version}")
+    return str(registered.version)
 
 
 def _load(uri: str) -> tuple[Any, Any]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, parallel
 from plw_mlflow.training.trainer import Trainer, check_finite
@@ -82,7 +82,9 @@ def run(
         started, tokens_seen = time.monotonic(), 0
         if first_step == 0:
             log(trainer.evaluate(), 0)
-        progress = stack.enter_context(_progress(config.plw, first_step, total_steps, is_shown=is_first))
+        progress = stack.enter_context(
+            Progress(f"plw {config.plw:g}", total_steps, "steps", done=first_step, is_shown=is_first)
+        )
         is_stopping = False
         for indices in batches.steps(
             len(prepared.training), config.batch_examples, seed=config.seed, first=first_step, total=total_steps
@@ -100,10 +102,8 @@ def run(
                 metrics |= trainer.evaluate()
                 check_finite(metrics, trainer.step)
             log(metrics, trainer.step)
-            progress.set_postfix(
-                loss=f"{metrics['train/loss']:.3f}", tokens_per_s=f"{metrics['train/tokens_per_second']:.0f}"
-            )
-            progress.update()
+            speed = f"{metrics['train/tokens_per_second']:.0f}"
+            progress.update(1, loss=f"{metrics['train/loss']:.3f}", tokens_per_s=speed)
             if is_saving or is_stopping:
                 checkpoint = trainer.checkpoint()
                 if is_first:
@@ -140,18 +140,6 @@ def _packing(model: Any) -> Iterator[bool]:
         return
     with attention.over_examples(unwrapped):
         yield True
-
-
-def _progress(plw: float, first_step: int, total_steps: int, *, is_shown: bool) -> Any:
-    """A bar of the steps taken."""
-    return tqdm(
-        total=total_steps,
-        initial=first_step,
-        desc=f"plw {plw:g}",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not is_shown,
-    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from plw_mlflow import study
 from plw_mlflow.config import DataOptions, PrepareConfig
-from plw_mlflow.data import building, formats, prepare, profile, selection, templates
+from plw_mlflow.data import building, files, formats, prepare, profile, selection, templates
 from plw_mlflow.data.batches import Weights, collate
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.templates import Segment
@@ -509,7 +509,7 @@ def test_no_format_is_found_out_by_more_than_one_row_at_once(write, tokenizer, m
         def __del__(self):
             living[0] -= 1
 
-    monkeypatch.setattr(formats, "rows", lambda *_: (Row(instruction=str(n), output="b") for n in range(50)))
+    monkeypatch.setattr(files, "rows", lambda *_: (Row(instruction=str(n), output="b") for n in range(50)))
     path = write([("a file that no other test has", "b")])
     assert prepare.run(path, tokenizer, DataOptions()).profile.records == 50
     assert living[1] <= 3
@@ -570,16 +570,16 @@ def test_what_could_change_a_token_is_prepared_anew(write, tokenizer, tmp_path, 
 def test_a_file_that_is_written_to_while_it_is_read_is_not_stored(write, tokenizer, tmp_path, monkeypatch):
     """Or what was read then would be taken for the first content ever after."""
     path, options = write(LONG), DataOptions(cache_dir=tmp_path / "cache", max_records=1)
-    read = formats.rows
+    read = files.rows
 
     def rows_changed(path, most):
         write([("Other", "content")])
         return read(path, most)
 
-    monkeypatch.setattr(formats, "rows", rows_changed)
+    monkeypatch.setattr(files, "rows", rows_changed)
     with pytest.raises(ValueError, match=f"{path} has changed while it was read"):
         prepare.run(path, tokenizer, options)
-    monkeypatch.setattr(formats, "rows", read)
+    monkeypatch.setattr(files, "rows", read)
     assert not [one for one in (tmp_path / "cache" / "examples").iterdir() if one.is_dir()]
     assert texts(prepare.run(write(LONG), tokenizer, options).training, tokenizer) == ["a" * 10]
 

@@ -307,16 +307,16 @@ PREPARE = """
 import sys, time
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from plw_mlflow.data import formats, prepare
+from plw_mlflow.data import files, prepare
 from plw_mlflow.config import DataOptions
 
-read = formats.rows
+read = files.rows
 def slowly(*given):  # and saying so
     for row in read(*given):
         print("row", flush=True)
         time.sleep(0.02)
         yield row
-formats.rows = slowly
+files.rows = slowly
 
 data, cache, tokenizer = sys.argv[1:]
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)

@@ -1,4 +1,7 @@
-"""Tests of the coefficients of linear mixed models, and what compares such models."""
+"""Tests of the coefficients of linear mixed models, and criteria by which such models are compared.
+
+Letters: `P` coefficients, `K` variance parameters, `k` contrasts.
+"""
 
 from __future__ import annotations
 

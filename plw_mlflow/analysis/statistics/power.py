@@ -146,6 +146,3 @@ def plan(
 def spaced_plws(transform: Transform, number: int) -> tuple[float, ...]:
     """PLWs equally spaced on w_p over the range, to 3 significant digits."""
     return tuple(round_plws(transform.back(np.linspace(*transform.ends, number))).tolist())
-
-
-# ------------------------------------------------------------------------------------------------------- next

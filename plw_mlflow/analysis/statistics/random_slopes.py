@@ -1,10 +1,9 @@
-"""Linear mixed models of scores: an intercept by task, or a curve by task with an effect of each run.
+"""A linear mixed model of scores with a curve by task, an effect of each run, and a residual variance by task.
 
-statsmodels' mixed model misses lme4's intercept by 1e-3 and has neither crossed effects at this speed nor a residual
-variance by task, so both models are fitted here. With a random intercept alone the likelihood has a closed form in
-the variance ratio, and the fit is one search in one number. With random curves a run's effect ties all tasks
-together; its inverse is a rank-one correction within the run (Sherman-Morrison), and the tasks' curves follow by
-Woodbury, so one evaluation with its gradient costs about runs x (3 tasks)^2 instead of (runs x tasks)^3.
+statsmodels has neither crossed effects at this speed nor a residual variance by task, so the model is fitted here. A
+run's effect ties all tasks together. Its inverse is a rank-one correction within the run (Sherman-Morrison), and the
+tasks' curves follow by Woodbury's identity, so that the likelihood with its gradient costs about runs x (3 tasks)^2
+instead of (runs x tasks)^3.
 
 Letters: `n` scores, `R` runs, `T` tasks, `P` columns of the fixed design, `Q` of the random one (1, w, w^2: 3),
 `K` variance parameters. "Deviance" is -2 log-likelihood, restricted if the fit is by REML.
@@ -29,9 +28,6 @@ SINGULAR = 1e-6  # a variance this small beside the noise of its own estimate co
 FLOOR = 1e-6  # part of a task's variance around its own curve that stays residual
 FLAT = 1e-5  # curvature of the deviance below this part of the usual one is none
 DECREMENT = 1e-6  # what a converged fit may still gain in deviance, by its own quadratic approximation
-
-
-# ------------------------------------------------------------------------------------------ random intercept
 
 
 # --------------------------------------------------------------------------------------------- random slopes
@@ -484,6 +480,3 @@ def fit(
         table=table,
         search=minimum.parameters,
     )
-
-
-# ------------------------------------------------------------------------------------------------- inference
