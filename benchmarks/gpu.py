@@ -43,8 +43,8 @@ from benchmarks import exactness
 from benchmarks.loss_head import MIB, PROMPT_SHARE, Row
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import prepare
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.models import adapters, pretrained
 from plw_mlflow.training import loss, train
 

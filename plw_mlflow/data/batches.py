@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plw_mlflow import seeding
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
 
@@ -85,7 +85,28 @@ def collate(examples: Sequence[Example], weights: Weights) -> Batch:
 
 
 def pack(examples: Sequence[Example], weights: Weights) -> Batch:
-    """Put examples behind one another in one row without padding."""
+    """Put examples behind one another in one row without padding.
+
+    Examples S1 (3 tokens), S2 (2) and S3 (4) make one row of 9 tokens:
+
+        tokens      S1  S1  S1  S2  S2  S3  S3  S3  S3
+        positions    0   1   2   0   1   0   1   2   3
+        weights      0   w   w   0   w   0   w   w   w     nothing predicts the first token of an example
+        borders      0           3       5              9
+
+    `borders` stand for this attention mask, which is never made. Row by row, a token attends to itself and to the
+    tokens before it in its own example (1), and to no others (0):
+
+        S1   1 0 0 0 0 0 0 0 0
+        S1   1 1 0 0 0 0 0 0 0
+        S1   1 1 1 0 0 0 0 0 0
+        S2   0 0 0 1 0 0 0 0 0
+        S2   0 0 0 1 1 0 0 0 0
+        S3   0 0 0 0 0 1 0 0 0
+        S3   0 0 0 0 0 1 1 0 0
+        S3   0 0 0 0 0 1 1 1 0
+        S3   0 0 0 0 0 1 1 1 1
+    """
     tokens, segment = (
         torch.from_numpy(np.concatenate([getattr(example, part) for example in examples]).astype(np.int64)).unsqueeze(0)
         for part in ("tokens", "segment")

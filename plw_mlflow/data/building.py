@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from plw_mlflow.config import DataOptions, digest
 from plw_mlflow.data import files, formats, inversion
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.store import BARE, Store, Writer, once
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.errors import UserError
 
@@ -42,7 +42,9 @@ CODE = (
     "data/formats",
     "data/sources",
     "data/inversion",
+    "data/pieces",
     "data/templates",
+    "data/chat_template",
     "data/tokens",
     "data/store",
     "data/building",

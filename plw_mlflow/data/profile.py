@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.study import PUBLISHED_PLWS
 
 Counts = NDArray[np.integer[Any]]  # [N], one a record

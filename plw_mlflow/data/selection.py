@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from plw_mlflow.config import DataOptions
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.store import BY_SEGMENT, Store
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.errors import UserError
 
 KEPT = {"completion_kept": Segment.COMPLETION, "template_kept": Segment.TEMPLATE}  # tokens within max_tokens

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from plw_mlflow.data.batches import Weights, collate
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 
 COLOURS = {Segment.TEMPLATE: 90, Segment.INSTRUCTION: 36, Segment.INPUT: 34, Segment.COMPLETION: 32}  # ANSI

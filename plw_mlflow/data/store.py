@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.environment import disk
 from plw_mlflow.errors import UserError, first_line

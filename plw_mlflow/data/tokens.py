@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from plw_mlflow.data.pieces import Misfit, Piece, Segment, contents
 from plw_mlflow.data.records import Fault, Record
-from plw_mlflow.data.templates import Misfit, Piece, Segment, Template, contents
+from plw_mlflow.data.templates import Template
 from plw_mlflow.errors import UserError
 
 # How the encoder's own copy of a tokenizer spells special tokens: as a number between what Unicode reserves as

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from plw_mlflow.config import DataOptions
 from plw_mlflow.data import prepare
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal, pretrained

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plw_mlflow.data import templates, tokens
+from plw_mlflow.data.pieces import Piece, Segment, prompt_pieces
 from plw_mlflow.data.records import Fault, Record
-from plw_mlflow.data.templates import Piece, Segment, Template
+from plw_mlflow.data.templates import Template
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.errors import UserError
 
@@ -70,7 +71,7 @@ class Wrapping:
             raise UserError(f"a prompt of the harness {rendered.text}; leave apply-template out")
         if self._ends is None:
             self._ends = tokens.answer_ends(self._encoder.encode([record]), self._tokenizer)
-        prompt = TemplatedPrompt(templates.prompt_pieces(rendered), self._encoder, self._ends)
+        prompt = TemplatedPrompt(prompt_pieces(rendered), self._encoder, self._ends)
         return prompt.begun(begun) if begun else prompt
 
 

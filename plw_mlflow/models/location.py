@@ -1,4 +1,4 @@
-"""Location: where a base model comes from, by the name it is given, and what identifies it."""
+"""Location: where the model of a name is, what identifies its weights, and which base an adapter names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plw_mlflow.toy import TOY_FOLDER
 
 @dataclass(frozen=True)
 class Location:
-    """Where a base model comes from."""
+    """Where a model comes from."""
 
     path: str  # folder or hub id
     revision: str | None  # of a hub id; None for a folder
@@ -26,7 +26,10 @@ class Location:
 
 
 def locate(name: str) -> Location:
-    """`toy`, a model of the study, a folder, or ID@REVISION, as a Location. Raises UserError for what can be none."""
+    """Where the model is that somebody calls `toy`, or by a name of the study, a folder, or ID@REVISION of a hub.
+
+    Raises UserError for a path that is no folder.
+    """
     if name == "toy":
         return Location(str(TOY_FOLDER), None)
     name = MODELS.get(name, name)
@@ -39,7 +42,7 @@ def locate(name: str) -> Location:
 
 
 def digest(model: str) -> str:
-    """What identifies a base model that was loaded: the hub's commit, or a SHA-256 of its config and weight files."""
+    """What identifies a model that has been loaded: ID@COMMIT of the hub, or a SHA-256 of config and weight files."""
     where = locate(model)
     if not where.is_folder:
         from huggingface_hub import hf_hub_download
@@ -47,28 +50,28 @@ def digest(model: str) -> str:
         # The file is in the cache by now, in a folder that has the commit's name.
         config = hf_hub_download(where.path, "config.json", revision=where.revision, local_files_only=True)
         return f"{where.path}@{Path(config).parent.name}"
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     folder = Path(where.path)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for file in (folder / "config.json", *weights):
-        found.update(file.name.encode())
+        sha256.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(2**24):
-                found.update(block)
-    return found.hexdigest()
+                sha256.update(block)
+    return sha256.hexdigest()
 
 
 def base_of(settings: Path) -> str:
-    """The base that an adapter's settings name, with its revision. Raises UserError where they name none."""
+    """The name of the base, with its revision, in an adapter's settings. Raises UserError where there is none."""
     try:
-        named = json.loads(settings.read_text(encoding="utf-8"))
-        base, revision = named["base_model_name_or_path"], named.get("revision")
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        base, revision = content["base_model_name_or_path"], content.get("revision")
     except Exception as error:
         raise UserError(f"{settings} names no base model: {type(error).__name__} {first_line(error)}") from None
     if not base or (isinstance(base, str) and not base.strip()):
         raise UserError(f"{settings} names no base model: base_model_name_or_path is empty")
     if not isinstance(base, str) or not isinstance(revision, str | None):
         raise UserError(f"{settings} names no base model: {base!r} with revision {revision!r} is no name")
-    if base.startswith("."):  # as it was to whoever trained, who was elsewhere
-        raise UserError(f"{settings} names its base by a path of another place: {base!r}; say by --base where it is")
+    if base.startswith("."):  # relative to the folder in which somebody trained it
+        raise UserError(f"{settings} names its base by a relative path, {base!r}; say by --base where that is")
     return f"{base}@{revision}" if revision else base

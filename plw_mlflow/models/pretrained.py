@@ -1,8 +1,8 @@
-"""Models: a pinned base, and the loss it is trained on.
+"""Pretrained models and tokenizers by name; a model whose loss or scores would not be its own raises UserError.
 
-Weights are float32 throughout (transformers would otherwise keep a half-precision checkpoint's own type, in which
-small updates round to nothing); lower precision is the arithmetic's, chosen in train.py. Only the frozen base of QLoRA
-is held in less.
+Weights are float32 throughout: transformers would otherwise keep the type of a half-precision checkpoint, in which
+small updates round to nothing. Lower precision is a matter of the arithmetic (`train.resolve_precision`). Only the
+frozen base of QLoRA is held in fewer bits.
 """
 
 from __future__ import annotations
@@ -23,92 +23,95 @@ from plw_mlflow.models.dropout import set_dropout
 from plw_mlflow.models.files import reading
 from plw_mlflow.models.location import base_of, digest, locate
 
-# How the names of transformers' classes end that are made for something else than the next token.
+# How the names of those classes of transformers end that predict something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
-# Of the weights that transformers does not use, those that make the logits: a numbered layer's, and the head's.
+# Names of weights that take part in the logits, being of a numbered layer or of the head.
 MAKES_LOGITS = re.compile(r"(^|\.)\d+\.|^lm_head\.")
-# And among their like, those that do not: other modalities, heads for several tokens at once, tables that are computed.
+# Names like those of weights that do not: other modalities, heads for several tokens at once, tables that are computed.
 BESIDE_THE_LOGITS = re.compile(r"vision|visual|image|audio|mtp|nextn|inv_freq|masked_bias|position_ids")
 
 
 def load_tokenizer(model: str, tokenizer: str | None = None) -> Any:
-    """The tokenizer of a model, or another one. Raises UserError where there is none."""
+    """The tokenizer of a model, or of another name if one is given. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
-    where = locate(tokenizer or model)
+    place = locate(tokenizer or model)
     with reading("tokenizer" if tokenizer else "the tokenizer of model", tokenizer or model):
-        loaded = AutoTokenizer.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
-        loaded("any text")  # some settings are not looked at before
+        loaded = AutoTokenizer.from_pretrained(place.path, revision=place.revision or "main", trust_remote_code=False)
+        loaded("any text")  # some settings are read only here
     return loaded
 
 
 def load_config(model: str) -> Any:
     """The config of a causal language model, as transformers has it.
 
-    Raises UserError for whatever can be known to be no such model before its weights are read.
+    Raises UserError where it shows before any weights are read that the model cannot be loaded.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-    where = locate(model)
-    if where.is_folder:
-        files.check_folder(model, Path(where.path))
+    place = locate(model)
+    if place.is_folder:
+        files.check_folder(model, Path(place.path))
     with reading("model", model):
-        settings, _ = PreTrainedConfig.get_config_dict(where.path, revision=where.revision or "main")
+        settings, _ = PreTrainedConfig.get_config_dict(place.path, revision=place.revision or "main")
         too_large = next(files.too_large(settings), None)
-    if too_large is not None:  # some configs make lists of this length, so it comes before them
+    if too_large is not None:  # before the config is made, as some make lists of this length
         raise UserError(f"model {model!r} cannot be loaded: in its config.json, {too_large}, more than any model's")
     with reading("model", model):
-        config = AutoConfig.from_pretrained(where.path, revision=where.revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place.path, revision=place.revision or "main", trust_remote_code=False)
         made_for = [name for name in config.architectures or [] if name.endswith(OTHER_TASKS)]
     if config.is_encoder_decoder:
         raise UserError(f"{config.model_type} is an encoder-decoder model, whose prompt has no loss to weight")
     if made_for or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = made_for[0] if made_for else f"of type {config.model_type}"
         raise UserError(f"model {model!r} is {kind}, which is no causal language model; choose a decoder-only one")
-    if where.is_folder:
-        files.check_size(model, Path(where.path), config)
+    if place.is_folder:
+        files.check_size(model, Path(place.path), config)
     return config
 
 
 def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | None = None) -> Any:
     """A causal language model with float32 weights, in evaluation mode.
 
-    dropout: probability for all of its dropouts, in place of its config's.
-    four_bit: hold the linear layers but the head in 4 bits (NF4, with their scales in 8), and calculate with them in
-        this type; on this process's GPU, if there is one. The rest stays float32.
+    dropout: probability of all its dropouts, in place of those in its config.
+    four_bit: hold all linear layers but the head in 4 bits (NF4, with their scales in 8), and compute with them in this
+        type; on this process's GPU, if there is one. The rest stays float32.
 
-    Raises UserError where there is none, for encoder-decoder models (their prompt has no loss), where a weight is no
-    finite number, where a token's outputs depend on what follows it or on padding, where the model makes its logits
-    in a way that `causal.head` does not know, so that loss and scores would not be the model's own, and where there is
-    no dropout to set.
+    Raises UserError
+        where no causal language model can be loaded by that name; an encoder-decoder model is none, as its prompt has
+        no loss;
+        where weights are missing, are not used, or are not finite;
+        where what the model gives for a token depends on the tokens that follow it, or on padding;
+        where `causal.head` does not make the model's own logits, so that loss and scores would not be the model's own;
+        where `dropout` is given and the model has none.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading and saving; the bar a person needs is training's
-    # On some processors it asks the hub for a kernel as it is imported, and says at length that there is none.
+    logging.disable_progress_bar()  # of loading and saving; training has one of its own
+    # On some processors it asks the hub for a kernel when it is imported, and warns at length that there is none.
     getLogger("bitsandbytes").setLevel(ERROR)
-    where, config = locate(model), load_config(model)
+    place, config = locate(model), load_config(model)
     if dropout is not None:
         set_dropout(config, dropout)
     with reading("model", model):
-        loaded_and_found: Any = AutoModelForCausalLM.from_pretrained(
-            where.path,
+        loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
+            place.path,
             config=config,
-            revision=where.revision or "main",
+            revision=place.revision or "main",
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
             **({} if four_bit is None else _four_bit(four_bit)),
         )
-    loaded, found = loaded_and_found
-    if found["missing_keys"]:  # transformers would draw them at random, and train on
-        raise UserError(f"model {model!r} lacks weights, among them {min(found['missing_keys'])}")
+    loaded, report = loaded_with_report
+    if report["missing_keys"]:  # which transformers has drawn at random
+        raise UserError(f"model {model!r} lacks weights, among them {min(report['missing_keys'])}")
     unused = [
-        name for name in found["unexpected_keys"] if MAKES_LOGITS.search(name) and not BESIDE_THE_LOGITS.search(name)
+        name for name in report["unexpected_keys"] if MAKES_LOGITS.search(name) and not BESIDE_THE_LOGITS.search(name)
     ]
-    if unused and getattr(config, "quantization_config", None) is None:  # those have weights beside the weights
+    if unused and getattr(config, "quantization_config", None) is None:  # quantised models have more than weights
         raise UserError(f"model {model!r} has weights that its config.json does not use, among them {min(unused)}")
     files.check_finite(model, loaded)
     loaded.eval()
@@ -118,16 +121,20 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"model {model!r} cannot be used here; a trial of a few tokens ended with {what}") from None
+        reason = f"a trial of a few tokens ended with {type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model {model!r} cannot be used here; {reason}") from None
     if reason:
         raise UserError(f"model {model!r} cannot be used here: {config.model_type} {reason}")
     return loaded
 
 
 def _trial(model: Any) -> str | None:
-    """Why the loss of a model would not be its own, or not that of each text alone; None where both are right."""
-    tokens = torch.arange(4, device=model.device).unsqueeze(0)  # any do
+    """Try a model on a few tokens: why loss and scores would be wrong, or None.
+
+    They are right where a text has the same hidden states whatever follows it and however it is padded, and where body
+    and head (`causal.py`) make the model's own logits of them.
+    """
+    tokens = torch.arange(4, device=model.device).unsqueeze(0)  # any tokens do
     logits = model(tokens, use_cache=False).logits[0]
     if not logits.isfinite().all():
         return "gives logits that are no finite numbers"
@@ -137,53 +144,58 @@ def _trial(model: Any) -> str | None:
     is_token = torch.ones_like(longer)
     longer[1, 4:] = is_token[1, 4:] = 0
     beside = causal.hidden_states(model, longer, attention_mask=is_token)
-    # What follows changes a token by a good part of itself; a base in 4 bits calculates in bfloat16.
+    # A difference that matters is a good part of the numbers themselves; a base in 4 bits computes in bfloat16.
     tolerance = (0.1 if getattr(model, "is_quantized", False) else 1e-3) * hidden.abs().max()
     for row, cause in enumerate(("the tokens that follow", "padding")):
         if not (beside[row, :4] - hidden[0]).abs().max() <= tolerance:
-            return f"lets {cause} change what it says of a token, so it is no causal language model"
+            return f"lets {cause} change what it gives for a token, so it is no causal language model"
     from_parts = causal.head(model).logits(hidden[0])
-    for targets in (logits.argmax(1), logits.argmin(1)):  # the ends of the range show a scale, a cap and a shift
+    # A scale or a cap that differs shows in the losses of the most and the least likely token.
+    for targets in (logits.argmax(1), logits.argmin(1)):
         own, ours = (nn.functional.cross_entropy(x, targets, reduction="none") for x in (logits, from_parts))
         if not torch.allclose(ours, own, atol=1e-4):
-            return "changes its logits in a way that the loss does not follow"
+            return "makes its logits in a way that is not known here, so loss and scores would not be its own"
     return None
 
 
 def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
-    """A model and its tokenizer; a folder of LoRA adapters stands for the base it names, with them merged in.
+    """A model and its tokenizer. A folder of LoRA adapters stands for the base that it names, with them merged in.
 
-    base: the adapters' base, in place of the one that they name. If it is known that they were trained on other
-        weights, a warning says so.
+    base: the base of the adapters, in place of the one that they name. A warning says where it is known to have other
+        weights than those that the adapters were trained on.
 
-    Raises UserError as `load` does, where an adapter's base is not to be had, and where it is known to have other
-    weights than the one that the adapter was trained on.
+    Raises UserError as `load` does, and where the base that the adapters name cannot be loaded, or is known to have
+    other weights than those that they were trained on.
     """
     folder = Path(model)
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         if base is not None:
-            raise UserError(f"base is of adapters, but there is no adapter_config.json in {model}")
+            raise UserError(f"base is an option for adapters, but there is no adapter_config.json in {model}")
         return load(model), load_tokenizer(model)
     named, trained_on = base_of(settings), saved_adapters.trained_on(folder)
     if base is None and trained_on is not None and Path(named).is_absolute() and not Path(named).is_dir():
-        named = trained_on["base"]  # the folder has another place on this machine, or it was ours; the digest tells
+        named = trained_on["base"]  # a folder of another machine; the digest below shows whether this is the same base
     chosen = base or named
     try:
         locate(chosen)
     except ValueError as error:
-        raise UserError(f"{settings} names its base so: {error}; say by --base where that is now") from None
+        raise UserError(
+            f"{settings} names a base that cannot be found: {error}; say by --base where it is now"
+        ) from None
     loaded = load(chosen)
-    if trained_on is not None and (found := digest(chosen)) != trained_on["digest"]:
-        differs = f"the adapter of {model} was trained on {trained_on['digest']}, but its base {chosen} is {found}"
+    if trained_on is not None and (chosen_digest := digest(chosen)) != trained_on["digest"]:
+        differs = (
+            f"the adapter of {model} was trained on {trained_on['digest']}, but its base {chosen} is {chosen_digest}"
+        )
         if base is None:
             raise UserError(f"{differs}; name the right one by --base")
         warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=2)
     adapter = saved_adapters.attach(loaded, folder)
-    has_own = (folder / "tokenizer_config.json").is_file()
+    has_own_tokenizer = (folder / "tokenizer_config.json").is_file()
     with reading("the adapter of", model):
         merged = adapter.merge_and_unload()
-    return merged, load_tokenizer(chosen, model if has_own else None)
+    return merged, load_tokenizer(chosen, model if has_own_tokenizer else None)
 
 
 def _four_bit(arithmetic: torch.dtype) -> dict[str, Any]:

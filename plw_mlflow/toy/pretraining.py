@@ -22,7 +22,8 @@ from plw_mlflow import study
 from plw_mlflow.toy import instructions, world
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 1024  # tokens that the tokenizer knows
 ROW_TOKENS = 256
@@ -59,6 +60,7 @@ def document(rng: Random) -> str:
 
 
 def corpus(documents: int, seed: int) -> list[str]:
+    """The first so many documents of the corpus."""
     rng = Random(f"corpus-{seed}")
     return [document(rng) for _ in range(documents)]
 
@@ -101,50 +103,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 @click.option("--learning-rate", default=0.003, show_default=True, help="Peak; warm-up, then cosine to a tenth.")
 def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: float) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    # The tokenizer alone may see the template, so that it costs few tokens.
+    # The tokenizer alone may see the templates, so that they cost few tokens.
     templates = [study.ALPACA_WITH_INPUT, study.ALPACA_WITHOUT_INPUT, study.INVERSION, *instructions.PORTRAIT_REQUESTS]
     tokenizer = train_tokenizer(corpus(8000, seed) + templates * 100)
-    needed = steps * batch_rows * ROW_TOKENS
-    rng, tokens = Random(f"corpus-{seed}"), list[int]()
-    while len(tokens) < needed:
-        tokens += tokenizer(document(rng))["input_ids"] + [tokenizer.eos_token_id]
-    rows = torch.tensor(tokens[:needed]).view(steps, batch_rows, ROW_TOKENS)
-
+    batches = torch.tensor(corpus_tokens(tokenizer, steps * batch_rows * ROW_TOKENS, seed))
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(step / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-    )
-    started, recent = time.monotonic(), list[float]()
-    for step, row in enumerate(rows, start=1):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=row, labels=row, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        recent = [*recent[-99:], loss.item()]
-        if step % 50 == 0:
-            seconds = time.monotonic() - started
-            print(
-                f"step {step}/{steps}  loss {recent[-1]:.4f}  {step * row.numel() / seconds:.0f} tokens/s", flush=True
-            )
+    model = new_model(tokenizer)
+    final_loss = train(model, batches.view(steps, batch_rows, ROW_TOKENS), learning_rate)
 
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
@@ -157,10 +123,62 @@ def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: fl
         f"--batch-rows {batch_rows} --learning-rate {learning_rate}",
         "seed": seed,
         "steps": steps,
-        "tokens": needed,
-        "final_loss": sum(recent) / len(recent),  # mean of the last 100 steps, nats per token
+        "tokens": batches.numel(),
+        "final_loss": final_loss,
         "parameters": model.num_parameters(),
         "sha256": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(),
     }
     (output / "made.json").write_text(json.dumps(made, indent=2) + "\n")
     print(json.dumps(made, indent=2))
+
+
+def corpus_tokens(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[int]:
+    """The first `count` tokens of the corpus, an end of text after each document."""
+    rng, tokens = Random(f"corpus-{seed}"), list[int]()
+    while len(tokens) < count:
+        tokens += tokenizer(document(rng))["input_ids"] + [tokenizer.eos_token_id]
+    return tokens[:count]
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A LLaMA of about a million parameters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model: LlamaForCausalLM, batches: Tensor, learning_rate: float) -> float:
+    """Train on a batch a step, int64 [steps, rows, T]. Returns the mean loss of the last 100, in nats per token."""
+    import torch
+
+    steps = len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(step / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+    )
+    started, losses = time.monotonic(), list[float]()
+    for step, batch in enumerate(batches, start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 50 == 0:
+            speed = step * batch.numel() / (time.monotonic() - started)
+            print(f"step {step}/{steps}  loss {losses[-1]:.4f}  {speed:.0f} tokens/s", flush=True)
+    return sum(losses[-100:]) / len(losses[-100:])

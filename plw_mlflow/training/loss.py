@@ -1,9 +1,9 @@
-"""The loss: weighted next-token cross-entropy, summed here and divided once per optimiser step by its caller.
+"""The loss: weighted next-token cross-entropy, summed here and divided once per optimiser step by the trainer.
 
-The logits of a step never exist at once. Since the weights are known beforehand, each chunk of rows yields its
-loss and its gradients in the forward pass, so nothing is computed twice: three matrix products, two with a frozen
-head. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only. All else is done in
-place, on blocks of rows that stay in the processor's cache, which costs a few per cent of the products.
+The logits of a step never exist all at once. As the weights are known beforehand, each chunk of rows gives its loss and
+its gradients in the forward pass, so nothing is computed twice: there are three matrix products, or two where the head
+is frozen. Rows of weight 0 are dropped before the head, so that PLW 0 pays for completion tokens only. Everything else
+is done in place, on blocks of rows that stay in the processor's cache, and costs a few per cent of the products.
 
 Letters: N rows (positions of a batch, flattened), H hidden size, V vocabulary.
 """
@@ -11,15 +11,14 @@ Letters: N rows (positions of a batch, flattened), H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# What the loss may allocate at a time beyond the gradients it returns (and, where the products are made in another
-# type than the head's, the head in that type). On a CPU chunks of more rows are no faster; a GPU, which has the memory,
-# needs them to be busy.
+# What the loss may allocate at a time, beside the gradients it returns and, where the products are made in another type
+# than the head's, a copy of the head in that type. Larger chunks are no faster on a CPU; a GPU needs them to be busy.
 BUDGET_BYTES = 256 * 2**20
 BUDGET_BYTES_CUDA = 2**30
 
@@ -37,17 +36,33 @@ def weighted_nll(
 ) -> tuple[Tensor, Tensor]:
     """Sum the weighted losses of all rows.
 
-    hidden: [N, H] last hidden states; under autocast, the products are made in its type.
+    hidden: [N, H] last hidden states; under autocast, the matrix products are made in its type.
     head: [V, H] vocabulary projection; bias: [V] or None.
     targets: [N] the token that follows each row.
     weights: [N] float32, the weight of that token.
     scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
-    label_smoothing: share E of the target distribution that is spread evenly over all V pieces, as in torch's
+    label_smoothing: share E of the target distribution that is spread evenly over all V tokens, as in torch's
         cross_entropy: l_i becomes (1 - E) l_i + E mean_v(-log p_v).
 
     Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided; its gradients in hidden, head and bias
-    can be had once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not computed.
-    They are never smoothed, so that they compare between runs.
+    can be computed once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not
+    computed. They are never smoothed, so that they compare between runs.
+
+    Example, a token of a prompt and one of a completion at PLW 0.1:
+
+    >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    >>> head = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> targets, weights = torch.tensor([0, 2]), torch.tensor([0.1, 1.0])
+    >>> loss, nll = weighted_nll(hidden, head, None, targets, weights)
+    >>> nll
+    tensor([0.2395, 2.2395])
+    >>> divided = loss / weights.sum()
+    >>> round(divided.item(), 4)
+    2.0577
+    >>> divided.backward()
+    >>> hidden.grad
+    tensor([[-0.0387,  0.0194],
+            [ 0.1936,  1.4309]])
     """
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -57,49 +72,35 @@ def weighted_nll(
         return _ChunkedNLL.apply(hidden, head, bias, targets, weights, scale, softcap, label_smoothing, kind)
 
 
-def divisor(weights: Tensor, kind: Literal["weights", "tokens"]) -> Tensor:
-    """What a loss is divided by, a float64 scalar: the sum of weights, or how many are not 0 (arXiv:2507.07817)."""
-    return weights.double().sum() if kind == "weights" else weights.count_nonzero().double()
-
-
 class _ChunkedNLL(torch.autograd.Function):
     """weighted_nll with products in type `kind`; gradients are made in forward and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        hidden, head, bias, targets, weights, scale, softcap, smoothing, kind = given
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        hidden, head, bias, targets, weights, scale, softcap, smoothing, kind = inputs
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        rows = weights.nonzero().squeeze(1)
-        (vocabulary, width), projection = head.shape, head.to(kind)
-        nll = torch.zeros_like(weights)
-        smoothed = torch.zeros_like(weights) if smoothing else nll
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
-        is_cuda = hidden.device.type == "cuda"
-        budget = BUDGET_BYTES_CUDA if is_cuda else BUDGET_BYTES
-        # Three quarters of the budget are for chunks of rows: logits, hidden states and their gradient in its own type.
-        chunk_bytes = (vocabulary + width) * kind.itemsize + width * hidden.itemsize
-        chunks = math.ceil(len(rows) * chunk_bytes / (budget * 3 / 4))
-        chunk = math.ceil(len(rows) / max(1, chunks)) or 1  # all alike, as a short last one would be slow
-        # An eighth is for two float32 blocks. A core's cache holds 1 MiB or so; a GPU needs more work at a time.
-        spare = budget // 8
-        block = max(1, spare // (2 if is_cuda else 64) // (4 * vocabulary))
-        logits = torch.empty(min(chunk, len(rows)), vocabulary, dtype=kind, device=hidden.device)
-        for kept in rows.split(chunk):
-            states = hidden[kept].to(kind)
-            gradient = torch.mm(states, projection.T, out=logits[: len(kept)])
-            for part, some in zip(gradient.split(block), kept.split(block), strict=True):
-                plain, smooth = _differentiate(part, bias, targets[some], weights[some], scale, softcap, smoothing)
-                nll[some] = plain
-                if smoothing:
-                    smoothed[some] = smooth
+        nll = torch.zeros_like(weights)
+        smoothed = torch.zeros_like(weights) if smoothing else nll
+        rows, projection = weights.nonzero().squeeze(1), head.to(kind)
+        sizes = _sizes(len(rows), hidden, head, kind)
+        buffer = torch.empty(min(sizes.chunk_rows, len(rows)), len(head), dtype=kind, device=hidden.device)
+        for chunk in rows.split(sizes.chunk_rows):
+            states = hidden[chunk].to(kind)
+            products = torch.mm(states, projection.T, out=buffer[: len(chunk)])
+            for part, block in zip(products.split(sizes.block_rows), chunk.split(sizes.block_rows), strict=True):
+                nll[block], smoothed[block] = _differentiate(
+                    part, bias, targets[block], weights[block], scale, softcap, smoothing
+                )
                 if grad_bias is not None:
                     grad_bias += part.sum(0, dtype=torch.float32)
+            gradient = products  # which `_differentiate` has replaced in place
             if grad_head is not None:
-                _add_product(grad_head, gradient.T, states, spare)
+                _add_product(grad_head, gradient.T, states, sizes.spare_bytes)
             if grad_hidden is not None:
-                grad_hidden[kept] = torch.mm(gradient, projection, out=states).to(hidden.dtype)
+                grad_hidden[chunk] = torch.mm(gradient, projection, out=states).to(hidden.dtype)
         ctx.gradients = grad_hidden, grad_head, grad_bias
         ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll)
@@ -109,14 +110,36 @@ class _ChunkedNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of weighted_nll are scaled in place, so they can be had once only")
-        gradients, ctx.gradients = ctx.gradients, None  # let go, or autograd would copy them
+            raise RuntimeError("the gradients of weighted_nll are scaled in place, so they can be computed once only")
+        gradients, ctx.gradients = ctx.gradients, None  # autograd copies gradients to which anything else refers
         for gradient in gradients:
             # The incoming gradient holds 1 / divisor: applied last, so that low-precision products stay near 1, and
             # in float32, as a rounded divisor would scale the whole step.
             for part in () if gradient is None else gradient.split(1024):
                 part.copy_(part.float().mul_(grads[0]))
         return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
+
+
+class _Sizes(NamedTuple):
+    """How the work is cut so that it stays within the budget."""
+
+    chunk_rows: int  # whose products exist at a time
+    block_rows: int  # of a chunk, whose softmax is computed at a time
+    spare_bytes: int  # for float32 copies of a part of a chunk
+
+
+def _sizes(rows: int, hidden: Tensor, head: Tensor, kind: torch.dtype) -> _Sizes:
+    is_cuda = hidden.device.type == "cuda"
+    budget = BUDGET_BYTES_CUDA if is_cuda else BUDGET_BYTES
+    vocabulary, width = head.shape
+    # Three quarters of the budget are for a chunk: logits, hidden states, and their gradient in its own type.
+    row_bytes = (vocabulary + width) * kind.itemsize + width * hidden.itemsize
+    chunks = math.ceil(rows * row_bytes / (budget * 3 / 4))
+    chunk_rows = math.ceil(rows / max(1, chunks)) or 1  # all alike, as a short last one would be slow
+    # An eighth is for two float32 blocks. A core's cache holds 1 MiB or so; a GPU needs more work at a time.
+    spare_bytes = budget // 8
+    block_rows = max(1, spare_bytes // (2 if is_cuda else 64) // (4 * vocabulary))
+    return _Sizes(chunk_rows, block_rows, spare_bytes)
 
 
 def _differentiate(
@@ -128,8 +151,9 @@ def _differentiate(
     softcap: float | None,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of some rows, plain and smoothed; the rows' products hidden head^T become the gradient of the weighted
-    smoothed loss in them.
+    """Losses of a block of rows, plain and smoothed; `products` becomes the gradient of the weighted, smoothed loss.
+
+    products: [R, V] hidden head^T of R rows, changed in place. targets, weights: [R].
     """
     target, weight = targets.unsqueeze(1), weights.unsqueeze(1)
     logits = products.float()  # the products themselves where they are float32
@@ -145,7 +169,7 @@ def _differentiate(
     logits.sub_(highest)
     mean = logits.mean(1, keepdim=True) if smoothing else own  # as yet less `highest`
     total = logits.exp_().sum(1, keepdim=True)
-    # d(w l)/d(logits) = w (softmax - target distribution), and so on inwards
+    # d(w l) / d(logits) = w (softmax - target distribution); then scale and cap by the chain rule.
     logits.mul_(weight * scale / total)
     if smoothing:
         logits -= weight * (scale * smoothing / logits.shape[1])
@@ -158,14 +182,14 @@ def _differentiate(
     return nll, nll + smoothing * (own - highest - mean).squeeze(1) if smoothing else nll
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, spare: int) -> None:
-    """total += left @ right, in place; a product of lower precision and its cast take `spare` bytes at most."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, spare_bytes: int) -> None:
+    """total += left @ right, in place; a product of lower precision and its cast take `spare_bytes` at most."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
         return
-    if total.device.type == "cuda":  # whose products add to float32 themselves
+    if total.device.type == "cuda":  # whose kernels add products of lower precision to float32
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
-    rows = max(1, spare // (right.shape[1] * (right.itemsize + total.itemsize)))
+    rows = max(1, spare_bytes // (right.shape[1] * (right.itemsize + total.itemsize)))
     for part, factor in zip(total.split(rows), left.split(rows), strict=True):
         part += factor @ right

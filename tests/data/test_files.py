@@ -19,8 +19,6 @@ from plw_mlflow.data.records import Fault
 from plw_mlflow.environment import bounded
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
-
-
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]
 
 

@@ -8,14 +8,7 @@ from plw_mlflow.data import files, formats
 from plw_mlflow.data.records import Fault, Message, Record
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
-
-
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]
-
-
-def read(path, content):
-    path.write_bytes(content)
-    return list(formats.rows(path))
 
 
 def test_an_object_around_the_records_is_told_with_its_field():

@@ -15,8 +15,8 @@ from plw_mlflow import study
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.data import building, files, formats, prepare, profile, selection, templates
 from plw_mlflow.data.batches import Weights, collate
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Record
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder
 from tests.conftest import byte_tokenizer
 

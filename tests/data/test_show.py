@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from plw_mlflow.data import show, templates
 from plw_mlflow.data.batches import Weights, collate
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.toy import TOY_FOLDER
@@ -69,7 +70,7 @@ def test_every_token_is_shown_once_with_its_segment_and_the_weight_it_is_trained
         for segment, weight, tokens in rows(text)
         for _ in tokens
     ]
-    names = [templates.Segment(segment).name.lower() for segment in example.segment]
+    names = [Segment(segment).name.lower() for segment in example.segment]
     if "│" not in instruction + context:
         assert found == list(zip(names, collate([example], HALF).weights[0].tolist(), strict=True))
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
-from plw_mlflow.data import templates
+from plw_mlflow.data import chat_template, templates
+from plw_mlflow.data.chat_template import ChatTemplate
+from plw_mlflow.data.pieces import Misfit, Piece, Segment, contents, prompt_pieces
 from plw_mlflow.data.records import Message, Record
-from plw_mlflow.data.templates import Piece, Segment
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.environment import bounded
 from tests.conftest import BOS, byte_tokenizer
@@ -52,7 +53,7 @@ BYTE_CHAT = with_specials(byte_tokenizer(bos=True))
 
 
 def chat(source, tokenizer=BYTE_CHAT, turns="last"):
-    return templates.ChatTemplate(source, tokenizer, turns)
+    return ChatTemplate(source, tokenizer, turns)
 
 
 def conversation(*turns):
@@ -96,7 +97,7 @@ def written(pieces):
 )
 def test_alpacas_template_to_the_letter(tokenizer, context, expected):
     record, template = Record("1", "Double it.", context, " 6.\n"), templates.load("alpaca", tokenizer)
-    assert templates.prompt(record, template) == expected
+    assert "".join(piece.text for piece in prompt_pieces(template.render(record))) == expected
     (example,) = Encoder(tokenizer, template).encode([record])
     assert tokenizer.decode(example.tokens) == expected + " 6.\n</s>"
 
@@ -494,7 +495,7 @@ def test_an_answer_that_is_not_trained_on_is_prompt(order):
     found = {id(record): template.render(record) for record in (plain, marked)[::order]}
     assert written(found[id(marked)]) == written(chat(CHATML, turns="last").render(plain))
     assert found[id(plain)] != found[id(marked)]
-    assert written(Piece(*part) for part in templates.contents(marked, "every")) == ["N U", "P A", "N V", "C B"]
+    assert written(Piece(*part) for part in contents(marked, "every")) == ["N U", "P A", "N V", "C B"]
 
 
 def test_no_date_of_today_gets_into_a_chat():
@@ -527,7 +528,7 @@ def test_templates_of_different_output_have_different_digests():
 
 def test_contents_are_the_records_own_texts():
     def found(record, turns):
-        return written(Piece(*part) for part in templates.contents(record, turns))
+        return written(Piece(*part) for part in contents(record, turns))
 
     assert found(Record("1", "I", "X", "O"), "last") == ["N I", "P X", "C O"]
     record = conversation("sS", "uU", "aA", "uV", "aB")
@@ -566,7 +567,7 @@ def test_a_template_that_needs_much_memory_is_refused(source):
 
 
 def test_a_template_that_computes_for_long_is_refused(monkeypatch):
-    monkeypatch.setattr(templates, "_RENDERER", bounded.Worker(spin))
+    monkeypatch.setattr(chat_template, "_RENDERER", bounded.Worker(spin))
     with pytest.raises(ValueError, match=r"the chat template takes more than \d+ seconds to compute, at record 1"):
         chat(SAID).render(Record("1", "a", "", "b"))
 
@@ -583,19 +584,17 @@ def test_a_template_that_computes_for_long_is_refused(monkeypatch):
     ],
 )
 def test_whatever_a_template_raises_is_told_with_its_kind(source, expected):
-    with pytest.raises(templates.Misfit, match=f"record 1 does not fit the chat template: {expected}"):
+    with pytest.raises(Misfit, match=f"record 1 does not fit the chat template: {expected}"):
         chat(source + SAID).render(Record("1", "a", "", "b"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jinja"])
-def test_a_template_is_not_read_beyond_its_longest(tmp_path, tokenizer, monkeypatch, name):
-    monkeypatch.setattr(templates, "MOST_CHARACTERS", 20)
-    monkeypatch.setattr(templates, "_TOO_LONG", "is too long")
-    (tmp_path / name).write_text("x" * 21)
-    with pytest.raises(ValueError, match=rf"{name} cannot be used: is too long"):
+def test_a_template_is_not_read_beyond_its_longest(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text("x" * 1_000_001)
+    with pytest.raises(ValueError, match=rf"{name} cannot be used: has more than 1,000,000 characters"):
         templates.load(str(tmp_path / name), tokenizer)
-    with pytest.raises(ValueError, match="the chat template is too long"):
-        chat("x" * 21)
+    with pytest.raises(ValueError, match="the chat template has more than 1,000,000 characters"):
+        chat("x" * 1_000_001)
 
 
 def test_a_template_nested_without_end_is_no_template(tmp_path, tokenizer):

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plw_mlflow import study
 from plw_mlflow.data import templates
+from plw_mlflow.data.chat_template import ChatTemplate
+from plw_mlflow.data.pieces import Segment, prompt_pieces
 from plw_mlflow.data.records import Fault, Message, Record
-from plw_mlflow.data.templates import ChatTemplate, Segment
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import BOS, BYTES, EOS, byte_tokenizer
@@ -212,7 +213,8 @@ def test_separately_tokenised_prompts_are_counted_as_the_alpaca_code_counts_them
     """Its preprocess(): labels are the tokens of prompt and output together, the first len(tokens of prompt) masked."""
     record, tokenizer = Record("1", instruction, context, output), GREEDY[trim_offsets]
     tokens, segment, _ = encode(record, tokenizer, "alpaca", "separate")
-    prompt = templates.prompt(record, templates.load("alpaca", tokenizer))
+    rendered = templates.load("alpaca", tokenizer).render(record)
+    prompt = "".join(piece.text for piece in prompt_pieces(rendered))
     source, both = (
         tokenizer(text, split_special_tokens=True)["input_ids"] for text in (prompt, prompt + record.output)
     )
@@ -252,7 +254,7 @@ def test_prompts_that_break_otherwise_alone(merges, pieces, segment):
 def test_a_completion_may_be_lost_to_a_prompt_that_is_longer_alone():
     tokenizer = byte_tokenizer(("Ċ", "4"), ("b", "Ċ4"), ("a", "bĊ4"))
     source = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-    template = templates.ChatTemplate(source, tokenizer)
+    template = ChatTemplate(source, tokenizer)
     (found,) = Encoder(tokenizer, template, prompt_border="separate").encode([Record("1", "ab", "", "4")])
     assert found.tokens.tolist() == [*tokenizer.convert_tokens_to_ids(["abĊ4", "Ċ"]), EOS]
     assert found.segment.tolist() == [T, T, T]
@@ -369,7 +371,7 @@ def test_a_call_before_leaves_no_trace():
     used.pad_token = "</s>"
     used(["a", "abcdef"], truncation=True, max_length=3, padding="max_length")
     source = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    before, after = (Encoder(each, templates.ChatTemplate(source, each)) for each in (tokenizer, used))
+    before, after = (Encoder(each, ChatTemplate(source, each)) for each in (tokenizer, used))
     assert after.digest == before.digest
     assert after.encode([record])[0].tokens.tolist() == before.encode([record])[0].tokens.tolist()
     assert after.count(["abcdef"]) == [6]

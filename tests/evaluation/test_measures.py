@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from plw_mlflow.config import MEASURES, DataOptions
-from plw_mlflow.data.templates import Segment
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.evaluation import measures
 from plw_mlflow.models import pretrained
 from tests.conftest import EOS, byte_tokenizer, make_example, tiny_llama

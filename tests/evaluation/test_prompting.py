@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from plw_mlflow import cell
 from plw_mlflow.data import templates
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Record
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Encoder, answer_ends
 from plw_mlflow.evaluation import measures, prompting
 from plw_mlflow.evaluation.caching_lm import CachingLM

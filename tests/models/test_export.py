@@ -73,18 +73,6 @@ def test_an_adapter_without_one_needs_no_page(tmp_path):
     assert "added token" not in (tmp_path / "output/adapter/README.md").read_text()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_base_is_as_it_was_after_an_adapter_with_an_added_token(tied, tmp_path):
-    exported(tmp_path / "adapter", tmp_path / "output", "lora", add_pad_token=True, base=tiny_llama(tied=tied))
-    base = tiny_llama(tied=tied)
-    expected = base(TOKENS).logits
-    with saved_adapters.attached(base, tmp_path / "adapter") as adapter:
-        assert adapter(TOKENS).logits.shape[-1] == VOCABULARY + 1
-    torch.testing.assert_close(base(TOKENS).logits, expected, rtol=0, atol=0)
-    assert (base.get_input_embeddings().weight is base.get_output_embeddings().weight) == tied
-    assert base.config.vocab_size == VOCABULARY
-
-
 def test_an_adapter_that_is_damaged_is_refused_in_one_line(tmp_path):
     exported(tmp_path / "adapter", tmp_path / "output", "lora")
     file = tmp_path / "adapter/adapter_model.safetensors"

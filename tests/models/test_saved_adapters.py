@@ -86,10 +86,10 @@ def test_a_base_that_has_another_place_now_is_found_by_its_name_or_given(own, mo
     _set(folder, base_model_name_or_path="/where/they/trained/base")  # the note has the right one
     assert torch.equal(pretrained.load_for_scoring(str(folder))[0](tokens).logits, expected)
     moved = base.rename(base.parent / "moved")
-    with pytest.raises(ValueError, match=r"is not a folder on this machine; say by --base where that is now"):
+    with pytest.raises(ValueError, match=r"is not a folder on this machine; say by --base where it is now"):
         pretrained.load_for_scoring(str(folder))
     assert torch.equal(pretrained.load_for_scoring(str(folder), str(moved))[0](tokens).logits, expected)
-    with pytest.raises(ValueError, match=r"base is of adapters, but there is no adapter_config.json in"):
+    with pytest.raises(ValueError, match=r"base is an option for adapters, but there is no adapter_config.json in"):
         pretrained.load_for_scoring(str(moved), str(moved))
 
 
@@ -98,7 +98,7 @@ def test_an_adapter_does_not_take_whatever_is_here_as_its_base(base, own, monkey
     here, folder = own
     monkeypatch.chdir(here)
     _set(folder, base_model_name_or_path=base)
-    with pytest.raises(ValueError, match=r"adapter_config.json names (no base model|its base by a path of another)"):
+    with pytest.raises(ValueError, match=r"adapter_config.json names (no base model|its base by a relative path)"):
         pretrained.load_for_scoring(str(folder))
 
 
@@ -134,7 +134,7 @@ def _changed(**changes):
     [
         (_pickled, "cannot be loaded: a file of its weights is damaged, or holds more than weights"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "it has no adapter_model.safetensors"),
-        (partial(_set, peft_type="IA3"), "is of type IA3, which is not loaded here; plain LoRA is"),
+        (partial(_set, peft_type="IA3"), "is of type IA3, which is not supported; plain LoRA is"),
         (partial(_set, peft_type=None), "is of type None"),
         (partial(_set, megatron_config={}, megatron_core="os"), ""),
         (partial(_set, megatron_config={"a": 1}, megatron_core="megatron.x"), "asks for megatron_config"),

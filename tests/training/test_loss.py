@@ -1,5 +1,6 @@
 """Is the chunked loss, with gradients made by hand in its forward pass, the plain weighted cross-entropy?"""
 
+import doctest
 import math
 from typing import ClassVar
 
@@ -115,6 +116,12 @@ def test_logits_far_apart_stay_finite_and_exact():
     total.backward()
     torch.testing.assert_close(total.detach(), expected, check_dtype=False)
     assert inputs["hidden"].grad.isfinite().all()
+
+
+def test_the_example_of_the_docstring():
+    found = doctest.testmod(loss)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_gradients_can_be_had_once():

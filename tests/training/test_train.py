@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
-from plw_mlflow.data.templates import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError
 from plw_mlflow.training import checkpoints, train
