@@ -1,4 +1,4 @@
-# Everything a person runs; each target sets up .venv first if it has to.
+# Everything a person runs; a target that needs .venv sets it up first. `make help` lists the targets that have a ## line.
 PYTHON ?= python3
 BIN := .venv/bin
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' plw_mlflow/__init__.py)
@@ -9,26 +9,28 @@ BASE := python:3.11-slim
 BUILD :=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run test test-slow study image image-cpu test-image bench mlproject hashes setup
+.PHONY: help run test test-slow study image image-cpu test-image bench mlproject hashes setup
 
-run: setup
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target does; do \
+		printf '%-16s %s\n' "$$target" "$$does"; done
+
+run: setup ## prepare, train and score a toy model at PLW 0.242
 	$(BIN)/python -m entrypoints.main --plw 0.242
 
-test: setup
+test: setup ## formatting, lint, types and tests, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Trainings that are killed and starved, servers that are lost, whole sweeps: minutes more.
-test-slow: setup
+test-slow: setup ## tests that take minutes: killed trainings, lost servers, whole sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
-# The published ten PLWs on both toy data sets, with two seeds.
-study: setup
+study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --output output/study
 
-bench: setup
+bench: setup ## benchmarks that need nothing but this machine
 	mkdir -p output
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
@@ -36,17 +38,15 @@ bench: setup
 	$(BIN)/python -m benchmarks.faults --json output/faults.json
 	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
 
-# After a change of options in plw_mlflow/config.
-mlproject: setup
+mlproject: setup ## write MLproject anew, after a change of options in plw_mlflow/config
 	$(BIN)/python -m tests.write_mlproject
 
-# After a change of conda.yaml: the SHA-256 of each file that the image installs.
-hashes: setup
+hashes: setup ## write the image's list of packages anew, after a change of conda.yaml
 	$(BIN)/python image/hashes.py "$(CPU_INDEX)"
 
-# Both make the image that MLproject names. A base from a registry is named by its digest even where BASE is a tag, so that
+# Both images have the name that MLproject gives. A base from a registry is named by its digest even where BASE is a tag, so that
 # the label says what was built on; one that was made on this machine has an id alone.
-image:
+image: ## the Docker image, with CUDA (needs a Docker engine)
 	docker image inspect $(BASE) >/dev/null 2>&1 || docker pull $(BASE)
 	base=$$(docker image inspect --format '{{if .RepoDigests}}{{index .RepoDigests 0}}{{end}}' $(BASE)) && \
 	id=$$(docker image inspect --format '{{.Id}}' $(BASE)) && digest=$${base##*@} && \
@@ -54,18 +54,23 @@ image:
 		--build-arg BASE=$${base:-$(BASE)} --build-arg BASE_DIGEST=$${digest:-$$id} \
 		--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*') --tag $(IMAGE) .
 
-image-cpu:
+image-cpu: ## the Docker image for CPUs alone
 	$(MAKE) image BUILD="--build-arg TORCH=cpu --build-arg TORCH_INDEX=$(CPU_INDEX) $(BUILD)"
 
-# Needs a Docker engine and the image.
-test-image: setup
+test-image: setup ## tests of the Docker image, once it is made
 	PLW_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/image/test_image.py
 
-setup: .venv/installed
+setup: .venv/installed ## make .venv and install the packages of conda.yaml (minutes and gigabytes)
 
+# Prints a line for each stage, and whatever pip has to say of errors.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 .venv/installed: conda.yaml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; say which with make PYTHON=..."; exit 2; }
-	$(PYTHON) -m venv .venv
-	sed -n 's/^ *- \([^ ]*==[^ ]*\)$$/\1/p' conda.yaml > .venv/requirements.txt
-	$(BIN)/pip install --requirement .venv/requirements.txt
-	touch $@
+	@echo "setup 1/3: a virtual environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@sed -n 's/^ *- \([^ ]*==[^ ]*\)$$/\1/p' conda.yaml > .venv/requirements.txt
+	@echo "setup 2/3: torch, the largest package (minutes)"
+	@$(PIP) --constraint .venv/requirements.txt torch
+	@echo "setup 3/3: $$(wc -l < .venv/requirements.txt) packages in all (minutes)"
+	@$(PIP) --requirement .venv/requirements.txt
+	@touch $@

@@ -6,7 +6,7 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plw_mlflow.command_line.cli import command, restart_in_processes
+from entrypoints import command, restart_in_processes
 from plw_mlflow.config import TrainConfig
 
 

@@ -147,9 +147,11 @@ def not_installed(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("plw_mlflow", "entrypoints", ""):
         raise error
+    root = Path(__file__).resolve().parents[1]
+    folder, to_root = ("", "") if Path.cwd() == root else (f"{root}/", f"-C {root} ")
     return (
-        f"{sys.executable} has no package {package}; activate the project's environment (source .venv/bin/activate), "
-        "or set it up first (make run)"
+        f"{sys.executable} has no package {package}; activate the project's environment (source "
+        f"{folder}.venv/bin/activate), or set it up first (make {to_root}setup)"
     )
 
 

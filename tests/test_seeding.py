@@ -38,10 +38,3 @@ def test_any_whole_number_is_a_seed(seed):
     first = torch.rand(3)
     seeding.seed_global(seed, "dropout", 0, 0)
     assert torch.equal(torch.rand(3), first)
-
-
-def test_the_fingerprint_is_text_that_names_what_numbers_depend_on():
-    found = seeding.fingerprint()
-    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
-    assert {"python", "device", "devices", "threads", "processes", "transformers", "lm-eval"} <= set(found)
-    assert all(isinstance(value, str) and value for value in found.values())

@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that was asked of a table."""
+    """Everything that an analysis of a table found."""
 
     fits: list[Fit]  # data set by data set, the models in the order of MODELS
     refusals: list[Refusal]
@@ -65,3 +65,15 @@ class Analysis:
     transform: str
     margin: float | None
     by: tuple[str, ...]
+
+    @property
+    def refusals_by_reason(self) -> dict[tuple[str, str], list[str]]:
+        """The data sets of refusals, by what was refused and why."""
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for refusal in self.refusals:
+            grouped.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
+        return grouped
+
+    def fits_of(self, dataset: str) -> list[Fit]:
+        """The fits of one data set."""
+        return [fit for fit in self.fits if fit.dataset == dataset]

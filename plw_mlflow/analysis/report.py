@@ -1,7 +1,7 @@
 """The report: one HTML file that answers whether PLW matters here, and every file an analysis leaves.
 
-Jinja2 escapes whatever comes from the data; figures are embedded, so the file can be mailed or logged as it is. What it
-says is in assets/report.html, what it is said of is gathered here.
+Jinja2 escapes whatever comes from the data; figures are embedded, so the file can be mailed or logged as it is. The
+page's text is in assets/report.html; what the text speaks of is gathered here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from matplotlib.figure import Figure
 
 from plw_mlflow import __version__, drawing
 from plw_mlflow.analysis import figures, optima, residuals, wording
-from plw_mlflow.analysis.answers import Analysis, Answer
+from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.axes import MOST_TASKS, percent, transform_of
 from plw_mlflow.analysis.exports import answers_csv, fits_csv, tasks_csv, to_json
 from plw_mlflow.analysis.optima import estimate_rows, estimates
 from plw_mlflow.analysis.score_table import RUN, SCORE, check, rescale
-from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.wording import (
     claim,
@@ -59,6 +58,46 @@ def html(
 
     described: what fit.json holds. drawn: the SVG of each figure, by `drawings`' keys. command: how to make it again.
     """
+    missing_tasks: dict[tuple[Any, ...], list[str]] = {}  # by cell
+    for row in described["table"]["missing"]:
+        missing_tasks.setdefault(tuple(row[column] for column in RUN), []).append(row["task"])
+    return (
+        _environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            analysis=analysis,
+            chapters=[
+                {
+                    "answer": answer,
+                    "claim": claim(answer, len(analysis.answers)),
+                    "estimates": estimate_rows(estimates(answer, analysis.fits_of(answer.dataset))),
+                    "stability": stability(answer),
+                    "residuals": ("residuals", answer.dataset) in drawn,
+                }
+                for answer in analysis.answers
+            ],
+            drawn=drawn,
+            refusals=[(*refused, datasets) for refused, datasets in analysis.refusals_by_reason.items()],
+            tasks_drawn=MOST_TASKS,
+            terms=TERMS,
+            level=LEVEL,
+            models=wording.FIT_WORDS,
+            scales=wording.SCALE_WORDS,
+            transforms=wording.TRANSFORM_WORDS,
+            profile=profile(table, analysis.by),
+            account=account(table, analysis.by),
+            missing=list(missing_tasks.items()),
+            missing_scores=len(described["table"]["missing"]),
+            missing_shown=MISSING_SHOWN,
+            table=described["table"],
+            command=command,
+            versions=versions(),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    """What turns the template into a page: the escaping, and how numbers and results are written."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -80,45 +119,7 @@ def html(
         "highest": highest_end,
         "remarks": remarks,
     }
-    cells: dict[tuple[Any, ...], list[str]] = {}
-    for row in described["table"]["missing"]:
-        cells.setdefault(tuple(row[column] for column in RUN), []).append(row["task"])
-    refusals: dict[tuple[str, str], list[str]] = {}
-    for refusal in analysis.refusals:
-        refusals.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        analysis=analysis,
-        chapters=[
-            {
-                "answer": answer,
-                "claim": claim(answer, len(analysis.answers)),
-                "estimates": estimate_rows(estimates(answer, _of(analysis, answer))),
-                "stability": stability(answer),
-                "residuals": ("residuals", answer.dataset) in drawn,
-            }
-            for answer in analysis.answers
-        ],
-        drawn=drawn,
-        refusals=[(*what, datasets) for what, datasets in refusals.items()],
-        tasks_drawn=MOST_TASKS,
-        terms=TERMS,
-        level=LEVEL,
-        models=wording.FIT_WORDS,
-        scales=wording.SCALE_WORDS,
-        transforms=wording.TRANSFORM_WORDS,
-        profile=profile(table, analysis.by),
-        account=account(table, analysis.by),
-        missing=list(cells.items()),
-        missing_scores=len(described["table"]["missing"]),
-        missing_shown=MISSING_SHOWN,
-        table=described["table"],
-        command=command,
-        versions=versions(),
-    )
-
-
-def _of(analysis: Analysis, answer: Answer) -> list[Fit]:
-    return [fit for fit in analysis.fits if fit.dataset == answer.dataset]
+    return environment
 
 
 def profile(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def account(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What made the report: this package with its commit, Python, and the packages whose arithmetic it is."""
+    """The versions that made the report: of this package with its commit, of Python, and of the packages it uses."""
     commit = provenance.commit()
     return {
         "plw_mlflow": __version__ + (f" (commit {commit})" if commit else ""),
@@ -177,14 +178,16 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
     if able := [answer for answer in answers if answer.equivalence is not None and not answer.lead.has_too_few_runs]:
         drawn["no-effect", ""] = figures.draw_no_effect(able)
     for answer in answers:
-        mine = scaled[scaled["dataset"] == answer.dataset]
-        drawn["curve", answer.dataset] = figures.draw_curve(answer.lead, mine, by, shows_effect=answer.shows_effect)
-        drawn["tasks", answer.dataset] = figures.draw_tasks(answer, mine, by)
-        shown = estimates(answer, _of(analysis, answer))
+        of_dataset = scaled[scaled["dataset"] == answer.dataset]
+        drawn["curve", answer.dataset] = figures.draw_curve(
+            answer.lead, of_dataset, by, shows_effect=answer.shows_effect
+        )
+        drawn["tasks", answer.dataset] = figures.draw_tasks(answer, of_dataset, by)
+        shown = estimates(answer, analysis.fits_of(answer.dataset))
         if len(answer.by_task) > MOST_TASKS:
             shown = [estimate for estimate in shown if estimate.group != "Task"]
-        drawn["optimum", answer.dataset] = optima.draw_optima(shown, transform_of(answer.lead, mine))
-        if len(left := residuals.residuals(answer.lead, mine, by)):
+        drawn["optimum", answer.dataset] = optima.draw_optima(shown, transform_of(answer.lead, of_dataset))
+        if len(left := residuals.residuals(answer.lead, of_dataset, by)):
             drawn["residuals", answer.dataset] = residuals.draw_residuals(left)
     return drawn
 
@@ -209,7 +212,8 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     """Write an analysis into a directory, and return the files' paths.
 
     `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, and every figure as PNG and SVG. `table` is the
-    one the analysis is of; its attribute `left_out`, if any, lists what was left out of it and why, a phrase each.
+    one the analysis is of; its attribute `left_out`, if any, lists what was left out of it and why. `command` makes the
+    analysis again.
     Everything is made before anything is written, and each file is put in place whole, so an error leaves the directory
     as it was.
     """

@@ -86,10 +86,8 @@ def table_text(analysis: Analysis) -> str:
         tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
         conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
         lines += ["", f"Does the curve differ by {difference.by}? {conclusion}."]
-    refused: dict[tuple[str, str], list[str]] = {}
-    for refusal in analysis.refusals:
-        refused.setdefault((refusal.what, refusal.reason), []).append(refusal.dataset)
-    lines += [f"not done: {what} of {', '.join(datasets)}: {reason}" for (what, reason), datasets in refused.items()]
+    for (what, reason), datasets in analysis.refusals_by_reason.items():
+        lines.append(f"not done: {what} of {', '.join(datasets)}: {reason}")
     return "\n".join(lines)
 
 
@@ -108,40 +106,41 @@ TRANSFORM_WORDS = {
 # What each statistical model is, and what it can be trusted for.
 FIT_WORDS = {
     "crossed": (
-        "A curve per task by least squares; the mean curve is tested with the tasks as the sample. What a run's luck "
-        "adds to all its tasks is counted where residuals show it, and deducted in part where they show less than "
-        "none.",
+        "A curve per task by least squares; the mean curve is tested with the tasks as the sample. Variation between "
+        "runs that their tasks share is added to the variance where the residuals show it, and deducted in part where "
+        "its estimate is negative.",
         "For tasks like these, however they differ. Needs four tasks and runs scored on every task; with few tasks it "
         "finds only clear effects.",
     ),
     "task-t": (
-        "The same without the runs' luck: t and Hotelling's T² over tasks.",
+        "The same without variation between runs: t and Hotelling's T² over tasks.",
         "Exact where runs differ by no more than noise; elsewhere its p-values are mostly too small.",
     ),
     "lmm-slopes": (
         "score ~ w_p + w_p² + model + (w_p + w_p² | task) + (1 | run), a residual variance per task, by REML.",
-        "For tasks like these; takes incomplete runs and the scores' own standard errors. With few tasks its "
-        "likelihood-ratio p is too small; the F test is nearer.",
+        "For tasks like these; uses incomplete runs and the scores' own standard errors. With few tasks the p of its "
+        "likelihood ratio is too small; that of the F test is closer to the truth.",
     ),
     "lmm": (
         "score ~ w_p + w_p² + (1 | task), by REML: the first version of the study.",
-        "Takes PLW as moving every task alike and scores as independent. Where either fails, p-values are too small "
-        "and intervals too narrow.",
+        "Assumes that PLW moves every task alike and that scores are independent. Where either is wrong, p-values are "
+        "too small and intervals too narrow.",
     ),
     "beta": (
-        "As lmm, for scores of a beta distribution, on the logit, by Laplace: the study's fourth version.",
-        "As lmm, and for scores within 0..1 only. Coefficients are of the logit, not of the score.",
+        "As lmm, but with beta-distributed scores and a logit link, by Laplace's approximation: the study's fourth "
+        "version.",
+        "As lmm, and only for scores within 0..1. Coefficients are of the logit, not of the score.",
     ),
     "ols-task": (
         "A fixed level per task, least squares: the study's draft.",
-        "As lmm, and for these very tasks only.",
+        "As lmm, and only for these very tasks.",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What kind of claim an answer is."""
+    """What kind of claim an answer makes."""
 
     kind: str  # effect, none (shown to be as good as none), or open, which too few runs are always
     title: str
@@ -149,7 +148,7 @@ class Claim:
 
 
 def claim(answer: Answer, looks: int) -> Claim:
-    """What an answer claims, when `looks` data sets were looked at."""
+    """What an answer claims; looks: how many data sets were analysed."""
     lead, equal = answer.lead, answer.equivalence
     if lead.has_too_few_runs:
         return Claim(
@@ -211,7 +210,7 @@ def name_test(test: JointTest) -> str:
 
 
 def remarks(fit: Fit) -> str:
-    """What must be known of a fit before its numbers are used, in a few words."""
+    """What a reader must know of a fit before using its numbers, in a few words."""
     holds_by_words = {
         "too few runs": fit.has_too_few_runs,
         "did not converge": not fit.converged,
@@ -223,7 +222,7 @@ def remarks(fit: Fit) -> str:
 
 
 def stability(answer: Answer) -> str:
-    """How the conclusion fares under other scales and transforms."""
+    """Whether the conclusion stays the same under other scales and transforms."""
     if answer.lead.has_too_few_runs:
         return "With too few runs to tell, no scale or transform can be relied on."
     is_significant = answer.lead.joint_p < LEVEL

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from plw_mlflow.environment import container
@@ -17,6 +19,7 @@ from plw_mlflow.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "mlflow", "numpy", "scipy", "pandas")
 
 
 def commit() -> str | None:
@@ -30,6 +33,20 @@ def commit() -> str | None:
         if head:
             return head + ("-dirty" if changes else "")
     return None
+
+
+def fingerprint() -> dict[str, str]:
+    """What the numbers of a run may depend on beside its config and code: versions, processor, threads, processes."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {name: metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version(),
+        "device": device,
+        "devices": str(max(1, torch.cuda.device_count())),
+        "threads": str(torch.get_num_threads()),
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+    }
 
 
 def code_digest(root: Path) -> str:

@@ -1,11 +1,12 @@
-"""Endpoint: a model behind an OpenAI-compatible completions server (vLLM's, say).
+"""A language model behind an OpenAI-compatible completions server, such as vLLM's.
 
-For log-likelihoods the server has to take tokens as a prompt and to echo them with their log-probabilities. Requests
-go out sorted, those that begin alike together, so that a server that keeps what it has computed of a prompt can.
+For log-likelihoods the server must accept tokens as a prompt and echo them with their log-probabilities. Requests are
+sent in the order of their tokens, so that those that begin alike go out together and a server with a prefix cache can
+use it.
 
-The client is our own, not the harness's, since that one sends OPENAI_API_KEY to whatever address it is given, prints it
-when a request fails, and takes any numbers for log-probabilities. Whatever a server answers is checked before it can
-become a score, and bounded in size and time.
+The client is our own. The harness's sends OPENAI_API_KEY to whatever address it is given, prints the key when a request
+fails, and accepts any numbers as log-probabilities. Here every answer is bounded in size and time, and is checked
+before it can become a score.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from plw_mlflow.evaluation import answer_store
 from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
 from plw_mlflow.models import pretrained
 
-CONCURRENT = 16  # requests at a time; a server makes batches of them as it likes
-BATCH = 16 * CONCURRENT  # requests whose answers are kept together
-WINDOW = 2048  # tokens, where the server does not say; the harness's default
+CONCURRENT_REQUESTS = 16  # the server makes batches of them as it likes
+BATCH_REQUESTS = 16 * CONCURRENT_REQUESTS  # whose answers are written to the store together
+DEFAULT_WINDOW = 2048  # tokens, where the server does not name its model's window; the harness's default
 SEED = 1234  # the harness's
-ATTEMPTS = 3  # at a request that a server does not answer
+ATTEMPTS = 3  # at a request that the server does not answer
 ANSWER_SECONDS = 300.0  # for one answer, from the request to its last byte
-ANSWER_BYTES = 1 << 26  # of one answer; 100,000 log-probabilities with their names take about a tenth
-# Rounding may lift the log-probability of a certain token above 0, and above the largest that is named beside it.
-SLACK = 1e-3
-LEAST = -1e5  # nats; a token that is less likely than this is none of a model's
+ANSWER_BYTES = 1 << 26  # of one answer; 100,000 log-probabilities with their tokens take about a tenth
+# Nats. Rounding may lift the log-probability of a certain token above 0, and above the largest one of its place.
+ROUNDING = 1e-3
+MIN_LOG_PROBABILITY = -1e5  # nats; no model makes a token less likely than this
 
 
 class Endpoint(CachingLM):
-    """The model that a server at `address` (http://HOST:PORT/v1) calls `model`; its tokenizer is read here.
+    """The model that a server at `address` (http://HOST:PORT/v1) calls `model`. Texts are tokenised on this side.
 
-    tokenizer: toy, a folder, or a hub id (unset: that of `model`). folder: where finished requests are kept. key_env:
-    the environment variable with the key that the server asks for; a key goes out to https or this machine alone.
+    tokenizer: toy, a folder, or a hub id (unset: that of `model`). folder: where answers are kept (unset: they are
+    not). key_env: the environment variable that holds the server's key, which is sent only to https or this machine.
 
     Raises Unreachable where no server answers, UserError for one that does not have the model.
     """
@@ -66,10 +67,10 @@ class Endpoint(CachingLM):
         self._key = _key(self.root, key_env)
         window = self._window()
         self.tokenizer = pretrained.load_tokenizer(model, tokenizer)
-        self.window = window - 2  # the server's own token, and the last target, count too
-        self.keep(None if folder is None else folder / f"answers-{answer_store.key(self.root, model)[:16]}.jsonl")
+        self.window = window - 2  # the token that the server generates and the last target count, too
+        self.open_store(None if folder is None else folder / f"answers-{answer_store.key(self.root, model)[:16]}.jsonl")
 
-    # What the harness asks of a language model.
+    # What the harness wants to know of a language model.
 
     @property
     def eot_token_id(self) -> int:
@@ -78,45 +79,45 @@ class Endpoint(CachingLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text follows that has no context, as in HFLM."""
+        """The token before a text that has no context, as in HFLM."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the tokenizer from others."""
+        """A name for the tokenizer, by which the harness tells it from others."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError  # abstract in the harness, which calls it through methods that are replaced here
 
-    # Batches, as CachingLM wants them.
+    # The batches in which CachingLM has requests answered.
 
     def plan_scores(self, queries: list[Query]) -> Iterator[PlannedBatch]:
-        """Queries that begin alike together."""
+        """Batches of queries in the order of their tokens."""
         numbers = sorted(range(len(queries)), key=lambda number: queries[number].inputs.astype(">u4").tobytes())
         yield from self._batches(numbers, queries, self._score)
 
     def plan_generation(self, prompts: list[Prompt]) -> Iterator[PlannedBatch]:
-        """Prompts that begin alike together."""
+        """Batches of prompts in the order of their tokens."""
         numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].tokens.astype(">u4").tobytes())
         yield from self._batches(numbers, prompts, self.generate_otherwise)
 
     def generate_otherwise(self, prompts: list[Prompt]) -> list[str]:
-        """What the server writes after each prompt, greedily or as its settings say."""
-        return self._each(self._generate, prompts)
+        """What the server writes after each prompt, by the settings of each."""
+        return self._concurrently(self._generate, prompts)
 
     def _batches(
-        self, numbers: Sequence[int], asked: Sequence[Any], run: Callable[[list[Any]], list[Any]]
+        self, numbers: list[int], requests: Sequence[Any], compute: Callable[[list[Any]], list[Any]]
     ) -> Iterator[PlannedBatch]:
-        for start in range(0, len(numbers), BATCH):
-            some = list(numbers[start : start + BATCH])
-            yield some, partial(run, [asked[number] for number in some])
+        for start in range(0, len(numbers), BATCH_REQUESTS):
+            batch = numbers[start : start + BATCH_REQUESTS]
+            yield batch, partial(compute, [requests[number] for number in batch])
 
-    def _each(self, call: Callable[[Any], Any], asked: Sequence[Any]) -> list[Any]:
-        with ThreadPoolExecutor(CONCURRENT) as threads:
+    def _concurrently(self, answer: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as threads:
             try:
-                return list(threads.map(call, asked))
+                return list(threads.map(answer, requests))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -124,17 +125,32 @@ class Endpoint(CachingLM):
     # One request.
 
     def _score(self, queries: list[Query]) -> list[tuple[float, bool]]:
-        found = self._each(self._log_probabilities, queries)
-        return [(sum(own), is_greedy) for own, is_greedy in found]
+        """The log-likelihood of each query's targets, and whether greedy generation would give them."""
+        return self._concurrently(self._log_likelihood, queries)
 
-    def _log_probabilities(self, query: Query) -> tuple[list[float], bool]:
-        """Log-probabilities of the targets of a query, and whether each is the likeliest token."""
+    def _log_likelihood(self, query: Query) -> tuple[float, bool]:
         tokens = [*query.inputs.tolist(), int(query.targets[-1])]
+        log_probabilities, top = self._echo(tokens)
+        first = len(tokens) - len(query.targets)
+        values = log_probabilities[first - 1 :]  # the first token has none
+        is_greedy = True
+        for value, likeliest in zip(values, top[first : len(tokens)], strict=True):
+            if not isinstance(likeliest, dict) or not likeliest:
+                raise self._unusable("it does not name the likeliest token of each place (top_logprobs)")
+            largest = max(self._checked(log_probability) for log_probability in likeliest.values())
+            if value > largest + ROUNDING:
+                raise self._unusable(f"a token's log-probability, {value:g}, is above the largest one, {largest:g}")
+            is_greedy &= value >= largest
+        return sum(values), is_greedy
+
+    def _echo(self, tokens: list[int]) -> tuple[list[float], list[Any]]:
+        """The checked log-probabilities of all tokens after the first, and the likeliest tokens of every place."""
         choice = self._complete(
             {"prompt": [tokens], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": SEED}
         )
-        said = choice.get("logprobs")
-        own, top = (said.get(name) if isinstance(said, dict) else None for name in ("token_logprobs", "top_logprobs"))
+        logprobs = choice.get("logprobs")
+        logprobs = logprobs if isinstance(logprobs, dict) else {}
+        own, top = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
         if not isinstance(own, list) or not isinstance(top, list):
             raise self._unusable("it gives no log-probabilities (token_logprobs and top_logprobs in logprobs)")
         if len(own) not in (len(tokens), len(tokens) + 1) or len(top) != len(own):
@@ -144,47 +160,37 @@ class Endpoint(CachingLM):
             )
         if own[0] is not None:
             raise self._unusable("its first log-probability is not null, so that all of them may be shifted")
-        given = [self._checked(value) for value in own[1 : len(tokens)]]
-        if len(given) > 3 and len(set(given)) == 1 and given[0] < -SLACK:  # a few may all be certain
-            raise self._unusable(f"it gives every token the log-probability {given[0]:g}")
-        first = len(tokens) - len(query.targets)
-        values = given[first - 1 :]
-        is_greedy = True
-        for value, likeliest in zip(values, top[first : len(tokens)], strict=True):
-            if not isinstance(likeliest, dict) or not likeliest:
-                raise self._unusable("it does not name the likeliest token of each place (top_logprobs)")
-            largest = max(self._checked(one) for one in likeliest.values())
-            if value > largest + SLACK:
-                raise self._unusable(f"a token's log-probability, {value:g}, is above the largest one, {largest:g}")
-            is_greedy &= value >= largest
-        return values, is_greedy
+        values = [self._checked(value) for value in own[1 : len(tokens)]]
+        if len(values) > 3 and len(set(values)) == 1 and values[0] < -ROUNDING:  # a few tokens may all be certain
+            raise self._unusable(f"it gives every token the log-probability {values[0]:g}")
+        return values, top
 
     def _checked(self, value: Any) -> float:
-        """A log-probability. Raises UserError for what can be none."""
+        """The value, if it can be a log-probability. Raises UserError otherwise."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not LEAST <= value <= SLACK:  # which no NaN does
-            raise self._unusable(f"{_shown(value)} is no log-probability")
+        if not is_number or not MIN_LOG_PROBABILITY <= value <= ROUNDING:  # NaN fails, too
+            raise self._unusable(f"{_shown(value)} is not a log-probability")
         return float(value)
 
     def _generate(self, prompt: Prompt) -> str:
-        """What the server writes after a prompt, cut off where it was to stop.
+        """What the server writes after a prompt, cut off at the first stop sequence.
 
-        The template's own end goes out as a token, by vLLM's name for that, and spelled, for a server that writes
-        special tokens out.
+        The template's own end is sent as a token, by vLLM's name for that. It is also sent as a text, for servers that
+        write special tokens into their answers.
         """
         ends = sorted({*prompt.ends} - {self.eot_token_id})
         until = [*prompt.until, *self.tokenizer.convert_ids_to_tokens(ends)]
-        settings = {name: value for name, value in json.loads(prompt.other).items() if name != "do_sample"}
-        asked = {"prompt": [prompt.tokens.tolist()], "max_tokens": prompt.most, "stop": until, "seed": SEED}
-        asked |= {"temperature": 0} | settings | ({"stop_token_ids": ends} if ends else {})
-        text = self._complete(asked).get("text")
+        settings = {name: value for name, value in json.loads(prompt.settings).items() if name != "do_sample"}
+        content = {"prompt": [prompt.tokens.tolist()], "max_tokens": prompt.max_new_tokens, "stop": until, "seed": SEED}
+        content |= {"temperature": 0} | settings | ({"stop_token_ids": ends} if ends else {})
+        text = self._complete(content).get("text")
         if not isinstance(text, str):
             raise self._unusable("its answer holds no text")
         return str(postprocess_generated_text(text, until, None))
 
-    def _complete(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The one choice of an answer."""
-        answer = self._ask("POST", "completions", {"model": self._model, **asked})
+    def _complete(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The choice in the server's answer, of which there must be one."""
+        answer = self._request("POST", "completions", {"model": self._model, **content})
         choices = answer.get("choices") if isinstance(answer, dict) else None
         (choice, *more) = choices if isinstance(choices, list) and choices else [None]
         if more or not isinstance(choice, dict) or choice.get("index", 0) != 0:
@@ -194,17 +200,20 @@ class Endpoint(CachingLM):
     def _unusable(self, why: str) -> UserError:
         return UserError(f"the endpoint {self.root} cannot give scores: {why}")
 
-    def _ask(
+    def _request(
         self,
         method: str,
         path: str,
-        asked: dict[str, Any] | None = None,
+        content: dict[str, Any] | None = None,
         *,
         attempts: int = ATTEMPTS,
         absent: Any = None,
         unanswered: str = "the endpoint {} gives no answer",
     ) -> Any:
-        """What the server answers, as JSON, or `absent` where it has no such path, if that is given.
+        """The server's answer, as JSON.
+
+        absent: what to give where the server has no such path (unset: that is an error). unanswered: the beginning of
+        the message where it does not answer.
 
         Raises Unreachable where it does not answer at the last of the attempts, UserError where it refuses the
         request.
@@ -214,83 +223,84 @@ class Endpoint(CachingLM):
             if attempt:
                 time.sleep(2.0**attempt / 2)
             try:
-                status, content = self._request(method, path, asked)
+                status, received = self._send(method, path, content)
             except (ClientError, OSError) as error:
                 trouble = reason(error)
                 continue
             if status == 200:
                 try:
-                    return json.loads(content)
+                    return json.loads(received)
                 except (ValueError, RecursionError):
-                    raise self._unusable("its answer is no JSON") from None
+                    raise self._unusable("its answer is not JSON") from None
             if status == 404 and absent is not None:
                 return absent
-            said = content.decode(errors="replace")
-            if self._key is not None:  # which a server may send back
-                said = said.replace(self._key, "***")
-            trouble = f"status {status}: {_shown(said)}"
+            text = received.decode(errors="replace")
+            if self._key is not None:  # a server may send it back
+                text = text.replace(self._key, "***")
+            trouble = f"status {status}: {_shown(text)}"
             if status in (401, 403):
                 raise UserError(
                     f"the endpoint {self.root} refuses access (status {status}); name the environment variable that "
                     "holds its key: --endpoint-key-env NAME"
                 )
             if 300 <= status < 400:
-                raise UserError(f"the endpoint {self.root} sends to another address; give that one as --endpoint")
+                raise UserError(f"the endpoint {self.root} redirects to another address; give that one as --endpoint")
             if 400 <= status < 500 and status not in (408, 429):
                 raise UserError(f"the endpoint {self.root} refuses the request: {trouble}")
         raise Unreachable(f"{unanswered.format(self.root)}: {trouble}")
 
-    def _request(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
-        """Status and content of an answer. Raises OSError for one that takes too long or is too large."""
+    def _send(self, method: str, path: str, content: dict[str, Any] | None) -> tuple[int, bytes]:
+        """The status and the content of an answer. Raises OSError for one that takes too long or is too large."""
         try:
-            return asyncio.run(self._answer_of(method, path, asked))
+            return asyncio.run(self._receive(method, path, content))
         except TimeoutError:
             raise TimeoutError(f"an answer that takes longer than {ANSWER_SECONDS:.0f} s") from None
 
-    async def _answer_of(self, method: str, path: str, asked: dict[str, Any] | None) -> tuple[int, bytes]:
-        """The same. Settings of the environment (proxies, .netrc) are not used: a key goes to the endpoint alone."""
+    async def _receive(self, method: str, path: str, content: dict[str, Any] | None) -> tuple[int, bytes]:
+        """The same. Proxies and .netrc of the environment are not used, so that a key goes to the endpoint alone."""
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         timeout = ClientTimeout(total=ANSWER_SECONDS)  # to the last byte, however slowly they come
         async with (
             ClientSession(timeout=timeout, headers=headers) as session,
-            session.request(method, f"{self.root}/{path}", json=asked, allow_redirects=False) as answer,
+            session.request(method, f"{self.root}/{path}", json=content, allow_redirects=False) as answer,
         ):
-            content = bytearray()
+            received = bytearray()
             async for part in answer.content.iter_chunked(1 << 16):
-                content += part
-                if len(content) > ANSWER_BYTES:
+                received += part
+                if len(received) > ANSWER_BYTES:
                     raise OSError(f"an answer of more than {ANSWER_BYTES >> 20} MiB")
-            return answer.status, bytes(content)
+            return answer.status, bytes(received)
 
     def _window(self) -> int:
-        """How many tokens the server's model takes, as far as the server lists its models (vLLM does, with this)."""
-        said = self._ask("GET", "models", attempts=1, absent={}, unanswered="no server answers at {}")
-        rows = said.get("data") if isinstance(said, dict) else None
-        listed = {str(one["id"]): one for one in rows or [] if isinstance(one, dict) and "id" in one}
-        if listed and self._model not in listed:
+        """How many tokens the server's model takes, which vLLM says in its list of models."""
+        answer = self._request("GET", "models", attempts=1, absent={}, unanswered="no server answers at {}")
+        rows = answer.get("data") if isinstance(answer, dict) else None
+        models = {str(row["id"]): row for row in rows or [] if isinstance(row, dict) and "id" in row}
+        if models and self._model not in models:
             raise UserError(
-                f"the endpoint {self.root} has no model {self._model!r}; it has {_shown(', '.join(sorted(listed)))}"
+                f"the endpoint {self.root} has no model {self._model!r}; it has {_shown(', '.join(sorted(models)))}"
             )
-        window = listed.get(self._model, {}).get("max_model_len")
+        window = models.get(self._model, {}).get("max_model_len")
         if not isinstance(window, int) or window < 3:
             warnings.warn(
-                f"the endpoint {self.root} does not say how many tokens its model takes; {WINDOW} it is", stacklevel=3
+                f"the endpoint {self.root} does not say how many tokens its model takes; {DEFAULT_WINDOW} are assumed",
+                stacklevel=3,
             )
-            return WINDOW
+            return DEFAULT_WINDOW
         return window
 
 
 def _key(root: str, key_env: str | None) -> str | None:
-    """The key for a server. Raises UserError where there is none, or where others could read it on its way."""
+    """The key for a server. Raises UserError where there is none, or where others could read it in transit."""
     if key_env is None:
         return None
     if not (key := os.environ.get(key_env)):
-        raise UserError(f"the environment variable {key_env} that is to hold the endpoint's key is not set")
+        raise UserError(f"the environment variable {key_env}, which should hold the endpoint's key, is not set")
     parts = urlsplit(root)
     if parts.scheme != "https" and not _is_loopback(str(parts.hostname)):
-        raise UserError(f"a key is sent to https or to this machine alone, not to {root}; use https")
+        raise UserError(f"a key is sent only to https or to this machine, not to {root}; use https")
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the environment variable {key_env} holds characters that no key has")
+        raise UserError(f"the environment variable {key_env} holds characters that a key cannot have")
     return key
 
 
@@ -302,5 +312,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """What a server has said, short and on one line."""
+    """A server's words, short and on one line."""
     return printable(" ".join(str(value).split()))[:200]

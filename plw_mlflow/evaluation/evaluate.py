@@ -20,12 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from plw_mlflow.config import ScoreOptions
+from plw_mlflow.environment.progress import SECONDS_BEFORE_BAR
 from plw_mlflow.evaluation import bleu, samples, scores, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
 from plw_mlflow.evaluation.scores import Evaluation, Score
 from plw_mlflow.evaluation.tasks import Tasks
 
-BAR_AFTER_SECONDS = 5
 # What is counted of requests that do not fit the model's window, and what a warning says of them.
 CUTS = {
     "truncated": "with a context cut from the left to fit the model's window",
@@ -123,7 +123,7 @@ def _bars_only_when_slow() -> Iterator[None]:
     The harness shows one for each task, mostly for a fraction of a second, and has no setting for that.
     """
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, delay=BAR_AFTER_SECONDS, disable=None)
+    tqdm.__init__ = partialmethod(original, delay=SECONDS_BEFORE_BAR, disable=None)
     try:
         yield
     finally:

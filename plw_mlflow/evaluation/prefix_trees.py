@@ -1,9 +1,16 @@
-"""Prefix trees: token sequences laid out so that a model computes every prefix they share once.
+"""Prefix trees: token sequences laid out in rows so that a model computes every prefix that they share once.
 
-Sorted by their tokens, sequences that begin alike are neighbours. A row takes neighbours up as long as it has room,
-each as what it adds to the one before; its places are then a forest in depth-first order. A place attends to itself and
-to the places it descends from, whatever lies between them, and its position is its depth: so a model whose only way of
-mixing places is attention computes for each place what it computes where the place's sequence stands alone.
+Sequences are sorted by their tokens, so that those that begin alike are neighbours. Neighbours share a row as long as
+there is room: of each, the row has only the tokens that follow what the one before begins with, too. For example, the
+sequences `a b c` and `a b d e` become
+
+    place      0  1  2  3  4
+    token      a  b  c  d  e
+    depth      0  1  2  2  3
+
+The places of a row are a forest in depth-first order. A place attends to itself and to the places that it descends from
+(e to d, b and a), and its position is its depth. A model in which tokens meet only in attention then computes for each
+place what it would compute if the sequence stood alone.
 
 Letters: B rows, T places of a row.
 """
@@ -23,53 +30,54 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TreeRow:
-    """Some sequences laid out in one row."""
+    """Sequences in one row."""
 
     tokens: Array  # [T]
-    depths: Array  # [T] how many places of its sequence come before this one
-    subtree_ends: Array  # [T] the first place after those that descend from this one
-    paths: dict[int, Array]  # of each sequence, by its number: where its tokens lie
+    depths: Array  # [T] how many tokens of its sequences come before this one
+    subtree_ends: Array  # [T] the first place after this one that does not descend from it
+    paths: dict[int, Array]  # the places of each sequence's tokens, by the sequence's number
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def rows(sequences: Sequence[Array], room: int, most: int) -> list[TreeRow]:
-    """Lay sequences of tokens out in rows of about `room` places, the longest row first.
+def rows(sequences: Sequence[Array], places: int, max_places: int) -> list[TreeRow]:
+    """Rows of about so many places for sequences of tokens, the longest row first.
 
-    A row is longer where a sequence is, and may have twice the places of a sequence that it holds half of already, up
-    to `most`: what that spares outweighs the attention to other sequences, which is computed and thrown away.
+    A sequence that is longer than that has a longer row. A row also grows for a sequence of which it has half already,
+    up to twice the sequence's length and to `max_places`: what this saves outweighs the attention between different
+    sequences, which is computed and thrown away.
     """
     keys = [sequence.astype(">u4").tobytes() for sequence in sequences]  # bytes sort as the tokens do, and fast
-    found, row = [], _OpenTreeRow()
+    closed, row = [], _OpenTreeRow()
     for number in sorted(range(len(sequences)), key=keys.__getitem__):
-        array = sequences[number]
-        shared = row.shares(array)
-        limit = max(room, min(2 * len(array), most)) if 2 * shared >= len(array) else room
-        if len(row) and len(row) + len(array) - shared > limit:
-            found.append(row.close())
+        sequence = sequences[number]
+        shared = row.shared_with(sequence)
+        limit = max(places, min(2 * len(sequence), max_places)) if 2 * shared >= len(sequence) else places
+        if len(row) and len(row) + len(sequence) - shared > limit:
+            closed.append(row.close())
             row, shared = _OpenTreeRow(), 0
-        row.add(number, array, shared)
+        row.add(number, sequence, shared)
     if len(row):
-        found.append(row.close())
-    return sorted(found, key=len, reverse=True)
+        closed.append(row.close())
+    return sorted(closed, key=len, reverse=True)
 
 
-def batches(laid_out: Sequence[TreeRow], tokens: int) -> list[list[TreeRow]]:
-    """Rows, the longest first, in batches of at most `tokens` places with the padding; a longer row is one alone."""
-    found: list[list[TreeRow]] = []
-    for row in laid_out:
-        if found and len(found[-1][0]) * (len(found[-1]) + 1) <= tokens:
-            found[-1].append(row)
+def batches(tree_rows: Sequence[TreeRow], max_places: int) -> list[list[TreeRow]]:
+    """Rows, the longest first, in batches of at most so many places, padding included; a longer row is alone."""
+    grouped: list[list[TreeRow]] = []
+    for row in tree_rows:
+        if grouped and len(grouped[-1][0]) * (len(grouped[-1]) + 1) <= max_places:
+            grouped[-1].append(row)
         else:
-            found.append([row])
-    return found
+            grouped.append([row])
+    return grouped
 
 
 def inputs(batch: Sequence[TreeRow], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, T], positions [B, T] and what is added to attention scores [B, 1, T, T]: 0, or the lowest number.
+    """Tokens [B, T], positions [B, T] and the mask [B, 1, T, T], which is added to attention scores.
 
-    Padding attends to itself.
+    The mask is 0 where a place attends and the lowest number elsewhere. Padding attends to itself.
     """
     longest = max(map(len, batch))
     padded = np.zeros((3, len(batch), longest), dtype=np.int64)
@@ -84,20 +92,20 @@ def inputs(batch: Sequence[TreeRow], dtype: torch.dtype, device: torch.device) -
 
 
 class _OpenTreeRow:
-    """A row while it is filled."""
+    """A row while sequences are added to it, in the order of their tokens."""
 
     def __init__(self) -> None:
-        self._added: list[tuple[Array, int]] = []
+        self._added: list[tuple[Array, int]] = []  # the new tokens of each sequence, and the depth at which they begin
         self._paths: dict[int, Array] = {}
-        self._path = self._last = np.empty(0, dtype=np.int64)  # of the sequence added last
-        self._ends: list[tuple[Array, int]] = []
+        self._last = self._path = np.empty(0, dtype=np.int64)  # the sequence that was added last, and its path
+        self._ends: list[tuple[Array, int]] = []  # places, and the first place after all that descend from them
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def shares(self, sequence: Array) -> int:
-        """With how many of the last sequence's tokens this one begins."""
+    def shared_with(self, sequence: Array) -> int:
+        """How many tokens a sequence has in common with the beginning of the one that was added last."""
         both = min(len(self._last), len(sequence))
         differs = self._last[:both] != sequence[:both]
         return int(differs.argmax()) if differs.any() else both
@@ -111,9 +119,9 @@ class _OpenTreeRow:
         self._length += new
 
     def close(self) -> TreeRow:
-        end = np.empty(self._length, dtype=np.int64)
+        subtree_ends = np.empty(self._length, dtype=np.int64)
         for places, first_after in [*self._ends, (self._path, self._length)]:
-            end[places] = first_after
+            subtree_ends[places] = first_after
         tokens = np.concatenate([new for new, _ in self._added])
-        depth = np.concatenate([np.arange(shared, shared + len(new)) for new, shared in self._added])
-        return TreeRow(tokens, depth, end, self._paths)
+        depths = np.concatenate([np.arange(shared, shared + len(new)) for new, shared in self._added])
+        return TreeRow(tokens, depths, subtree_ends, self._paths)

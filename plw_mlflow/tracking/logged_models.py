@@ -16,10 +16,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.utils import logging_utils
 
-from plw_mlflow import seeding
-from plw_mlflow.config import data_name, short_name, spell
-from plw_mlflow.config.presets import MODELS
+from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
+from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords
 from plw_mlflow.models import pretrained
 from plw_mlflow.tracking import connection
@@ -38,7 +37,7 @@ def log_model(run: Run, model: Any, tokenizer: Any, config: Any, sources: Sequen
     """
     name = _registered_name(run, config, sources)
     tags = {f"plw.{field}": without_passwords(spell(getattr(config, field))) for field in CELL_FIELDS}
-    versions = seeding.fingerprint()
+    versions = provenance.fingerprint()
     logged = patiently(
         "logging the model",
         lambda: mlflow.transformers.log_model(

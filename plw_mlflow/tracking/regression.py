@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
-from plw_mlflow import seeding
+from plw_mlflow.environment import provenance
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODEL = "tracking/regression_model.py"
@@ -34,7 +34,7 @@ def log_regression(fit: Path) -> None:
     outputs = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
     with tempfile.TemporaryDirectory() as folder, _importable_from(folder):  # MLflow runs the model's file right away
         model, code = _copy_code(Path(folder))
-        versions = seeding.fingerprint()
+        versions = provenance.fingerprint()
         mlflow.pyfunc.log_model(
             name="regression",
             python_model=str(model),

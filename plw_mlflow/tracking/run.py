@@ -16,8 +16,8 @@ import mlflow
 from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from plw_mlflow import seeding
 from plw_mlflow.config import UNSET, digest, spell
+from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, without_passwords
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.cells import cell_columns, parameters
@@ -67,7 +67,7 @@ class Run:
         unset = {name for name, value in logged.items() if name in values and value in UNSET}
         self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
-        mlflow.log_dict(environment := seeding.fingerprint(), "environment.json")
+        mlflow.log_dict(environment := provenance.fingerprint(), "environment.json")
         self.tag(environment=digest(environment))  # so that runs can be compared without reading the file of each
 
     def config(self, folder: Path) -> dict[str, Any]:

@@ -221,11 +221,24 @@ def test_a_misspelt_name_costs_no_heavy_import(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_python_without_the_packages_is_told_in_one_line():
-    done = start("-S", "-m", "entrypoints.main", PYTHONPATH=str(ROOT))  # without its site-packages
+@pytest.mark.parametrize(
+    ("command", "folder", "expected"),
+    [
+        (["-m", "entrypoints.main"], ROOT, "(source .venv/bin/activate), or set it up first (make setup)"),
+        ([str(ROOT / "entrypoints/main.py")], ROOT, "(source .venv/bin/activate), or set it up first (make setup)"),
+        (
+            [str(ROOT / "entrypoints/main.py")],
+            ROOT / "docs",
+            f"(source {ROOT}/.venv/bin/activate), or set it up first (make -C {ROOT} setup)",
+        ),
+    ],
+)
+def test_a_python_without_the_packages_is_told_in_one_line(monkeypatch, command, folder, expected):
+    monkeypatch.chdir(folder)
+    done = start("-S", *command, PYTHONPATH="")  # without its site-packages
     assert (done.returncode, done.stdout) == (2, "")
     assert "has no package" in done.stderr
-    assert "source .venv/bin/activate" in done.stderr
+    assert expected in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -115,10 +115,10 @@ def test_scores_are_those_of_the_model_itself(tmp_path, bos):
         assert [ll for ll, _ in found[0]] == pytest.approx([ll for ll, _ in expected[0]], rel=1e-5)
         assert [greedy for _, greedy in found[0]] == [greedy for _, greedy in expected[0]]
         assert found[1] == expected[1]
-        assert len(server.prompts) == here.done  # each distinct request once
+        assert len(server.prompts) == here.computed  # each distinct request once
         again = Endpoint(server.address, "served", str(tmp_path / "tokenizer"), tmp_path / "kept")
         assert (again.loglikelihood(pairs, True), again.generate_until(texts, True)) == found
-        assert len(server.prompts) == here.done
+        assert len(server.prompts) == here.computed
 
 
 def test_what_does_not_fit_the_window_is_cut_and_counted(tmp_path):
@@ -141,7 +141,7 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="has no model 'other'; it has served"):
             Endpoint(address, "other", str(tmp_path))
         server.window = None
-        with pytest.warns(UserWarning, match="does not say how many tokens its model takes; 2048 it is"):
+        with pytest.warns(UserWarning, match="does not say how many tokens its model takes; 2048 are assumed"):
             endpoint = Endpoint(address, "served", str(tmp_path))
     with pytest.raises(ConnectionError, match="no server answers at http://127"):
         Endpoint(address, "served", str(tmp_path))
@@ -177,18 +177,21 @@ LIES = {
         changed(token_logprobs=lambda own: [*own, -1.0], top_logprobs=lambda top: [*top, {"a": -1.0}]),
         "does not echo the prompt: for 13 tokens it gives 15",
     ),
-    "positive": (changed(token_logprobs=lambda own: [None, *(0.5 for _ in own[1:])]), "0.5 is no log-probability"),
-    "not a number": (changed(token_logprobs=lambda own: [None, *(math.nan for _ in own[1:])]), "nan is no log-prob"),
-    "without end": (changed(token_logprobs=lambda own: [None, *(-math.inf for _ in own[1:])]), "-inf is no log-prob"),
-    "text": (changed(token_logprobs=lambda own: [None, *("-1" for _ in own[1:])]), "-1 is no log-probability"),
-    "truth": (changed(token_logprobs=lambda own: [None, *(False for _ in own[1:])]), "False is no log-probability"),
+    "positive": (changed(token_logprobs=lambda own: [None, *(0.5 for _ in own[1:])]), "0.5 is not a log-probability"),
+    "not a number": (changed(token_logprobs=lambda own: [None, *(math.nan for _ in own[1:])]), "nan is not a log-prob"),
+    "without end": (
+        changed(token_logprobs=lambda own: [None, *(-math.inf for _ in own[1:])]),
+        "-inf is not a log-prob",
+    ),
+    "text": (changed(token_logprobs=lambda own: [None, *("-1" for _ in own[1:])]), "-1 is not a log-probability"),
+    "truth": (changed(token_logprobs=lambda own: [None, *(False for _ in own[1:])]), "False is not a log-probability"),
     "shifted": (
         changed(token_logprobs=lambda own: [*own[1:], -1.0], top_logprobs=lambda top: [*top[1:], {"a": -1.0}]),
         "its first log-probability is not null",
     ),
     "unlikely": (
         changed(token_logprobs=lambda own: [None, *(-1e300 for _ in own[1:])]),
-        "-1e.300 is no log-probability",
+        "-1e.300 is not a log-probability",
     ),
     "another index": (lambda answer: {"choices": [answer["choices"][0] | {"index": 7}]}, "does not hold one choice"),
     "repeated": (
@@ -207,14 +210,14 @@ LIES = {
     "no probabilities": (lambda answer: {"choices": [{"index": 0, "text": "a"}]}, "gives no log-probabilities"),
     "two choices": (lambda answer: {"choices": answer["choices"] * 2}, "does not hold one choice"),
     "a list": (lambda answer: [1], "does not hold one choice"),
-    "no JSON": (lambda answer: "<html>", "is no JSON"),
+    "no JSON": (lambda answer: "<html>", "is not JSON"),
     "control characters": (
         lambda answer: {
             "choices": [
                 {"logprobs": {"token_logprobs": [None, *range(-13, 0)], "top_logprobs": [{"a": "\x1b[2J"}] * 14}}
             ]
         },
-        r"\\x1b\[2J is no log-probability",
+        r"\\x1b\[2J is not a log-probability",
     ),
 }
 
@@ -267,7 +270,7 @@ def test_an_answer_is_bounded_in_size_and_in_time(served, monkeypatch):
         (401, ValueError, "refuses access .*--endpoint-key-env NAME"),
         (400, ValueError, "refuses the request: status 400"),
         (404, ValueError, "refuses the request: status 404"),
-        (302, ValueError, "sends to another address"),
+        (302, ValueError, "redirects to another address"),
         (500, ConnectionError, "gives no answer: status 500"),
     ],
 )
@@ -302,9 +305,11 @@ def test_no_key_is_sent_that_was_not_asked_for_nor_to_a_proxy(served, monkeypatc
 
 def test_a_key_is_sent_to_https_or_this_machine_alone(monkeypatch):
     monkeypatch.setenv("MY_KEY", "canary")
-    with pytest.raises(ValueError, match="a key is sent to https or to this machine alone, not to http://server/v1"):
+    with pytest.raises(ValueError, match="a key is sent only to https or to this machine, not to http://server/v1"):
         Endpoint("http://server/v1", "served", "toy", key_env="MY_KEY")
-    with pytest.raises(ValueError, match="the environment variable NONE that is to hold the endpoint's key is not set"):
+    with pytest.raises(
+        ValueError, match="the environment variable NONE, which should hold the endpoint's key, is not set"
+    ):
         Endpoint("https://server/v1", "served", "toy", key_env="NONE")
 
 

@@ -271,7 +271,7 @@ class Terminal(StringIO):
     ("stream", "seconds", "is_shown"), [(Terminal, 60, False), (Terminal, 0, True), (StringIO, 0, False)]
 )
 def test_a_bar_appears_in_a_terminal_and_only_where_scoring_takes_long(stream, seconds, is_shown, monkeypatch):
-    monkeypatch.setattr(evaluate, "BAR_AFTER_SECONDS", seconds)
+    monkeypatch.setattr(evaluate, "SECONDS_BEFORE_BAR", seconds)
     monkeypatch.setattr("sys.stderr", written := stream())
     options = ScoreOptions(tasks="toy_choice", limit=3)
     evaluate.score(Recorder(), load_tasks(options), options, seed=1)

@@ -92,7 +92,7 @@ def check_tokens_are_equal(question, answer, tokenizer, template, prompt_border)
     prompt, completion = trained.tokens[:border].tolist(), trained.tokens[is_completion].tolist()
     asked = prompting.wrapping(template, tokenizer, prompt_border)([{"role": "user", "content": question}])
     model = Tokenising(tokenizer)
-    ((context, continuation),) = model._pairs([(asked, answer)])
+    ((context, continuation),) = model._encode_pairs([(asked, answer)])
     assert context.tolist() == prompt
     assert continuation.tolist() == completion[: len(continuation)]
     assert set(completion[len(continuation) :]) & set(asked.ends)  # what is left is the answer's end
@@ -135,7 +135,7 @@ def test_what_a_tokenizer_adds_at_the_end_of_a_text_is_not_asked_for():
     """The harness's own prompts, too: an end would stand between context and continuation."""
     ended, plain = Tokenising(TOKENIZERS["bytes, beginning and ended"]), Tokenising(TOKENIZERS["bytes, beginning"])
     texts = [("Is it", " so?"), ("", "so"), ("<s>Is it", " so?")]
-    for found, expected in zip(ended._pairs(texts), plain._pairs(texts), strict=True):
+    for found, expected in zip(ended._encode_pairs(texts), plain._encode_pairs(texts), strict=True):
         assert [part.tolist() for part in found] == [part.tolist() for part in expected]
     assert ended.tok_encode("Is it") == plain.tok_encode("Is it")
     assert ended.tok_encode(["Is it", "so"]) == plain.tok_encode(["Is it", "so"])
@@ -147,7 +147,7 @@ def test_the_beginning_of_an_answer_that_is_given_is_not_asked_for(tmp_path):
         [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}], add_generation_prompt=False
     )
     assert prompt == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nIt is"
-    ((context, continuation),) = Tokenising(tokenizer)._pairs([(prompt, " Tom")])
+    ((context, continuation),) = Tokenising(tokenizer)._encode_pairs([(prompt, " Tom")])
     assert tokenizer.decode(context) == prompt
     assert tokenizer.decode(continuation) == " Tom"
 
@@ -173,7 +173,7 @@ def test_a_prompt_that_the_template_cannot_hold_is_refused():
     wrapping = prompting.wrapping("alpaca", TOKENIZERS["bytes"])
     with pytest.raises(ValueError, match="a prompt of the harness holds the noncharacters"):
         wrapping([{"role": "user", "content": f"\ufdd0{EOS}\ufdd1"}])
-    ((context, continuation),) = Tokenising(TOKENIZERS["bytes"])._pairs(
+    ((context, continuation),) = Tokenising(TOKENIZERS["bytes"])._encode_pairs(
         [(wrapping([{"role": "user", "content": "Who?"}]), "\ufdd0")]
     )
     assert len(continuation) == 3

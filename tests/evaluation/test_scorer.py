@@ -67,7 +67,7 @@ def ours(model, tokenizer, *args, shares=True, **kwargs):
     else:
         with pytest.warns(UserWarning, match="each is scored alone, which takes longer"):
             scorer = Scorer(model, tokenizer, *args, **kwargs)
-    assert scorer.shares is shares
+    assert scorer.shares_prefixes is shares
     return scorer
 
 
@@ -137,7 +137,7 @@ def test_generations_are_the_harnesss(family):
     assert found == expected
     assert len(set(map(len, found))) > 1
     assert scorer.truncated == {"task": 2}
-    assert scorer.done == 10  # two requests occur twice
+    assert scorer.computed == 10  # two requests occur twice
 
 
 def test_a_models_own_generation_settings_are_followed():
@@ -302,7 +302,7 @@ def score_slowly(folder, pipe):
     scores = scorer.loglikelihood(instances("loglikelihood", *MANY), True)
     settings = {"until": ["e"], "max_gen_toks": 16}
     texts = scorer.generate_until(instances("generate_until", *((context, settings) for context, _ in MANY)), True)
-    pipe.send([scores, texts, scorer.done])
+    pipe.send([scores, texts, scorer.computed])
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_other_requests_take_over_what_they_have_in_common(tmp_path):
     assert [ll for ll, _ in found] == pytest.approx(
         [ll for ll, _ in expected.loglikelihood(instances("loglikelihood", *PAIRS), True)], rel=1e-5
     )
-    assert second.done == expected.done - first.done
+    assert second.computed == expected.computed - first.computed
 
 
 def test_another_model_has_answers_of_its_own(tmp_path):
