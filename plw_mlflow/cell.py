@@ -26,8 +26,8 @@ from plw_mlflow.config import (
     TrainConfig,
     data_name,
     digest,
-    names,
     short_name,
+    split_list,
 )
 from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
@@ -127,7 +127,7 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
         completion_weight=config.completion_weight,
     )
     if isinstance(config, MainConfig):
-        measures.check(names(config.measures or ""), len(prepared.validation))
+        measures.check(split_list(config.measures or ""), len(prepared.validation))
     template = templates.file(config.template)
     if template is not None and template.suffix == ".jinja":  # the model is to be used as it was trained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -218,7 +218,7 @@ def measure(
     scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
 ) -> None:
     """Log and print the measures that `scoring` names, of the model that the run has trained."""
-    if chosen := names(scoring.measures or ""):
+    if chosen := split_list(scoring.measures or ""):
         losses = list(run.curves.values("train/loss").values())
         values = measures.run(chosen, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
         tracking.log_measures(run, values)
