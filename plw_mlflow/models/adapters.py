@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plw_mlflow import seeding
-from plw_mlflow.config import Method, RecipeOptions, names
+from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
 
 # Of a state-space mixer, the layers whose weights its kernels read themselves, so that adapters on them would train
@@ -93,7 +93,7 @@ def targets(model: Any, told: str) -> dict[str, nn.Module]:
     if told == "all-linear":
         return usable
     chosen: dict[str, nn.Module] = {}
-    for wanted in names(told):
+    for wanted in split_list(told):
         found = {name: layer for name, layer in usable.items() if f".{name}".endswith(f".{wanted}")}
         if not found:
             have = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))

@@ -24,9 +24,9 @@ from plw_mlflow.config import (
     CellOptions,
     ScoreOptions,
     TrainConfig,
-    names,
     shown_name,
     spell,
+    split_list,
     without_effect,
 )
 from plw_mlflow.errors import UserError
@@ -217,7 +217,7 @@ def by_value(spelled: str, hint: Any) -> Hashable:
             return float(spelled)
     except (ValueError, click.BadParameter):
         return spelled
-    return ",".join(sorted(names(spelled))) if "," in spelled else spelled
+    return ",".join(sorted(split_list(spelled))) if "," in spelled else spelled
 
 
 def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
