@@ -13,7 +13,7 @@ import click
 import matplotlib
 import numpy as np
 
-from plw_mlflow.config import names
+from plw_mlflow.config import split_list
 from plw_mlflow.tracking import Run
 
 matplotlib.use("agg")
@@ -28,7 +28,7 @@ SMOOTHED_STEPS = 10
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Where to write the figure.")
 @click.option("--until", type=int, help="Last step to draw (unset: all).")
 def main(listed: str, output: Path, until: int | None) -> None:
-    runs = sorted(map(Run, names(listed)), key=lambda run: float(run.cell()["plw"]))
+    runs = sorted(map(Run, split_list(listed)), key=lambda run: float(run.cell()["plw"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
     for colour, run in zip(plt.get_cmap("viridis")(np.linspace(0, 0.85, len(runs))), runs, strict=True):
         plw = run.cell()["plw"]

@@ -11,7 +11,7 @@ if not __package__:  # run as a file: packages are found from the project's fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entrypoints import command
-from plw_mlflow.config import AdviseConfig, names
+from plw_mlflow.config import AdviseConfig, split_list
 
 if TYPE_CHECKING:
     from plw_mlflow.advice.evidence import EvidencePoint
@@ -23,7 +23,7 @@ def main(config: AdviseConfig) -> None:
     from plw_mlflow import tracking
     from plw_mlflow.advice import advise, evidence, exports, wording
 
-    task_types = advise.check_types(names(config.task_types or ""))
+    task_types = advise.check_types(split_list(config.task_types or ""))
     with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
         ratio, dataset = config.ratio, config.dataset_names()
         if ratio is None:

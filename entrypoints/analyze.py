@@ -12,7 +12,7 @@ if not __package__:  # run as a file: packages are found from the project's fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entrypoints import command
-from plw_mlflow.config import AnalyzeConfig, names
+from plw_mlflow.config import AnalyzeConfig, split_list
 
 if TYPE_CHECKING:
     from plw_mlflow.analysis.planning import Planning
@@ -38,7 +38,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     from plw_mlflow import tracking
     from plw_mlflow.analysis import analyze, planning, report, score_table, wording
 
-    by = tuple(names(config.by or ""))
+    by = tuple(split_list(config.by or ""))
     if config.scores is not None:
         table = score_table.read_scores(config.scores, by)
     else:

@@ -1,6 +1,6 @@
-"""Sweep: a cell for every combination of values, each in a process of its own, and an account of them all.
+"""Sweep: a cell for every combination of values, each in a process of its own, and an account of all of them.
 
-A crash takes one cell, and the device's memory is clean each time.
+A crash ends one cell only, and each cell finds the device's memory empty.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
-INTERRUPTED = 130  # exit status of a cell that was interrupted alone
-PATIENCE_SECONDS = 10  # for a cell that was interrupted at the terminal to end by itself
+INTERRUPTED = 130  # exit status of a cell that was interrupted
+PATIENCE_SECONDS = 10  # in which a cell that was interrupted at the terminal may end by itself
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one cell."""
+class CellResult:
+    """How the process of one cell has ended."""
 
     config: MainConfig
     run_id: str
-    exit_status: int  # of its process; 0 is a finished cell
+    exit_status: int  # 0 if the cell is finished
 
 
 def run(config: SweepConfig) -> None:
-    """Run every cell, analyse what finished, and raise RunError if any did not, naming it."""
-    cells = config.cells()
-    for method in {one.method for one in cells}:
+    """Run every cell, and analyse those that finished. Raises RunError naming those that did not."""
+    configs = config.cells()
+    for method in {cell_config.method for cell_config in configs}:
         adapters.check(method)
     with tracking.open_sweep(config) as (parent, open_child):
-        outcomes = []
-        for number, one in enumerate(cells, start=1):
-            run_id = open_child(cell.name(one))
-            print(f"\ncell {number} of {len(cells)}: {cell.name(one)} (run {run_id})", flush=True)
-            outcomes.append(Outcome(one, run_id, _process(one, run_id)))
-        failed = [outcome for outcome in outcomes if outcome.exit_status != 0]
-        print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} cells finished")
-        if len(failed) < len(outcomes):
-            print("\n".join(tracking.mark_best(parent.id, len(outcomes))))
+        results = []
+        for number, cell_config in enumerate(configs, start=1):
+            name = cell.name(cell_config)
+            run_id = open_child(name)
+            print(f"\ncell {number} of {len(configs)}: {name} (run {run_id})", flush=True)
+            results.append(CellResult(cell_config, run_id, _run_cell(cell_config, run_id)))
+        failed = [result for result in results if result.exit_status != 0]
+        print(f"\n{len(results) - len(failed)} of {len(results)} cells finished")
+        if len(failed) < len(results):
+            print("\n".join(tracking.mark_best(parent.id, len(results))))
             _analyse(config, parent)
         print(f"\nrun {parent.id}\n{parent.address()}")
         if failed:
-            listed = "; ".join(f"{cell.name(o.config)} (exit status {o.exit_status}, run {o.run_id})" for o in failed)
-            raise RunError(f"{len(failed)} of {len(outcomes)} cells did not finish: {listed}")
+            raise RunError(f"{len(failed)} of {len(results)} cells did not finish: {'; '.join(map(_describe, failed))}")
 
 
 def arguments(config: MainConfig) -> list[str]:
-    """The command line that gives a config back."""
+    """The command-line arguments of entrypoints.main that give a config."""
     return [
         part
         for field in fields(config)
@@ -66,46 +66,58 @@ def arguments(config: MainConfig) -> list[str]:
     ]
 
 
-def _process(one: MainConfig, run_id: str) -> int:
+def _describe(result: CellResult) -> str:
+    return f"{cell.name(result.config)} (exit status {result.exit_status}, run {result.run_id})"
+
+
+def _run_cell(config: MainConfig, run_id: str) -> int:
+    """Run a cell in a process of its own, which logs into `run_id`. Returns its exit status.
+
+    Where the process could not say on the run that it has failed or was interrupted, this says so.
+    """
     environment = tracking.child_environment(run_id)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "entrypoints.main", *arguments(one)]
+    command = [sys.executable, "-m", "entrypoints.main", *arguments(config)]
     try:
-        status = _wait(command, environment)
+        status = _run_to_end(command, environment)
     except KeyboardInterrupt:
         tracking.kill(run_id)
         raise
-    if status not in (0, INTERRUPTED):  # an interrupted one has said so on its run
+    if status not in (0, INTERRUPTED):  # an interrupted cell has marked its run itself
         tracking.fail(run_id)
     return status
 
 
-def _wait(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command to its end; gives its exit status. Raises KeyboardInterrupt where this process is interrupted."""
+def _run_to_end(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end and return its exit status.
+
+    SIGTERM to this process is passed on to the command. Raises KeyboardInterrupt once the command has ended after that,
+    or after an interrupt.
+    """
     with subprocess.Popen(command, env=environment) as process:
-        heard: list[int] = []
+        signals: list[int] = []
 
         def pass_on(number: int, _: object) -> None:
-            heard.append(number)
+            signals.append(number)
             process.send_signal(number)
 
         before = signal.signal(signal.SIGTERM, pass_on)
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the cell has heard of it too, if it came from the terminal
+        except KeyboardInterrupt:  # if it came from the terminal, the cell has been interrupted, too
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE_SECONDS)
             process.terminate()
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
-    if heard:
+    if signals:
         raise KeyboardInterrupt
     return status
 
 
 def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
-    """Fit the finished cells; a table that cannot be fitted (two PLWs, say) is said, not fatal."""
+    """Fit the scores of the finished cells. If they cannot be fitted (with two PLWs, say), a line says why."""
     try:
         table = tracking.score_table(sweep=parent.id)
     except ValueError as error:
@@ -117,11 +129,11 @@ def _analyse(config: SweepConfig, parent: tracking.Run) -> None:
         folder = config.output or Path(scratch)
         parent.log_files(outputs.write(folder, {"scores.csv": outputs.table(table)}))
         try:
-            found = analyze.analyze(table)
+            analysis = analyze.analyze(table)
         except ValueError as error:
             print(f"the scores are not analysed: {error}")
             return
         command = f"python -m entrypoints.analyze --run-id {parent.id}"
-        parent.log_files(report.write(found, table, folder, command))
+        parent.log_files(report.write(analysis, table, folder, command))
         tracking.log_regression(folder / "fit.json")
-        print("\n" + wording.table_text(found))
+        print("\n" + wording.table_text(analysis))

@@ -1,12 +1,12 @@
-"""Advice: which PLW for a data set of that generation ratio, how sure that is, and what it rests on.
+"""Advice: which PLW suits a data set of a given generation ratio, how certain that is, and what it rests on.
 
-The generation ratio belongs to the data set, so the data set is the unit: the curves of one (of several models, or
-types of task) are pooled first, and a line over the logarithm of the ratio is laid through the data sets (random
-effects, `pooling.py`). What it says of one more data set and model is a prediction interval. A person's own runs on the
-very data set are then weighed against it, each by its precision, which lets them decide wherever they locate the best
-PLW at all.
+The generation ratio belongs to the data set, so the data set is the unit. The curves of one data set (of several
+models, or types of task) are pooled first; then a line over the logarithm of the ratio is fitted through the data sets
+(random effects, `pooling.py`). For one more data set and model the line gives a prediction interval. A person's own
+runs on the very data set are then weighed against it, each by its precision. So they decide wherever they locate the
+best PLW.
 
-All of it on w_p = PLW^0.30103 within PLW 0..1.
+Everything is computed on w_p = PLW^0.30103, within PLW 0..1.
 """
 
 from __future__ import annotations

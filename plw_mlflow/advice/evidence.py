@@ -1,9 +1,10 @@
 """Evidence of where the best PLW lies: published tables and a person's own scores, as points beside generation ratios.
 
 A point is where one curve is highest within PLW 0..1, on w_p = PLW^0.30103, with the variance that counts in pooling.
-A flat curve is highest somewhere, too, but that says nothing: a curve that could be flat, or whose interval is the
-whole range, has infinite variance and no weight. Else knowledge is what the point adds to that of someone who knows
-only that the best PLW lies within 0..1 (even on w_p, variance 1/12): 1/variance - 12, so wide intervals weigh little.
+A flat curve has a highest point, too, but that says nothing: a curve that could be flat, or whose interval is the whole
+range, gets infinite variance and so no weight. For any other curve, the weight is the precision beyond that of someone
+who knows only that the best PLW lies within 0..1 (uniform on w_p, variance 1/12): 1/variance - 12. So wide intervals
+weigh little.
 """
 
 from __future__ import annotations

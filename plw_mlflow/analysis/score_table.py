@@ -1,7 +1,7 @@
 """Score tables: reading, checking, and bringing to one scale.
 
-One row per model, data set, PLW, seed and task. A slip of scales (BLEU in 0..100 beside accuracies in 0..1) changes
-every answer, so it is refused, not guessed.
+One row per model, data set, PLW, seed and task. Mixed scales (BLEU in 0..100 beside accuracies in 0..1) change every
+answer, so such a table is refused; nothing is guessed.
 """
 
 from __future__ import annotations

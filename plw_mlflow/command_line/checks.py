@@ -1,8 +1,8 @@
-"""Checks: what a command names is held against this machine, before anything is imported, loaded or opened for it.
+"""Checks: do the files, folders, models and tasks that a command names exist on this machine?
 
-A config checks its own values (`config.py`). Whether the files, folders, models and tasks that it names exist is
-checked here, in well under a second, so that a misspelt name costs no wait and leaves no failed run. Only what the hub
-or a tracking server has is found out later.
+A config checks its values by itself. These checks come next, before anything heavy is imported or loaded, and take
+well under a second, so that a misspelt name costs no wait and leaves no failed run. Only names that the hub or a
+tracking server may know are looked up later.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jinja2 import Environment, TemplateSyntaxError
 
 from plw_mlflow.config import (
     HUB_ID,
+    MODELS,
     AdviseConfig,
     AnalyzeConfig,
     Config,
@@ -32,9 +33,8 @@ from plw_mlflow.config import (
     SweepConfig,
     TrainConfig,
     cache_folder,
-    names,
+    split_list,
 )
-from plw_mlflow.config.presets import MODELS
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
@@ -63,44 +63,45 @@ NO_TOKENIZER = SimpleNamespace(added_tokens_decoder={}, special_tokens_map={})  
 
 
 def check(config: Config) -> None:
-    """Raise UserError that names everything a config refers to and this machine does not have, or cannot write to.
+    """Raise UserError that lists all that a config names and this machine does not have, or cannot write to.
 
-    The folders that are to be written to are made, once nothing else is wrong.
+    If nothing it reads is missing, the folders that it writes to are made.
     """
     for checks in (_references(config), _folders(config)):
-        found: dict[str, None] = {}
-        for one in checks:
+        faults = []
+        for check_one in checks:
             try:
-                one()
-            except ValueError as error:
-                found[str(error)] = None
+                check_one()
+            except UserError as error:
+                faults.append(str(error))
             except OSError as error:  # a name that is too long, or lies in a folder that may not be read
-                found[f"{error.filename}: {error.strerror}"] = None
-        if found:
-            raise UserError("; ".join(found))
+                faults.append(f"{error.filename}: {error.strerror}")
+        if faults:
+            raise UserError("; ".join(dict.fromkeys(faults)))
 
 
 @contextmanager
 def reserved_output(config: Any) -> Iterator[None]:
-    """Keep the folder for what a command writes as files to this process, if it was given one (`outputs.reserve`)."""
+    """Within the block, a command's --output folder is reserved for this process (`outputs.reserve`), if it has one."""
     folder, names = config.output if is_first_process() else None, [*OUTPUTS[type(config)]]
-    if folder is not None and "report.html" in names:  # of figures, only those that are there can be known
+    if folder is not None and "report.html" in names:  # names of figures depend on the data: those that exist are known
         names += [path.name for pattern in FIGURES for path in sorted(folder.glob(pattern))]
     with outputs.reserve(folder, names, _inputs(config)):
         yield
 
 
 def _inputs(config: Any) -> list[Path]:
-    """The files and folders on this machine that a config has read."""
-    given: list[Any] = [
-        one for name in ("dataset", "model") if getattr(config, name, None) for one in _listed(config, name)
-    ]
+    """The files and folders on this machine that a command reads."""
+    given: list[Any] = []
+    for name in ("dataset", "model"):
+        if getattr(config, name, None):
+            given += _listed(config, name)
     given += [getattr(config, name, None) for name in ("mix", "template", "tokenizer", "scores", "data_dir")]
-    return [Path(one) for one in given if one and os.path.exists(one)]
+    return [Path(path) for path in given if path and os.path.exists(path)]
 
 
 def _references(config: Any) -> Iterator[Callable[[], None]]:
-    """The checks of all that a config refers to."""
+    """The checks of all that a command reads."""
     if _reads_data(config):
         for dataset in filter(None, [*_listed(config, "dataset"), config.mix]):
             yield partial(sources.check, dataset, config.data_dir)
@@ -125,10 +126,10 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
 
 
 def _folders(config: Any) -> Iterator[Callable[[], None]]:
-    """The checks of all folders that a config has files written to."""
+    """The checks of all folders that a command writes to."""
     for name in ("output", "checkpoint_dir", "cache_dir"):
         folder = getattr(config, name, None)
-        # What a cache has is read where nobody may write.
+        # A cache that exists may be read-only.
         if folder is not None and not (name == "cache_dir" and os.path.isdir(folder)):
             yield partial(_folder, name.replace("_", "-"), folder)
     if _reads_data(config) and config.cache_dir is None and not os.path.isdir(cache_folder(config)):
@@ -136,14 +137,14 @@ def _folders(config: Any) -> Iterator[Callable[[], None]]:
 
 
 def _reads_data(config: Config) -> bool:
-    """Whether a command reads a data set: with a ratio, advise does not."""
+    """Whether a command reads a data set. Of those that can, advise does not if it is given a ratio."""
     return isinstance(config, DataOptions) and not (isinstance(config, AdviseConfig) and config.ratio is not None)
 
 
 def _listed(config: Any, name: str) -> list[str]:
-    """The values of an option of which a sweep has a list."""
+    """The values of an option that is a list in a sweep, and one value elsewhere."""
     value = getattr(config, name)
-    return names(value) if isinstance(config, SweepConfig) else [value]
+    return split_list(value) if isinstance(config, SweepConfig) else [value]
 
 
 def _template(name: str, tokenizer: str) -> None:
@@ -173,7 +174,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _model(name: str, *, is_scored: bool = False) -> None:
-    """is_scored: where it is not trained, it may be a folder of adapters, or a model in MLflow's registry."""
+    """is_scored: a model that is only scored may also be a folder of adapters, or a model in MLflow's registry."""
     if is_scored and name.startswith("models:/"):
         return
     folder = _place("model", name)
@@ -192,7 +193,7 @@ def _tokenizer(what: str, name: str) -> None:
 
 
 def _place(what: str, name: str) -> Path | None:
-    """The folder that a model's or tokenizer's name means; None for toy, and for what may be on the hub."""
+    """The folder that the name of a model or tokenizer means; None for toy, and for what may be on the hub."""
     known = ["toy", *MODELS]
     if name in known:
         return None

@@ -29,6 +29,7 @@ from plw_mlflow.config.options import (
     ScoreOptions,
     cache_folder,
 )
+from plw_mlflow.config.presets import MODELS, PRESETS
 from plw_mlflow.config.values import (
     DATA_FILE_ENDINGS,
     HUB_ID,
@@ -36,8 +37,8 @@ from plw_mlflow.config.values import (
     data_name,
     digest,
     flag,
-    names,
     short_name,
     shown_name,
     spell,
+    split_list,
 )

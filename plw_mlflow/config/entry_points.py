@@ -26,7 +26,7 @@ from plw_mlflow.config.options import (
     no_effect,
     too_small,
 )
-from plw_mlflow.config.values import data_name, flag, names, short_name, shown_name, spell
+from plw_mlflow.config.values import data_name, flag, short_name, shown_name, spell, split_list
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 
@@ -160,18 +160,18 @@ class SweepAxes(Options):
         """Every combination of the listed values, in an order that completes one curve over PLW after another."""
         return [
             CellOptions(plw=float(plw), model=model, dataset=dataset, seed=int(seed), method=method)  # type: ignore[arg-type]
-            for model in names(self.model)
-            for seed in names(self.seed)
-            for dataset in names(self.dataset)
-            for method in names(self.method)
-            for plw in names(self.plw)
+            for model in split_list(self.model)
+            for seed in split_list(self.seed)
+            for dataset in split_list(self.dataset)
+            for method in split_list(self.method)
+            for plw in split_list(self.plw)
         ]
 
     def faults(self) -> list[str]:
         faults = []
         kinds: dict[str, type] = {"plw": float, "model": str, "dataset": str, "seed": int, "method": str}
         for name, kind in kinds.items():
-            listed = names(getattr(self, name))
+            listed = split_list(getattr(self, name))
             try:
                 values = [kind(text) for text in listed]
             except ValueError:
@@ -183,7 +183,7 @@ class SweepAxes(Options):
             if len(set(values)) < len(values):
                 faults.append(f"{name} names a value twice: {', '.join(listed)}")
         methods = typing.get_args(Method)
-        unknown = [name for name in names(self.method) if name not in methods]
+        unknown = [name for name in split_list(self.method) if name not in methods]
         faults += [f"method must be {' or '.join(methods)}, got {name}" for name in unknown]
         return faults or list(dict.fromkeys(fault for cell in self.combinations() for fault in cell.faults()))
 
@@ -285,7 +285,7 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
 
     def given_ratios(self) -> dict[str, float]:
         """The ratios of own data sets by name."""
-        pairs = [pair.rpartition("=") for pair in names(self.ratios or "")]
+        pairs = [pair.rpartition("=") for pair in split_list(self.ratios or "")]
         return {name.strip(): float(ratio) for name, _, ratio in pairs}
 
     def faults(self) -> list[str]:
@@ -307,7 +307,7 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
             is_wrong = True
         if is_wrong:
             faults.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
-        elif len(given) < len(names(self.ratios or "")):
+        elif len(given) < len(split_list(self.ratios or "")):
             faults.append(f"ratios must name each data set once, got {self.ratios}")
         return faults
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plw_mlflow.config.presets import PRESETS
-from plw_mlflow.config.values import flag, names, spell
+from plw_mlflow.config.values import flag, spell, split_list
 from plw_mlflow.errors import UserError
 
 # The default of a field that a preset sets. Unset has to be told from the preset's own value, given explicitly: it must
@@ -243,7 +243,7 @@ class AdapterOptions(Options):
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "lora_rank") + not_positive(self, "lora_alpha")
-        if not names(self.lora_targets):
+        if not split_list(self.lora_targets):
             faults.append("lora-targets must name at least one layer, or be all-linear")
         return faults + no_probability(self, "lora_dropout")
 
@@ -309,9 +309,9 @@ class ScoreOptions(LocalOptions):
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "limit", "eval_batch_tokens", "measure_prompts")
-        if not names(self.tasks):
+        if not split_list(self.tasks):
             faults.append("tasks must name at least one task")
-        if unknown := [name for name in names(self.measures or "") if name not in MEASURES]:
+        if unknown := [name for name in split_list(self.measures or "") if name not in MEASURES]:
             faults.append(f"measures must be among {', '.join(MEASURES)}, got {', '.join(unknown)}")
         return faults
 

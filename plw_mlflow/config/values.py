@@ -41,7 +41,7 @@ def flag(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
-def names(listed: str) -> list[str]:
+def split_list(listed: str) -> list[str]:
     """The parts of a comma-separated list, without blanks."""
     return [part.strip() for part in listed.split(",") if part.strip()]
 

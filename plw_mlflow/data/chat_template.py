@@ -150,14 +150,14 @@ class _Unfit(Exception):
 def renderings(source: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """One chat as its template writes it, with True; or what is wrong with it, with False.
 
-    It is for a process with bounded memory and time. Raises bounded.Refusal for a source that is no template.
+    It is for a process with bounded memory and time. Raises UserError for a source that is no template.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         rendered: str = render_jinja_template([messages], chat_template=source, **variables)[0][0]
     except TemplateSyntaxError as error:
-        raise bounded.Refusal(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
+        raise UserError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from None
     except (TemplateError, ValueError, TypeError) as error:
         yield False, first_line(error)
     except MemoryError:

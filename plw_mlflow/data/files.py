@@ -138,21 +138,21 @@ def parquet_rows(path: Path, most: int) -> Iterator[Any]:
     """The rows of a Parquet file, a Fault in place of one that cannot be read or has more characters than `most`.
 
     It is for a process with bounded memory, as a few bytes of such a file can stand for any number of values. Raises
-    bounded.Refusal for a fault beyond which nothing can be read.
+    UserError for a fault beyond which nothing can be read.
     """
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             if twice := _repeated_column(file.schema_arrow):
-                raise bounded.Refusal(f"{path} has the column {twice!r} twice; rename or remove one")
+                raise UserError(f"{path} has the column {twice!r} twice; rename or remove one")
             for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
                 for row in _converted(batch):
                     yield row if isinstance(row, Fault) or characters(row) <= most else too_long(most)
-    except (bounded.Refusal, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # what damage makes of a file is told by many kinds of errors
-        raise bounded.Refusal(
+        raise UserError(
             f"{path} is a damaged Parquet file ({type(error).__name__}: {first_line(error)}); get it again"
         ) from None
 

@@ -1,7 +1,8 @@
-"""Work on a stranger's input in a process of its own, whose memory and computing time are bounded.
+"""Work on untrusted input in a process of its own, whose memory and computing time are bounded.
 
-Arrow unpacks a page of a Parquet file whole, however long it says it is, and a Jinja template computes whatever it
-likes; neither can be given a bound. A process can: what exceeds it, or crashes, ends there, and is an error here.
+Arrow unpacks a page of a Parquet file whole, however long that says it is, and a Jinja template computes what it likes.
+Neither library can be given a bound, but a process can. Work that exceeds it, or crashes, ends that process alone, and
+is an error in the process that asked for it.
 """
 
 from __future__ import annotations
@@ -22,29 +23,25 @@ from typing import Any
 from plw_mlflow.errors import UserError, first_line
 
 MEBIBYTES = 768  # of memory beyond what the process has when it starts; bounded on Linux alone
-SECONDS = 10  # of computing time for one result; neither waiting for others nor for the disk counts
-
-
-class Refusal(ValueError):
-    """What the work found wrong with its input, as the whole message for the caller."""
+SECONDS = 10  # of computing time for one result; time spent waiting, for the disk say, does not count
 
 
 class Exhausted(ValueError):
-    """The work could not be done within the bounds, or failed; the message is the rest of a sentence."""
+    """The work could not be done within the bounds, or failed; the message is a predicate, such as "fails with ..."."""
 
 
 class Worker:
-    """A process that runs one function, started when it is first needed and again after it has failed."""
+    """A process that runs one function. It is started when it is first needed, and again after it has failed."""
 
     def __init__(self, function: Callable[..., Iterator[Any]]) -> None:
-        """function: a generator function at the top of a module. What goes in and comes out is pickled."""
+        """function: a generator function at the top of a module. Its arguments and results are pickled."""
         self._function = function
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # the process that has started it: a fork of that one must not write into its pipes
+        self._owner = 0  # id of the process that has started it; a fork of that one must not write into its pipes
         self._lock = threading.Lock()
 
     def results(self, *arguments: Any) -> Generator[Any, None, None]:
-        """What the function yields. Raises UserError for a Refusal, Exhausted for anything else it raises."""
+        """What the function yields. Raises UserError where the function does, Exhausted for anything else it raises."""
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
@@ -61,13 +58,13 @@ class Worker:
             except (EOFError, BrokenPipeError, pickle.UnpicklingError):
                 raise Exhausted(_cause(process.wait())) from None
             finally:
-                if not is_done:  # it has failed, or goes on with what nobody reads
+                if not is_done:  # the work has failed, or the caller wants no more of its results
                     self.close()
         kind, text = reply
         if kind == "refused":
             raise UserError(text)
         if kind == "failed":
-            self.close()  # what it holds may be what it had no memory for
+            self.close()  # the process may still hold what it had no memory for
             raise Exhausted(text)
 
     def close(self) -> None:
@@ -80,7 +77,7 @@ class Worker:
         package = str(Path(__file__).resolve().parents[2])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-            # What they reserve for further threads would count as memory.
+            # Memory that is reserved for further threads would count.
             "MALLOC_ARENA_MAX": "1",
             "ARROW_DEFAULT_MEMORY_POOL": "system",
             "OMP_NUM_THREADS": "1",
@@ -109,18 +106,18 @@ def _end(process: subprocess.Popen[bytes], owner: int | None = None) -> None:
 
 
 def _cause(status: int) -> str:
-    """What has ended a process, by its exit status."""
+    """What has ended a process, told by its exit status."""
     if status == -signal.SIGPROF:
         return f"takes more than {SECONDS} seconds to compute"
     name = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return f"ends the process that works on it ({name}), as damage or a need of more than {MEBIBYTES} MiB of memory can"
+    return f"ends the process that works on it ({name}): it is damaged, or needs more than {MEBIBYTES} MiB of memory"
 
 
 def serve() -> None:
-    """The process's own part: run the function for each of the arguments that come in, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that has started it is interrupted, and ends it
+    """Run in the worker process: call the function with whatever arguments come in, until no more come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that has started this one takes it, and ends this one
     replies = os.fdopen(os.dup(1), "wb", buffering=1 << 16)
-    os.dup2(2, 1)  # a library that prints does not do so between the replies
+    os.dup2(2, 1)  # what a library prints must not get between the replies
     function = pickle.load(sys.stdin.buffer)
     _bound_memory()
     with contextlib.suppress(EOFError):
@@ -133,12 +130,12 @@ def serve() -> None:
 
 
 def _reply(function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], replies: Any) -> tuple[str, str]:
-    """Send what a function yields; returns how it has ended."""
+    """Send what a function yields; returns how it has ended, and the message if it has failed."""
     try:
         for result in function(*arguments):
             pickle.dump(("result", result), replies)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    except Refusal as error:
+    except UserError as error:
         return "refused", str(error)
     except MemoryError:
         return "failed", f"needs more than {MEBIBYTES} MiB of memory"
@@ -150,8 +147,8 @@ def _reply(function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], r
 def _bound_memory() -> None:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:  # no Linux; elsewhere such bounds are not kept
+    except OSError:  # this is not Linux; other systems do not enforce such bounds
         return
-    most = pages * resource.getpagesize() + (MEBIBYTES << 20)
+    limit = pages * resource.getpagesize() + (MEBIBYTES << 20)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

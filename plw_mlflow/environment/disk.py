@@ -1,4 +1,4 @@
-"""Disk: what this package does in its folders, where others may have left names, or no room, or no leave to write."""
+"""Disk: removal and locks in this package's folders, which may be full, read-only, or hold files of others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from plw_mlflow.errors import UserError, first_line
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link, but not what it points at; there may be nothing.
+    """Remove a file, a folder with all that is in it, or a link without what it points at. The path need not exist.
 
-    Raises OSError where that fails.
+    Raises OSError where it cannot be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -27,7 +27,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def writing(cache: Path) -> Iterator[None]:
-    """Within the block, an OSError becomes a UserError that names a folder of the cache, and says what to do."""
+    """Within the block, an OSError becomes a UserError that names the cache's folder and says what to do."""
     try:
         yield
     except OSError as error:
@@ -38,33 +38,33 @@ def writing(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path) -> Iterator[None]:
-    """Within the block, no other process is in such a block of the same lock; one that wants to be waits.
+    """Only one process at a time is within such a block of the same lock; others wait for it.
 
-    Raises UserError where the lock cannot be made, or something else than a file is at its place.
+    Raises UserError where the lock's file cannot be made, or its path is taken by something else.
     """
     with writing(lock.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock)
-        held.acquire()
+        file_lock = FileLock(lock)
+        file_lock.acquire()
     try:
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
 @contextmanager
-def held(lock: Path, taken: str) -> Iterator[None]:
-    """Keep every other process out of such a block of the same lock; it dies with its process.
+def held(lock: Path, message: str) -> Iterator[None]:
+    """Only one process at a time is within such a block of the same lock; others get an error.
 
-    taken: what to say where another process has it. Raises UserError with that, and OSError where the lock cannot be
-    made or is a link.
+    message: of the UserError that is raised where another process has the lock. Raises OSError where the lock's file
+    cannot be made or is a link. The lock ends with its process, however that ends.
     """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(taken) from None
+            raise UserError(message) from None
         yield
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from plw_mlflow.config import names
+from plw_mlflow.config import split_list
 from plw_mlflow.errors import UserError
 
 OWN_TASKS = Path(__file__).resolve().parent / "task_files"
@@ -127,7 +127,7 @@ def select(listed: str) -> list[Benchmark]:
     for a part that a set has not.
     """
     found: dict[str, Benchmark] = {}
-    for name in names(listed):
+    for name in split_list(listed):
         for benchmark in _named(name):
             alone = Benchmark(benchmark.task)
             other = found.get(benchmark.task, alone)
@@ -196,7 +196,7 @@ def _names_in(*folders: Path) -> set[str]:
 
 def not_run(listed: str) -> dict[str, str]:
     """The tasks of the named sets that are not run, with the reason."""
-    return {task: reason for name in names(listed) for task, reason in NOT_RUN.get(name, {}).items()}
+    return {task: reason for name in split_list(listed) for task, reason in NOT_RUN.get(name, {}).items()}
 
 
 def whole(keys: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plw_mlflow import seeding
-from plw_mlflow.config import Method, RecipeOptions, names
+from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
 
 # Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
@@ -93,7 +93,7 @@ def targets(model: Any, layers: str) -> dict[str, nn.Module]:
     if layers == "all-linear":
         return usable
     chosen: dict[str, nn.Module] = {}
-    for wanted in names(layers):
+    for wanted in split_list(layers):
         matching = {name: layer for name, layer in usable.items() if f".{name}".endswith(f".{wanted}")}
         if not matching:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))

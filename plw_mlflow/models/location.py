@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from plw_mlflow.config.presets import MODELS
+from plw_mlflow.config import MODELS
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.toy import TOY_FOLDER
 

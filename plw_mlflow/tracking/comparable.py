@@ -1,9 +1,9 @@
-"""Comparable: whether the cells of a score table differ in nothing but what the analysis knows of.
+"""Comparable: whether the cells of a score table differ in nothing that the analysis does not take into account.
 
 A curve over PLW is a claim about PLW only if nothing else differs between its cells. So the cells of one data set that
 have the same model and method must have been trained by one recipe, and all cells of one data set must have been scored
-in one way. Between models, methods and data sets recipes may differ, as each has its own best learning rate: the
-analysis gives a model a level of its own, and a data set a curve of its own. That is then told in a note.
+in one way. Between models, methods and data sets, recipes may differ, as each has its own best learning rate: the
+analysis gives a model a level of its own, and a data set a curve of its own. A note then says so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from plw_mlflow.config import (
     CellOptions,
     ScoreOptions,
     TrainConfig,
-    names,
     shown_name,
     spell,
+    split_list,
     without_effect,
 )
 from plw_mlflow.errors import UserError
@@ -37,8 +37,8 @@ from plw_mlflow.tracking.scores import read_scores
 
 CELL_FIELDS = {field.name for field in fields(CellOptions)}
 SCORE_FIELDS = {field.name for field in fields(ScoreOptions)}
-IN_DATA_NAME = {"invert", "mix", "mix_invert", "mix_share"}  # a data set is named by them
-# What tells one way of scoring a task from another, and how it reads.
+IN_DATA_NAME = {"invert", "mix", "mix_invert", "mix_share"}  # options that the data set's name contains
+# Columns of the score table that tell one way of scoring a task from another, and their names in messages.
 SCORED_BY = {
     "metric": "metric",
     "n": "number of questions",
@@ -48,16 +48,17 @@ SCORED_BY = {
     "harness_version": "version of the harness",
     "caveat": "caveat",
 }
+MAX_NAMED = 3  # differences in one message
 Facts = Mapping[str, Hashable]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A scored cell: its run, and what it is told apart by."""
+    """A scored cell: its run, and the columns that tell it from others."""
 
     run: mlflow.entities.Run
     params: Mapping[str, str]
-    columns: Mapping[str, Any]  # model, dataset, plw, seed, method, and the parameters that are compared by
+    columns: Mapping[str, Any]  # model, dataset, plw, seed, method, and the parameters to compare by
 
     @functools.cached_property
     def scores(self) -> pd.DataFrame:
@@ -72,137 +73,140 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which cells differ that should not."""
+    """One parameter or fact in which cells differ that should not."""
 
-    name: str  # of the parameter or fact
-    values: dict[Any, list[Cell]]  # by value, the most frequent one first
+    name: str
+    cells_by_value: dict[Any, list[Cell]]  # the most frequent value first
 
     def text(self) -> str:
         """The difference in words."""
-        named = []
-        for value, cells in self.values.items():
-            more = f" and {len(cells) - 1} more" if cells[1:] else ""
-            named.append(f"{_told(value)} in run {cells[0].run_id}{more}")
-        return f"{self.name} is {', but '.join(named)}"
+        values = []
+        for value, cells in self.cells_by_value.items():
+            more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+            values.append(f"{_shown(value)} in run {cells[0].run_id}{more}")
+        return f"{self.name} is {', but '.join(values)}"
 
 
 class Naming:
-    """How a table names models or data sets: as short as tells contents apart."""
+    """How a table names models or data sets: by short names, and by the start of their content where those clash."""
 
     def __init__(
-        self, what: str, spelled: Sequence[str], shown: Sequence[str], contents: Sequence[str], tag: str
+        self, kind: str, spelled: Sequence[str], shown: Sequence[str], contents: Sequence[str], tag: str
     ) -> None:
-        """Of each run: how it was given, its short name, and what identifies its content, as the run's tag says.
+        """kind: "model" or "data set". tag: of the runs, that identifies the content.
 
-        Raises UserError where one that was given in the same way had different contents.
+        The lists hold of each run the name as it was given, the short name, and the value of the tag.
+
+        Raises UserError where one given name had different contents.
         """
         by_spelling: dict[str, str] = {}
         for given, content in zip(spelled, contents, strict=True):
             if by_spelling.setdefault(given, content) != content:
                 raise UserError(
-                    f"{what} {given} had other contents in some runs than in others ({_start(by_spelling[given])} and "
+                    f"{kind} {given} had other contents in some runs than in others ({_start(by_spelling[given])} and "
                     f"{_start(content)}), so their cells cannot be pooled; choose by "
                     f'--where \'tags."{tag}" = "{content}"\', or give them experiments of their own'
                 )
-        if what == "model":  # one folder has many spellings, some of which look like a hub id
+        if kind == "model":  # one folder has many spellings, some of which look like a hub id
             shortest: dict[str, str] = {}
             for short, content in sorted(zip(shown, contents, strict=True), key=lambda pair: len(pair[0])):
                 shortest.setdefault(content, short)
             shown = [shortest[content] for content in contents]
-        sharing: dict[str, set[str]] = {}
+        contents_by_name: dict[str, set[str]] = {}
         for short, content in zip(shown, contents, strict=True):
-            sharing.setdefault(short, set()).add(content)
+            contents_by_name.setdefault(short, set()).add(content)
         self._names = {
-            given: short if len(sharing[short]) == 1 else f"{short} ({_start(content)})"
+            given: short if len(contents_by_name[short]) == 1 else f"{short} ({_start(content)})"
             for given, short, content in zip(spelled, shown, contents, strict=True)
         }
 
     def get(self, given: str, short: str) -> str:
-        """The name of what was given as `given`; its short name where no cell has it."""
+        """The name of what was given as `given`, or `short` where no cell has it."""
         return self._names.get(given, short)
 
 
 def naming(runs: Sequence[mlflow.entities.Run]) -> tuple[Naming, Naming]:
     """The names of the runs' models and data sets. Raises UserError where one name had two contents."""
-    listed = [parameters(run) for run in runs]
-    spelled, shown = ([cell_columns(params, how) for params in listed] for how in (str, shown_name))
-    found = []
-    for what, column, tag in (("model", "model", "plw.base_model"), ("data set", "dataset", "plw.data_sha256")):
-        given, short = ([one[column] for one in rows] for rows in (spelled, shown))
+    params = [parameters(run) for run in runs]
+    spelled, shown = ([cell_columns(values, how) for values in params] for how in (str, shown_name))
+
+    def name(kind: str, column: str, tag: str) -> Naming:
+        given, short = ([columns[column] for columns in rows] for rows in (spelled, shown))
         contents = [run.data.tags.get(tag, name) for run, name in zip(runs, given, strict=True)]
-        found.append(Naming(what, given, short, contents, tag))
-    return found[0], found[1]
+        return Naming(kind, given, short, contents, tag)
+
+    return name("model", "model", "plw.base_model"), name("data set", "dataset", "plw.data_sha256")
 
 
-def check(cells: Sequence[Cell], also: tuple[str, ...], what: str, where: str | None = None) -> list[str]:
-    """Notes on what else differs between cells that may be compared.
+def check(cells: Sequence[Cell], also: tuple[str, ...], place: str, where: str | None = None) -> list[str]:
+    """Notes on how cells differ, where the differences do not forbid to compare them.
 
-    also: the parameters that are compared by, and may differ. what: says to a person where the cells are from.
-    where: the filter that they have passed.
-    Raises UserError where cells of one data set differ in their recipe or their scoring, or where examples do.
+    also: the parameters to compare by, which may differ. place: where the cells are from, for messages. where: the
+        filter that they have passed.
+
+    Raises UserError where cells of one data set differ in their recipe, their tokenised examples or their scoring.
     """
-    notes = []
     recipes: dict[str, dict[tuple[str, str], Facts]] = {}  # by data set, then model and method
-    for dataset, here in _grouped(cells, [one.columns["dataset"] for one in cells]).items():
-        kinds = [(one.columns["model"], one.columns["method"]) for one in here]
-        for kind, alike in _grouped(here, kinds).items():
-            of_kind = {one.run_id: recipe(one, also) for one in alike}
+    for dataset, of_dataset in _grouped(cells, [cell.columns["dataset"] for cell in cells]).items():
+        kinds = [(cell.columns["model"], cell.columns["method"]) for cell in of_dataset]
+        for kind, of_kind in _grouped(of_dataset, kinds).items():
+            facts = {cell.run_id: recipe(cell, also) for cell in of_kind}
             if not {*also} & {*TEXT_FIELDS}:
-                of_kind = _with_tokens(of_kind, alike)
-            _refuse(differences(alike, of_kind), f"{what}: the cells of {kind[0]} on {dataset}", alike, where)
-            recipes.setdefault(dataset, {})[kind] = of_kind[alike[0].run_id]
+                facts = _with_tokens(facts, of_kind)
+            _refuse(differences(of_kind, facts), f"{place}: the cells of {kind[0]} on {dataset}", of_kind, where)
+            recipes.setdefault(dataset, {})[kind] = facts[of_kind[0].run_id]
         # A parameter of the scoring that is compared by makes ways of scoring that may differ.
-        by = [tuple(one.columns[name] for name in also if name in SCORE_FIELDS) for one in here]
-        for alike in _grouped(here, by).values():
-            scorings = {one.run_id: scoring(one) for one in alike}
-            _refuse(differences(alike, scorings), f"{what}: the scores on {dataset}", alike, where)
-    notes += _notes_of_recipes(recipes)
-    notes += _notes_of_code(cells)
-    return notes
+        ways = [tuple(cell.columns[name] for name in also if name in SCORE_FIELDS) for cell in of_dataset]
+        for of_way in _grouped(of_dataset, ways).values():
+            scorings = {cell.run_id: scoring(cell) for cell in of_way}
+            _refuse(differences(of_way, scorings), f"{place}: the scores on {dataset}", of_way, where)
+    return _notes_of_recipes(recipes) + _notes_of_code(cells)
 
 
 def recipe(cell: Cell, also: tuple[str, ...] = ()) -> dict[str, Hashable]:
-    """What decides how a cell is trained, but for what tells it from other cells: options by value.
+    """The options that decide how a cell is trained, by value, without those that tell it from other cells.
 
-    An option that the run was made before is at its default, by which later code does as the earlier one did.
+    An option that did not exist when the run was made has its default, with which the code does what it did then.
     """
     hints = _hints()
     spelled = {**_defaults(cell.params.get("preset") or "toy"), **cell.params}
     values = {name: by_value(spelled[name], hints[name]) for name in hints}
     leave_out = CELL_FIELDS | IN_DATA_NAME | set(also) | without_effect(values)
-    found = {name: value for name, value in values.items() if name not in leave_out}
-    if "precision" in found:
-        found["precision"] = cell.run.data.tags.get("plw.precision", found["precision"])  # what auto has come to
-    return found
+    facts = {name: value for name, value in values.items() if name not in leave_out}
+    if "precision" in facts:
+        facts["precision"] = cell.run.data.tags.get("plw.precision", facts["precision"])  # what auto stood for
+    return facts
 
 
 def scoring(cell: Cell, tasks: Collection[str] | None = None) -> dict[str, Hashable]:
-    """How a cell was scored: which tasks, and of each what SCORED_BY has. tasks: of these alone."""
+    """How a cell was scored: on which tasks, and for each of them what SCORED_BY lists. tasks: for these alone."""
     rows = cell.scores if tasks is None else cell.scores[cell.scores["task"].isin(tasks)]
-    found: dict[str, Hashable] = {"the tasks": ", ".join(sorted(rows["task"]))}
+    facts: dict[str, Hashable] = {"the tasks": ", ".join(sorted(rows["task"]))}
     for row in rows.to_dict("records"):
         values = {name: "" if pd.isna(row.get(name)) else row[name] for name in SCORED_BY}
-        values["prompt"] = values["prompt"] or HARNESS  # as it was before there was another
-        found |= {f"the {SCORED_BY[name]} of task {row['task']}": value for name, value in values.items()}
+        values["prompt"] = values["prompt"] or HARNESS  # older tables lack the column, when there was no other kind
+        facts |= {f"the {SCORED_BY[name]} of task {row['task']}": value for name, value in values.items()}
     if "num_fewshot" in rows and (rows["num_fewshot"] > 0).any():
-        found["fewshot_seed"] = by_value(cell.params.get("fewshot_seed", str(ScoreOptions.fewshot_seed)), int)
-    return found
+        facts["fewshot_seed"] = by_value(cell.params.get("fewshot_seed", str(ScoreOptions.fewshot_seed)), int)
+    return facts
 
 
 def differences(cells: Sequence[Cell], facts: Mapping[str, Facts]) -> list[Difference]:
-    """In what cells differ. facts: by run id."""
-    found = []
-    for name in dict.fromkeys(name for one in facts.values() for name in one):
-        having = [one for one in cells if name in facts[one.run_id]]
-        values = _grouped(having, [facts[one.run_id][name] for one in having])
-        if len(values) > 1:
-            ordered = sorted(values.items(), key=lambda item: -len(item[1]))
-            found.append(Difference(name, dict(ordered)))
-    return found
+    """In what cells differ. facts: by run id. A fact that a cell does not have is no difference."""
+    result = []
+    for name in dict.fromkeys(name for of_cell in facts.values() for name in of_cell):
+        having = [cell for cell in cells if name in facts[cell.run_id]]
+        by_value = _grouped(having, [facts[cell.run_id][name] for cell in having])
+        if len(by_value) > 1:
+            result.append(Difference(name, dict(sorted(by_value.items(), key=lambda item: -len(item[1])))))
+    return result
 
 
 def by_value(spelled: str, hint: Any) -> Hashable:
-    """An option's value; hint: its type. 1e-2 and 0.01 are one number, and the order of a list's names says nothing."""
+    """An option's value, so that 1e-2 and 0.01 are one number, and lists of the same names are equal in any order.
+
+    hint: the option's type.
+    """
     kinds = typing.get_args(hint) or (hint,)
     if spelled == "":
         return ""
@@ -213,31 +217,32 @@ def by_value(spelled: str, hint: Any) -> Hashable:
             return float(spelled)
     except (ValueError, click.BadParameter):
         return spelled
-    return ",".join(sorted(names(spelled))) if "," in spelled else spelled
+    return ",".join(sorted(split_list(spelled))) if "," in spelled else spelled
 
 
 def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
-    """Raise UserError where there are differences."""
+    """Raise UserError if there are differences; the message names the first ones, and what to do."""
     if not found:
         return
-    told = "; ".join(one.text() for one in found[:3]) + (f"; {len(found) - 3} differences more" if found[3:] else "")
-    raise UserError(f"{which} cannot be pooled: {told}; {_ways_out(found, cells, where)}")
+    texts = [difference.text() for difference in found[:MAX_NAMED]]
+    if len(found) > MAX_NAMED:
+        texts.append(f"{len(found) - MAX_NAMED} differences more")
+    raise UserError(f"{which} cannot be pooled: {'; '.join(texts)}; {_ways_out(found, cells, where)}")
 
 
 def _ways_out(found: Sequence[Difference], cells: Sequence[Cell], where: str | None) -> str:
     """What the caller can do about differences, as one phrase."""
-    of_cells = {name: _grouped(cells, [one.params.get(name, "") for one in cells]) for name in cells[0].params}
-    told_by = [one.name for one in found if one.name in of_cells]
-    told_by += [
-        name for name in ("limit", "tasks", "apply_template", "fewshot_seed") if len(of_cells.get(name, {})) > 1
-    ]
+    by_param = {name: _grouped(cells, [cell.params.get(name, "") for cell in cells]) for name in cells[0].params}
+    params = [difference.name for difference in found if difference.name in by_param]
+    # Where the scoring differs, one of these is the parameter that has caused it.
+    params += [name for name in ("limit", "tasks", "apply_template", "fewshot_seed") if len(by_param.get(name, {})) > 1]
     ways = []
-    if told_by:
-        name = told_by[0]
-        most = max(of_cells[name].values(), key=len)[0].run.data.params[name]
-        if "'" not in most:
+    if params:
+        name = params[0]
+        most_frequent = max(by_param[name].values(), key=len)[0].run.data.params[name]
+        if "'" not in most_frequent:
             before = f"{where} and " if where else ""
-            ways.append(f"choose by --where \"{before}params.{name} = '{most}'\"")
+            ways.append(f"choose by --where \"{before}params.{name} = '{most_frequent}'\"")
         ways.append(f"compare them (analyze --by {name})")
     else:
         ways.append("choose by --where, which takes a search filter of MLflow")
@@ -247,79 +252,80 @@ def _ways_out(found: Sequence[Difference], cells: Sequence[Cell], where: str | N
 def _with_tokens(recipes: dict[str, dict[str, Hashable]], cells: Sequence[Cell]) -> dict[str, dict[str, Hashable]]:
     """Recipes with the digest of the tokenised examples, where all cells have it.
 
-    Where it is the same for all, it stands for the options that make tokens of text: a template has many paths.
+    If it is the same for all cells, the options that make tokens of text cannot matter, and are left out. A template
+    may be given by two paths, for example.
     """
-    tokens = {one.run_id: one.run.data.tags.get("plw.examples_sha256") for one in cells}
+    tokens = {cell.run_id: cell.run.data.tags.get("plw.examples_sha256") for cell in cells}
     if None in tokens.values():
         return recipes
     if len(set(tokens.values())) == 1:
         return {
-            run_id: {name: value for name, value in one.items() if name not in TEXT_FIELDS}
-            for run_id, one in recipes.items()
+            run_id: {name: value for name, value in facts.items() if name not in TEXT_FIELDS}
+            for run_id, facts in recipes.items()
         }
-    return {run_id: {**one, "digest of the tokenised examples": tokens[run_id]} for run_id, one in recipes.items()}
+    return {run_id: {**facts, "digest of the tokenised examples": tokens[run_id]} for run_id, facts in recipes.items()}
 
 
-def _told(value: Hashable) -> str:
-    """A value in words."""
+def _shown(value: Hashable) -> str:
+    """A value as messages show it."""
     if value in ("", None):
         return "unset"
     return f"{value:g}" if isinstance(value, float) else spell(value)
 
 
 def _notes_of_recipes(recipes: Mapping[str, Mapping[tuple[str, str], Facts]]) -> list[str]:
-    """What differs between the recipes of models, methods and data sets."""
-    listed = {
+    """A note on each option in which the recipes of models, methods and data sets differ."""
+    facts_by_kind = {
         f"{model} ({method}) on {dataset}": facts
         for dataset, kinds in recipes.items()
         for (model, method), facts in kinds.items()
     }
     notes = []
-    for name in sorted(set.intersection(*(set(facts) for facts in listed.values()))):
-        values: dict[str, list[str]] = {}
-        for which, facts in listed.items():
-            values.setdefault(_told(facts[name]), []).append(which)
-        if len(values) > 1:
-            told = ", but ".join(f"{value} for {' and '.join(of)}" for value, of in values.items())
-            notes.append(f"Differences between these may come of the recipe: {name} is {told}.")
+    for name in sorted(set.intersection(*(set(facts) for facts in facts_by_kind.values()))):
+        kinds_by_value: dict[str, list[str]] = {}
+        for kind, facts in facts_by_kind.items():
+            kinds_by_value.setdefault(_shown(facts[name]), []).append(kind)
+        if len(kinds_by_value) > 1:
+            values = ", but ".join(f"{value} for {' and '.join(kinds)}" for value, kinds in kinds_by_value.items())
+            notes.append(f"Differences between these may come of the recipe: {name} is {values}.")
     return notes
 
 
 def _notes_of_code(cells: Sequence[Cell]) -> list[str]:
-    """What differs in the code and the packages that the cells were run by."""
+    """Notes on how the code and the packages differ that the cells were run by."""
     notes = []
-    commits = Counter(one.run.data.tags.get("plw.git_commit", "unknown") for one in cells)
-    code = {one.run.data.tags.get("plw.code_sha256") for one in cells}
+    commits = Counter(cell.run.data.tags.get("plw.git_commit", "unknown") for cell in cells)
+    code = {cell.run.data.tags.get("plw.code_sha256") for cell in cells}
     if len(code) > 1 or (code == {None} and len(commits) > 1):
         listed = (f"{commit[:10]}{'-dirty' * commit.endswith('-dirty')} ({n})" for commit, n in commits.items())
         notes.append(f"The cells were not all run by the same code. Commits (cells): {', '.join(listed)}.")
-    environments = _grouped(cells, [one.run.data.tags.get("plw.environment", one.run_id) for one in cells])
+    environments = _grouped(cells, [cell.run.data.tags.get("plw.environment", cell.run_id) for cell in cells])
     if len(environments) > 1:
-        versions: dict[str, set[str]] = {}
-        for alike in environments.values():
-            for name, version in _environment(alike[0].run).items():
-                versions.setdefault(name, set()).add(version)
-        differing = [f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if len(found) > 1]
+        versions: dict[str, set[str]] = {}  # by package
+        for of_environment in environments.values():
+            for package, version in _environment(of_environment[0].run).items():
+                versions.setdefault(package, set()).add(version)
+        differing = [f"{package} {' and '.join(sorted(of))}" for package, of in versions.items() if len(of) > 1]
         if differing:
             notes.append(f"The cells were run in different environments: {', '.join(differing)}.")
     return notes
 
 
 def _environment(run: mlflow.entities.Run) -> dict[str, str]:
-    """What a run's environment.json says, nothing where there is none."""
+    """The contents of a run's environment.json; empty where the run has none."""
     try:
-        found: dict[str, str] = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/environment.json")
+        environment: dict[str, str] = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/environment.json")
     except (mlflow.MlflowException, OSError):
         return {}
-    return found
+    return environment
 
 
 def _grouped(cells: Sequence[Cell], keys: Sequence[Hashable]) -> dict[Any, list[Cell]]:
     """Cells by their keys, in the order in which those occur."""
-    found: dict[Any, list[Cell]] = {}
-    for one, key in zip(cells, keys, strict=True):
-        found.setdefault(key, []).append(one)
-    return found
+    groups: dict[Any, list[Cell]] = {}
+    for cell, key in zip(cells, keys, strict=True):
+        groups.setdefault(key, []).append(cell)
+    return groups
 
 
 def _start(content: str) -> str:

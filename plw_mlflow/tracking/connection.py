@@ -1,4 +1,4 @@
-"""Connection: is the store there, what to do while it is not, and what to say of what it refuses."""
+"""Connection: whether the tracking store answers, waiting for it while it does not, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from plw_mlflow.errors import Refused, Unreachable, UserError, reason, without_passwords
 
 WAIT_SECONDS = 600.0  # for a store that went away, where the work cannot go on without it
-ASK_SECONDS = 2.0  # between two questions whether it is there again
-CONNECT_SECONDS = 5.0  # in which a server takes a connection, if it is there at all
+ASK_SECONDS = 2.0  # between two attempts to reach it again
+CONNECT_SECONDS = 5.0  # in which a server takes a connection, if it runs at all
 ANSWER_SECONDS = 20.0  # in which a server or a database answers, however busy it is
 
-# A database's other errors come as BAD_REQUEST and INTERNAL_ERROR, and may be over in a moment.
+# MLflow gives a database's other errors as BAD_REQUEST and INTERNAL_ERROR. They may be over in a moment.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
 _NO_PERMISSION = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
-_REFUSING_STATUS = (401, 403, 413)  # of a server of artifacts; with 404, a proxy may speak for one that is restarting
+_REFUSING_STATUS = (401, 403, 413)  # of a server of artifacts. 404 may come from a proxy while the server restarts.
 
-_ANSWERED: set[str] = set()  # stores that have answered this process
+_ANSWERED: set[str] = set()  # addresses of stores that have answered this process
 
 Result = TypeVar("Result")
 
 
 def address() -> str:
-    """Where the tracking store is, for a person: without the password that may be part of it."""
+    """Where the tracking store is, without the password that may be part of its address."""
     return without_passwords(mlflow.get_tracking_uri())
 
 
 def check_reachable() -> None:
-    """Ask the tracking store one thing, without the retries that MLflow would make.
+    """Ask the tracking store for something small, without the retries that MLflow would make.
 
-    Raises Unreachable where it does not answer, and UserError where waiting for it would not help: it is none, or
-    refuses to be used. By the main thread only, since it changes the environment for a moment.
+    Raises Unreachable where it does not answer, and UserError where waiting would not help, because the address is
+    wrong or the store refuses to be used. For the main thread only, since it changes the environment for a moment.
     """
-    _quiet()
+    _quiet_mlflow()
     uri = mlflow.get_tracking_uri()
     cannot = f"the tracking store {address()} cannot be used"
     try:
-        with hurried(), _one_at_a_time(uri):
-            _knock(uri)
+        with hurried(), _first_request_lock(uri):
+            _check_address(uri)
             mlflow.MlflowClient().search_experiments(max_results=1)
     except UnsupportedModelRegistryStoreURIException as error:
-        known = ", ".join(scheme for scheme in error.supported_uri_schemes if scheme)
-        raise UserError(f"{cannot}: MLflow knows no such kind of address; it knows {known}") from None
+        schemes = ", ".join(scheme for scheme in error.supported_uri_schemes if scheme)
+        raise UserError(f"{cannot}: MLflow knows no such kind of address; it knows {schemes}") from None
     except ImportError as error:
         raise UserError(f"{cannot}: the driver of that database is not installed ({reason(error)})") from None
     except Exception as error:
@@ -67,7 +67,7 @@ def check_reachable() -> None:
 
 @contextmanager
 def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
-    """Within the block, MLflow asks a server twice at most, and waits so many seconds for each answer."""
+    """Within the block, MLflow sends a request twice at most, and waits so many seconds for each answer."""
     changed = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds)))}
     before = {name: os.environ.get(name) for name in changed}
     os.environ |= changed
@@ -82,18 +82,18 @@ def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
 
 
 @contextmanager
-def _one_at_a_time(uri: str) -> Iterator[None]:
-    """Within the block, no other process of this package asks a SQLite store for the first time.
+def _first_request_lock(uri: str) -> Iterator[None]:
+    """Within the block, no other process of this package makes its first request to the same SQLite store.
 
-    MLflow makes the tables of a fresh store when it is first asked, in 60 migrations; of two processes that do so at
-    once, one ends in an error. The lock is a file beside the store, and is not held again once the store has answered.
+    MLflow makes the tables of a fresh store at the first request, in 60 migrations. If two processes do so at once, one
+    of them fails. The lock is a file beside the store, and is not taken again once the store has answered.
     """
     path = _sqlite_file(uri)
     if path is None or uri in _ANSWERED:
         yield
         return
     with ExitStack() as stack:
-        with suppress(OSError):  # where nobody may write, nobody makes a store
+        with suppress(OSError):  # where no file can be written, no store can be made
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             stack.callback(os.close, lock)
@@ -103,7 +103,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
 
 
 def _await_lock(lock: int) -> None:
-    """Return with the lock, or without it where it has been held for WAIT_SECONDS: a stopped process may have it."""
+    """Return with the lock, or without it after WAIT_SECONDS, since a process that was stopped may hold it."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -114,29 +114,32 @@ def _await_lock(lock: int) -> None:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store; None for others, and for one that is in memory."""
+    """The file of a SQLite store; None for other stores, and for one in memory."""
     if uri.partition(":")[0].partition("+")[0] != "sqlite":
         return None
     import sqlalchemy
 
     try:
         database = sqlalchemy.make_url(uri).database
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # which is said by whoever opens it
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # `_check_address` says so
         return None
     return Path(database) if database and not database.startswith(("file:", ":memory:")) else None
 
 
-def _knock(uri: str) -> None:
-    """Raise where nobody is at an address. MLflow would ask a database ten times, in two minutes, and print why."""
+def _check_address(uri: str) -> None:
+    """Raise an error where no server or database answers at an address.
+
+    MLflow itself would try a database ten times within two minutes, and print every failure.
+    """
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme in ("http", "https"):
         try:
             _ = urlsplit(uri).port
-        except ValueError:  # it quotes a part of what may be a password
+        except ValueError:  # whose message quotes what may be a part of a password
             raise UserError(
                 "it is not a valid address; characters like / and # of a password are written as %2F"
             ) from None
-        with suppress(requests.exceptions.SSLError):  # MLflow may know other certificates
+        with suppress(requests.exceptions.SSLError):  # MLflow may have been given other certificates
             requests.head(uri, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), allow_redirects=False)
     elif scheme in DATABASE_ENGINES:
         import sqlalchemy
@@ -157,14 +160,14 @@ def _knock(uri: str) -> None:
         except sqlalchemy.exc.NoSuchModuleError as error:
             raise ImportError(str(error)) from None
         with engine.connect() as connection:
-            if is_sqlite:  # it opens whatever there is, and says only now whether that can be read and written
+            if is_sqlite:  # it opens any file, and only a statement shows whether that can be read and written
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 connection.exec_driver_sql("CREATE TABLE plw_mlflow_asks (whether)")
                 connection.exec_driver_sql("ROLLBACK")
 
 
 def _is_mistake(error: Exception) -> bool:
-    """Whether the store's address is wrong, or what it leads to cannot be used, rather than away for a while."""
+    """Whether the store's address is wrong or cannot be used, so that waiting for the store would not help."""
     if is_refusal(error) or isinstance(error, ValueError):
         return True
     if isinstance(error, OSError):
@@ -174,7 +177,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the store has answered, and would answer the same however often it is asked."""
+    """Whether the store has answered, and would give the same answer to every further attempt."""
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS | _NO_PERMISSION
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -183,43 +186,45 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def explained(doing: str, error: MlflowException | OSError) -> Refused | Unreachable:
-    """An error of the store as one that says in a line what was being done, what is wrong, and what to do."""
+    """An error of the store as one whose message says in a line what was being done, what is wrong, and what to do."""
     if is_refusal(error):
         return Refused(f"{doing}: the tracking store {address()} refuses it: {reason(error)}{_advice(error)}")
     return Unreachable(f"{doing}: the tracking store {address()} fails: {reason(error)}")
 
 
 def _advice(error: BaseException) -> str:
-    """What to do about a refusal, as the end of a sentence; empty where nobody knows."""
+    """What to do about a refusal, as the end of a sentence; empty where that is unknown."""
     response = getattr(error, "response", None)
     if getattr(error, "error_code", None) in _NO_PERMISSION or getattr(response, "status_code", None) in (401, 403):
         return "; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, say who asks"
-    if found := re.search(r"experiment (\S+) must be in the 'active' state", str(error)):
+    if match := re.search(r"experiment (\S+) must be in the 'active' state", str(error)):
         return (
-            f"; restore it by mlflow experiments restore --experiment-id {found[1]}, or name another experiment in "
+            f"; restore it by mlflow experiments restore --experiment-id {match[1]}, or name another experiment in "
             "MLFLOW_EXPERIMENT_NAME"
         )
-    if found := re.search(r"run (\S+) must be in the 'active' state", str(error)):
+    if match := re.search(r"run (\S+) must be in the 'active' state", str(error)):
         return (
-            f"; restore it by {_restoring(found[1])}, or give the same command again, which begins a new run and goes "
-            "on from the last checkpoint, if there is one"
+            f"; restore it by {_restore_command(match[1])}, or give the same command again, which begins a new run and "
+            "goes on from the last checkpoint, if there is one"
         )
     return ""
 
 
-def _restoring(run_id: str) -> str:
+def _restore_command(run_id: str) -> str:
     return f"mlflow runs restore --run-id {run_id}"
 
 
 def patiently(doing: str, call: Callable[[], Result]) -> Result:
-    """What `call` gives; where the store is away meanwhile, it is called again as soon as that is back.
+    """What `call` returns. If the store goes away meanwhile, `call` is made again as soon as the store is back.
 
-    doing: says to a person what is being done.
+    doing: what is being done, for messages.
 
-    `call` may have done its work, or a part of it, before the connection broke; to do it twice has to come to the same.
-    Raises Refused at once where the store will not do it (the run was deleted, say), Unreachable where the store
-    stays away for WAIT_SECONDS, and what `call` raises where that is not because the store is away: one that answers is
-    given a second call, as it may have been back at once.
+    `call` may have done all or a part of its work before the connection broke, so doing it twice must have the same
+    effect as doing it once.
+
+    Raises Refused at once where the store refuses (because the run was deleted, say), and Unreachable where the store
+    stays away for WAIT_SECONDS. Other errors of `call` are raised if a second call fails while the store answers; the
+    first may have failed because the store was away for a moment.
     """
     is_second = False
     while True:
@@ -235,27 +240,27 @@ def patiently(doing: str, call: Callable[[], Result]) -> Result:
 
 
 def _await_store(doing: str, error: Exception) -> bool:
-    """Return when the store answers: whether it had to be waited for."""
+    """Return once the store answers. Returns whether it had to be waited for."""
     deadline = time.monotonic() + WAIT_SECONDS
-    is_told = False
+    has_waited = False
     while True:
         try:
             check_reachable()
-            return is_told
+            return has_waited
         except ConnectionError:
             if time.monotonic() > deadline:
                 raise Unreachable(
                     f"{doing}: the tracking store {address()} was away for {WAIT_SECONDS:.0f} s "
                     f"({reason(error)}); give the same command again when it is back"
                 ) from error
-            if not is_told:
+            if not has_waited:
                 print(f"{doing}: the tracking store is away; waiting for it, at most {WAIT_SECONDS:.0f} s", flush=True)
-            is_told = True
+            has_waited = True
             time.sleep(ASK_SECONDS)
 
 
 def get_run(run_id: str, *, even_deleted: bool = False) -> mlflow.entities.Run:
-    """A run. Raises UserError where there is none with that id, or it was deleted and `even_deleted` is not set."""
+    """The run of that id. Raises UserError where it does not exist, or was deleted and `even_deleted` is not set."""
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
@@ -263,15 +268,15 @@ def get_run(run_id: str, *, even_deleted: bool = False) -> mlflow.entities.Run:
             raise
         raise UserError(f"there is no run {run_id!r} in {address()}") from None
     if run.info.lifecycle_stage != "active" and not even_deleted:
-        raise UserError(f"run {run_id} in {address()} was deleted; restore it by {_restoring(run_id)}")
+        raise UserError(f"run {run_id} in {address()} was deleted; restore it by {_restore_command(run_id)}")
     return run
 
 
-def _quiet() -> None:
-    """Keep MLflow's notes on migrations and absent model cards from between a person and the numbers.
+def _quiet_mlflow() -> None:
+    """Silence MLflow's notes on migrations and missing model cards, which a user can do nothing about.
 
-    What its database layer logs, with a traceback, is raised too, and is said once, by whoever catches it. MLflow's own
-    note on where to see a run would show the password of an address that holds one.
+    Its database layer logs errors with a traceback that it raises as well; they are shown once, where they are caught.
+    MLflow's own note on where to see a run would show a password in the store's address.
     """
     for logger, level in (
         ("alembic", logging.WARNING),

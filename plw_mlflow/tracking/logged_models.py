@@ -16,8 +16,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.utils import logging_utils
 
-from plw_mlflow.config import data_name, short_name, spell
-from plw_mlflow.config.presets import MODELS
+from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords

@@ -1,7 +1,7 @@
 """Opening: where runs begin and end.
 
-MLflow's own `mlflow run` has opened a cell's run already and logged the parameters as it was given them; here that run
-is joined, and only what is missing is logged.
+`mlflow run` opens a run before it starts an entry point, and logs the parameters as it was given them. The entry point
+then joins that run, and logs only what is missing.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ ERROR_CHARACTERS = 500  # of the tag that says why a run failed
 
 @contextmanager
 def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]:
-    """Open a run (the one `mlflow run` has begun, if any), or reopen `run_id`; it ends with the block.
+    """Open a run, join the one that `mlflow run` has begun, or reopen `run_id`. The run ends with the block.
 
-    A new run that fails is marked FAILED with the reason as its tag plw.error, an interrupted one KILLED; its tag
-    plw.status says the same. When adding to a reopened one fails, that keeps the status it had. Raises Unreachable
-    where the tracking server does not answer, and UserError where it refuses.
+    A run that fails is marked FAILED, with the reason as its tag plw.error. An interrupted one is marked KILLED. The
+    tag plw.status says the same. A reopened run keeps the status that it had when adding to it fails.
+
+    Raises Unreachable where the tracking server does not answer, and UserError where it refuses.
     """
     check_reachable()
     try:
-        joined = run_id or os.environ.get("MLFLOW_RUN_ID")
-        status = get_run(joined).info.status if joined else None  # says it of one that is unknown or was deleted
-        before = None if run_id is None else status
+        existing = run_id or os.environ.get("MLFLOW_RUN_ID")
+        status = get_run(existing).info.status if existing else None  # raises if the run is unknown or was deleted
+        status_before = None if run_id is None else status
         wrapper = None if run_id is None else _leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
         active = mlflow.start_run(run_id=run_id, run_name=None if run_id else short)
@@ -52,22 +53,22 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     try:
         _check_container(run.id, wrapper, config)
         if run_id is None:
-            run.tag(version=__version__, **_origin())
+            run.tag(version=__version__, **_code_versions())
             run.log_config(config)
         with giving_signs_of_life(run.id):
             yield run
         run.curves.flush()
         patiently("ending the run", lambda: run.untag("error"))
     except BaseException as error:
-        told = explained(f"run {run.id}", error) if isinstance(error, MlflowException) else error
-        with _deaf_to_sigterm():
-            _end_badly(run, told, before)
-        if told is error:
+        reason = explained(f"run {run.id}", error) if isinstance(error, MlflowException) else error
+        with _ignoring_sigterm():
+            _end_badly(run, reason, status_before)
+        if reason is error:
             raise
-        raise told from error
+        raise reason from error
     run.curves.close(0)
     try:
-        mlflow.end_run("FINISHED")  # forgets the run, and then tells the store, once
+        mlflow.end_run("FINISHED")  # ends it in this process, and then in the store; it tries that once
     except (MlflowException, OSError):
         patiently("ending the run", lambda: mlflow.MlflowClient().set_terminated(run.id, "FINISHED"))
 
@@ -88,21 +89,21 @@ def open_sweep(config: Any) -> Iterator[tuple[Run, Callable[[str], str]]]:
 
 
 def child_environment(run_id: str) -> dict[str, str]:
-    """The environment of a process that is to log into `run_id`, and no other run.
+    """The environment of a process that is to log into `run_id`.
 
-    The store's address is here rather than on a command line, which everybody on the machine can read.
+    The store's address may hold a password, so it is here rather than on a command line, which everybody can read.
     """
-    ours = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), processes.PARENT_REPORTS: "true"}
-    return os.environ | ours
+    own = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), processes.PARENT_REPORTS: "true"}
+    return os.environ | own
 
 
 def fail(run_id: str) -> None:
-    """Mark a run FAILED whose process ended badly, perhaps before it could say so itself."""
+    """Mark a run FAILED whose process has failed, unless the process has done so itself."""
     patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless=("FAILED", "KILLED")))
 
 
 def kill(run_id: str) -> None:
-    """Mark a run KILLED whose process was interrupted before it could say so itself, if the store can be told."""
+    """Mark a run KILLED whose process was interrupted, unless the process has done so itself, or the store is away."""
     with suppress(Exception), hurried():
         check_reachable()
         _mark(run_id, "KILLED", unless=("FAILED", "KILLED", "FINISHED"))
@@ -115,32 +116,34 @@ def _mark(run_id: str, status: str, unless: tuple[str, ...]) -> None:
         client.set_terminated(run_id, status)
 
 
-def _end_badly(run: Run, error: BaseException, before: str | None) -> None:
-    """Say on a run how it ended, if the store can be told.
+def _end_badly(run: Run, error: BaseException, status_before: str | None) -> None:
+    """End a run that has failed or was interrupted, and say so on it if the store is there.
 
-    before: the status that a reopened run had, and keeps.
+    status_before: the status that a reopened run had, and keeps. None for other runs.
     """
-    status = before or ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    status = status_before or ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
     run.curves.close(LAST_SECONDS)
-    seconds = 1.0  # for a store that is gone; it must neither hide why the run failed nor be waited for
+    seconds = 1.0  # for a store that is away, which must neither hide why the run failed nor be waited for
     with suppress(Exception):
         check_reachable()
         seconds = connection.ANSWER_SECONDS
-        if before is None:
-            why = {} if status == "KILLED" else {"error": f"{type(error).__name__}: {error}"}
+        if status_before is None:
+            tags = {"status": status.lower()}
+            if status != "KILLED":
+                tags["error"] = _cut(f"{type(error).__name__}: {error}", ERROR_CHARACTERS)
             with hurried(seconds):
-                run.tag(status=status.lower(), **{name: _cut(text, ERROR_CHARACTERS) for name, text in why.items()})
+                run.tag(**tags)
     with suppress(Exception), hurried(seconds):
         mlflow.end_run(status)
 
 
 @contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
-    """Within the block, SIGTERM does nothing: a run that is just being ended is not to be left half ended.
+def _ignoring_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM does nothing, so that a run that is being ended is not left half ended.
 
-    A sweep, and MLflow too, send it to a process that may have heard an interrupt from the terminal before.
+    A sweep, and MLflow too, send it to a process that may have had an interrupt from the terminal before.
     """
-    if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
+    if threading.current_thread() is not threading.main_thread():  # other threads may not handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -156,36 +159,41 @@ def _cut(text: str, characters: int) -> str:
 
 
 def _leave_wrapper(run_id: str) -> str | None:
-    """Where `mlflow run` has opened a run for work on another one, say so on it, and leave it alone; gives its id."""
+    """The id of the run that `mlflow run` has opened for work on `run_id`, if any. A tag on it says what it was for.
+
+    Nothing else is logged into it.
+    """
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)
     if wrapper and wrapper != run_id:
         mlflow.MlflowClient().set_tag(wrapper, "plw.for_run", run_id)
     return wrapper
 
 
-def _origin() -> dict[str, str]:
-    """The code, its commit and the image it runs in, as far as they are known."""
-    found = {
+def _code_versions() -> dict[str, str]:
+    """Tags for the code, its commit and the image it runs in, as far as they are known."""
+    versions = {
         "image": container.image(),
         "git_commit": provenance.commit(),
         "code_sha256": provenance.code_digest(provenance.ROOT),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in versions.items() if value}
 
 
 def _check_container(run_id: str, wrapper: str | None, config: Any) -> None:
-    """In a container, find out before the work whether it is the right code, and whether its results would last.
+    """In a container, check before the work that it runs the right code, and that its results would last.
 
-    wrapper: the run for which MLflow has recorded a commit, where that is another one.
+    wrapper: the run that `mlflow run` has recorded the commit of the code on, where that is not `run_id`.
+
+    Raises UserError where the results would be lost, or the image holds other code and `config` does not allow that.
     """
     client = mlflow.MlflowClient()
-    place = client.get_experiment(client.get_run(run_id).info.experiment_id).artifact_location
-    container.check_mounted(mlflow.get_tracking_uri(), place)
-    worker = wrapper or run_id
+    artifacts = client.get_experiment(client.get_run(run_id).info.experiment_id).artifact_location
+    container.check_mounted(mlflow.get_tracking_uri(), artifacts)
+    recorded = wrapper or run_id
     try:
-        provenance.check_image(client.get_run(worker).data.tags.get("mlflow.source.git.commit"))
+        provenance.check_image(client.get_run(recorded).data.tags.get("mlflow.source.git.commit"))
     except ValueError as error:
         if not config.allow_stale_image:
             raise
         warnings.warn(str(error), stacklevel=2)
-        client.set_tag(worker, "plw.stale_image", "true")
+        client.set_tag(recorded, "plw.stale_image", "true")

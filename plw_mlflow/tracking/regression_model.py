@@ -1,11 +1,12 @@
-"""A fit as a registered model: MLflow runs this file to load it (models from code; nothing is pickled).
+"""A fit as a registered model. MLflow runs this file to load it ("models from code"), so nothing is pickled.
 
-Its numbers are those of fit.json. A data frame with the columns dataset, plw and, if wanted, task goes in; score, low,
-high and optimum_plw come out, a row each: the curve of the lead's model at that PLW with its 95 % interval, and the PLW
-at which it is highest inside the range (NaN without an interior optimum). Where the analysis says that runs are too few
-to tell, low, high and optimum_plw are NaN, with a task as without. Without a task the score is the mean over the tasks
-and models that were scored, and the interval that of the curve around their mean: how tasks at large differ in level is
-no part of it. With a task it is that task's own curve.
+The numbers are those of fit.json. A data frame goes in with the columns dataset, plw and, if wanted, task. The columns
+score, low, high and optimum_plw come out, a row for each: the score at that PLW on the curve of the data set's leading
+model, its 95 % interval, and the PLW at which the curve is highest inside the range (NaN without an interior optimum).
+Where the analysis says that there are too few runs, low, high and optimum_plw are NaN.
+
+Without a task, the score is the mean over the tasks and models that were scored, and the interval is that of the curve
+around their mean, which leaves out how tasks in general differ in level. With a task, it is that task's own curve.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scipy import stats
 
 from plw_mlflow.transforms import TERMS, Transform
 
-LEVEL = 0.05
+ALPHA = 0.05  # 1 minus the intervals' coverage
 
 
 class Regression(PythonModel):
@@ -34,44 +35,46 @@ class Regression(PythonModel):
         self.use(json.loads(Path(context.artifacts["fit"]).read_text()))
 
     def use(self, fit_json: dict[str, Any]) -> None:
-        """Take the curves of what `analyze.to_json` gave."""
+        """Take the curves of the contents of a fit.json."""
         fits = {(fit["dataset"], fit["model"]): fit for fit in fit_json["fits"]}
-        self._answers = {one["dataset"]: (one, fits[one["dataset"], one["lead"]]) for one in fit_json["answers"]}
+        self._answers = {
+            answer["dataset"]: (answer, fits[answer["dataset"], answer["lead"]]) for answer in fit_json["answers"]
+        }
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """Raises ValueError for data sets and tasks it does not know, and PLWs below 0."""
+        """A row for each row of `model_input`. Raises ValueError for unknown data sets and tasks, and PLWs below 0."""
         tasks = model_input["task"] if "task" in model_input else [None] * len(model_input)
         rows = [
-            self._one(str(dataset), float(plw), None if task is None or pd.isna(task) else str(task))
+            self._predict_row(str(dataset), float(plw), None if task is None or pd.isna(task) else str(task))
             for dataset, plw, task in zip(model_input["dataset"], model_input["plw"], tasks, strict=True)
         ]
         return pd.DataFrame(rows, columns=["score", "low", "high", "optimum_plw"], index=model_input.index)
 
-    def _one(self, dataset: str, plw: float, task: str | None) -> tuple[float, float, float, float]:
+    def _predict_row(self, dataset: str, plw: float, task: str | None) -> tuple[float, float, float, float]:
         if not (math.isfinite(plw) and plw >= 0):
             raise ValueError(f"plw must be 0 or more, got {plw}")
         if dataset not in self._answers:
             raise ValueError(f"no fit of data set {dataset!r}; there are {', '.join(sorted(self._answers))}")
         answer, lead = self._answers[dataset]
         w = float(Transform(lead["transform"], tuple(lead["plws"]))(plw))
-        point = np.array([1.0, w, w**2])
+        point = np.array([1.0, w, w**2])  # of the curve, in terms of TERMS
         if task is None:
-            curve, around = lead, point - lead["centre"]
+            curve, offset = lead, point - lead["centre"]
             freedoms = [lead["degrees_of_freedom"][term] for term in TERMS[1:]]
-            freedom = min((math.inf if one is None else one) for one in freedoms)
+            freedom = min(math.inf if degrees is None else degrees for degrees in freedoms)
         else:
-            by_task = {one["task"]: one for one in answer["by_task"]}
+            by_task = {task_curve["task"]: task_curve for task_curve in answer["by_task"]}
             if task not in by_task:
                 raise ValueError(f"no curve of task {task!r} on {dataset}; there are {', '.join(by_task) or 'none'}")
-            curve, around = by_task[task], point
+            curve, offset = by_task[task], point
             freedom = curve["degrees_of_freedom"]
         score = float(point @ [curve["coefficients"][term] for term in TERMS])
-        variance = around @ np.array(curve["covariance"])[:3, :3] @ around
-        reach = float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(max(0.0, variance)))
+        variance = offset @ np.array(curve["covariance"])[:3, :3] @ offset
+        half_width = float(stats.t.ppf(1 - ALPHA / 2, freedom) * math.sqrt(max(0.0, variance)))
         if lead["has_too_few_runs"]:
             return score, math.nan, math.nan, math.nan
         optimum = curve["optimum_plw"]
-        return score, score - reach, score + reach, math.nan if optimum is None else optimum
+        return score, score - half_width, score + half_width, math.nan if optimum is None else optimum
 
 
 mlflow.models.set_model(Regression())

@@ -69,7 +69,7 @@ class Writer:
             self._last.result()
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, or warn that it failed: a full disk may have room for the next one, so training goes on."""
+        """Write a checkpoint, or warn that it failed; a full disk may have room for the next, so training goes on."""
         finished = self._folder / _name(checkpoint.step)
         unfinished = self._folder / "unfinished"
         label = {"cell": self._cell, "step": str(checkpoint.step)}

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from plw_mlflow.data import files, formats
 from plw_mlflow.data.records import Fault
-from plw_mlflow.environment import bounded
+from plw_mlflow.errors import UserError
 
 GOOD = {"instruction": "Add.", "input": "2 2", "output": "4"}
 CHAT = [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "4"}]
@@ -378,7 +378,7 @@ def test_damaged_parquet_is_refused_or_read_whatever_is_damaged(tmp_path):
         (tmp_path / "data").write_bytes(content)
         try:
             list(files.parquet_rows(tmp_path / "data", 1000))
-        except bounded.Refusal as error:
+        except UserError as error:
             assert "data is a damaged Parquet file" in str(error)  # noqa: PT017
             refused += 1
     assert refused > 50

@@ -6,12 +6,13 @@ import signal
 import pytest
 
 from plw_mlflow.environment import bounded
+from plw_mlflow.errors import UserError
 
 
 def work(task):
     """Whatever a test needs done in a process with bounds."""
     if task == "refuse":
-        raise bounded.Refusal("the file is no file")
+        raise UserError("the file is no file")
     if task == "fail":
         raise KeyError("a")
     if task == "crash":

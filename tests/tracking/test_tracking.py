@@ -390,9 +390,9 @@ def test_a_sweep_marks_the_cell_that_could_not_do_so_itself(store, monkeypatch, 
             raise KeyboardInterrupt
         return ended
 
-    monkeypatch.setattr(sweep, "_wait", wait)
+    monkeypatch.setattr(sweep, "_run_to_end", wait)
     try:
-        assert sweep._process(MainConfig(), run) == ended
+        assert sweep._run_cell(MainConfig(), run) == ended
     except KeyboardInterrupt:
         assert ended is None
     found = store.get_run(run)

@@ -27,7 +27,8 @@ class Bootstrap:
 def bootstrap_optimum(grid: Grid, over: Resampled = "tasks", draws: int = 2000, seed: int = 1234) -> Bootstrap:
     """Resample tasks, seeds (within each model and PLW), or both, and see where the mean curve is highest.
 
-    With two seeds a cell, those over seeds are too narrow, by about 1.4: resampling 2 of 2 halves a variance.
+    With two seeds a cell, intervals over seeds are too narrow by a factor of about 1.4: resampling 2 of 2 halves a
+    variance.
 
     Raises UserError for seeds where a cell has less than two, for fewer than 4 tasks over tasks, and where too few
     runs are scored on every task for a curve.

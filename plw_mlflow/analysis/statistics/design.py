@@ -61,8 +61,9 @@ class Grid:
     def complete(self) -> tuple[Grid, tuple[str, ...]]:
         """The runs that have a score on every task, and what was left out for that.
 
-        Tasks that fewer than half of the runs have are left out first. Raises UserError where that leaves no task, and
-        where some runs are left, but none at one of the PLWs: what is left then speaks of fewer PLWs than were tried.
+        Tasks that fewer than half of the runs are scored on are left out first. Raises UserError where that leaves no
+        task, and where some runs are left, but none at one of the PLWs: the rest then speaks of fewer PLWs than were
+        tried.
         """
         is_scored = ~np.isnan(self.scores)
         tasks = is_scored.mean(0) >= 0.5

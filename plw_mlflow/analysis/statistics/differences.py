@@ -22,15 +22,15 @@ class Difference:
     levels: list[str]
     tests: list[JointTest]
     notes: list[str]
-    has_too_few_runs: bool  # as of a fit: nothing may be concluded
+    has_too_few_runs: bool  # nothing may be concluded then, as for a fit
 
 
 def compare_curves(grid: Grid, by: str) -> Difference:
     """Does PLW act differently between the levels of `by`? `grid` is one made with that `by`.
 
     The tests are of all interactions of level and curve: over tasks (each task's curves are compared within the task),
-    and the likelihood ratio of `lmm`, which takes all tasks as moved alike. Raises UserError where there is one level,
-    or too little for a curve in each.
+    and the likelihood ratio of `lmm`, which assumes that PLW moves all tasks alike. Raises UserError where there is one
+    level only, or a level has too few PLWs for a curve.
     """
     levels = sorted(grid.runs[by].astype(str).unique())
     if len(levels) < 2:
@@ -60,7 +60,7 @@ def compare_curves(grid: Grid, by: str) -> Difference:
 
 
 def _equal(runs: pd.DataFrame, by: str) -> list[str]:
-    """Which other columns part the runs as `by` does."""
+    """The other columns that divide the runs into the same groups as `by`."""
     others = [column for column in runs if column not in (by, "plw", "seed")]
     pairs = {column: len(runs[[by, column]].drop_duplicates()) for column in others}
     return [str(column) for column in others if runs[by].nunique() == runs[column].nunique() == pairs[column]]

@@ -21,7 +21,7 @@ class Equivalence:
     doi:10.1080/00401706.1982.10487790).
     """
 
-    margin: float | None  # on the scale of the scores; None where the person gave none
+    margin: float | None  # on the scale of the scores; None where none was given
     p: float | None  # of the worst pair; below 0.05, all differences are within the margin
     smallest_margin: float | None  # that these scores would have passed at 0.05; None if wider than the scale
     largest_difference: float  # estimated, between two PLWs tried
@@ -31,7 +31,7 @@ class Equivalence:
 
 
 def assess_equivalence(grid: Grid, margin: float | None = None, widest: float | None = None) -> Equivalence:
-    """Is PLW's effect, over the PLWs tried, as good as none? Raises UserError as the fit over tasks does.
+    """Test whether all differences between the PLWs tried are below a margin. Raises UserError as `over_tasks.fit`.
 
     widest: the largest difference that scores can have, None where their scale has no ends.
     """

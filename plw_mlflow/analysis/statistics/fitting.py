@@ -1,14 +1,14 @@
-"""The statistical models of one data set's scores, each by name, each with what it can be trusted for.
+"""The statistical models of one data set's scores, by name.
 
-crossed     a curve per task, over tasks; runs' common luck counted where it shows. The report leads with it.
+crossed     a curve per task, tested over tasks; runs' common luck is counted where it shows. The report leads with it.
 task-t      the same without the luck: t and Hotelling's T^2 over tasks.
 lmm-slopes  random intercept and curve by task, random intercept by run, residual variance by task, model effect.
 lmm         random intercept by task: the first version of the study.
 beta        beta family, logit link, random intercept by task, Laplace: its fourth version.
 ols-task    fixed intercept by task: its draft.
 
-`lmm`, `beta` and `ols-task` take scores as independent and PLW's effect as the same on every task; where either fails
-their p-values are too small. benchmarks/analysis.py measures by how much.
+`lmm`, `beta` and `ols-task` assume that scores are independent and that PLW has the same effect on every task. Where
+either is wrong, their p-values are too small; benchmarks/analysis.py measures by how much.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Result:
-    """What a model gives beside the coefficients' meaning."""
+    """What fitting a model yields, before it is interpreted."""
 
     grid: Grid
     terms: tuple[str, ...]
@@ -116,7 +116,7 @@ class _Result:
 
 
 def fewest_runs(terms: int, tasks: int) -> int:
-    """The runs that a study needs before its tests are near the error rates they claim; terms: of the fixed part."""
+    """How many runs a study needs for its tests to keep near their nominal error rates; terms: of the fixed part."""
     return terms + (MIN_FREE if tasks > 1 else 1)
 
 
@@ -319,7 +319,7 @@ def _need_residuals(y: Array, x: Array, task: NDArray[np.intp]) -> None:
 
 
 def _conclude(model: str, result: _Result, scale: str) -> Fit:
-    """The optimum, the tests and the words for them."""
+    """The fit with its optimum, its tests, and notes on what a reader must know."""
     grid, b, v = result.grid, result.coefficients, result.covariance
     errors = np.sqrt(np.diag(v))
     freedoms = [result.freedom(row) for row in np.eye(len(b))]

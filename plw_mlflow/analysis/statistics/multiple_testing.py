@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's (1979) adjustment of p-values for looking at all of them."""
+    """p-values with Holm's (1979) correction for testing all of them, in the same order."""
     ordered = sorted(p_values, key=lambda name: p_values[name])
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(ordered):

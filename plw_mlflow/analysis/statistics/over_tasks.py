@@ -1,11 +1,13 @@
 """Curves over tasks: each task's scores give a curve, and the curves are the sample.
 
-Nothing is assumed of how tasks differ: not in level, not in how PLW moves them, not in noise. So a test over tasks
-holds for tasks at large, of which these are some. What tasks have in common by chance is a run's luck, since one
-checkpoint is scored on them all: it moves all curves alike, so the curves' spread does not show it. `crossed` adds it
-where the residuals do, which takes all tasks' noise as alike; `task-t` is the textbook's test without it.
+Nothing is assumed about how tasks differ: not in level, not in how PLW moves them, not in noise. So a test over tasks
+holds for the population of tasks that these are a sample of. What the tasks share by chance is a run's luck: one
+checkpoint is scored on all of them, so its luck moves all curves alike, and the variance between the curves does not
+show it. `crossed` adds the variance of this luck where the residuals show it, which assumes that all tasks have the
+same noise; `task-t` is the textbook test without it.
 
-Letters: R runs, T tasks, P columns of the design, K contrasts. "..." is nothing for one table, [N] for N of one design.
+Letters: R runs, T tasks, P columns of the design, K contrasts. In shapes, "..." stands for nothing where there is one
+table, and for [N] where there are N tables of one design.
 """
 
 from __future__ import annotations
@@ -20,17 +22,18 @@ from scipy import special
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import Array
 
-# Luck is estimated without bias, below 0 in every second table that has none. Counting it where it is above 0 and
-# nothing else makes the test too strict by half; never counting it is wrong where there is any. So it counts where its
-# F test rejects at this level, and below 0 down to this part of the curves' spread, which must not come near 0. The
-# two were chosen by simulation (benchmarks/analysis.py).
+# The variance of luck is estimated without bias, so the estimate is below 0 in half of the tables that have no luck. To
+# add it wherever it is above 0, and deduct nothing, would make the test too strict by half; never to add it would be
+# wrong where there is luck. So it is added where its F test rejects at level COUNTED. An estimate below 0 is deducted,
+# at most this part (DEDUCTED) of the variance between curves, which must not come near 0. Both numbers were chosen by
+# simulation (benchmarks/analysis.py).
 COUNTED = 0.3
 DEDUCTED = 0.15
 
 
 @dataclass(frozen=True)
 class MeanCurve:
-    """What one table or N show of the mean of the tasks' curves, and how sure it is."""
+    """The mean of the tasks' curves in one table, or in each of N tables, and how certain it is."""
 
     coefficients: Array  # [..., P], mean over tasks
     between: Array  # [..., P, P], covariance of tasks' curves
@@ -40,16 +43,16 @@ class MeanCurve:
     tasks: int
     free: int  # degrees of freedom of a task's residuals
     contrasts: Array  # [K, P], of the coefficients; what the joint test is of
-    runs_differ: bool  # whether luck is looked for
+    runs_differ: bool  # whether the variance of luck is estimated
 
     @property
     def var_run(self) -> Array:
-        """Of runs' common luck, as estimated: [...]; below 0 where the residuals show none."""
+        """The estimated variance of runs' luck: [...]; below 0 where the residuals show none."""
         return self.of_runs - self.of_noise / self.tasks
 
     @cached_property
     def counts_runs(self) -> NDArray[np.bool_]:
-        """Whether luck is a part of the covariance: [...]. If not, what lies below 0 is deducted in part."""
+        """Whether the variance of luck is added to the covariance: [...]. If not, one below 0 is deducted in part."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = self.of_runs * self.tasks / self.of_noise
         p = special.fdtrc(self.free, self.free * (self.tasks - 1), ratio)
@@ -59,7 +62,8 @@ class MeanCurve:
     def parts(self) -> Array:
         """Independent estimates whose sum is the coefficients' covariance, [3, ..., P, P].
 
-        Of the tasks' curves; of the means of residuals, where luck is counted; and of the noise in these, below 0.
+        The first is of the tasks' curves. Where luck is counted, the second is of the means of residuals, and the
+        third, which is negative, takes the noise out of these.
         """
         of_tasks = self.between / self.tasks
         counted = np.where(self.counts_runs, 1.0, 0.0)
@@ -69,7 +73,7 @@ class MeanCurve:
         return np.stack([of_tasks - self._deduction(of_tasks), luck, noise])
 
     def _deduction(self, of_tasks: Array) -> Array:
-        """Luck below 0, as far as it is deducted: from what is tested, and what varies with it, [..., P, P]."""
+        """What is deducted where the variance of luck comes out below 0: [..., P, P]."""
         tested, bread = (self.contrasts @ part @ self.contrasts.T for part in (of_tasks, self.bread))
         smallest = _whitened(tested, bread)[..., 0]
         below = np.where(self.deducts, -self.var_run, 0.0)
@@ -80,7 +84,7 @@ class MeanCurve:
 
     @property
     def deducts(self) -> NDArray[np.bool_]:
-        """Whether luck below 0 is deducted: [...]."""
+        """Whether an estimate of luck below 0 is deducted: [...]."""
         return np.asarray(self.runs_differ & ~self.counts_runs & (self.var_run < 0))
 
     @property
@@ -187,7 +191,7 @@ def fit(scores: Array, x: Array, contrasts: Array, *, runs_differ: bool) -> Mean
     """Fit each task's scores by least squares, and average.
 
     scores: [..., R, T], none missing; x: [R, P] of full rank; contrasts: [K, P] of the coefficients, what is tested
-    together. runs_differ: whether a run's common luck is looked for.
+    together. runs_differ: whether the variance of runs' luck is estimated.
 
     The residuals' means over tasks vary by a run's luck and a T-th of the noise; what is left varies by the noise
     alone. Their difference is the luck's variance (a random effect crossed with tasks).

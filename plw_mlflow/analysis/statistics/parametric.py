@@ -1,7 +1,8 @@
 """The likelihood ratio's p-value by parametric bootstrap, for the two linear mixed models.
 
-With few tasks the ratio is not chi^2: here it is compared with the ratios of scores drawn from the fitted model without
-the curve. That makes it hold where the model does; it does not make `lmm` right where PLW moves tasks differently.
+With few tasks the ratio is not distributed as chi^2, so it is compared with the ratios of scores drawn from the fitted
+model without the curve. The p-value is then right where the model is; `lmm` stays wrong where PLW moves tasks
+differently.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ SPACED = (4, 5, 6, 8, 12, 16, 24)  # numbers of PLWs, equally spaced on w_p
 
 @dataclass(frozen=True)
 class Plan:
-    """What many designs give, and which of them suffice."""
+    """How well many designs find the optimum, and which of them suffice."""
 
     dataset: str
     truth: Truth
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def nearest(self) -> DesignResult:
-        """The design that knows the optimum best."""
+        """The design whose interval of the optimum is the narrowest."""
         return min(self.outcomes, key=lambda result: (result.median_width.value, result.median_error.value))
 
     def frame(self) -> pd.DataFrame:

@@ -108,11 +108,11 @@ def parse_truth(text: str) -> Truth:
 
 
 def estimate_truth(grid: Grid) -> Truth:
-    """The truth by moments of a data set's scores.
+    """Estimate the truth behind a data set's scores by the method of moments.
 
     What differs between tasks is the covariance of their curves less the part that the residuals explain; where that
-    leaves a direction with less than nothing, none (Amemiya 1985, doi:10.1080/00031305.1985.10479402). Estimates are
-    taken as if they were exact, so a chance peak makes too good a study.
+    leaves a direction with less than nothing, none (Amemiya 1985, doi:10.1080/00031305.1985.10479402). The
+    estimates are then taken as exact, so a peak that is due to chance makes a study look better than it is.
 
     Raises UserError where `crossed` cannot be fitted.
     """
@@ -183,7 +183,7 @@ class Design:
 
 @dataclass(frozen=True)
 class TableFits:
-    """What the lead model says of N tables, as `fitting.fit` does."""
+    """What the lead model concludes from N tables, as `fitting.fit` does from one."""
 
     joint_p: Array  # [N]
     best: Array  # [N], w_p of the highest point within the range: the optimum, or an end
@@ -193,7 +193,7 @@ class TableFits:
 
 
 def draw(truth: Truth, design: Design, draws: int, seed: int) -> MeanCurve:
-    """What the lead model sees of so many tables, of slope and bend alone."""
+    """What the lead model sees of simulated tables: the mean curve of each, of slope and bend alone."""
     random = np.random.default_rng(seed)
     tasks, free, bread = design.tasks, design.free, design.bread(truth.transform)
     noise, luck = truth.residual_sd**2, truth.run_sd**2
@@ -252,7 +252,7 @@ def _quantiles() -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class MonteCarloEstimate:
-    """A figure of a simulation."""
+    """A number that a simulation estimates."""
 
     value: float
     error: float  # Monte-Carlo standard error
@@ -260,7 +260,7 @@ class MonteCarloEstimate:
 
 @dataclass(frozen=True)
 class DesignResult:
-    """What a design gives."""
+    """How often, and how well, a design finds the optimum."""
 
     design: Design
     power: MonteCarloEstimate  # share of tables whose joint test rejects at 0.05
@@ -272,11 +272,11 @@ class DesignResult:
 
 
 def simulate(truth: Truth, design: Design, width: float, draws: int = 10_000, seed: int = 1234) -> DesignResult:
-    """Run a study so many times.
+    """Simulate a study `draws` times.
 
-    width: of Fieller's 95 % interval of PLW*, wanted at most. It is in PLW, as a person thinks; equal widths there are
-    not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval beside the optimum has not
-    found it: those do not count as found.
+    width: of Fieller's 95 % interval of PLW*, wanted at most. It is in PLW, which people think in; equal widths in PLW
+    are not equal on w_p, so what is narrow depends on where the optimum lies. A narrow interval that misses the optimum
+    does not count as finding it.
     """
     tables = draw(truth, design, draws, seed)
     fits = fit_tables(tables, truth.transform)
