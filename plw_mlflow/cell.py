@@ -1,4 +1,4 @@
-"""A cell from data to scores, in one MLflow run: what the entry points main and train do.
+"""A cell from data to scores, in one MLflow run: what the entry points main, train and evaluate do.
 
 Several processes may train a cell together. The first one leads: it has the cell's run, its checkpoints, and in the end
 the trained model. The others assist: they prepare the same data and the same model, and take their part in the
@@ -35,7 +35,7 @@ from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import evaluate, measures, prompting, scores
+from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
@@ -109,7 +109,7 @@ def lead(config: TrainConfig, run: Run) -> None:
         tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps)
         if isinstance(config, MainConfig):
             _score(config, run, model, tokenizer, tasks, folder)
-            measure(config, run, model, tokenizer, config.model, config.dataset, config)
+            _measure(config, run, model, tokenizer, config.model, config.dataset, config)
         stored.remove()
         shutil.rmtree(folder)
 
@@ -200,7 +200,53 @@ def _score(config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any,
     print(scores.text(evaluation))
 
 
-def wrapping_of_run(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
+def score_model(config: EvaluateConfig) -> None:
+    """Score the model of an earlier run in that run, or any other model in a run of its own.
+
+    Answers are kept in a folder until the scores are in the run, so that a scoring that was killed goes on.
+    """
+    folder = config.checkpoint_dir / digest({"run": config.run_id, "of": config.model, "at": config.endpoint})
+    title = f"evaluate {config.model}"
+    with checkpoints.reserve(folder), tracking.open_run(config, title, run_id=config.run_id) as run:
+        tasks = load_tasks(config)  # unknown tasks fail before a large model is read
+        model, tokenizer = None, None
+        if config.endpoint is not None:
+            from plw_mlflow.evaluation.endpoint import Endpoint  # slow to import
+
+            endpoint = Endpoint(config.endpoint, str(config.model), config.tokenizer, folder, config.endpoint_key_env)
+            wrapping = _wrapping(config, run, endpoint.tokenizer)
+            evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
+        else:
+            model, tokenizer = _load_for_scoring(config, run)
+            wrapping = _wrapping(config, run, tokenizer)
+            evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+        is_of_cell = config.run_id is not None
+        rows = scores.table(evaluation, run.cell() if is_of_cell else _no_cell(config.model))
+        measurements = [score.key for score in evaluation.primary]
+        tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
+        shutil.rmtree(folder, ignore_errors=True)
+        scores.write(rows, config.output)
+        print(scores.text(evaluation))
+        if is_of_cell:
+            _measure_again(config, run, model, tokenizer)
+    print(f"\nrun {run.id}\n{run.address()}")
+
+
+def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:
+    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means."""
+    if config.model is None:
+        return tracking.load_model(run)
+    if config.model.startswith("models:/"):
+        return tracking.load_registered(config.model)
+    return pretrained.load_for_scoring(config.model, config.base)
+
+
+def _no_cell(model: str | None) -> dict[str, Any]:
+    """The columns of the score table that name a cell, for a model that no cell has trained."""
+    return {"model": model, "dataset": "", "plw": "", "seed": ""}
+
+
+def _wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | None:
     """What puts prompts into the template of the run's cell, or of a model without a cell; None if not asked for.
 
     Raises UserError where there is no template.
@@ -214,7 +260,7 @@ def wrapping_of_run(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrappin
         return prompting.wrapping(options["template"], tokenizer, options.get("prompt_border", "offsets"))
 
 
-def measure(
+def _measure(
     scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
 ) -> None:
     """Log and print the measures that `scoring` names, of the model that the run has trained."""
@@ -225,7 +271,7 @@ def measure(
         print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in values.items()))
 
 
-def measure_again(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
+def _measure_again(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) -> None:
     """Log and print the measures of the model that an earlier run has trained, by the options of that run.
 
     Raises UserError where its data are no longer what it was trained on.
@@ -244,7 +290,7 @@ def measure_again(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any) 
         cache = prepare.cache_dir(data)
         datasets = [name for name in (options["dataset"], data.mix) if name]
         tracking.check_data(run, [sources.find(name, cache, data.data_dir) for name in datasets])
-        measure(config, run, model, tokenizer, options["model"], options["dataset"], data)
+        _measure(config, run, model, tokenizer, options["model"], options["dataset"], data)
 
 
 def _check_recipe(settings: Any, config: TrainConfig) -> None:

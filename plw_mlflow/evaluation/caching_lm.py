@@ -54,8 +54,8 @@ class Prompt:
     def key(self) -> str:
         """The key of its answer."""
         ends = ",".join(map(str, self.ends))
-        content = (self.tokens.tobytes(), self.max_new_tokens, self.settings, ends, *self.until)
-        return answer_store.key("generation", *content)
+        tokens = self.tokens.tobytes()
+        return answer_store.key("generation", tokens, self.max_new_tokens, self.settings, ends, *self.until)
 
 
 @dataclass(frozen=True)
