@@ -189,6 +189,24 @@ def check(words: list[str], *, is_whole: bool = True) -> None:
         assert program in {"mlflow", *OTHERS}, f"nothing is known of {program}"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "frobnicate now",
+        "make tset",
+        "python -m entrypoints.main --plv 0.1",
+        "python -m entrypoints.main --method nora",
+        "python -m benchmarks.study --wrote docs",
+        "mlflow run . -P plv=0.1",
+        "mlflow run . -e prepare -P epochs=1",
+        "torchrun --nnodes 2 -m entrypoints.train --plv 0.1",
+    ],
+)
+def test_a_command_that_the_project_does_not_have_is_found(command):
+    with pytest.raises((AssertionError, ValueError, click.ClickException)):
+        check(shlex.split(command))
+
+
 def check_module(module: str, arguments: list[str], is_whole: bool) -> None:
     package, _, name = module.partition(".")
     assert package in ("entrypoints", "benchmarks"), f"nothing is known of {module}"

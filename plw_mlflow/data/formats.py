@@ -310,9 +310,9 @@ def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
         return Record(id, instruction, input, output)
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         return Fault("has something other than a list of pairs, question and answer, as its history")
-    asked = f"{instruction}\n{input}" if input else instruction
+    last_question = f"{instruction}\n{input}" if input else instruction
     turns = [{"role": "system", "content": system}] if system else []
-    for pair in [*history, [asked, output]]:
+    for pair in [*history, [last_question, output]]:
         turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return _conversation(turns, id)
 
@@ -354,10 +354,10 @@ def _conversation(turns: list[dict[str, Any]], id: str) -> Record | Fault:
         return Fault("does not end with a turn of the assistant")
     if not messages[-1].is_trained:
         return Fault("ends with an answer that is marked as not to be trained on; end it with one that is")
-    asked = [message.content for message in messages if message.role == "user"]
-    if not asked:
+    user_turns = [message.content for message in messages if message.role == "user"]
+    if not user_turns:
         return Fault("has no turn of the user")
-    return Record(id, asked[-1], "", messages[-1].content, tuple(messages))
+    return Record(id, user_turns[-1], "", messages[-1].content, tuple(messages))
 
 
 def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
