@@ -333,10 +333,8 @@ def _conversation_field(row: dict[str, Any]) -> str:
 
 
 def _record_of_chat(row: dict[str, Any], id: str) -> Record | Fault:
-    if (
-        all(row.get(field) for field in CONVERSATION_FIELDS)
-        and row[CONVERSATION_FIELDS[0]] != row[CONVERSATION_FIELDS[1]]
-    ):
+    first, second = (row.get(field) for field in CONVERSATION_FIELDS)
+    if first and second and first != second:
         return Fault(f"has both {' and '.join(CONVERSATION_FIELDS)}, which differ; remove one")
     turns = row[_conversation_field(row)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict | Fault) for turn in turns):

@@ -151,7 +151,214 @@ def test_an_input_is_read_under_the_name_it_has_in_another_format(row, format):
     assert formats.unread(row, format) == []
 
 
-TEXT_BESIDE = [*formats.READ_FIELDS["alpaca"], *formats.TEXT_FIELDS]
+TEXT_BESIDE = [
+    (GOOD | {"context": "3 3"}, "alpaca", "context"),
+    (GOOD | {"response": "four"}, "alpaca", "response"),
+    (GOOD | {"completion": "four"}, "alpaca", "completion"),
+    (GOOD | {"thinking": "2 and 2 are 4."}, "alpaca", "thinking"),
+    (GOOD | {"messages": CHAT}, "alpaca", "messages"),
+    ({"prompt": "Add.", "input": "2 2", "completion": "4"}, "prompt-completion", "input"),
+    ({"prompt": "2 2", "instruction": "Add.", "completion": "4"}, "prompt-completion", "instruction"),
+    ({"messages": CHAT, "context": "3 3"}, "chat", "context"),
+    ({"messages": CHAT, "output": "four"}, "chat", "output"),
+    ({"messages": CHAT, "history": [["Hi", "Hello"]]}, "chat", "history"),
+]
+
+
+@pytest.mark.parametrize(("row", "format", "field"), TEXT_BESIDE)
+def test_text_whose_place_is_not_certain_stops_the_reading_unless_the_format_was_chosen(row, format, field):
+    found = formats.record(row, "f:1", format)
+    assert isinstance(found, Fault)
+    assert found.text.startswith(f"has text in the field {field!r}")
+    assert f"--format {format}" in found.text
+    assert isinstance(formats.record(row, "f:1", format, is_given=True), Record)
+    assert field in formats.unread(row, format)
+
+
+def test_text_that_the_record_has_anyway_is_not_lost():
+    for row in ({"messages": CHAT, "response": "4", "prompt": "Add 2 2."}, {"messages": CHAT, "context": ""}):
+        assert isinstance(formats.record(row, "f:1", "chat"), Record)
+    assert isinstance(formats.record(GOOD | {"context": "2 2", "response": "4"}, "f:1", "alpaca"), Record)
+
+
+def answers(*marks):
+    """A conversation whose answers have these marks."""
+    turns = [[turn("user", "Hi"), turn("assistant", f"{number}") | mark] for number, mark in enumerate(marks)]
+    return {"messages": [one for pair in turns for one in pair]}
+
+
+@pytest.mark.parametrize(
+    ("mark", "is_trained"),
+    [
+        ({}, True),
+        ({"weight": 1}, True),
+        ({"weight": None}, True),
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"train": False}, False),
+        ({"train_on_turn": False}, False),
+        ({"loss": "false"}, False),
+        ({"weight": 0, "train": False}, False),
+    ],
+)
+def test_the_mark_of_an_answer_says_whether_it_is_trained_on(mark, is_trained):
+    row = answers(mark, {})
+    found = formats.record(row, "f:1", "chat")
+    assert [message.is_trained for message in found.messages] == [True, is_trained, True, True]
+    assert formats.unread(row, "chat", "every") == []
+
+
+def test_marks_that_are_not_followed_are_known():
+    """The mark of a prompt, whose weight is PLW, and one by which an earlier answer is trained on, where only the last
+    is."""
+    row = answers({"weight": 1}, {"weight": 1})
+    assert formats.unread(row, "chat", "every") == []
+    assert formats.unread(row, "chat", "last") == ["messages[].weight"]
+    row["messages"][0]["train"] = False
+    assert formats.unread(row, "chat", "every") == ["messages[].train"]
+
+
+def test_what_is_not_read_of_turns_is_known_by_the_name_of_the_list():
+    row = {"conversations": [turn("user", "Hi") | {"name": "Ann", "id": None}, turn("assistant", "4") | {"name": "B"}]}
+    assert formats.unread(row, "chat") == ["conversations[].name"]
+    cached = [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}, "image": None}]
+    row = {"messages": [turn("user", cached), CHAT[1]], "topic": "sums"}
+    assert formats.unread(row, "chat") == ["topic", "messages[].content[].cache_control"]
+
+
+def test_content_in_parts_is_read_where_all_are_text():
+    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2 2.", "image": None}]
+    found = formats.record({"messages": [turn("user", parts), CHAT[1]]}, "f:1", "chat")
+    assert found == formats.record({"messages": CHAT}, "f:1", "chat")
+
+
+def test_a_turn_may_have_both_names_of_a_field_if_they_say_the_same():
+    both = [one | {"from": {"user": "human"}.get(one["role"], "gpt"), "value": one["content"]} for one in CHAT]
+    for turns in (both, [dict.fromkeys(("from", "value")) | one for one in CHAT]):
+        assert formats.record({"messages": turns}, "f:1", "chat") == formats.record({"messages": CHAT}, "f:1", "chat")
+
+
+def test_of_two_conversations_neither_wins():
+    row = {"messages": CHAT, "conversations": [turn("user", "Hi"), turn("assistant", "Hello")]}
+    assert formats.record(row, "f:1", "chat").text.startswith("has both messages and conversations, which differ")
+    for empty in ([], None):
+        assert said(formats.record(row | {"messages": empty}, "f:1", "chat")) == [("u", "Hi"), ("a", "Hello")]
+
+
+def test_an_empty_answer_is_a_fault_wherever_it_stands():
+    for blank in ("", " \n"):
+        turns = [turn("user", "Hi"), turn("assistant", blank), *CHAT]
+        found = formats.record({"messages": turns}, "f:1", "chat")
+        assert found == Fault("has an empty completion (turn 2)")
+        assert said(formats.record({"messages": turns}, "f:1", "chat", keep_empty=True))[1] == ("a", blank)
+        turns[1]["weight"] = 0
+        assert isinstance(formats.record({"messages": turns}, "f:1", "chat"), Record)
+
+
+def test_what_is_not_read_is_known():
+    row = ROWS["dolly"][0] | {"system": "", "tools": None, "source": None, "weight": 1, "text": "Add. 2 2 4"}
+    assert formats.unread(row, "dolly") == ["category", "text"]
+    assert formats.unread({"messages": CHAT, "history": [], "prompt": ""}, "chat") == ["history", "prompt"]
+
+
+BAD = [
+    (Fault("is broken"), "alpaca", "is broken"),
+    ({"instruction": "Add.", "response": "4"}, "alpaca", "lacks the field 'output' (it has 'instruction', 'response')"),
+    ({}, "alpaca", "lacks the field 'instruction' (it has none)"),
+    ({}, "chat", "lacks the field 'messages' (it has none)"),
+    (["Add.", "4"], "alpaca", "is a JSON list, not an object"),
+    (None, "chat", "is a JSON NoneType, not an object"),
+    (GOOD | {"output": 4}, "alpaca", "has something other than text as its output"),
+    (GOOD | {"input": 0}, "alpaca", "has something other than text as its input"),
+    (GOOD | {"instruction": ["Add."]}, "alpaca", "has something other than text as its instruction"),
+    (GOOD | {"output": ""}, "alpaca", "has an empty completion (output)"),
+    (GOOD | {"output": " \n\t"}, "alpaca", "has an empty completion (output)"),
+    (GOOD | {"output": None}, "alpaca", "has an empty completion (output)"),
+    (GOOD | {"instruction": " "}, "alpaca", "has an empty instruction"),
+    (GOOD | {"system": ["Be brief."]}, "alpaca", "has something other than text as its system"),
+    (GOOD | {"history": "Hi"}, "alpaca", "has something other than a list of pairs, question and answer"),
+    (GOOD | {"history": [["Hi"]]}, "alpaca", "has something other than a list of pairs, question and answer"),
+    (GOOD | {"history": [["Hi", 5]]}, "alpaca", "has something other than text as its turn 2"),
+    (GOOD | {"tools": [{"name": "add"}]}, "alpaca", "has tools, which no template here is given"),
+    ({"messages": CHAT, "functions": '[{"name": "add"}]'}, "chat", "has tools, which no template here is given"),
+    ({"messages": CHAT, "system": 5}, "chat", "has something other than text as its system"),
+    (GOOD | {"output": "\ud83d"}, "alpaca", "has half a surrogate pair in its output, which is no character"),
+    ({"messages": "Hi"}, "chat", "has something other than a list of turns as its conversation"),
+    ({"messages": ["Hi"]}, "chat", "has something other than a list of turns as its conversation"),
+    ({"messages": []}, "chat", "does not end with a turn of the assistant"),
+    ({"messages": [*CHAT, turn("user", "Why?")]}, "chat", "does not end with a turn of the assistant"),
+    ({"messages": CHAT[1:]}, "chat", "has no turn of the user"),
+    ({"messages": [turn("tool", "4"), *CHAT]}, "chat", "has the role 'tool' in turn 1, where only system, user, human"),
+    ({"messages": [turn(["user"], "4"), *CHAT]}, "chat", "has the role ['user'] in turn 1"),
+    ({"messages": [turn("user", None), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
+    ({"messages": [turn("user", "\udc00"), CHAT[1]]}, "chat", "has half a surrogate pair in its turn 1"),
+    ({"messages": [CHAT[0], turn("assistant", "")]}, "chat", "has an empty completion (last assistant turn)"),
+    (
+        {"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{"id": 1}]}]},
+        "chat",
+        "has tool_calls in turn 2, which no templ",
+    ),
+    (
+        {"messages": [CHAT[0], turn("assistant", None) | {"function_call": {}, "tool_calls": [5]}]},
+        "chat",
+        "has tool_cal",
+    ),
+    (
+        {"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "Hm."}]},
+        "chat",
+        "has reasoning_content in turn 2, which ",
+    ),
+    ({"messages": [CHAT[0], CHAT[1] | {"thinking": "Hm."}]}, "chat", "has thinking in turn 2, which is text"),
+    ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, "chat", "has images in turn 1, which is no text"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, "chat", "has the weight 0.5 in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"train": "yes"}]}, "chat", "has the train 'yes' in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": [0]}]}, "chat", "has the weight [0] in turn 2, where only 0 and 1"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 1, "train": False}]}, "chat", "has marks that contradict each other"),
+    ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "chat", "ends with an answer that is marked as not to be tr"),
+    ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{"train": 0}]}]}, "chat", "has train_detail in turn 2, but"),
+    (GOOD | {"weight": 0}, "alpaca", "is marked as not to be trained on"),
+    (GOOD | {"weight": "0.5"}, "alpaca", "has the weight '0.5', where only 0 and 1"),
+    (GOOD | {"loss_mask": [0, 1]}, "alpaca", "has loss_mask, by which parts of a text are chosen"),
+    (GOOD | {"input_ids": [5, 6], "labels": [-100, 6]}, "alpaca", "has labels, by which parts of a text are chosen"),
+    ({"messages": [CHAT[0] | {"from": "gpt"}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
+    ({"messages": [CHAT[0] | {"from": ["gpt"]}, CHAT[1]]}, "chat", "has both role and from in turn 1, which differ"),
+    ({"messages": [CHAT[0], CHAT[1] | {"value": "5"}]}, "chat", "has both content and value in turn 2, which differ"),
+    (
+        {"messages": [turn("user", [{"type": "image_url"}]), CHAT[1]]},
+        "chat",
+        "has a part of type 'image_url' in turn 1",
+    ),
+    ({"messages": [turn("user", [{"type": "text"}]), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
+    ({"messages": [turn("user", []), CHAT[1]]}, "chat", "has something other than text as its turn 1"),
+    (
+        {"messages": [Fault("has the field 'content' twice"), CHAT[1]]},
+        "chat",
+        "has the field 'content' twice in turn 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "format", "fault"), BAD)
+def test_an_unusable_record_is_told_what_it_lacks(row, format, fault):
+    found = formats.record(row, "f:1", format)
+    assert isinstance(found, Fault)
+    assert found.text.startswith(fault)
+
+
+def lost(row, format, is_given):
+    """The fields with text that neither a row's record has nor is known to be unread; none where it has no record."""
+    found = formats.record(row, "f:1", format, is_given=is_given)
+    if isinstance(found, Fault):
+        return []
+    told = formats.unread(row, format)
+    parts = [(field, value) for field, value in row.items() if field not in told]
+    for field, turns in [part for part in parts if isinstance(part[1], list)]:
+        of_turns = [one for turn in turns for one in turn.items() if one[1] not in formats.ROLES]
+        parts += [(f"{field}[].{name}", value) for name, value in of_turns]
+    return [name for name, value in parts if isinstance(value, str) and name not in told and value not in repr(found)]
+
+
+BESIDE = [*formats.READ_FIELDS["alpaca"], *formats.TEXT_FIELDS]
 BESIDE += ["prompt", "question", "text", "rejected", "labels", "topic"]
 BESIDE_IN_TURN = [*formats.TURN_FIELDS, *formats.REFUSED_IN_TURNS, *formats.TURN_MARKS, "name", "text", "topic"]
 
