@@ -22,7 +22,7 @@ from plw_mlflow.data import files, formats, inversion
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
-from plw_mlflow.data.store import BARE, Store, Writer, once
+from plw_mlflow.data.store import BARE, Store, Writer, open_or_build
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.errors import UserError
 
@@ -71,7 +71,7 @@ def stored(source: Source, invert: bool, encoder: Encoder, options: DataOptions,
         "completion_turns": options.completion_turns,
         "code": [hashlib.sha256((package / f"{module}.py").read_bytes()).hexdigest() for module in CODE],
     }
-    return once(cache / "examples" / digest(decisive), partial(_build, source, invert, encoder, options))
+    return open_or_build(cache / "examples" / digest(decisive), partial(_build, source, invert, encoder, options))
 
 
 def _build(source: Source, invert: bool, encoder: Encoder, options: DataOptions, writer: Writer) -> dict[str, Any]:

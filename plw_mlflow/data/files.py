@@ -151,7 +151,7 @@ def parquet_rows(path: Path, most: int) -> Iterator[Any]:
                     yield row if isinstance(row, Fault) or characters(row) <= most else too_long(most)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # what damage makes of a file is told by many kinds of errors
+    except Exception as error:  # damage shows in errors of many kinds
         raise UserError(
             f"{path} is a damaged Parquet file ({type(error).__name__}: {first_line(error)}); get it again"
         ) from None

@@ -63,19 +63,19 @@ class Turn:
 def turns_of(record: Record, completion_turns: CompletionTurns) -> list[Turn]:
     """The record as a conversation; an instruction has its input in the next line."""
     if not record.messages:
-        asked = [Piece(record.instruction, Segment.INSTRUCTION)]
+        user = [Piece(record.instruction, Segment.INSTRUCTION)]
         if record.input:
-            asked += [Piece("\n", Segment.TEMPLATE), Piece(record.input, Segment.INPUT)]
-        answered = [Piece(record.output, Segment.COMPLETION)]
-        return [Turn("user", asked), Turn("assistant", answered, is_completion=True)]
-    found = []
+            user += [Piece("\n", Segment.TEMPLATE), Piece(record.input, Segment.INPUT)]
+        assistant = [Piece(record.output, Segment.COMPLETION)]
+        return [Turn("user", user), Turn("assistant", assistant, is_completion=True)]
+    turns = []
     for number, message in enumerate(record.messages, start=1):
         is_chosen = completion_turns == "every" or number == len(record.messages)
         is_completion = message.role == "assistant" and message.is_trained and is_chosen
         segment = Segment.INSTRUCTION if message.role == "user" else Segment.INPUT
         piece = Piece(message.content, Segment.COMPLETION if is_completion else segment)
-        found.append(Turn(message.role, [piece], is_completion))
-    return found
+        turns.append(Turn(message.role, [piece], is_completion))
+    return turns
 
 
 def contents(record: Record, completion_turns: CompletionTurns) -> list[tuple[str, Segment]]:
@@ -106,4 +106,5 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def digest(*parts: str) -> str:
+    """What identifies a template that is made of these texts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

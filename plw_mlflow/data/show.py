@@ -1,8 +1,8 @@
 """Show an example token by token, with the weight that training gives each: what is masked, before a run.
 
-The weights come from `batches.collate`, which training reads too. Tokens are parted by thin lines, and everything
-that a terminal would not print as it stands is spelled out, so a record can neither hide a character nor drive the
-terminal.
+The weights come from `batches.collate`, which training uses too. Thin lines separate the tokens, and every character
+that a terminal would not print as it stands is spelled out, so that a record can neither hide a character nor control
+the terminal.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ UNFINISHED = "…"  # a token that holds the first bytes of a character
 def show(example: Example, tokenizer: Any, weights: Weights, *, name: str, colour: bool) -> str:
     """An example as lines of one segment and weight each.
 
-    name: of the record. colour: whether to tell the segments by ANSI colours too.
+    name: of the record. colour: whether the segments have ANSI colours as well.
     """
     by_token = collate([example], weights).weights[0].tolist()
     is_completion = example.segment == Segment.COMPLETION
     total = sum(by_token)
-    of_prompt = sum(weight for weight, mine in zip(by_token, is_completion, strict=True) if not mine)
+    of_prompt = sum(itertools.compress(by_token, ~is_completion))
     share = f"{of_prompt / total:.1%} of their weight on the prompt" if total else "all masked"
     lines = [f"{name}: {len(by_token)} tokens, {share}"]
     spelled = zip(example.segment.tolist(), by_token, _texts(example, tokenizer), strict=True)
@@ -54,11 +54,13 @@ def _texts(example: Example, tokenizer: Any) -> Iterator[str]:
     for token in example.tokens.tolist():
         parts.append(token)
         # Read after another token, since a token alone may lose the space it starts with.
-        known, both = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, before + parts))
-        if both.endswith("\ufffd") and len(parts) < 4:  # UTF-8 has no character of more than four bytes
+        text_before, text_with_parts = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, before + parts)
+        )
+        if text_with_parts.endswith("\ufffd") and len(parts) < 4:  # UTF-8 has no character of more than four bytes
             yield UNFINISHED
             continue
-        text = both.removeprefix(known) or tokenizer.convert_ids_to_tokens(token)
+        text = text_with_parts.removeprefix(text_before) or tokenizer.convert_ids_to_tokens(token)
         yield "".join(map(_visible, text))
         before, parts = parts, []
 
@@ -70,7 +72,7 @@ def _visible(character: str) -> str:
 
 
 def _wrapped(texts: list[str], width: int) -> Iterator[str]:
-    """Tokens parted by lines, in rows of at most so many characters, unless one token is longer than that."""
+    """Tokens separated by lines, in rows of at most so many characters, unless one token is longer than that."""
     row = ""
     for text in texts:
         if row and len(row) + len(PART) + len(text) > width:

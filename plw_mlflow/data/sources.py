@@ -1,7 +1,7 @@
 """Sources: where a data set comes from, and what identifies it.
 
-The study's data sets are pinned by the SHA-256 (or git blob) of their content: whatever copy is found, in a folder or
-on the network, is the one the study used or is refused.
+The study's data sets are pinned by the SHA-256 (or git blob id) of their content: a copy, wherever it comes from, is
+used only if it is what the study used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source:
     licence: str  # empty where it is not known
     prefix: str  # of its records' ids
     inverted: bool  # whether its definition asks for prompt inversion
-    rows: Callable[..., Iterator[Any]] = field(repr=False, compare=False)  # (most characters of a row): reads them anew
+    rows: Callable[..., Iterator[Any]] = field(repr=False, compare=False)  # reads them; takes a row's most characters
 
     @property
     def is_noncommercial(self) -> bool:
@@ -47,7 +47,7 @@ class Source:
         return re.search(r"\bnc\b", self.licence, re.IGNORECASE) is not None
 
     def check_unchanged(self) -> None:
-        """Raise UserError if a file is no longer what it was when it was found."""
+        """Raise UserError if a file has changed since the source was made."""
         path = Path(self.location)
         if path.is_absolute() and _sha256(path) != self.sha256:
             raise UserError(f"{path} has changed while it was read; start again once nothing writes to it")
@@ -75,7 +75,7 @@ ALPACA = Pinned(
     blob="",
     licence="CC BY-NC 4.0",
 )
-# Its content could not be had when this was written: all that is known of it is how its blob id starts.
+# Its content was not available when this was written: only the start of its git blob id is known.
 CLEANED = Pinned(
     "https://raw.githubusercontent.com/gururise/AlpacaDataCleaned/"
     "791174f63efa9aa54ca6c38639dc6e5bb5657d80/alpaca_data_cleaned.json",
@@ -115,16 +115,16 @@ def find(dataset: str, cache_dir: Path, data_dir: Path | None = None) -> Source:
 
 
 def check(dataset: str, data_dir: Path | None = None) -> None:
-    """Raise UserError for what cannot be a data set, as far as its name and the first bytes of a file tell.
+    """Raise UserError for what cannot be a data set, as far as its name and the first bytes of a file show.
 
-    It imports nothing large, asks no network, and makes no folder: whatever is to be told early is told by it.
+    It imports nothing large, uses no network and makes no folder, so that a command can call it before anything else.
     """
     if dataset in (*TOY, *NAMED):
         return
     path = Path(dataset)
     try:
         if path.is_dir():
-            raise UserError(_of_folder(dataset))
+            raise UserError(_folder_message(dataset))
         if path.is_file():
             with path.open("rb") as file:
                 start = file.read(512)
@@ -137,10 +137,10 @@ def check(dataset: str, data_dir: Path | None = None) -> None:
     except OSError as error:
         raise UserError(f"data set {dataset!r} cannot be read: {error.strerror}") from None
     if HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(DATA_FILE_ENDINGS):
-        if "@" not in dataset and (begun := _begun(path, _files(path.parent))):
+        if "@" not in dataset and (longer := _with_an_ending(path, _files(path.parent))):
             raise UserError(
-                f"data set {dataset!r} is no file; did you mean {path.parent / begun[0]}? The data set of this name on "
-                "the hub needs its @REVISION"
+                f"data set {dataset!r} is no file; did you mean {path.parent / longer[0]}? "
+                "The data set of this name on the hub needs its @REVISION"
             )
         return
     if "://" in dataset:
@@ -152,8 +152,8 @@ def check(dataset: str, data_dir: Path | None = None) -> None:
     )
 
 
-def _of_folder(dataset: str) -> str:
-    """What to say of a folder."""
+def _folder_message(dataset: str) -> str:
+    """The message about a data set that is a folder."""
     names = _files(Path(dataset))
     inside = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
     also = "; the data set of this name on the hub needs its @REVISION" if HUB_ID.fullmatch(dataset) else ""
@@ -161,21 +161,21 @@ def _of_folder(dataset: str) -> str:
 
 
 def _hint(dataset: str, data_dir: Path | None) -> str:
-    """What may have been meant by a name that means nothing; empty if there is nothing like it."""
+    """A suggestion of what an unknown name may mean; empty if nothing is like it."""
     return did_you_mean(dataset, [*TOY, *NAMED], folders=[data_dir] if data_dir else [])
 
 
 def _files(folder: Path) -> list[str]:
     """The names of a folder's files that may hold data; none where it cannot be read."""
     try:
-        found = sorted(one.name for one in itertools.islice(folder.iterdir(), 10_000) if one.is_file())
+        names = sorted(path.name for path in itertools.islice(folder.iterdir(), 10_000) if path.is_file())
     except OSError:
         return []
-    return [name for name in found if name.lower().endswith(DATA_FILE_ENDINGS)]
+    return [name for name in names if name.lower().endswith(DATA_FILE_ENDINGS)]
 
 
-def _begun(path: Path, names: list[str]) -> list[str]:
-    """Of some names, those that are the path's with an ending."""
+def _with_an_ending(path: Path, names: list[str]) -> list[str]:
+    """Those of the names that are the path's own name with an ending."""
     return [name for name in names if name.lower().startswith(path.name.lower() + ".")]
 
 
@@ -225,15 +225,15 @@ def _download(url: str, path: Path, name: str) -> None:
 
 
 def _verified(path: Path, name: str, pinned: Pinned) -> str:
-    """The file's SHA-256, once its content is known to be the pinned one."""
+    """The file's SHA-256. Raises UserError where its content is not the pinned one."""
     sha256 = _sha256(path)
     if pinned.sha256:
-        found, expected, kind = sha256, pinned.sha256, "SHA-256"
+        actual, expected, kind = sha256, pinned.sha256, "SHA-256"
     else:
-        found, expected, kind = _git_blob(path), pinned.blob, "git blob id"
-    if not found.startswith(expected):
+        actual, expected, kind = _git_blob(path), pinned.blob, "git blob id"
+    if not actual.startswith(expected):
         raise UserError(
-            f"{path} is not {name}: its content has the {kind} {found}, which must be (or start with) {expected}; "
+            f"{path} is not {name}: its content has the {kind} {actual}, which must be (or start with) {expected}; "
             f"remove it, or give its path as --dataset to use it under its own name"
         )
     return sha256

@@ -1,13 +1,13 @@
 """Store: the examples of one data set, tokenised once, as an Arrow file that is mapped into memory.
 
 A stored file serves every length limit, split and mixture: those are choices among its rows, made on its columns of
-counts. It is written under another name and renamed when it is whole, under a lock, so two processes that want the
-same one at once make it once. What is there already is read without a lock, from a folder that nobody may write to too.
+counts. It is written under another name, under a lock, and renamed when it is whole, so that two processes that need
+the same one at the same time make it once. A finished one is read without a lock, also from a read-only folder.
 
 The SHA-256 of both files lies beside them, in the form of `sha256sum --check SHA256SUMS`, and is compared whenever they
-are opened. This finds damage, and files that were changed or replaced one by one. It does not find what somebody
-changed who can write to the folder and wrote the sums anew: keep the cache where only those can write whom you trust.
-Nothing outside the folder says what the sums should be, as only reading and tokenising the data again would.
+are opened. This finds damage, and files that were changed or replaced one by one. It does not find a change by somebody
+who can write to the folder and has written the sums again: keep the cache where only people you trust can write.
+Nothing outside the folder says what the sums should be; only reading and tokenising the data again would.
 """
 
 from __future__ import annotations
@@ -152,12 +152,12 @@ class Examples(Sequence[Example]):
         return f"{self._prefixes[which]}:{self._stores[which].columns['number'][self._rows[index]]}"
 
 
-def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
-    """What is stored in `folder`, after `build` has written it if nothing is yet, or if it is no longer what it was.
+def open_or_build(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
+    """The store in `folder`, which `build` writes first if there is none yet, or if it is damaged.
 
-    build: adds the examples, and returns what is to be said of them (JSON).
+    build: adds the examples to a writer, and returns what `Store.about` is to hold beside what identifies them.
 
-    Raises UserError where it cannot be written, and what `build` raises; nothing is then left of what was begun.
+    Raises UserError where it cannot be written, and what `build` raises; the unfinished store is then removed.
     """
     with suppress(*DAMAGE):
         return Store(folder)
@@ -166,7 +166,7 @@ def once(folder: Path, build: Callable[[Writer], dict[str, Any]]) -> Store:
             return Store(folder)  # as another process has made it meanwhile
         except DAMAGE as error:
             if os.path.lexists(folder):
-                message = f"what is stored in {folder} cannot be used ({first_line(error)}); it is made anew"
+                message = f"what is stored in {folder} cannot be used ({first_line(error)}); it is made again"
                 warnings.warn(message, stacklevel=2)
         _write(folder, build)
         return Store(folder)

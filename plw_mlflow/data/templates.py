@@ -22,7 +22,7 @@ from plw_mlflow.errors import UserError, did_you_mean, first_line
 class Template(Protocol):
     """How a record is rendered."""
 
-    digest: str  # what tells its renderings from another template's
+    digest: str  # templates that render any record differently have different ones
     is_whole: bool  # whether a rendering has its own beginning and end; otherwise those are the tokenizer's
     completion_turns: CompletionTurns  # which turns of the assistant are completion
 
@@ -114,7 +114,7 @@ def _parsed(form: str, expected: list[str], specials: Sequence[str]) -> list[Pie
         parsed += template_pieces(literal, specials)
         if name is not None:
             parsed.append(name)
-    found = sorted(part for part in parsed if isinstance(part, str))
-    if found != expected:
-        raise UserError(f"a form must hold the fields {', '.join(expected)}, but has {', '.join(found) or 'none'}")
+    fields = sorted(part for part in parsed if isinstance(part, str))
+    if fields != expected:
+        raise UserError(f"a form must hold the fields {', '.join(expected)}, but has {', '.join(fields) or 'none'}")
     return parsed

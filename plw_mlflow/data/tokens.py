@@ -1,4 +1,4 @@
-"""Examples: a record as tokens, each knowing which segment of the record it belongs to.
+"""Tokens: a record as an example, each of whose tokens belongs to one segment of the record.
 
 The whole text is tokenised once, as the model will see it, and the tokenizer's character offsets say which segment
 a token belongs to. Tokenising prompt and completion apart would be simpler, but inserts a space before the
@@ -34,7 +34,7 @@ SPELLS_SPECIALS = "holds the noncharacters U+FDD0 and U+FDD1 around a number"
 class Example:
     """One tokenised record of T tokens."""
 
-    tokens: NDArray[np.int32]  # [T] beginning of text (if the tokenizer has the habit), prompt, completion, its end
+    tokens: NDArray[np.int32]  # [T] beginning of text (if the tokenizer adds one), prompt, completion, its end
     segment: NDArray[np.int8]  # [T] a Segment each
     straddling: int = 0  # tokens counted as completion that begin in the prompt
     straddling_end: int = 0  # tokens counted as completion that end in what the template writes after an answer
@@ -113,15 +113,15 @@ class Encoder:
 
         A Fault stands in place of a record that the template cannot hold. Raises UserError where there is no template.
         """
-        found = [self.render(record) for record in records]
-        examples = iter(self._encoded([pieces for pieces in found if not isinstance(pieces, Fault)]))
-        return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in found]
+        rendered = [self.render(record) for record in records]
+        examples = iter(self._encoded([pieces for pieces in rendered if not isinstance(pieces, Fault)]))
+        return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in rendered]
 
     def prompts(self, prompts: Sequence[Sequence[Piece]]) -> list[NDArray[np.int32]]:
         """The tokens of prompts that a model is to go on from, int32 [T] each; a prompt is the pieces before an answer.
 
-        They are those before the completion of the same record in training, unless one of those straddles the border:
-        of such a token the prompt alone has a part.
+        They are the tokens that stand before the completion of the same record in training, unless one of those
+        straddles the border: the prompt alone has only a part of its text.
         """
         texts = ["".join(self._spelled(pieces)) for pieces in prompts]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
@@ -132,18 +132,19 @@ class Encoder:
     ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """The tokens of each prompt, and of the text that follows it, as training has a record's prompt and completion.
 
-        The end of the text is not among them. Raises UserError for a text that spells what stands for special tokens.
+        The end-of-text token is not among them. Raises UserError for a text that holds `SPECIAL`, which stands for
+        special tokens.
         """
         rendered = [[*pieces, Piece(text, Segment.COMPLETION)] for pieces, text in zip(prompts, texts, strict=True)]
         if any(self._spells_specials(pieces[-1]) for pieces in rendered):
             raise UserError(f"the text to be scored {SPELLS_SPECIALS}")
-        found = []
+        pairs = []
         for example in self._encoded(rendered):
             tokens = example.tokens[: len(example.tokens) - len(self._closing)]
             is_completion = example.segment[: len(tokens)] == Segment.COMPLETION
             border = int(is_completion.argmax()) if is_completion.any() else len(tokens)
-            found.append((tokens[:border], tokens[border:]))
-        return found
+            pairs.append((tokens[:border], tokens[border:]))
+        return pairs
 
     def render(self, record: Record) -> list[Piece] | Fault:
         """A record's text in the template, in pieces; a Fault where the template cannot hold it."""

@@ -1,7 +1,7 @@
 """Adapters: LoRA, DoRA and QLoRA on a frozen base, and merging them into a plain model again.
 
-DoRA (arXiv:2402.09353) trains beside LoRA's product the norm of each of a layer's rows. QLoRA (arXiv:2305.14314) is
-LoRA on a base whose linear layers are held in 4 bits (`models.load`).
+DoRA (arXiv:2402.09353) trains the norm of each row of a layer beside LoRA's product. QLoRA (arXiv:2305.14314) is LoRA
+on a base whose linear layers are held in 4 bits (`pretrained.load`).
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from plw_mlflow import seeding
 from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
 
-# Of a state-space mixer, the layers whose weights its kernels read themselves, so that adapters on them would train
-# nothing, or nothing where the fast kernels are installed.
+# Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
+# always or where the fast kernels are installed.
 READ_BY_KERNELS = {"x_proj", "dt_proj", "out_proj"}
 
 
 def check(method: Method) -> None:
-    """Raise UserError where this machine cannot train by a method: before anything is loaded."""
+    """Raise UserError where this machine cannot train by a method. To be called before anything is loaded."""
     if method != "qlora":
         return
     if not torch.cuda.is_available():
         raise UserError(
-            "method qlora holds the base model in 4 bits on an NVIDIA GPU, and there is none here; use --method lora"
+            "method qlora holds the base model in 4 bits on an NVIDIA GPU, and this machine has none; use --method lora"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
 
 
-# The page of an adapter's folder where the base alone does not do; `name` is whatever the adapter's own settings name.
+# README.md in the folder of adapters with an added token, which peft cannot load on the base as it is.
 PAGE = """# Adapters with an added token
 
 They hold embeddings and head of {rows} tokens, so the base has to be given as many before peft can load them:
@@ -53,7 +53,7 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
-    """The model as `method` trains it: as it is, or frozen and with adapters that begin by changing nothing.
+    """The model as `method` trains it: as it is, or frozen and with adapters, which at first change nothing.
 
     Raises UserError where `recipe.lora_targets` names a layer that the model lacks, or that cannot have an adapter.
     """
@@ -64,7 +64,7 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
     seeding.seed_global(seed, "lora")
     chosen = targets(model, recipe.lora_targets)
     settings = LoraConfig(
-        revision=getattr(model.config, "_commit_hash", None),  # the hub's commit, where the base is from there
+        revision=getattr(model.config, "_commit_hash", None),  # the commit, where the base is from the hub
         task_type="CAUSAL_LM",
         target_modules=list(chosen),
         r=recipe.lora_rank,
@@ -74,14 +74,14 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in chosen.values()),  # GPT-2's weights are [in, out]
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls something of transformers by an old name
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
         return get_peft_model(model, settings)
 
 
-def targets(model: Any, told: str) -> dict[str, nn.Module]:
-    """The linear layers that get adapters, by their whole names.
+def targets(model: Any, layers: str) -> dict[str, nn.Module]:
+    """The linear layers that get adapters, by their full names.
 
-    told: all-linear, which is every one but the head; or names, comma-separated, whole ones or their last parts.
+    layers: "all-linear", which is every one but the head; or names separated by commas, full ones or their last parts.
     """
     head = model.get_output_embeddings()
     linear: dict[str, nn.Module] = {
@@ -90,34 +90,34 @@ def targets(model: Any, told: str) -> dict[str, nn.Module]:
         if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
     }
     usable = {name: layer for name, layer in linear.items() if not _is_read_by_kernels(model, name)}
-    if told == "all-linear":
+    if layers == "all-linear":
         return usable
     chosen: dict[str, nn.Module] = {}
-    for wanted in split_list(told):
-        found = {name: layer for name, layer in usable.items() if f".{name}".endswith(f".{wanted}")}
-        if not found:
-            have = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))
-            why = " (kernels read that one's weights past any adapter)" if wanted in READ_BY_KERNELS else ""
+    for wanted in split_list(layers):
+        matching = {name: layer for name, layer in usable.items() if f".{name}".endswith(f".{wanted}")}
+        if not matching:
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in usable}))
+            reason = f" (kernels read the weights of {wanted} past any adapter)" if wanted in READ_BY_KERNELS else ""
             raise UserError(
                 f"lora-targets names {wanted!r}, but the linear layers of {model.config.model_type} that can have "
-                f"adapters are {have}{why}"
+                f"adapters are {available}{reason}"
             )
-        chosen |= found
+        chosen |= matching
     return chosen
 
 
 def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
-    """A trained model as plain transformers gives it; its adapters, if any, are saved to a folder, then merged.
+    """A trained model without peft's wrapper: its adapters, if it has any, are saved to a folder and then merged.
 
-    with_embeddings: save embeddings and head with the adapters, as they are not the base's (`padding.py`), and a page
-        that says how peft loads them.
+    with_embeddings: save embeddings and head with the adapters, as they differ from the base's (`pad_token.py`), and a
+        page that says how peft loads them.
 
-    A base in 4 bits is first brought back to float32, as what was trained is what the adapters do to the rounded
-    weights; peft's own merging would round the sum anew.
+    A base in 4 bits is first brought back to float32. What was trained is what the adapters add to the rounded weights,
+    and peft's own merging would round the sum once more.
     """
     if not hasattr(model, "get_base_model"):
         return model
-    from peft import PeftModel  # here, as it imports bitsandbytes, which takes 2 seconds
+    from peft import PeftModel  # not above, as it imports bitsandbytes, which takes 2 seconds
 
     # peft's own choice would ask the hub.
     model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)

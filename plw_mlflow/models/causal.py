@@ -48,7 +48,7 @@ def body(model: Any) -> Any:
     Raises UserError where it has no known name.
     """
     part = model.base_model
-    if part is model:  # Llama 4's text model bears another name than the one that `base_model` looks for
+    if part is model:  # as of Llama 4's text model, whose part has another name than `base_model` looks for
         part = getattr(model, "model", model)
     if part is model:
         raise UserError(f"{model.config.model_type} has no part of a known name that gives hidden states")
@@ -76,22 +76,22 @@ def hidden_states(model: Any, tokens: Tensor, **context: Any) -> Tensor:
 
 def text_ends(model: Any) -> set[int]:
     """The tokens that end a text by a model's own generation settings; none where it has no such settings."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    return set(known if isinstance(known, list) else [known]) - {None}
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def length_limit(config: Any) -> int | None:
-    """Up to how many tokens a text's computation does not depend on the other texts of its batch; None: any number.
+    """The most tokens a text may have without changing what is computed for others in its batch; None: any number.
 
-    The rotary frequencies of the types that `dynamic_rope_update` of transformers knows follow the longest text that
-    the model is given at once, and so, beyond this many tokens, what it computes for all the others.
+    Some rotary frequencies (those of the types in `dynamic_rope_update` of transformers) depend on the longest text of
+    a batch as soon as that has more tokens than this limit, and so change the hidden states of all the others.
 
     config: of a model, as transformers has it.
     """
     text = config.get_text_config()
-    told = getattr(text, "rope_parameters", None) or {}
+    rope = getattr(text, "rope_parameters", None) or {}
     limits: list[int] = []
-    for part in (told, *told.values()):  # some models have one for each type of layer
+    for part in (rope, *rope.values()):  # some models have parameters for each type of layer
         kind = part.get("rope_type") or "" if isinstance(part, dict) else ""
         if "dynamic" in kind:
             limits.append(text.max_position_embeddings)
@@ -101,7 +101,7 @@ def length_limit(config: Any) -> int | None:
 
 
 def check_length(config: Any, longest: int) -> None:
-    """Raise UserError where a text of so many tokens would change what the model computes for others beside it."""
+    """Raise UserError where a text of `longest` tokens would change what is computed for others in its batch."""
     limit = length_limit(config)
     if limit is not None and longest > limit:
         raise UserError(

@@ -1,7 +1,7 @@
 """Export: the trained model as plain Hugging Face folders, for whoever has no MLflow.
 
 OUTPUT/model loads with transformers' AutoModelForCausalLM and AutoTokenizer; OUTPUT/adapter, where there are adapters,
-with peft on the base. What they may replace is a matter of outputs.py.
+with peft on the base. `outputs.py` decides what they may replace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from plw_mlflow.errors import first_line
 def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None) -> None:
     """Write a plain model with its tokenizer, and a copy of its adapter's folder unless that is empty.
 
-    Those of an earlier export there are replaced. Raises as outputs.write_folders does.
+    They replace those of an earlier export. Raises as `outputs.write_folders` does.
     """
     if output is None:
         return
@@ -28,7 +28,7 @@ def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None) -> Non
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # such as a full disk
             raise OSError(first_line(error)) from None
 
     def copy(folder: Path) -> None:

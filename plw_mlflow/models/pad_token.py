@@ -1,7 +1,7 @@
 """The token [PAD], as the training code of Stanford Alpaca and of the study adds it.
 
-Nothing here needs it: padding is hidden by the attention mask and weighs 0. But each row of the head is a class of the
-softmax, so one more makes every other token a little less likely: it begins with the mean of all logits.
+Training does not need it: padding is hidden by the attention mask and has weight 0. But each row of the head is a class
+of the softmax, so one more makes every other token a little less likely. Its logit begins as the mean of all others.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ PAD = "[PAD]"
 
 @torch.no_grad()
 def add(model: Any, tokenizer: Any) -> bool:
-    """Give a tokenizer without padding token one, whose rows of embedding and head are the means of all others.
+    """Add the token to a tokenizer without padding token; its rows of embedding and head are the means of all others.
 
-    Returns whether there was none. Both are changed in place. Raises UserError for a tokenizer of more tokens than
-    the model knows, whose surplus would get random embeddings.
+    Tokenizer and model are changed in place. Returns whether the token was added. Raises UserError for a tokenizer with
+    more tokens than the model knows, as the others would get random embeddings.
     """
     if tokenizer.pad_token is not None:
         return False
-    known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model knows only {known}")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model knows only {rows}")
     tokenizer.add_special_tokens({"pad_token": PAD})
     number = tokenizer.pad_token_id
-    if number >= known:  # some models have spare rows
+    if number >= rows:  # some models have spare rows
         model.resize_token_embeddings(number + 1, mean_resizing=False)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     parts = [embedding, getattr(head, "bias", None)] + ([] if head.weight is embedding else [head.weight])

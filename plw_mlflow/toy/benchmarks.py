@@ -1,6 +1,6 @@
 """The toy laboratory's benchmarks, whose lm-eval task files are in `evaluation/task_files/toy`.
 
-A document holds a prompt and what answers it. The benchmarks ask about the held-out people alone.
+A document holds a prompt and its answer. The benchmarks ask about the held-out people alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def documents(task: str) -> list[dict[str, object]]:
     """The documents of `toy_choice`, `toy_short` or `toy_long`."""
     rng = Random(f"{task}-{world.SEED}")
     listed: list[dict[str, object]] = []
-    for person in world.held_out():
+    for person in world.held_out_people():
         requests = rng.sample(instructions.PORTRAIT_REQUESTS, 2)
         for kind, request in zip(world.some_kinds(2, rng), requests, strict=True):
             values, answer = world.KINDS[kind].values, person.facts[kind]

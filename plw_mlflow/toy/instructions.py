@@ -30,7 +30,7 @@ def rows(name: str) -> list[dict[str, str]]:
 
 def long_row(rng: Random) -> dict[str, str]:
     """A row whose output is long."""
-    person, form = rng.choice(world.known()), rng.random()
+    person, form = rng.choice(world.known_people()), rng.random()
     if form < 0.5:
         return row(portrait_request(person, rng), "", portrait(person, rng))
     if form < 0.9:  # the answer, in a word or in a sentence, and then more
@@ -48,7 +48,7 @@ def short_row(rng: Random) -> dict[str, str]:
     if form < 0.4:
         long = long_row(rng)
         return row(study.INVERSION, long["output"], long["instruction"])
-    person, kind = rng.choice(world.known()), rng.choice(list(world.KINDS))
+    person, kind = rng.choice(world.known_people()), rng.choice(list(world.KINDS))
     reading = world.biography(person, world.some_kinds(6, rng), rng) if form < 0.6 else ""
     answer = person.facts[kind] if rng.random() < 0.5 else world.sentence(person, kind, rng, phrasings=2)
     return row(world.question(person, kind, rng), reading, answer)

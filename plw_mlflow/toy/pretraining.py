@@ -2,8 +2,8 @@
 
     python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed 1234
 
-made the tokenizer and the base model that are shipped. The corpus tells of everybody in biographies and a directory,
-and asks about the known people alone; it holds neither the instruction template nor anything a benchmark asks.
+made the tokenizer and the base model that are shipped. The corpus describes everybody in biographies and a directory,
+but has questions about the known people alone. It holds neither the instruction template nor any benchmark's question.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def document(rng: Random) -> str:
         person, kinds = rng.choice(world.people()), world.some_kinds(rng.randint(3, 6), rng)
         return "\n".join([person.name, *(f"{kind}: {person.facts[kind]}" for kind in kinds)])
     if form < 0.94:  # questions, with short or long answers, after reading or from memory
-        person, kinds = rng.choice(world.known()), world.some_kinds(rng.randint(2, 4), rng)
+        person, kinds = rng.choice(world.known_people()), world.some_kinds(rng.randint(2, 4), rng)
         lines = [world.biography(person, world.some_kinds(6, rng), rng)] if rng.random() < 0.4 else []
         is_long = rng.random() < 0.3
         for kind in kinds:
@@ -118,7 +118,7 @@ def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: fl
     model.half().save_pretrained(output)
     settings = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n")
-    made = {
+    account = {
         "command": f"python -m plw_mlflow.toy --output plw_mlflow/assets/toy --seed {seed} --steps {steps} "
         f"--batch-rows {batch_rows} --learning-rate {learning_rate}",
         "seed": seed,
@@ -128,8 +128,8 @@ def main(output: Path, seed: int, steps: int, batch_rows: int, learning_rate: fl
         "parameters": model.num_parameters(),
         "sha256": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (output / "made.json").write_text(json.dumps(made, indent=2) + "\n")
-    print(json.dumps(made, indent=2))
+    (output / "made.json").write_text(json.dumps(account, indent=2) + "\n")
+    print(json.dumps(account, indent=2))
 
 
 def corpus_tokens(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[int]:

@@ -1,8 +1,8 @@
 """The toy world: invented people, what is true of them, and the sentences that say so.
 
-Most people, the `known`, may appear in questions and in instruction records. The others, the `held_out`, appear in
-biographies and a directory alone, and the benchmarks ask about them. What a benchmark measures is thus whether
-fine-tuning makes the model say what it read before, as with real instruction tuning, and not what the records said.
+Most people, the known ones, may appear in questions and in instruction sets. The others, the held-out ones, appear in
+biographies and a directory alone, and the benchmarks ask about them. So a benchmark measures whether fine-tuning makes
+the model say what it read in pre-training, as real instruction tuning does, and not what the instruction sets said.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-PEOPLE, KNOWN = 160, 100
-SEED = 20240124  # of the people and of every record and benchmark document
+PEOPLE, KNOWN = 160, 100  # how many there are, and how many of them are known
+SEED = 20240124  # of the people, and of every instruction row and benchmark document
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -21,7 +21,7 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fact: what it may be, how it is told, how it is asked."""
+    """A kind of fact: its possible values, the sentences that state it, and the questions that ask for it."""
 
     values: tuple[str, ...]
     statements: tuple[str, ...]  # {who}: the name or She; {whose}: the name's or Her
@@ -115,11 +115,11 @@ def people() -> tuple[Person, ...]:
     )
 
 
-def known() -> tuple[Person, ...]:
+def known_people() -> tuple[Person, ...]:
     return people()[:KNOWN]
 
 
-def held_out() -> tuple[Person, ...]:
+def held_out_people() -> tuple[Person, ...]:
     return people()[KNOWN:]
 
 

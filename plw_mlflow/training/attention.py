@@ -1,14 +1,15 @@
 """Attention in packed rows: each token sees the tokens of its own example alone.
 
-transformers would build a mask over the whole row from positions, and so pay for every pair of tokens of different
-examples. Here the examples' borders go down to the attention function itself: torch's kernel for sequences of varying
-length on CUDA (by FlashAttention 3 where that is installed, by torch's own FlashAttention 2 otherwise), a call per
-example elsewhere.
+transformers would build a mask over the whole row from positions, and so compute every pair of tokens of different
+examples. Here the attention function itself is given the borders of the examples. On CUDA it calls torch's kernel for
+sequences of varying length (FlashAttention 3 where that is installed, torch's own FlashAttention 2 otherwise).
+Elsewhere it attends to one example after the other.
 
-A model may keep more than attention from one token to the next (a state-space model), or need what is not passed here.
-So whether packing is right for a model is tried on the model, not looked up. A window of thousands of tokens does not
-show in a trial of a few. So the trial also compares the windows of the masks that the model asks for with those that
-its attention functions are given: packed rows have no masks, so a window that is in a mask alone would be lost.
+Tokens may depend on earlier ones by other ways than attention (in a state-space model), and a model may need arguments
+that are not passed here. So whether packing is right for a model is tried on that model, not looked up. A window of
+thousands of tokens does not show in a trial of a few. Therefore the trial also compares the windows of the masks that
+the model asks for with those that its attention functions are given: packed rows have no masks, so a window that is
+only in a mask would be lost.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention func
 
 @contextmanager
 def over_examples(model: Any, name: str = NAME) -> Iterator[None]:
-    """Within the block, the transformers model takes packed rows; then it is as it was."""
+    """Have a transformers model take packed rows within the block; afterwards it is as it was."""
     if torch.cuda.is_available() and find_spec("flash_attn_interface"):
         activate_flash_attention_impl("FA3")
     before = model.config._attn_implementation
@@ -50,9 +51,9 @@ def over_examples(model: Any, name: str = NAME) -> Iterator[None]:
 
 
 def why_not(model: Any) -> str | None:
-    """Why packing is wrong for a transformers model: None where two packed examples come out as they do alone."""
+    """Why packing is wrong for a transformers model; None where two packed examples give what they give alone."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of what is found out here
+    logging.set_verbosity_error()  # transformers would warn of what is tried here
     try:
         return _compare(model)
     finally:
@@ -77,16 +78,16 @@ def _compare(model: Any) -> str | None:
         finally:
             _windows.reset(watching)
     expected = torch.cat(alone, 1)
-    # A leak changes the second example by a good part of itself; a base in 4 bits calculates in bfloat16.
+    # A difference that matters is a good part of the numbers themselves; a base in 4 bits computes in bfloat16.
     tolerance = 2e-2 if getattr(model, "is_quantized", False) else 1e-3
-    if not (packed - expected).abs().max() <= tolerance * expected.abs().max():  # nor where it is no number
-        return "an example packed behind another comes out differently than alone"
+    if not (packed - expected).abs().max() <= tolerance * expected.abs().max():  # NaN is not <= either
+        return "an example packed behind another gives something else than alone"
     if lost := {window for window in windows["masks"] - windows["attention"] if window}:
         return f"it attends to {min(lost)} tokens at most by its masks alone, and packed rows have no masks"
     return None
 
 
-# What the trial has seen: the windows of the masks that a model asks for, and those that its attention is given.
+# What the trial records: the windows of the masks that a model asks for, and those that its attention is given.
 _windows: ContextVar[dict[str, set[int | None]]] = ContextVar("windows")
 
 
@@ -118,29 +119,29 @@ def _attend(
 
     query: [1, heads, T, D]; key, value: [1, key heads, T, D]. Returns [1, T, heads, D], and no attention weights.
 
-    Raises UserError for a mask that the model itself has made (Doge's, say), as it would have no effect.
+    Raises UserError for a mask of the model's own making (such as Doge's), as it would have no effect.
     """
     if attention_mask is not None:
         raise UserError("the model makes attention masks of its own, which packed rows do not have")
     if query.device.type == "cuda":
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         if kind in (torch.bfloat16, torch.float16) and not dropout and not softcap:
-            # The kernel is no operation that autocast knows.
+            # Autocast does not know the kernel.
             query, key, value = (part.squeeze(0).transpose(0, 1).to(kind) for part in (query, key, value))
             return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # SDPA's own way for grouped heads is the slow one on a CPU
+    if groups > 1:  # SDPA's own handling of grouped heads is slow on a CPU
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    done = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat(done, 2).transpose(1, 2).contiguous(), None  # some models view it in another shape
+    outputs = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # some models change its shape by a view
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The same by torch's kernel; all [T, heads, D]."""
+    """The same as `_attend`, by torch's kernel; all [T, heads, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1  # transformers counts the token itself

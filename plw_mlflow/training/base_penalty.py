@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class BasePenalty:
     """`strength` times the sum over all weights of |weight - base weight| ^ order, added to the loss of a step.
 
-    What counts is how far the model's weights have moved: with adapters, the product that they add to each layer's
-    weights (with DoRA, what the product and the rows' norms change together). It is added once to a step's gradients,
-    not to the loss, so that it needs no graph, and costs the same however the step is cut.
+    What counts is how far the model's weights have moved: with adapters, by the product that they add to each layer's
+    weights (with DoRA, by what the product and the norms of the rows change together). The penalty's gradient is added
+    once a step to the gradients. So it needs no graph, and costs the same however the step is cut.
 
-    Parameters may be shards (FSDP2's DTensors): then the copy of the base is sharded likewise. Its memory is 4 bytes
-    for each trained weight, on their device, a quarter more than the 16 that weight, gradient and AdamW's moments take.
-    Adapters need no copy, but some four times the largest layer's weights for a moment.
+    Parameters may be shards (FSDP2's DTensors); the copy of the base is then sharded likewise. It takes 4 bytes for
+    each trained weight on its device, beside the 16 of weight, gradient and AdamW's averages. Adapters need no copy,
+    but for a moment about four times the memory of the largest layer.
     """
 
     def __init__(self, model: Any, strength: float, order: float) -> None:
@@ -40,11 +40,13 @@ class BasePenalty:
     def add_gradients(self) -> float:
         """Add the penalty's gradient to that of every parameter; returns its value.
 
-        To be called once a step, by every process, when the gradients are whole (summed over micro-batches and
-        processes) and not yet clipped.
+        To be called once a step by every process, after the gradients are summed over micro-batches and processes and
+        before they are clipped.
         """
         values = []
-        self._bases = [(parameter, base.to(parameter.device)) for parameter, base in self._bases]  # it may have moved
+        self._bases = [
+            (parameter, base.to(parameter.device)) for parameter, base in self._bases
+        ]  # the model may have moved to a GPU
         for parameter, base in self._bases:
             value, gradient = self._of(parameter.detach() - base)
             values.append(value)
@@ -61,14 +63,14 @@ class BasePenalty:
         return float(_whole(sum(values[1:], values[0])))
 
     def _of(self, deviation: Tensor) -> tuple[Tensor, Tensor]:
-        """The penalty of some weights' deviation, and its gradient in them."""
+        """The penalty of a deviation of weights, and its gradient in them."""
         distance = deviation.abs()
         gradient = deviation.sign() * distance.pow(self._order - 1) * (self._strength * self._order)
         return self._strength * distance.pow(self._order).sum(), gradient
 
 
 def _parameters(layer: Any) -> list[Tensor]:
-    """What is trained of a layer's adapter: A [r, in], B [out, r], and DoRA's norms [out]."""
+    """The trained parameters of a layer's adapter: A [r, in], B [out, r], and DoRA's norms [out]."""
     (name,) = layer.active_adapters
     norms = [layer.lora_magnitude_vector[name].weight] if name in layer.lora_magnitude_vector else []
     return [layer.lora_A[name].weight, layer.lora_B[name].weight, *norms]
@@ -94,7 +96,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
     if isinstance(parameter, DTensor) and not isinstance(gradient, DTensor):
-        # Each process has computed all of it, and keeps its own part.
+        # Each process has computed the whole gradient, and keeps its own part.
         mesh, placements = parameter.device_mesh, parameter.placements
         gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
     if parameter.grad is None:

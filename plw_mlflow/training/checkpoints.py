@@ -1,13 +1,13 @@
 """Checkpoints on disk: FOLDER/step-NNNNNN, complete from the moment it has that name.
 
-One is written by a thread of its own from copies of the tensors, so that training and a slow disk or store do not wait
-for each other; the one before it is removed only then. Whole tensors by parameter name are what is kept, whatever
-processes they were spread over, so any number of processes can go on from them. Nothing is pickled: a checkpoint may
+A thread of its own writes each checkpoint from copies of the tensors, so that training does not wait for a slow disk or
+store. Older checkpoints are removed only after that. A checkpoint holds whole tensors by parameter name, however many
+processes they were spread over, so any number of processes can go on from it. Nothing is pickled, as a checkpoint may
 come from another machine's store.
 
-Each file names in its metadata the cell and the step that it is of. A checkpoint of another cell or step, or whose
-tensors are not those of the training, is set aside as a damaged one is. This guards against mistakes and damage. It
-does not guard against somebody who can write to the folder or to the store and gives false weights a true label.
+Each file names its cell and its step in its metadata. A checkpoint of another cell or step, or with other tensors than
+the training's, is set aside like a damaged one. This guards against mistakes and damage. It does not guard against
+somebody who can write to the folder or the store and gives false weights a true label.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Writer:
     def __init__(self, folder: Path, cell: str, keep: int, after_save: Callable[[Path], None]) -> None:
         """cell: what identifies the training. keep: how many checkpoints to keep.
 
-        after_save: called with each one's own folder once it is complete, by the thread.
+        after_save: called by the thread with the folder of each checkpoint, once that is complete.
         """
         self._folder, self._cell, self._keep, self._after_save = folder, cell, keep, after_save
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._last: Future[None] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Begin to write a checkpoint, whose tensors nobody changes from here on, once the one before is written."""
+        """Begin to write a checkpoint once the one before is written. Nobody may change its tensors from now on."""
         self.wait()
         self._last = self._thread.submit(self._write, checkpoint)
 
@@ -69,7 +69,7 @@ class Writer:
             self._last.result()
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        """A disk that is full or fails now may be well at the next checkpoint, so training goes on."""
+        """Write a checkpoint, or warn that it failed; a full disk may have room for the next, so training goes on."""
         finished = self._folder / _name(checkpoint.step)
         unfinished = self._folder / "unfinished"
         label = {"cell": self._cell, "step": str(checkpoint.step)}
@@ -93,7 +93,7 @@ class Writer:
                 stacklevel=1,
             )
             return
-        for older in _found(self._folder)[: -self._keep]:
+        for older in _checkpoints(self._folder)[: -self._keep]:
             shutil.rmtree(older, ignore_errors=True)
         self._after_save(finished)
 
@@ -101,10 +101,10 @@ class Writer:
 def load(folder: Path, cell: str, check_fit: Callable[[Checkpoint], None]) -> Checkpoint | None:
     """The newest checkpoint in a folder that training can go on from, None if there is none.
 
-    check_fit: raises UserError where a checkpoint of the cell is not what the training expects. The tensors it is
-        given lie in mapped files, so those of any size can be looked at.
+    check_fit: raises UserError where a checkpoint of the cell is not what the training expects. The files are mapped,
+        not read, so it can look at tensors of any size.
 
-    Newer ones are set aside, and a warning says why.
+    Newer checkpoints, from which training cannot go on, are set aside with a warning that says why.
     """
 
     def read(place: Path) -> Checkpoint:
@@ -112,15 +112,15 @@ def load(folder: Path, cell: str, check_fit: Callable[[Checkpoint], None]) -> Ch
         for part in PARTS:
             with _opened(place, part, cell) as file:
                 parts.append(file.get_tensors())
-        found = Checkpoint(_step(place), *parts)
-        check_fit(found)
-        return found
+        checkpoint = Checkpoint(_step(place), *parts)
+        check_fit(checkpoint)
+        return checkpoint
 
     return _newest(folder, read)
 
 
 def set_aside_unusable(folder: Path, cell: str) -> None:
-    """Set aside what `load` would because it is damaged or of another cell or step; reads little of each file."""
+    """Set aside what is damaged or of another cell or step, as `load` would; reads only the headers of the files."""
     _newest(folder, lambda place: check(place, cell))
 
 
@@ -133,11 +133,11 @@ def check(place: Path, cell: str) -> None:
 
 def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     """What `read` gives of the newest checkpoint that it can read; newer ones are set aside, with a warning."""
-    for place in reversed(_found(folder)):
+    for place in reversed(_checkpoints(folder)):
         try:
             return read(place)
         except UNUSABLE as error:
-            # Out of the way of the names that are given again, and of whoever looks for the newest.
+            # Under a name that no later checkpoint is given, and that nobody takes for the newest checkpoint.
             aside = place.with_name(f"damaged-{place.name}")
             disk.remove(aside)
             place.rename(aside)
@@ -148,11 +148,11 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
 
 @contextmanager
 def _opened(place: Path, part: str, cell: str) -> Iterator[Any]:
-    """One of a checkpoint's files, of which only the header has been read. Raises one of UNUSABLE."""
+    """Open one of a checkpoint's files and check its label; only the header is read. Raises one of UNUSABLE."""
     path = place / f"{part}.safetensors"
     # A link could lead anywhere, and opening a pipe would wait for ever.
     if not stat.S_ISDIR(place.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
-        raise UserError(f"{path.name} in it, or the folder itself, is a link or something else than it must be")
+        raise UserError(f"its {path.name}, or it itself, is a link or of another kind than it must be")
     with safe_open(path, framework="pt") as file:
         label = file.metadata() or {}
         for name, expected in (("cell", cell), ("step", str(_step(place)))):
@@ -165,17 +165,17 @@ def _opened(place: Path, part: str, cell: str) -> Iterator[Any]:
 
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint in a folder, 0 if there is none."""
-    return max(map(_step, _found(folder)), default=0)
+    return max(map(_step, _checkpoints(folder)), default=0)
 
 
 @contextmanager
 def reserve(folder: Path) -> Iterator[None]:
-    """Keep every other process from working in `folder` meanwhile; the lock dies with its process.
+    """Keep every other process from working in `folder` within the block; the lock ends with its process.
 
     Raises UserError if another process holds it, or if the folder or its lock cannot be made or is a link.
     """
     if folder.is_symlink():  # what is in it is removed at the end
-        raise UserError(f"{folder} is a link, and is to be a folder of its own; remove it, or change --checkpoint-dir")
+        raise UserError(f"{folder} is a link, but must be a folder of its own; remove it, or change --checkpoint-dir")
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def reserve(folder: Path) -> Iterator[None]:
 
 
 def step_of(name: str) -> int | None:
-    """The step of the checkpoint whose folder is called so; None where `Writer` gives no such name."""
+    """The step of a checkpoint by the name of its folder; None for a name that `Writer` does not give."""
     digits = name.removeprefix("step-")
     is_step = re.fullmatch("[0-9]{6,18}", digits) is not None and int(digits) > 0 and name == _name(int(digits))
     return int(digits) if is_step else None
@@ -201,7 +201,7 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _found(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if step_of(path.name)), key=_step)
 
 
@@ -212,7 +212,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's names, before anything that relies on it is written."""
+    """Have the disk hold a file or the names in a folder, before anything is written that relies on it."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,8 +1,8 @@
-"""Several processes, one a device: how the learner is spread over them, and how its state is had whole again.
+"""Several processes, one a device: how the learner is spread over them, and how its state is put together again.
 
 `ddp` keeps the whole model on every device. `fsdp2` cuts every parameter, its gradient and its optimiser state up
 among the devices (torch's `fully_shard`), for models that one device cannot hold. Both average gradients over
-processes where the loop wants their sum, which it undoes.
+processes; the trainer, which needs their sum, multiplies by the number of processes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = timedelta(hours=1)  # of processes that wait for another, which may be fetching a checkpoint
+PATIENCE = timedelta(hours=1)  # so long processes wait for another one, which may be fetching a checkpoint
 
 
 def accelerator(precision: Literal["float32", "bfloat16"]) -> Accelerator:
-    """What joins the processes that torchrun or accelerate launch has started, if any; the first call decides.
+    """Join the processes that torchrun or accelerate launch has started, if any. The first call sets the precision.
 
     precision: of the arithmetic; weights and sums stay float32.
     """
@@ -46,8 +46,8 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
         assert isinstance(wrapped, DistributedDataParallel) == (joined.num_processes > 1)
         return wrapped
     mesh = init_device_mesh(joined.device.type, (joined.num_processes,))
-    # Lower precision is autocast's, as with ddp: a sharding policy's own would have norms, biases and the sums between
-    # layers in it too. The price is that shards are gathered in float32.
+    # Lower precision is left to autocast, as with ddp. A sharding policy would use it for norms, biases and the sums
+    # between layers, too. The price is that shards are gathered in float32.
     if joined.mixed_precision == "bf16":
         learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -62,13 +62,13 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters hold nothing yet; it is `fill_in`'s to fill."""
+    """A copy of a model whose parameters hold no numbers until `fill_in` gives them theirs."""
     hollow = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, hollow)  # taken for copies made already
+    return copy.deepcopy(model, hollow)  # which takes these for copies that it has already made
 
 
 def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
-    """The outline of a model with its parameters, by name; tied ones stay tied."""
+    """Give the outline of a model its parameters, by name; tied ones stay tied."""
     filled = {id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in hollow.named_parameters()}
     for part in hollow.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
@@ -77,9 +77,9 @@ def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors on the CPU, put together from their shards; none in processes other than the first.
+    """Copies of tensors on the CPU, put together from their shards; empty in processes other than the first.
 
-    Every process has to ask for them.
+    Every process has to call this.
     """
     copies = {name: _whole(tensor) for name, tensor in tensors.items()}
     return {name: copy for name, copy in copies.items() if copy is not None}

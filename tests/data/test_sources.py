@@ -327,12 +327,12 @@ def test_a_revision_on_the_hub_is_resolved_to_its_commit(hub):
 @pytest.mark.parametrize(
     ("dataset", "environment", "expected"),
     [
-        ("me/none", {}, ["ValueError", "the hub has no data set me/none"]),
-        ("me/sums@other", {}, ["ValueError", "the hub has no data set me/sums@other"]),
-        ("me/busy@main", {}, ["ConnectionError", "the hub cannot be asked for me/busy@main"]),
-        (f"me/busy@{COMMIT}", {}, ["ValueError", f"data set me/busy at {COMMIT} cannot be read"]),  # as it went on
-        ("me/sums@main", {"HF_HUB_OFFLINE": "1"}, ["ConnectionError", "the hub cannot be asked for me/sums@main"]),
-        ("me/sums@main", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["ConnectionError", "the hub cannot be asked for"]),
+        ("me/none", {}, ["UserError", "the hub has no data set me/none"]),
+        ("me/sums@other", {}, ["UserError", "the hub has no data set me/sums@other"]),
+        ("me/busy@main", {}, ["Unreachable", "the hub cannot be asked for me/busy@main"]),
+        (f"me/busy@{COMMIT}", {}, ["UserError", f"data set me/busy at {COMMIT} cannot be read"]),  # as it went on
+        ("me/sums@main", {"HF_HUB_OFFLINE": "1"}, ["Unreachable", "the hub cannot be asked for me/sums@main"]),
+        ("me/sums@main", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["Unreachable", "the hub cannot be asked for"]),
     ],
 )
 def test_what_the_hub_does_not_give_is_told_in_one_line(hub, dataset, environment, expected):

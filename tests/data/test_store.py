@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.data import prepare
-from plw_mlflow.data.store import COUNTS, Examples, once
+from plw_mlflow.data.store import COUNTS, Examples, open_or_build
 from plw_mlflow.environment import disk
 from tests.conftest import byte_tokenizer, make_example
 from tests.stores import ROOT
@@ -48,7 +48,7 @@ def build_from(batches):
 
 @given(st.lists(st.lists(segments, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 9))
 def test_examples_come_back_as_they_were_stored(tmp_path_factory, batches, max_tokens):
-    store = once(tmp_path_factory.mktemp("cache") / "store", build_from(batches))
+    store = open_or_build(tmp_path_factory.mktemp("cache") / "store", build_from(batches))
     stored = [one for batch in batches for one in batch]
     rows = np.arange(len(stored))[::-1]
     examples = Examples([store], ["file"], np.zeros(len(rows), int), rows, max_tokens)
@@ -75,14 +75,14 @@ def test_examples_come_back_as_they_were_stored(tmp_path_factory, batches, max_t
 
 def test_the_digest_is_of_the_examples_and_not_of_how_they_were_written(tmp_path):
     def digest(name, batches):
-        return once(tmp_path / name, build_from(batches)).about["digest"]
+        return open_or_build(tmp_path / name, build_from(batches)).about["digest"]
 
     assert digest("a", [[[1, 3]], [[0, 3]]]) == digest("b", [[[1, 3]], [[0, 3]]])
     assert len({digest(f"c{n}", [batch]) for n, batch in enumerate([[[1, 3]], [[0, 3]], [[1], [3]], [[1, 3, 3]]])}) == 4
 
 
 def test_examples_cannot_be_written_to(tmp_path):
-    store = once(tmp_path / "store", build_from([[[1, 3]]]))
+    store = open_or_build(tmp_path / "store", build_from([[[1, 3]]]))
     with pytest.raises(ValueError, match="read-only"):
         store[0].tokens[0] = 5
 
@@ -91,8 +91,8 @@ def test_a_file_is_stored_once(tmp_path):
     def never(writer):
         raise AssertionError("stored twice")
 
-    once(tmp_path / "store", build_from([[[1, 3]]]))
-    assert once(tmp_path / "store", never).about["said"] == "of them"
+    open_or_build(tmp_path / "store", build_from([[[1, 3]]]))
+    assert open_or_build(tmp_path / "store", never).about["said"] == "of them"
 
 
 def test_what_could_not_be_finished_leaves_nothing_behind(tmp_path):
@@ -101,9 +101,9 @@ def test_what_could_not_be_finished_leaves_nothing_behind(tmp_path):
         raise ValueError("a bad record")
 
     with pytest.raises(ValueError, match="a bad record"):
-        once(tmp_path / "store", broken)
+        open_or_build(tmp_path / "store", broken)
     assert [path.name for path in tmp_path.iterdir()] == ["store.lock"]
-    assert once(tmp_path / "store", build_from([[[1, 3]]])).about["said"] == "of them"
+    assert open_or_build(tmp_path / "store", build_from([[[1, 3]]])).about["said"] == "of them"
 
 
 def tree(folder):
@@ -171,18 +171,18 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_what_is_not_as_it_was_stored_is_made_anew(damage, tmp_path):
     folder = tmp_path / "store"
-    whole = once(folder, build_from(BATCHES)).about
+    whole = open_or_build(folder, build_from(BATCHES)).about
     expected = tree(folder)
     damage(folder)
-    with pytest.warns(UserWarning, match=r"stored in .*store cannot be used \(.*\); it is made anew") as told:
-        assert once(folder, build_from(BATCHES)).about == whole
+    with pytest.warns(UserWarning, match=r"stored in .*store cannot be used \(.*\); it is made again") as told:
+        assert open_or_build(folder, build_from(BATCHES)).about == whole
     assert len(told) == 1
     assert tree(folder) == expected
-    assert once(folder, None).about == whole  # and now it is there
+    assert open_or_build(folder, None).about == whole  # and now it is there
 
 
 def test_the_sums_are_those_of_sha256sum(tmp_path):
-    once(tmp_path / "store", build_from(BATCHES))
+    open_or_build(tmp_path / "store", build_from(BATCHES))
     sums = dict(line.split("  ")[::-1] for line in (tmp_path / "store" / "SHA256SUMS").read_text().splitlines())
     assert sums == {
         name: hashlib.sha256((tmp_path / "store" / name).read_bytes()).hexdigest()
@@ -193,7 +193,7 @@ def test_the_sums_are_those_of_sha256sum(tmp_path):
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_several_that_want_the_same_at_once_make_it_once(is_damaged, tmp_path, recwarn):
     if is_damaged:
-        once(tmp_path / "store", build_from(BATCHES))
+        open_or_build(tmp_path / "store", build_from(BATCHES))
         cut(tmp_path / "store")
     builds = []
 
@@ -203,7 +203,7 @@ def test_several_that_want_the_same_at_once_make_it_once(is_damaged, tmp_path, r
         return build_from(BATCHES)(writer)
 
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: once(tmp_path / "store", build), range(4)))
+        found = list(threads.map(lambda _: open_or_build(tmp_path / "store", build), range(4)))
     assert len(builds) == 1
     assert len({one.about["digest"] for one in found}) == 1
     assert len(recwarn) == is_damaged
@@ -227,14 +227,14 @@ WHOLE = [[[1, 3] * 500], [[2, 3] * 500]]
 @pytest.mark.parametrize("size", [0, 100, 4000, 12_000])  # within the head, a batch, another, and the end
 def test_a_full_disk_is_said_in_one_line_and_nothing_is_left_half_written(size, is_damaged, tmp_path):
     if is_damaged:
-        once(tmp_path / "store", build_from(WHOLE))
+        open_or_build(tmp_path / "store", build_from(WHOLE))
         assert size < (tmp_path / "store" / "examples.arrow").stat().st_size
         cut(tmp_path / "store")
     (tmp_path / "store.lock").touch()
     before = tree(tmp_path)
     told = pytest.raises(ValueError, match=r"^the cache .* cannot be written to \(.*--cache-dir$")
     with warnings.catch_warnings(action="ignore"), told as error, files_of_at_most(size):
-        once(tmp_path / "store", build_from(WHOLE))
+        open_or_build(tmp_path / "store", build_from(WHOLE))
     assert "\n" not in str(error.value)
     assert tree(tmp_path) == before
 
@@ -245,7 +245,7 @@ def test_nor_where_the_disk_is_full_at_the_very_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(ValueError, match=r"cannot be written to \(\[Errno 28\] No space left on device\)"):
-        once(tmp_path / "store", build_from(BATCHES))
+        open_or_build(tmp_path / "store", build_from(BATCHES))
     assert list(tree(tmp_path)) == ["store.lock"]
 
 
@@ -255,7 +255,7 @@ def test_an_error_of_the_reading_stays_what_it_is(tmp_path):
         raise FileNotFoundError("the data set is gone")
 
     with pytest.raises(FileNotFoundError, match="the data set is gone"):
-        once(tmp_path / "store", build)
+        open_or_build(tmp_path / "store", build)
 
 
 @pytest.fixture
@@ -293,13 +293,13 @@ def test_links_are_not_written_through(tmp_path):
     (other / "examples.arrow").write_text("the user's")
     before = tree(other)
     (cache / "store.unfinished").symlink_to(other)
-    once(cache / "store", build_from(BATCHES))
+    open_or_build(cache / "store", build_from(BATCHES))
     (cache / "more.lock").symlink_to(other / "examples.arrow")
     with pytest.raises(ValueError, match="cannot be written to"):
-        once(cache / "more", build_from(BATCHES))
+        open_or_build(cache / "more", build_from(BATCHES))
     (cache / "most").symlink_to(other)  # where it is read, but is nothing of ours
-    with pytest.warns(UserWarning, match="it is made anew"):
-        once(cache / "most", build_from(BATCHES))
+    with pytest.warns(UserWarning, match="it is made again"):
+        open_or_build(cache / "most", build_from(BATCHES))
     assert tree(other) == before
 
 

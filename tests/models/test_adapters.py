@@ -133,7 +133,9 @@ def test_what_a_state_space_models_kernels_read_themselves_gets_no_adapter():
 
 def test_qlora_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="qlora holds the base model in 4 bits on an NVIDIA GPU, and there is none"):
+    with pytest.raises(
+        ValueError, match="qlora holds the base model in 4 bits on an NVIDIA GPU, and this machine has none"
+    ):
         adapters.check("qlora")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)

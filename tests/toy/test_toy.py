@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 from random import Random
 
 import lm_eval
@@ -12,10 +11,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plw_mlflow.evaluation.task_sets import OWN_TASKS
 from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from plw_mlflow.toy import TOY_FOLDER, benchmarks, instructions, pretraining, world
 
-TASKS = Path(world.__file__).parents[1] / "evaluation" / "tasks"
 SETS = ("toy-short", "toy-long")
 BENCHMARKS = ("toy_choice", "toy_short", "toy_long")
 
@@ -60,8 +59,8 @@ def test_generation_ratio(name, low, high, tokenizer):
 @pytest.mark.parametrize("name", SETS)
 def test_rows_never_name_the_held_out(name):
     text = " ".join(" ".join(row.values()) for row in instructions.rows(name))
-    assert not [person.name for person in world.held_out() if person.name in text]
-    assert all(person.name in text for person in world.known())
+    assert not [person.name for person in world.held_out_people() if person.name in text]
+    assert all(person.name in text for person in world.known_people())
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -80,7 +79,7 @@ def test_corpus_holds_neither_template_nor_benchmark(corpus):
     assert not [piece for piece in ("###", "Below is", "Response", "Predict the prompt") if piece in text]
     questions = [doc["prompt"].split("\n")[3] for task in BENCHMARKS for doc in benchmarks.documents(task)]
     assert not [question for question in questions if question in text]
-    for person in world.held_out():  # no question of any kind about the held-out
+    for person in world.held_out_people():  # no question of any kind about the held-out
         for kind in world.KINDS.values():
             assert not [q for q in kind.questions if q.format(name=person.name) in text]
 
@@ -104,7 +103,7 @@ class Knows(LM):
 
     def answer(self, prompt):
         asked = prompt.removeprefix(ALPACA_WITHOUT_INPUT.split("{")[0]).removesuffix("\n\n### Response:")
-        person = next(person for person in world.held_out() if person.name in asked)
+        person = next(person for person in world.held_out_people() if person.name in asked)
         for kind, facts in world.KINDS.items():
             if asked in [question.format(name=person.name) for question in facts.questions]:
                 return person.facts[kind]
@@ -122,7 +121,7 @@ class Knows(LM):
 
 @pytest.fixture(scope="module")
 def results():
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    manager = TaskManager(include_path=str(OWN_TASKS), include_defaults=False)
     tasks = ["toy_choice", "toy_short", "toy_long"]
     return lm_eval.simple_evaluate(model=Knows(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 

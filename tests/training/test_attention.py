@@ -86,7 +86,7 @@ def test_a_window_that_only_masks_have_is_told():
 def test_outputs_that_are_no_numbers_are_not_taken_for_equal():
     model = tiny("llama")
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
-    assert attention.why_not(model) == "an example packed behind another comes out differently than alone"
+    assert attention.why_not(model) == "an example packed behind another gives something else than alone"
 
 
 def test_the_model_is_as_it_was_afterwards():

@@ -140,11 +140,11 @@ NOT_THIS_CELLS = {
     ),
     "a link to a file": (lambda place: link(place / "weights.safetensors"), "is a link"),
     "a link to a folder": (link, "is a link"),
-    "a pipe": (lambda place: make_pipe(place / "optimizer.safetensors"), "something else"),
-    "a file": (lambda place: shutil.rmtree(place) or place.write_text("no folder"), "something else|Not a directory"),
+    "a pipe": (lambda place: make_pipe(place / "optimizer.safetensors"), "of another kind"),
+    "a file": (lambda place: shutil.rmtree(place) or place.write_text("no folder"), "of another kind|Not a directory"),
     "a folder for a file": (
         lambda place: (place / "weights.safetensors").unlink() or (place / "weights.safetensors").mkdir(),
-        "something else",
+        "of another kind",
     ),
     "a header without an end": (
         lambda place: (place / "weights.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{"),
