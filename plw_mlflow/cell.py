@@ -209,6 +209,8 @@ def score_model(config: EvaluateConfig) -> None:
     title = f"evaluate {config.model}"
     with checkpoints.reserve(folder), tracking.open_run(config, title, run_id=config.run_id) as run:
         tasks = load_tasks(config)  # unknown tasks fail before a large model is read
+        is_of_cell = config.run_id is not None
+        cell_columns = run.cell() if is_of_cell else _no_cell(config.model)  # before hours of scoring, as it may fail
         model, tokenizer = None, None
         if config.endpoint is not None:
             from plw_mlflow.evaluation.endpoint import Endpoint  # slow to import
@@ -220,8 +222,7 @@ def score_model(config: EvaluateConfig) -> None:
             model, tokenizer = _load_for_scoring(config, run)
             wrapping = _wrapping(config, run, tokenizer)
             evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
-        is_of_cell = config.run_id is not None
-        rows = scores.table(evaluation, run.cell() if is_of_cell else _no_cell(config.model))
+        rows = scores.table(evaluation, cell_columns)
         measurements = [score.key for score in evaluation.primary]
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)

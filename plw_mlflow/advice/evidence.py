@@ -163,7 +163,7 @@ def own(
     if task_types and "task_type" in scaled:
         scaled = scaled[scaled["task_type"].isin(task_types)]
         if scaled.empty:
-            raise UserError(f"{source}: has no task of the type {' or '.join(task_types)}; leave --task-types away")
+            raise UserError(f"{source}: has no task of the type {' or '.join(task_types)}; leave out --task-types")
     return _of_table(scaled, scale, OWN, ratios, how)
 
 

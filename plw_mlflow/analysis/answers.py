@@ -17,7 +17,7 @@ class Refusal:
     """Something that these scores do not allow, and why."""
 
     dataset: str
-    what: str  # a model's name, or what else was asked
+    what: str  # a model's name, or another question's
     reason: str
 
 
@@ -57,7 +57,7 @@ class Answer:
 class Analysis:
     """Everything that an analysis of a table found."""
 
-    fits: list[Fit]  # data set by data set, the models in the order of MODELS
+    fits: list[Fit]  # data set by data set, the models in the order of FITS
     refusals: list[Refusal]
     answers: list[Answer]  # a data set each
     differences: list[Difference]

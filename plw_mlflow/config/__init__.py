@@ -1,4 +1,4 @@
-"""What each entry point can be told, as frozen dataclasses: other packages import it from here.
+"""The options of each entry point, as frozen dataclasses. Other packages import them from here.
 
 `options` has the sets of options, `entry_points` the configs that are put together from them, `presets` the recipes,
 and `values` how values are spelt and named.

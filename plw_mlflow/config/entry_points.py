@@ -189,7 +189,7 @@ class SweepAxes(Options):
         methods = typing.get_args(Method)
         unknown = [name for name in split_list(self.method) if name not in methods]
         faults += [f"method must be {' or '.join(methods)}, got {name}" for name in unknown]
-        return faults or list(dict.fromkeys(fault for cell in self.combinations() for fault in cell.faults()))
+        return list(dict.fromkeys(faults or [fault for cell in self.combinations() for fault in cell.faults()]))
 
 
 @dataclass(frozen=True, kw_only=True)

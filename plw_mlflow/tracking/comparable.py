@@ -220,20 +220,20 @@ def by_value(spelled: str, hint: Any) -> Hashable:
     return ",".join(sorted(split_list(spelled))) if "," in spelled else spelled
 
 
-def _refuse(found: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
+def _refuse(differing: Sequence[Difference], which: str, cells: Sequence[Cell], where: str | None) -> None:
     """Raise UserError if there are differences; the message names the first ones, and what to do."""
-    if not found:
+    if not differing:
         return
-    texts = [difference.text() for difference in found[:MAX_NAMED]]
-    if len(found) > MAX_NAMED:
-        texts.append(f"{len(found) - MAX_NAMED} differences more")
-    raise UserError(f"{which} cannot be pooled: {'; '.join(texts)}; {_ways_out(found, cells, where)}")
+    texts = [difference.text() for difference in differing[:MAX_NAMED]]
+    if len(differing) > MAX_NAMED:
+        texts.append(f"{len(differing) - MAX_NAMED} differences more")
+    raise UserError(f"{which} cannot be pooled: {'; '.join(texts)}; {_ways_out(differing, cells, where)}")
 
 
-def _ways_out(found: Sequence[Difference], cells: Sequence[Cell], where: str | None) -> str:
+def _ways_out(differing: Sequence[Difference], cells: Sequence[Cell], where: str | None) -> str:
     """What the caller can do about differences, as one phrase."""
     by_param = {name: _grouped(cells, [cell.params.get(name, "") for cell in cells]) for name in cells[0].params}
-    params = [difference.name for difference in found if difference.name in by_param]
+    params = [difference.name for difference in differing if difference.name in by_param]
     # Where the scoring differs, one of these is the parameter that has caused it.
     params += [name for name in ("limit", "tasks", "apply_template", "fewshot_seed") if len(by_param.get(name, {})) > 1]
     ways = []

@@ -20,7 +20,7 @@ from plw_mlflow.errors import Refused, Unreachable, first_line
 from plw_mlflow.tracking import connection, outbox
 from plw_mlflow.tracking.outbox import Outbox, Point
 
-SILENT_WAIT_SECONDS = 2.0  # of waiting before a person is told of it
+SILENT_WAIT_SECONDS = 2.0  # of waiting before a line says so
 
 
 class TrainingCurves:
@@ -30,9 +30,7 @@ class TrainingCurves:
         self._run_id = run_id
         self._client = mlflow.MlflowClient()
         self._outbox = Outbox(self._send)
-        self._earlier_points: set[tuple[str, int]] = (
-            set()
-        )  # (metric, step) of points that earlier processes have logged
+        self._earlier_points: set[tuple[str, int]] = set()  # (metric, step), logged by earlier processes
         self._file: Path | None = None
 
     def begin(self, folder: Path, earlier: str | None, step: int) -> None:

@@ -64,14 +64,12 @@ class ScoredCells:
         self._also, self._where = also, where
         if sweep is not None:
             experiment_id = str(get_run(sweep).info.experiment_id)
-            filters, self._place, has_to_be_finished = (
-                [f"tags.`mlflow.parentRunId` = '{sweep}'"],
-                f"sweep {sweep}",
-                False,
-            )
+            self._place, has_to_be_finished = f"sweep {sweep}", False
+            filters = [f"tags.`mlflow.parentRunId` = '{sweep}'"]
         else:
             experiment_id = _experiment_id(str(experiment))
-            filters, self._place, has_to_be_finished = [], f"experiment {experiment}", True
+            self._place, has_to_be_finished = f"experiment {experiment}", True
+            filters = []
         self.runs: list[mlflow.entities.Run] = []  # of scored cells, the newest first
         self._other_runs: list[mlflow.entities.Run] = []
         for run in _search(experiment_id, [*filters, *([where] if where else [])]):
