@@ -228,7 +228,7 @@ def between() -> str:
 
 
 def _between(table: pd.DataFrame, datasets: Sequence[str]) -> str:
-    pairs = [(one, other) for i, one in enumerate(datasets) for other in datasets[i + 1 :]]
+    pairs = [(first, second) for i, first in enumerate(datasets) for second in datasets[i + 1 :]]
     rows = []
     for group in [*pairs, tuple(datasets)]:
         tests = {test.test: p_value(test.p) for test in compared(table, group).tests}
@@ -241,13 +241,19 @@ def no_effect() -> str:
     """Is PLW's effect as good as none?"""
     rows = []
     for answer in analysis().answers:
-        found = answer.equivalence
-        assert found is not None
-        assert found.smallest_margin is not None
-        assert found.detectable is not None
-        pair = f"{found.largest_difference:.4f}, PLW {found.pair[0]:g} to {found.pair[1]:g}"
+        equivalence = answer.equivalence
+        assert equivalence is not None
+        assert equivalence.smallest_margin is not None
+        assert equivalence.detectable is not None
+        pair = f"{equivalence.largest_difference:.4f}, PLW {equivalence.pair[0]:g} to {equivalence.pair[1]:g}"
         rows.append(
-            [answer.dataset, pair, p_value(found.p or 0), f"{found.smallest_margin:.4f}", f"{found.detectable:.4f}"]
+            [
+                answer.dataset,
+                pair,
+                p_value(equivalence.p or 0),
+                f"{equivalence.smallest_margin:.4f}",
+                f"{equivalence.detectable:.4f}",
+            ]
         )
     head = ["data set", "largest difference", f"p of all within ±{MARGIN}", "smallest margin passed", "detectable"]
     return markdown(head, rows)
@@ -272,9 +278,20 @@ def wit_points() -> str:
     points = {(point.dataset, point.model): point for point in evidence_points() if point.study == evidence.WIT}
     rows = []
     for model in sorted({model for _, model in points}):
-        here = [points[dataset, model] for dataset in WIT_SETS]
-        told = [f"{point.plw:.2g} ({span(*point.interval)})" if point.is_located else "anywhere" for point in here]
-        rows.append([model, *(f"{place}, p = {p_value(one.p or 0)}" for place, one in zip(told, here, strict=True))])
+        points_of_model = [points[dataset, model] for dataset in WIT_SETS]
+        places = [
+            f"{point.plw:.2g} ({span(*point.interval)})" if point.is_located else "anywhere"
+            for point in points_of_model
+        ]
+        rows.append(
+            [
+                model,
+                *(
+                    f"{place}, p = {p_value(point.p or 0)}"
+                    for place, point in zip(places, points_of_model, strict=True)
+                ),
+            ]
+        )
     return markdown(["model", *WIT_SETS], rows)
 
 
@@ -300,10 +317,12 @@ def slopes() -> str:
         points = [replace(p, ratio=guess) if p.ratio_is == "guessed" else p for p in evidence_points()]
         advice = advise.advise(1.0, points)
         assert advice.line is not None
-        told = {one.study: f"{one.slope:+.2f} ({one.low:+.2f} to {one.high:+.2f})" for one in advice.slopes}
+        by_study = {
+            slope.study: f"{slope.slope:+.2f} ({slope.low:+.2f} to {slope.high:+.2f})" for slope in advice.slopes
+        }
         value, reach = advice.line.slope
         together = f"{value:+.2f} ({value - reach:+.2f} to {value + reach:+.2f})"
-        rows.append([f"{guess:g}", told[evidence.STUDY], told[evidence.WIT], together])
+        rows.append([f"{guess:g}", by_study[evidence.STUDY], by_study[evidence.WIT], together])
     return markdown(["Tulu-v2's ratio", "the study", "WIT", "all together"], rows)
 
 
@@ -335,8 +354,8 @@ def headlines() -> dict[str, str]:
     curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
     gain, _, _, p_gain = map(float, curves.t_test(rise))
     datasets, between_models = advise.by_dataset(evidence_points())
-    of_wit = [one for one in datasets if one.study == evidence.WIT]
-    rank = fitting.stats.spearmanr([one.ratio for one in of_wit], [one.w for one in of_wit]).statistic
+    of_wit = [dataset for dataset in datasets if dataset.study == evidence.WIT]
+    rank = fitting.stats.spearmanr([dataset.ratio for dataset in of_wit], [dataset.w for dataset in of_wit]).statistic
     printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
     return {
         "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",

@@ -1,10 +1,10 @@
-"""Is what cannot be trained refused before the weights are loaded?"""
+"""Is what cannot be trained refused before the weights are loaded? Does only the first process open a run?"""
 
 import json
 
 import pytest
 
-from plw_mlflow import cell
+from plw_mlflow import cell, tracking
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.models import pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -57,3 +57,18 @@ def test_a_base_in_fewer_bits_is_refused_by_method_full(folder):
         train(folder, method="full")
     with pytest.raises(pytest.fail.Exception, match="the weights were asked for"):
         train(folder, method="lora")
+
+
+def test_processes_other_than_the_first_take_part_in_the_training_and_open_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "open_run", lambda *_: pytest.fail("a run was opened"))
+    trainings = []
+    monkeypatch.setattr(cell.train, "run", lambda *arguments, **callbacks: trainings.append((arguments, callbacks)))
+    config = TrainConfig(max_records=20, cache_dir=tmp_path / "cache", output=tmp_path / "output")
+    cell.run(config)
+    (((given, prepared, *_), callbacks),) = trainings
+    assert given is config
+    assert len(prepared.training) + len(prepared.validation) == 20
+    assert callbacks == {}  # nothing is logged, and no checkpoint copied
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

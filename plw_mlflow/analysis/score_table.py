@@ -116,19 +116,23 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
 
     also: as for `read_scores`.
     """
+    _check_columns(table, also)
+    if not table.index.is_unique:  # row labels name a fault, so each must mean one row
+        table = table.reset_index(drop=True)
+    typed = _typed(table, also)
+    _check_scores(typed, also)
+    return typed
+
+
+def _check_columns(table: pd.DataFrame, also: tuple[str, ...]) -> None:
+    """Raise UserError where columns are missing or doubled, cannot be compared by, or hold no scores."""
     source = table.attrs.get("source", "score table")
     if unknown := [column for column in also if column not in table]:
         raise UserError(f"{source}: no column {unknown[0]} to compare by; it has {', '.join(map(str, table))}")
     if within := [column for column in also if column in WITHIN_RUNS]:
         raise UserError(
-            f"{source}: {within[0]} tells no runs apart, and runs are compared; tasks are told one by one anyway"
+            f"{source}: runs do not differ by {within[0]}, so curves cannot be compared by it; name another column"
         )
-
-    def refuse(bad: Any, column: str, demand: str) -> None:
-        if bad.any():
-            row = first(bad)
-            raise UserError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
-
     if missing := [column for column in COLUMNS if column not in table]:
         has = ", ".join(repr(str(column)) for column in table.columns[:12]) + ", ..." * (len(table.columns) > 12)
         raise UserError(
@@ -138,36 +142,53 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
         raise UserError(f"{source}: column {table.columns[table.columns.duplicated()][0]} occurs twice; keep one")
     if table.empty:
         raise UserError(f"{source}: holds no scores; run evaluate first, or give another table")
-    if not table.index.is_unique:  # row labels name a fault, so each must mean one row
-        table = table.reset_index(drop=True)
+
+
+def _typed(table: pd.DataFrame, also: tuple[str, ...]) -> pd.DataFrame:
+    """A copy with names as text and numbers as numbers. Raises UserError for the first value that is none."""
+    source = table.attrs.get("source", "score table")
+
+    def refuse(is_bad: Any, column: str, demand: str) -> None:
+        if is_bad.any():
+            row = first(is_bad)
+            raise UserError(f"{source}, row {row}: {column} is {str(table[column][row])!r}, {demand}")
+
+    def is_blank(column: str) -> Any:
+        return table[column].isna() | (table[column].astype(str).str.strip() == "")
+
     typed = table.copy()
     for column in NAMES:
-        refuse(table[column].isna() | (table[column].astype(str).str.strip() == ""), column, "a name is needed")
+        refuse(is_blank(column), column, "a name is needed")
         typed[column] = table[column].astype(str)
     for column in ["plw", "seed", "score", *(column for column in ("stderr", "n") if column in table)]:
         numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-        is_blank = table[column].isna() | (table[column].astype(str).str.strip() == "")
-        is_optional = column in ("stderr", "n")
-        refuse(~np.isfinite(numbers) & ~(is_blank & is_optional), column, "but must be a finite number; mend the row")
+        may_be_blank = column in ("stderr", "n")
+        is_bad = ~np.isfinite(numbers) & ~(is_blank(column) & may_be_blank)
+        refuse(is_bad, column, "but must be a finite number; mend the row")
         refuse(numbers.abs() > 1e12, column, "too large to be one; mend the row")
         if column != "score":
             refuse(numbers < 0, column, "but must be 0 or more; mend the row")
         typed[column] = numbers
     for column in also:
-        refuse(table[column].isna() | (table[column].astype(str).str.strip() == ""), column, "but runs differ by it")
+        refuse(is_blank(column), column, "but runs differ by it")
         numbers = pd.to_numeric(table[column], errors="coerce")
         if column not in NAMES and numbers.notna().all():  # 2e-5 and 0.00002 are one number
             typed[column] = numbers
     refuse(typed["seed"] % 1 != 0, "seed", "but must be a whole number; mend the row")
     typed["seed"] = typed["seed"].astype("int64")
+    return typed
 
+
+def _check_scores(typed: pd.DataFrame, also: tuple[str, ...]) -> None:
+    """Raise UserError for tasks of two metrics, scores given twice, and data sets to which no curve can be fitted."""
+    source = typed.attrs.get("source", "score table")
     for task, metrics in typed.groupby("task")["metric"].unique().items():
         if len(metrics) > 1:
             both = " and ".join(sorted(metrics))
             raise UserError(f"{source}: task {task} has the metrics {both}; choose one metric per task, drop the rest")
     key = list(dict.fromkeys([*SCORE, *also]))
-    if (again := typed.duplicated(key)).any():
-        row = first(again)
+    if (is_again := typed.duplicated(key)).any():
+        row = first(is_again)
         same = typed.groupby(key).ngroup()
         earlier = first(same == same[row])
         raise UserError(f"{source}, row {row}: scores the same {', '.join(key)} as row {earlier}; keep one of them")
@@ -177,7 +198,6 @@ def check(table: pd.DataFrame, also: tuple[str, ...] = ()) -> pd.DataFrame:
             raise UserError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
         if part.groupby("task")["score"].nunique().max() == 1:
             raise UserError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
-    return typed
 
 
 def fittable(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The registered regression: what it predicts, and that it serves over HTTP."""
 
+import importlib
 import json
 import math
 import os
@@ -17,8 +18,8 @@ import pytest
 from scipy import stats
 
 from plw_mlflow.analysis import analyze, exports, score_table
-from plw_mlflow.tracking import regression_model
-from plw_mlflow.transforms import EXPONENT, TERMS
+from plw_mlflow.tracking import regression, regression_model
+from plw_mlflow.transforms import EXPONENT, TERMS, Transform
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def ask(model, *rows):
 
 
 def test_the_mean_curve_is_the_leads(model, fit_json):
-    (fit,) = (one for one in fit_json["fits"] if (one["dataset"], one["model"]) == ("AlpacaDataShort", "crossed"))
+    (fit,) = (fit for fit in fit_json["fits"] if (fit["dataset"], fit["model"]) == ("AlpacaDataShort", "crossed"))
     found = ask(model, ("AlpacaDataShort", 0.242, None), ("AlpacaData", 0.0, math.nan))
     w = 0.242**EXPONENT
     b0, b1, b2 = (fit["coefficients"][term] for term in TERMS)
@@ -55,8 +56,8 @@ def test_the_mean_curve_is_the_leads(model, fit_json):
 
 
 def test_a_tasks_curve_is_its_own(model, fit_json):
-    (answer,) = (one for one in fit_json["answers"] if one["dataset"] == "AlpacaDataShort")
-    (task,) = (one for one in answer["by_task"] if one["task"] == "piqa")
+    (answer,) = (answer for answer in fit_json["answers"] if answer["dataset"] == "AlpacaDataShort")
+    (task,) = (curve for curve in answer["by_task"] if curve["task"] == "piqa")
     found = ask(model, ("AlpacaDataShort", 1.0, "piqa"))
     assert found["score"][0] == pytest.approx(sum(task["coefficients"].values()))
     error = math.sqrt(np.sum(task["covariance"]))
@@ -69,9 +70,9 @@ def test_too_few_runs_give_no_interval_and_no_optimum():
     kept = table[(table["model"] == "LLaMA1-7B") & table["plw"].isin([0, 0.01, 0.1, 1])]
     found = regression_model.Regression()
     found.use(exports.to_json(analyze.analyze(kept, draws=0), kept))
-    told = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
-    assert told["score"].notna().all()
-    assert told[["low", "high", "optimum_plw"]].isna().all(axis=None)
+    predicted = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
+    assert predicted["score"].notna().all()
+    assert predicted[["low", "high", "optimum_plw"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,19 @@ def test_too_few_runs_give_no_interval_and_no_optimum():
 def test_what_it_does_not_know_is_an_error(model, row, message):
     with pytest.raises(ValueError, match=message):
         ask(model, row)
+
+
+def test_its_code_has_a_name_of_its_own(tmp_path, monkeypatch):
+    """Otherwise the copy would hide this package in the process that loads the model, or the other way round."""
+    model, code = regression._copy_code(tmp_path)
+    lines = [line for file in (model, *code.iterdir()) for line in file.read_text().splitlines()]
+    imports = {line for line in lines if line.startswith(("from plw_mlflow", "import plw_mlflow"))}
+    assert imports
+    assert all(line.startswith(f"from {code.name}.") for line in imports)
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = importlib.import_module(f"{code.name}.transforms")
+    assert copy.Transform is not Transform
+    assert copy.Transform("power", (0.0, 1.0))(0.1) == Transform("power", (0.0, 1.0))(0.1)
 
 
 def test_it_serves_over_http(fit_json, model, tmp_path):

@@ -324,7 +324,7 @@ def test_an_unknown_column_to_compare_is_an_error():
     table = score_table.read_scores(STUDY)
     with pytest.raises(ValueError, match=r"no column learning_rate to compare by; it has model, dataset"):
         analyze.analyze(table, by=("learning_rate",), draws=0)
-    with pytest.raises(ValueError, match="task_type tells no runs apart"):
+    with pytest.raises(ValueError, match="runs do not differ by task_type"):
         analyze.analyze(table, by=("task_type",), draws=0)
 
 

@@ -1,0 +1,49 @@
+"""Are the data sets of a run its inputs, with their profile and template?"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from plw_mlflow import tracking
+from plw_mlflow.config import DataOptions, PrepareConfig
+from plw_mlflow.data import prepare
+from tests.conftest import byte_tokenizer
+
+pytestmark = pytest.mark.usefixtures("store")
+
+
+def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, tmp_path):
+    rows = [{"instruction": f"Add {number}.", "output": str(number)} for number in range(30)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = DataOptions(mix=str(tmp_path / "sums.jsonl"))
+    prepared = prepare.run("toy-short", byte_tokenizer(), options)
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        tracking.log_data(run, prepared.sources, prepared.profile)
+    found = store.get_run(run.id)
+    inputs = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
+    assert inputs == {
+        name: source.sha256[:36]
+        for name, source in zip(("toy-short + 0.5 sums", "sums"), prepared.sources, strict=True)
+    }
+    assert found.data.tags["plw.data_sha256"] == ",".join(source.sha256 for source in prepared.sources)
+    profile = store.download_artifacts(run.id, "profile.json", str(tmp_path))
+    assert json.loads(Path(profile).read_text()) == dataclasses.asdict(prepared.profile)
+    assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("mine.jinja", "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"), ("alpaca", "not this file")],
+)
+def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(template=name, max_records=5))
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        tracking.log_data(run, prepared.sources, prepared.profile)
+    kept = [item.path for item in store.list_artifacts(run.id, "template")]
+    assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
+    for path in kept:
+        assert Path(store.download_artifacts(run.id, path, str(tmp_path))).read_text() == content
