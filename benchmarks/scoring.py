@@ -1,14 +1,15 @@
 """Our scoring beside the harness's own HFLM:  python -m benchmarks.scoring --json FILE --data-dir DIR
 
-Both answer the same requests of the same model in the same process, and take turns, as shared machines change speed;
-the seconds are medians of the processor's time, one thread, from texts to answers; on a GPU, of the clock's. The peers
-are HFLM with 64 requests at a time, and with the best of several numbers of requests, found beforehand. Every
-log-likelihood is compared, and every generation.
+Both answer the same requests with the same model in the same process. They take turns, as shared machines change their
+speed. The seconds, from texts to answers, are medians of CPU time with one thread; on a GPU, of wall time. The peers are
+HFLM with 64 requests at a time, and HFLM with the fastest of several numbers of requests, which is measured first. All
+log-likelihoods and all generations are compared.
 
-Cases: ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with 5 of
-each question's own (as the harness draws them by default; models with too small a window leave these two out); PIQA
-(2 options); greedy generation, until a line ends. `--data-dir` holds arc_challenge_test.jsonl and piqa_valid.jsonl.
-The models `10M`, `100M` and `1B` are random LLaMAs of about so many parameters, with the tokenizer of `toy`.
+The cases are ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with
+5 examples of each question's own, as the harness draws them by default; PIQA (2 options); and greedy generation until
+a line ends. Models whose window is too small leave the cases with examples out. `--data-dir` holds
+arc_challenge_test.jsonl and piqa_valid.jsonl. The models `10M`, `100M` and `1B` are random LLaMAs of about so many
+parameters, with the tokenizer of `toy`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from plw_mlflow.evaluation.scorer import Scorer
 from plw_mlflow.models import pretrained
 
 EXAMPLES = 5
-TRIED = (8, 16, 32)  # requests at a time, beside 64
+TRIED_SIZES = (8, 16, 32)  # requests at a time, beside 64
 POSITIONS = 2048  # of the random models
-RANDOM = {"10M": (256, 8), "100M": (768, 12), "1B": (2048, 22)}  # hidden size and layers
+RANDOM_MODELS = {"10M": (256, 8), "100M": (768, 12), "1B": (2048, 22)}  # hidden size and layers
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ def _case(name: str, kind: str, arguments: list[Any]) -> Case:
 
 def load(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer; on a GPU in bfloat16."""
-    if name not in RANDOM:
+    if name not in RANDOM_MODELS:
         return _placed(pretrained.load(name)), pretrained.load_tokenizer(name)
     torch.manual_seed(0)
-    tokenizer, (width, layers) = pretrained.load_tokenizer("toy"), RANDOM[name]
+    tokenizer, (width, layers) = pretrained.load_tokenizer("toy"), RANDOM_MODELS[name]
     config = LlamaConfig(
         vocab_size=32 * width,
         hidden_size=width,
@@ -121,7 +122,7 @@ def _placed(model: Any) -> Any:
 
 
 def fits(case: Case, model: Any, tokenizer: Any) -> bool:
-    """Whether few requests are cut to the model's window: cut on the left, they have no beginning in common."""
+    """Whether almost all requests fit the model's window. Others are cut on the left and share no beginning."""
     window = model.config.max_position_embeddings
     lengths = [len(tokenizer(request.args[0], verbose=False).input_ids) for request in case.requests]
     return sum(length > 0.9 * window for length in lengths) < 0.05 * len(lengths)
@@ -140,7 +141,7 @@ def measure(model: Any, tokenizer: Any, case: Case, repeats: int) -> tuple[dict[
 
         return run
 
-    best = min(TRIED, key=lambda size: _seconds(peer(size))[0])
+    best = min(TRIED_SIZES, key=lambda size: _seconds(peer(size))[0])
     everyone = {"ours": ours, "HFLM, 64 at a time": peer(64), f"HFLM, {best} at a time": peer(best)}
     taken: dict[str, list[float]] = {who: [] for who in everyone}
     answers: dict[str, list[Any]] = {}
@@ -188,7 +189,7 @@ def differences(case: Case, ours: list[Any], theirs: list[Any]) -> str:
 def main(file: Path, folder: Path, names: str, questions: int, repeats: int) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    found: list[Row] = []
+    rows: list[Row] = []
     for name in names.split(","):
         model, tokenizer = load(name)
         for case in cases(folder, questions):
@@ -196,12 +197,12 @@ def main(file: Path, folder: Path, names: str, questions: int, repeats: int) -> 
                 continue
             taken, ours, theirs = measure(model, tokenizer, case, repeats)
             for peer, seconds in list(taken.items())[1:]:
-                found.append(Row(f"{Path(name).name}: {case.name}", "seconds", taken["ours"], peer, seconds))
-                row = found[-1]
+                rows.append(Row(f"{Path(name).name}: {case.name}", "seconds", taken["ours"], peer, seconds))
+                row = rows[-1]
                 print(f"{row.case:<52}{row.ours:>8.2f}  {row.peer:<22}{row.peer_value:>8.2f}", end="")
                 print(f"  ratio {row.ratio:.2f}", flush=True)
             print(f"    {differences(case, ours, theirs)}", flush=True)
-    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in found], indent=2) + "\n")
+    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,10 +72,10 @@ def score(
     prompt = HARNESS if wrapping is None else wrapping.kind
     output_types = {task.task_name: task.OUTPUT_TYPE for task in tasks.loaded}
     described = [
-        _describe(one, tasks, results, output_types[one.task], prompt)
-        for one in scores.of_results(results, tasks.benchmarks)
+        _describe(bare, tasks, results, output_types[bare.task], prompt)
+        for bare in scores.of_results(results, tasks.benchmarks)
     ]
-    primary = {one.task: one.metric for one in described if one.is_primary}
+    primary = {each.task: each.metric for each in described if each.is_primary}
     rows = [
         row
         for task in tasks.loaded
@@ -130,25 +130,25 @@ def _bars_only_when_slow() -> Iterator[None]:
         tqdm.__init__ = original
 
 
-def _describe(one: Score, tasks: Tasks, results: dict[str, Any], output_type: str, prompt: str) -> Score:
-    """A score with what is known of the task and of how it was asked."""
-    benchmark = tasks.benchmarks.get(one.task)
-    documents = results["n-samples"][one.task]
+def _describe(bare: Score, tasks: Tasks, results: dict[str, Any], output_type: str, prompt: str) -> Score:
+    """A score, completed by what the harness's numbers do not say: its task's type, its prompt, what was left out."""
+    benchmark = tasks.benchmarks.get(bare.task)
+    documents = results["n-samples"][bare.task]
     caveats = []
-    asked_fewshot = one.num_fewshot
-    if one.task in tasks.without_examples:
-        asked_fewshot, files = tasks.without_examples[one.task]
+    asked_fewshot = bare.num_fewshot
+    if bare.task in tasks.without_examples:
+        asked_fewshot, files = tasks.without_examples[bare.task]
         caveats.append(f"0-shot, not {asked_fewshot}: no {files}")
     if documents["effective"] < documents["original"]:
         caveats.append(f"only the first {documents['effective']} of {documents['original']} documents")
     return replace(
-        one,
+        bare,
         prompt=prompt,
         harness_version=version("lm_eval"),
-        task_type=(benchmark and benchmark.task_type) or task_sets.task_type(one.task, output_type),
+        task_type=(benchmark and benchmark.task_type) or task_sets.task_type(bare.task, output_type),
         asked_fewshot=asked_fewshot,
         caveat="; ".join(caveats),
-        **{name: counts.get(one.task, 0) for name, counts in results["cut"].items()},
+        **{name: counts.get(bare.task, 0) for name, counts in results["cut"].items()},
     )
 
 

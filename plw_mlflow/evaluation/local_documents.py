@@ -1,8 +1,8 @@
-"""Benchmark documents from local files, in the field format of the hub's data sets.
+"""Benchmark documents from local files, in the fields of the hub's data sets.
 
-Only where a task's documents come from changes: its prompts, its metrics and its version stay its own. So every reader
-here ends in what the hub gives, whatever the file looks like. What is wrong with a file is found as it is read, before
-a model is trained, and not when it is scored.
+Only the source of a task's documents changes. Its prompts, metrics and version stay the same, so that every reader here
+gives the fields that the hub gives, whatever the file looks like. A faulty file is refused when it is read, which is
+before a model is trained and not when it is scored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from plw_mlflow.errors import UserError, first_line
 
-MOST_BYTES = 1 << 28  # of a file, unpacked; the largest of those that are known has 2 MB
+MAX_BYTES = 1 << 28  # of a file, unpacked; the largest of the files in LOCAL has 2 MB
 
 LABELS = ("answerKey", "answer", "label")  # fields that hold the right option
 
@@ -30,11 +30,11 @@ Reader = Callable[[Sequence[str]], list[Document]]
 
 @dataclass(frozen=True)
 class Local:
-    """Where a task's documents lie in a folder, and how its files become documents."""
+    """The files of a task's documents, and how they are read."""
 
-    files: tuple[str, ...]  # those that are scored, as the reader wants them
-    read: Reader  # from the files' texts
-    examples: tuple[str, ...] = ()  # those that few-shot examples are drawn from (empty: the task has none)
+    files: tuple[str, ...]  # of the documents that are scored, in the order that the reader takes
+    read: Reader  # makes documents of the files' texts
+    examples: tuple[str, ...] = ()  # files that few-shot examples are drawn from (empty: the task has none)
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ def locate(task: str, folder: Path) -> list[Path]:
 
 
 def overrides(config: dict[str, Any], documents: Documents) -> dict[str, Any]:
-    """What of a task's config makes the harness take these documents; without examples the task runs 0-shot."""
+    """The values in a task's config that make the harness take these documents; without examples it runs 0-shot."""
     is_test = config.get("test_split") is not None
     scored = config["test_split"] if is_test else config["validation_split"]
     splits = {scored: documents.scored}
     if documents.examples is not None:
         splits["train"] = documents.examples
 
-    # A function, as the harness copies configs deeply, and writes into its results what it cannot print the source of.
+    # A function, as the harness copies all other values of its configs deeply and writes them into its results.
     def custom_dataset(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
 
-        return {split: Dataset.from_list(some) for split, some in splits.items()}
+        return {split: Dataset.from_list(of_split) for split, of_split in splits.items()}
 
     return {
         "custom_dataset": custom_dataset,
@@ -88,7 +88,7 @@ def overrides(config: dict[str, Any], documents: Documents) -> dict[str, Any]:
 
 
 def examples_files(task: str) -> str:
-    """The files that a task's few-shot examples would be in, for a message."""
+    """The names of the files that hold a task's few-shot examples, for a message."""
     return " and ".join(LOCAL[task].examples) or "a file of examples"
 
 
@@ -100,11 +100,11 @@ def _locate(task: str, name: str, folder: Path) -> Path:
 
 
 def _nearest(name: str, folder: Path) -> Path | None:
-    """The file of that name in a folder, or in the folders down to two below it; packed or not."""
+    """The file of that name in a folder or up to two folders below it, packed or not; None where there is none."""
     for depth in ("", "*/", "*/*/"):
         for ending in ("", ".gz"):
-            if found := sorted(folder.glob(f"{depth}{name}{ending}")):
-                return found[0]
+            if paths := sorted(folder.glob(f"{depth}{name}{ending}")):
+                return paths[0]
     return None
 
 
@@ -112,25 +112,25 @@ def _content(path: Path) -> bytes:
     """A file's bytes, as they lie on the disk."""
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     return _bounded(path, content)
 
 
 def _check_labels(named: str, documents: list[Document]) -> None:
-    """Raise UserError where one question is there twice, with two answers."""
-    known: dict[str, Any] = {}
+    """Raise UserError where a question occurs twice, with different answers."""
+    labels: dict[str, Any] = {}
     for number, document in enumerate(documents, start=1):
         label = [document.get(name) for name in LABELS]
-        asked = json.dumps({name: value for name, value in document.items() if name not in LABELS}, sort_keys=True)
-        if known.setdefault(asked, label) != label:
-            raise UserError(f"{named}: question {number} is there before, with another answer")
+        question = json.dumps({name: value for name, value in document.items() if name not in LABELS}, sort_keys=True)
+        if labels.setdefault(question, label) != label:
+            raise UserError(f"{named}: question {number} occurs before, with another answer")
 
 
 def _bounded(path: Path, content: bytes) -> bytes:
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{path} holds more than {MOST_BYTES >> 20} MiB, which no file of a benchmark here does")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path} holds more than {MAX_BYTES >> 20} MiB, more than any file of these benchmarks")
     return content
 
 
@@ -140,16 +140,16 @@ def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document
         try:
             if path.suffix == ".gz":
                 with gzip.open(io.BytesIO(content)) as file:
-                    content = _bounded(path, file.read(MOST_BYTES + 1))
+                    content = _bounded(path, file.read(MAX_BYTES + 1))
             texts.append(content.decode("utf-8-sig"))
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # but for the last, of a damaged .gz
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # all but the last come of a damaged .gz
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     named = " with ".join(map(str, contents))
     try:
         documents = read(texts)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError, csv.Error) as error:
-        told = f"field {error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{named} is not what task {task} reads: {told}") from None
+        fault = f"field {error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{named} is not what task {task} reads: {fault}") from None
     _check_labels(named, documents)
     if not documents:
         raise UserError(f"{named} holds no document for task {task}")
@@ -160,39 +160,39 @@ def _read(task: str, contents: dict[Path, bytes], read: Reader) -> list[Document
 
 
 def _json(text: str) -> Any:
-    """A JSON value. Raises UserError where an object has one key twice, as a later label would win over an earlier."""
+    """A JSON value. Raises UserError where an object has a key twice: the later value would silently win."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
             keys = [key for key, _ in pairs]
             raise UserError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
-        return found
+        return content
 
-    return json.loads(text, object_pairs_hook=once)
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _text(row: Any, name: str) -> str:
-    """A field that must hold a text."""
+    """The content of a field, which must be a text."""
     value = row[name]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"its {name} must be a text, and is {value!r}"[:200])
-    value.encode()  # half a surrogate pair would stop the tokenizer
+    value.encode()  # raises ValueError for half a surrogate pair, which the tokenizer cannot take
     return value
 
 
 def _options(texts: Any) -> list[str]:
-    """The options of a question: two at least, no two alike, as one of them is right and another wrong."""
+    """The options of a question: at least two and no two alike, as one of them is right and the others are wrong."""
     if not isinstance(texts, list) or len(texts) < 2:
         raise UserError("its options must be a list of two texts or more")
     options = [_text(texts, place) for place in range(len(texts))]  # type: ignore[arg-type]
     if len(set(options)) < len(options):
-        raise UserError(f"its option {next(one for one in options if options.count(one) > 1)!r} occurs twice")
+        raise UserError(f"its option {next(option for option in options if options.count(option) > 1)!r} occurs twice")
     return options
 
 
 def _lines(text: str) -> list[str]:
-    """Lines between newlines alone: other characters that end lines for `splitlines` occur within sentences."""
+    """The lines of a text. Unlike for `splitlines`, only newlines end them: the other characters occur in sentences."""
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
@@ -209,7 +209,11 @@ def _json_lines(text: str, read: Callable[[Any], Document]) -> list[Document]:
 
 
 def _chosen(row: Any, question: str) -> Document:
-    """A question with lettered options. `question`: the field's name on the hub, which has number labels in places."""
+    """A question with lettered options.
+
+    question: the name of the question's field on the hub. Rows may have the hub's form, where labels can be numbers, or
+    a list of options and the index of the right one.
+    """
     if isinstance(row["choices"], dict):  # as the hub has it
         options, labels = _options(row["choices"]["text"]), _options(row["choices"]["label"])
         if len(labels) != len(options):
@@ -264,7 +268,7 @@ def _piqa(texts: Sequence[str]) -> list[Document]:
 
 
 def _truthful_choice(*targets: str) -> Reader:
-    """TruthfulQA's own file, in which the options of a question are a dictionary from text to truth."""
+    """A reader of TruthfulQA's own file, where a question's options are a dictionary from text to 1 (true) or 0."""
 
     def read(texts: Sequence[str]) -> list[Document]:
         documents = []
@@ -307,26 +311,26 @@ def _lambada(texts: Sequence[str]) -> list[Document]:
 
 
 def _pairs(first: str, second: str) -> Reader:
-    """Two files of sentences, the languages' codes given; the same documents serve both directions."""
+    """A reader of two files of sentences in two languages. The same documents serve both directions."""
 
     def read(texts: Sequence[str]) -> list[Document]:
-        one, other = map(_lines, texts)
-        if len(one) != len(other):
-            raise UserError(f"{len(one)} lines in {first}, but {len(other)} in {second}")
-        return [{"translation": {first: a, second: b}} for a, b in zip(one, other, strict=True)]
+        firsts, seconds = map(_lines, texts)
+        if len(firsts) != len(seconds):
+            raise UserError(f"{len(firsts)} lines in {first}, but {len(seconds)} in {second}")
+        return [{"translation": {first: a, second: b}} for a, b in zip(firsts, seconds, strict=True)]
 
     return read
 
 
 def _translation() -> dict[str, Local]:
     """WMT's test sets under sacreBLEU's names, for the harness's tasks and the study's."""
-    found = {}
+    local = {}
     for year, other in ((14, "fr"), (16, "de"), (16, "ro")):
         files = tuple(f"newstest20{year}.en-{other}.{language}" for language in ("en", other))
         for direction in (f"en-{other}", f"{other}-en"):
             for name in (f"wmt{year}-{direction}", f"huerta2024_wmt{year}-{direction}"):
-                found[name] = Local(files, _pairs("en", other))
-    return found
+                local[name] = Local(files, _pairs("en", other))
+    return local
 
 
 LOCAL: dict[str, Local] = {

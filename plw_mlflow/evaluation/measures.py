@@ -1,8 +1,8 @@
-"""Measures: what the study looked at beside scores to explain why prompt loss weight matters.
+"""Measures of a trained model, beside its scores, that may explain why prompt loss weight matters.
 
-Its fourth version has four: how far the weights move, how much of the training data is known by heart, how unsteady
+The study's fourth version has four: how far the weights move, how much of the training data is memorised, how unsteady
 the training loss is, and how long answers become. The divergence from the base is from Instruction Modelling
-(arXiv:2405.14394). None of their exact definitions is known here; these are ours.
+(arXiv:2405.14394). Their exact definitions are not known to us; the definitions here are our own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal, pretrained
 
-BATCH_EXAMPLES = 16  # that generate together
+BATCH_EXAMPLES = 16  # generated together
 
 
 def run(
@@ -38,50 +38,51 @@ def run(
     prompts: int,
     curve: Sequence[float],
 ) -> dict[str, float]:
-    """The measures named in `wanted`, of config.MEASURES, by what they are to be called.
+    """The measures that `wanted` names (of config.MEASURES), by the names under which they are logged.
 
-    model: the trained one, its adapters merged. base: the name of the one it was trained from. prompts: how many of the
-    data set's are used. curve: the training loss of every step.
+    model: the trained model, its adapters merged. base: the name of the model it was trained from. prompts: how many
+    of the data set's prompts are used. curve: the training loss of every step.
     """
     check(wanted, len(_data(dataset, tokenizer, options).validation))
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     if "stability" in wanted:
-        found["stability"] = relative_deviation(curve)
+        values["stability"] = relative_deviation(curve)
     if {"weight_distance", "kl"} & set(wanted):
         original = pretrained.load(base).to(model.device)
         if "weight_distance" in wanted:
-            found |= weight_distance(model, original)
+            values |= weight_distance(model, original)
         if "kl" in wanted:
             held_out = _data(dataset, tokenizer, options).validation
-            found["kl"] = divergence(model, original, [prompt(one) for one in _spread(held_out, prompts)])
+            examples = _spread(held_out, prompts)
+            values["kl"] = divergence(model, original, [prompt(example) for example in examples])
         del original
     if "memorisation" in wanted:
         trained_on = _spread(_data(dataset, tokenizer, options).training, prompts)
-        found["memorisation"] = memorisation(model, tokenizer, trained_on, options.max_tokens)
+        values["memorisation"] = memorisation(model, tokenizer, trained_on, options.max_tokens)
     if "length" in wanted:
         held_out = _data(dataset, tokenizer, options).validation
         answers = generate(model, tokenizer, _spread(held_out, prompts), options.max_tokens)
-        found["length"] = statistics.fmean(len(tokens) for tokens, _ in answers)
-        found["length_cut"] = statistics.fmean(not has_ended for _, has_ended in answers)
-    return found
+        values["length"] = statistics.fmean(len(tokens) for tokens, _ in answers)
+        values["length_cut"] = statistics.fmean(not has_ended for _, has_ended in answers)
+    return values
 
 
 def check(wanted: Sequence[str], validation_examples: int) -> None:
-    """Raise UserError for the measures of `wanted` that so many validation examples do not allow."""
+    """Raise UserError where measures need validation examples and there are none."""
     lacking = [name for name in wanted if name in ("kl", "length")]
     if lacking and not validation_examples:
         raise UserError(
             f"measures: {' and '.join(lacking)} would be of validation examples, of which there are none, as all "
-            "records are the same one; leave such measures out, or give more records"
+            "records are the same; leave such measures out, or give more records"
         )
 
 
 def _data(dataset: str, tokenizer: Any, options: DataOptions) -> prepare.Prepared:
-    return prepare.run(dataset, tokenizer, options)  # stored when the model was trained, so read at once
+    return prepare.run(dataset, tokenizer, options)  # it was stored when the model was trained, so that this is quick
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """At most `count` examples with a completion, evenly spread: the same ones at every PLW and seed."""
+    """At most `count` examples with a completion, evenly spread, so that every PLW and seed has the same ones."""
     places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
     chosen = [examples[int(place)] for place in places]
     return [example for example in chosen if (example.segment == Segment.COMPLETION).any() and len(prompt(example))]
@@ -109,10 +110,10 @@ def relative_deviation(curve: Sequence[float]) -> float:
 
 @torch.no_grad()
 def weight_distance(model: Any, base: Any) -> dict[str, float]:
-    """The L2 distance of all weights from the base's, and that of each layer and of what lies outside the layers.
+    """The L2 distance between all weights and the base's, also of each layer and of each module outside the layers.
 
-    Tied weights count once. Of an embedding that has rows the base has not (a padding token's, say), the common rows
-    count. Raises UserError where the two have not the same weights.
+    Tied weights count once. Where one embedding has more rows than the other (that of a padding token, for example),
+    the common rows count. Raises UserError where the two models have different weights.
     """
     own, others = dict(model.named_parameters()), dict(base.named_parameters())
     if own.keys() != others.keys():
@@ -131,7 +132,7 @@ def weight_distance(model: Any, base: Any) -> dict[str, float]:
 
 
 def _part(name: str) -> str:
-    """The layer that a weight is of, or the module outside the layers."""
+    """The layer that a weight belongs to, or the module outside the layers."""
     layer = re.search(r"\.(\d+)\.", name)
     return f"layer_{int(layer[1]):02d}" if layer else name.split(".")[-2]
 
@@ -140,15 +141,15 @@ def _part(name: str) -> str:
 def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -> float:
     """The mean over all prompt tokens of the Kullback-Leibler divergence KL(model || base), in nats.
 
-    It is of what each predicts to follow a token of a prompt, so the last one is of the first completion token. Where
-    one has a larger vocabulary, both are taken over the common tokens.
+    It compares the two predictions of the token after each prompt token, the last of which is the first completion
+    token. Where one model has a larger vocabulary, both predictions are restricted to the common tokens.
     """
     total, count = 0.0, 0
     for tokens in prompts:
-        given = torch.tensor(tokens.astype(np.int64), device=model.device)[
+        batch = torch.tensor(tokens.astype(np.int64), device=model.device)[
             None
         ]  # a copy: stored examples are read-only
-        both: list[Tensor] = [one(given).logits[0].float() for one in (model, base)]
+        both: list[Tensor] = [each(batch).logits[0].float() for each in (model, base)]
         common = min(logits.shape[1] for logits in both)
         ours, theirs = (logits[:, :common].log_softmax(1) for logits in both)
         total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
@@ -157,34 +158,34 @@ def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -
 
 
 def memorisation(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> float:
-    """Corpus BLEU, as a fraction, of the completions that a model gives to training prompts against the true ones."""
+    """Corpus BLEU, as a fraction, of a model's completions of training prompts against the completions in the data."""
     import sacrebleu
 
-    given = [tokenizer.decode(tokens) for tokens, _ in generate(model, tokenizer, examples, max_tokens)]
+    written = [tokenizer.decode(tokens) for tokens, _ in generate(model, tokenizer, examples, max_tokens)]
     true = [tokenizer.decode(completion(example), skip_special_tokens=True) for example in examples]
-    return float(sacrebleu.corpus_bleu(given, [true]).score / 100)
+    return float(sacrebleu.corpus_bleu(written, [true]).score / 100)
 
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> list[tuple[list[int], bool]]:
-    """What a model writes, greedily, after the prompt of each example: its tokens, and whether it ended by itself.
+    """The tokens that a model writes greedily after each example's prompt, and whether the answer ended by itself.
 
-    Its end is not among them: the end of text, or the special token by which the examples' answers end. An answer may
-    take what the prompt leaves of `max_tokens`, as in training.
+    The token that ends it, an end of text or the special token that ends the examples' answers, is left out. As in
+    training, prompt and answer together have at most `max_tokens`.
     """
     ends = {tokenizer.eos_token_id, *causal.text_ends(model), *answer_ends(examples, tokenizer, max_tokens)} - {None}
-    found: dict[int, tuple[list[int], bool]] = {}
-    # Where a long text changes what is computed for others, each has a batch of its own.
+    answers: dict[int, tuple[list[int], bool]] = {}
+    # In some models a long text changes what is computed for the others of its batch. There each is generated alone.
     together = BATCH_EXAMPLES if causal.length_limit(model.config) is None else 1
     for numbers in _batches([len(prompt(example)) for example in examples], together):
         prompts = [prompt(examples[number]) for number in numbers]
         longest = max(map(len, prompts))
         tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id, dtype=torch.long)
         attention = torch.zeros_like(tokens)
-        for row, some in enumerate(prompts):  # padded on the left: all go on from the last column
-            tokens[row, longest - len(some) :] = torch.tensor(some.astype(np.int64))
-            attention[row, longest - len(some) :] = 1
-        rooms = [max(1, max_tokens - len(some)) for some in prompts]
+        for row, of_prompt in enumerate(prompts):  # padded on the left, so that all prompts end in the last column
+            tokens[row, longest - len(of_prompt) :] = torch.tensor(of_prompt.astype(np.int64))
+            attention[row, longest - len(of_prompt) :] = 1
+        rooms = [max(1, max_tokens - len(of_prompt)) for of_prompt in prompts]
         written = model.generate(
             tokens.to(model.device),
             attention_mask=attention.to(model.device),
@@ -197,12 +198,12 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens
         )[:, longest:].tolist()
         for number, row, room in zip(numbers, written, rooms, strict=True):
             stop = next((place for place, token in enumerate(row[:room]) if token in ends), None)
-            found[number] = (row[: room if stop is None else stop], stop is not None)
-    return [found[number] for number in range(len(examples))]
+            answers[number] = (row[: room if stop is None else stop], stop is not None)
+    return [answers[number] for number in range(len(examples))]
 
 
 def _batches(lengths: Sequence[int], together: int) -> Iterator[list[int]]:
-    """Numbers in batches of like length, so many together."""
+    """The numbers of texts in batches of so many, with texts of similar length together."""
     order = sorted(range(len(lengths)), key=lambda number: lengths[number])
     for start in range(0, len(order), together):
         yield order[start : start + together]

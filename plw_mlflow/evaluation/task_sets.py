@@ -1,7 +1,7 @@
-"""Task sets: which benchmarks stand together, how each is run, and which of its metrics makes its score.
+"""Task sets: benchmarks that are run together, how each is run, and which of its metrics is its score.
 
-The two named after the study, arXiv:2401.13586, run what it ran as far as that is known; docs/evaluation.md says where
-they differ, and what is not known.
+The sets named after the study, arXiv:2401.13586, run what the study ran, as far as that is known. docs/evaluation.md
+says where they differ and what is unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from plw_mlflow.config import split_list
 from plw_mlflow.errors import UserError
 
 OWN_TASKS = Path(__file__).resolve().parent / "task_files"
-# What follows a field of a task's file that holds names: the line's rest, and the indented and listed lines below it.
+# In a task's file: a field that holds names, with the rest of its line and the indented or listed lines below it.
 NAMING = re.compile(r"""^["']?(?:task|group|tag)["']? *:(.*(?:\n[ \t]*-.*|\n[ \t]+.*|\n[ \t]*#.*|\n(?=\n))*)""", re.M)
 WORD = re.compile(r"""[^\s\[\],'"#-][^\s\[\],'"#]*""")
 
@@ -57,7 +57,7 @@ class Benchmark:
 
 
 def key(task: str, metric: str, num_fewshot: int) -> str:
-    """What one number in `score` is, as TASK/METRIC@SHOTS. The same task with other shots is another measurement."""
+    """A measurement, as TASK/METRIC@SHOTS: the same task with another number of shots is another measurement."""
     return f"{task}/{metric}@{num_fewshot}"
 
 
@@ -100,7 +100,7 @@ SETS: dict[str, tuple[Benchmark, ...]] = {
     ),
 }
 
-# What a set has that is not run, and why: it counts nowhere, least of all as zero.
+# The tasks of a set that are not run, and why. They count nowhere, and not as zero.
 NOT_RUN: dict[str, dict[str, str]] = {
     "huerta2024-v4": {
         "alpaca_eval": "its answers are judged by Mixtral 8x7B",
@@ -111,48 +111,48 @@ NOT_RUN: dict[str, dict[str, str]] = {
 
 def _named(name: str) -> tuple[Benchmark, ...]:
     """What one name of a list means: a set, a part of it, or whatever the harness knows by that name."""
-    of, _, part = name.partition(":")
-    if not part or of not in SETS:
+    set_name, _, task = name.partition(":")
+    if not task or set_name not in SETS:
         return SETS.get(name, (Benchmark(name),))
-    found = tuple(one for one in SETS[of] if one.task == part)
-    if not found:
-        raise UserError(f"set {of} has no task {part!r}; it has {', '.join(one.task for one in SETS[of])}")
-    return found
+    by_task = {benchmark.task: benchmark for benchmark in SETS[set_name]}
+    if task not in by_task:
+        raise UserError(f"set {set_name} has no task {task!r}; it has {', '.join(by_task)}")
+    return (by_task[task],)
 
 
 def select(listed: str) -> list[Benchmark]:
     """The benchmarks that a comma-separated list of sets, SET:TASK, tasks and groups names, each once.
 
-    A task that is also named by itself is run as the set has it. Raises UserError where two sets differ in one, and
-    for a part that a set has not.
+    A task that is named by itself, too, is run as its set has it. Raises UserError where two sets differ in how they
+    run a task, and for a task that its set does not have.
     """
-    found: dict[str, Benchmark] = {}
+    selected: dict[str, Benchmark] = {}
     for name in split_list(listed):
         for benchmark in _named(name):
             alone = Benchmark(benchmark.task)
-            other = found.get(benchmark.task, alone)
+            other = selected.get(benchmark.task, alone)
             if alone not in (other, benchmark) and other != benchmark:
                 raise UserError(
                     f"the sets in tasks {listed} differ in how they run or score {benchmark.task}; score them apart"
                 )
-            found[benchmark.task] = other if benchmark == alone else benchmark
-    return list(found.values())
+            selected[benchmark.task] = other if benchmark == alone else benchmark
+    return list(selected.values())
 
 
 def check(listed: str) -> None:
-    """Raise UserError for a list with a name that means no task, group or tag, or of which nothing would be scored.
+    """Raise UserError for a list with an unknown name, or one that gives no score.
 
-    The harness's own index takes seconds. Here its files are searched for names, which finds all of the index and a few
-    words more; whatever those are, the index refuses them later.
+    The harness needs seconds for the index of its tasks. Here its files are searched for names instead, which gives all
+    names of the index and a few other words. The index refuses those later.
     """
     benchmarks = select(listed)
-    if not any(one.is_scored for one in benchmarks):
+    if not any(benchmark.is_scored for benchmark in benchmarks):
         raise UserError(f"none of the tasks {listed} counts in its set's score; name one by itself, or another set")
     spec = importlib.util.find_spec("lm_eval")  # which does not import it
     if spec is None or not spec.submodule_search_locations:
-        return  # whoever imports it says that it is missing
+        return  # importing it will say that it is missing
     harness = Path(spec.submodule_search_locations[0]) / "tasks"
-    wanted = [one.task for one in benchmarks]
+    wanted = [benchmark.task for benchmark in benchmarks]
     if not _names_in(OWN_TASKS, *nearby_folders(harness, wanted)).issuperset(wanted):
         check_known(wanted, _names_in(OWN_TASKS, harness))
 
@@ -168,44 +168,44 @@ def nearby_folders(harness: Path, wanted: Collection[str]) -> list[Path]:
 
 
 def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Raise UserError for wanted names that are none of the known ones. It says where to look for those."""
-    told = []
+    """Raise UserError for the wanted names that are unknown, with the nearest known ones."""
+    unknown = []
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, [*SETS, *known], n=3)
-            told.append(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
-    if told:
+            unknown.append(f"there is no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    if unknown:
         raise UserError(
-            f"{'; '.join(told)}; the sets are {', '.join(SETS)} "
+            f"{'; '.join(unknown)}; the sets are {', '.join(SETS)} "
             "(docs/evaluation.md), and lm_eval ls tasks lists the tasks, groups and tags of lm-evaluation-harness"
         )
 
 
 def _names_in(*folders: Path) -> set[str]:
     """The names of tasks, groups and tags in the YAML files of folders and those below, and some other words."""
-    found: set[str] = set()
+    words: set[str] = set()
     for folder in folders:
         for parent, _, files in os.walk(folder):
             for file in files:
-                if file.endswith("yaml") or "." not in file:  # some that others include have no ending
+                if file.endswith("yaml") or "." not in file:  # files that others include may have no ending
                     text = Path(parent, file).read_text(encoding="utf-8", errors="replace")
                     for values in NAMING.findall(text):
-                        found.update(WORD.findall(values))
-    return found
+                        words.update(WORD.findall(values))
+    return words
 
 
 def not_run(listed: str) -> dict[str, str]:
-    """The tasks of the named sets that are not run, with the reason."""
+    """The tasks of the named sets that are not run, and why."""
     return {task: reason for name in split_list(listed) for task, reason in NOT_RUN.get(name, {}).items()}
 
 
 def whole(keys: Iterable[str]) -> list[str]:
-    """The set that some scores (by `key`) are part of, by key: the first of SETS that has them all, or they alone."""
+    """The keys of the whole set that some keys belong to: of the first set that has them all, or else only these."""
     given = list(keys)
     for benchmarks in SETS.values():
-        listed = [one.key for one in benchmarks if one.is_scored]
-        if set(given) <= set(listed):
-            return listed
+        of_set = [benchmark.key for benchmark in benchmarks if benchmark.is_scored]
+        if set(given) <= set(of_set):
+            return of_set
     return given
 
 

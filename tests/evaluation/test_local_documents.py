@@ -158,7 +158,7 @@ def test_examples_come_from_their_own_files(tmp_path):
         (
             "arc_easy",
             {"arc_easy_test.jsonl": ARC + ARC.replace('"answer": 1', '"answer": 2')},
-            "question 2 is there before, with another answer",
+            "question 2 occurs before, with another answer",
         ),
         (
             "winogrande",
@@ -200,7 +200,7 @@ def test_a_damaged_packed_file_is_named(tmp_path, content):
 
 
 def test_a_file_that_unpacks_to_more_than_any_benchmark_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_documents, "MOST_BYTES", 1000)
+    monkeypatch.setattr(local_documents, "MAX_BYTES", 1000)
     (tmp_path / "arc_easy_test.jsonl.gz").write_bytes(gzip.compress(b" " * 1001))
     with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl\.gz holds more than 0 MiB"):
         local_documents.find("arc_easy", tmp_path)
