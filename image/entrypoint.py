@@ -1,9 +1,9 @@
-"""The image's entry point: become the person whose store is mounted, say what is here, and run the command.
+"""The image's entry point: become the owner of what is mounted, print image and device, and run the command.
 
-`mlflow run` mounts the project's folder at its own path (MLproject) and the default store's file at STORE. Work goes
-on in that folder, so that relative paths mean inside what they mean outside, and as its owner, so that the files left
-there are theirs; without either, root becomes the image's own user. It needs the standard library alone, as it runs
-before anything else and only replaces itself.
+`mlflow run` mounts the project's folder at its own path (MLproject), and the default store's file at STORE. The command
+runs in the project's folder, so that relative paths mean the same inside and outside the container. It runs as the
+owner of the mounted store or folder, so that the files it leaves belong to that user. If neither is mounted, root
+becomes the image's own user. Needs the standard library alone.
 """
 
 import os
@@ -53,15 +53,15 @@ def main(command: list[str]) -> None:
         sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, through whatever mounts."""
-    return one.is_file() and other.is_file() and one.samefile(other)
+def same_file(path: Path, other: Path) -> bool:
+    """Whether two paths are of one file, which may be mounted at both."""
+    return path.is_file() and other.is_file() and path.samefile(other)
 
 
 def stop_being_root(owned: Path | None, mounted: list[Path]) -> None:
-    """Go on as the owner of a mounted path, or as the image's own user where there is none.
+    """Go on as the owner of a mounted path, or as the image's own user where none is mounted.
 
-    Whoever is not root already goes on as they are, and root goes on as root where the mounted path is root's.
+    A process that does not run as root stays as it is, and so does root where the mounted path belongs to root.
     """
     if os.getuid() != 0:
         return
@@ -86,24 +86,24 @@ def stop_being_root(owned: Path | None, mounted: list[Path]) -> None:
 
 
 def hand_over(artifacts: Path, uid: int, gid: int) -> None:
-    """Give the owner what Docker has just made as root on the host: the run's artifact folder and those above it.
+    """Give the run's artifact folder, and the folders above it, to a user, if Docker has just made them as root.
 
-    A folder that holds anything else was there before, and stays whose it is.
+    A folder that holds anything else existed before and keeps its owner.
     """
-    made, held = artifacts, 0
-    while made.stat().st_uid == 0 and len(list(made.iterdir())) == held:
-        os.chown(made, uid, gid)
-        made, held = made.parent, 1
+    folder, expected_entries = artifacts, 0  # the run's own is empty, each above it holds the one below
+    while folder.stat().st_uid == 0 and len(list(folder.iterdir())) == expected_entries:
+        os.chown(folder, uid, gid)
+        folder, expected_entries = folder.parent, 1
 
 
 def device() -> str:
     """The GPUs and their driver, or that there is none."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True)
-        if found.returncode == 0:
+        answer = subprocess.run(query, capture_output=True, text=True)
+        if answer.returncode == 0:
             useless = ", but this image's torch has no CUDA (make image)" if version("torch").endswith("+cpu") else ""
-            return "; ".join(f"{line} (driver)" for line in found.stdout.strip().splitlines()) + useless
+            return "; ".join(f"{line} (driver)" for line in answer.stdout.strip().splitlines()) + useless
     return "CPU alone; no GPU was handed in (docker run --gpus all, mlflow run -A gpus=all)"
 
 

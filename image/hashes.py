@@ -32,14 +32,16 @@ def faults(conda: str, lists: Path) -> list[str]:
     versions = {normalized(name): version for name, _, version in (line.partition("==") for line in listed(conda))}
     torch = versions.pop("torch")
     wanted = {"packages.txt": versions, "cuda.txt": {"torch": torch}, "cpu.txt": {"torch": f"{torch}+cpu"}}
-    found = []
+    phrases = []
     for file, versions in wanted.items():
-        there = read(lists / file)
-        more = there.keys() if file == "packages.txt" else set()  # cuda.txt also has the libraries that torch wants
-        for name in sorted(versions.keys() | more):
-            if versions.get(name) != there.get(name):
-                found.append(f"{name} is {there.get(name, 'missing')} in {file}, not {versions.get(name, 'left out')}")
-    return found
+        in_list = read(lists / file)
+        # cuda.txt also has the libraries that torch needs.
+        names = versions.keys() | in_list.keys() if file == "packages.txt" else versions.keys()
+        for name in sorted(names):
+            if versions.get(name) != in_list.get(name):
+                version, right = in_list.get(name, "missing"), versions.get(name, "left out")
+                phrases.append(f"{name} is {version} in {file}, not {right}")
+    return phrases
 
 
 def read(file: Path) -> dict[str, str]:
@@ -83,10 +85,10 @@ def write(cpu_index: str) -> None:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["check"]:
-        if found := faults((ROOT / "conda.yaml").read_text(), LISTS):
-            some = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-            print(f"error: image/requirements/ does not fit conda.yaml, so run make hashes: {some}", file=sys.stderr)
-        return 2 if found else 0
+        if phrases := faults((ROOT / "conda.yaml").read_text(), LISTS):
+            first = "; ".join(phrases[:3]) + (f"; and {len(phrases) - 3} more" if len(phrases) > 3 else "")
+            print(f"error: image/requirements/ does not fit conda.yaml, so run make hashes: {first}", file=sys.stderr)
+        return 2 if phrases else 0
     if sys.version_info[:2] != (3, 11) or sys.platform != "linux":
         print("error: make hashes needs Python 3.11 on Linux, as pip chooses files for where it runs", file=sys.stderr)
         return 2

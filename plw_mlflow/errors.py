@@ -1,4 +1,4 @@
-"""Messages a person reads: errors as one line, no passwords in them, and nothing that drives a terminal."""
+"""Errors and their messages: in one line, without passwords, and without characters that drive a terminal."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def without_passwords(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The same text with control characters spelled out, so that what a stranger wrote drives no terminal or page.
+    """The same text with control characters as escapes such as \\x1b, so that it drives no terminal or page.
 
-    Newlines and tabs stay. Spelled out are also what turns the direction of writing, halves of surrogate pairs, and
-    characters that Unicode does not define; joiners, which words of some scripts and emoji need, stay.
+    Escaped are also characters that turn the direction of writing, halves of surrogate pairs, and characters that
+    Unicode does not define. Newlines, tabs and joiners stay; words of some scripts and emoji need the latter.
     """
     if text.isprintable():
         return text
-    return "".join(one if _is_shown(one) else one.encode("unicode_escape").decode() for one in text)
+    return "".join(char if _is_shown(char) else char.encode("unicode_escape").decode() for char in text)
 
 
 def _is_shown(character: str) -> bool:
@@ -87,14 +87,14 @@ def _is_shown(character: str) -> bool:
 
 
 class PrintableStream:
-    """A text stream that writes what it is given as `printable` has it; colours stay."""
+    """A text stream that writes texts as `printable` returns them, but for this package's own colours."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Write a text."""
-        parts = _COLOURS.split(text)  # every other one is a colour
+        parts = _COLOURS.split(text)  # texts and colours in turn
         cleaned = (part if number % 2 else printable(part) for number, part in enumerate(parts))
         return self._stream.write("".join(cleaned))
 
@@ -127,9 +127,9 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
-    for one in chain:
-        if isinstance(said := getattr(one, "orig", None), BaseException):  # SQLAlchemy's: what the database has said
-            return first_line(said)
+    for link in chain:
+        if isinstance(original := getattr(link, "orig", None), BaseException):  # SQLAlchemy keeps the database's own
+            return first_line(original)
     root = chain[-1]
     if isinstance(root, _NETWORK) or (isinstance(root, OSError) and root.errno in _UNREACHABLE):
         return without_passwords(root.strerror or first_line(root))
@@ -140,9 +140,9 @@ def reason(error: BaseException) -> str:
 
 
 def not_installed(error: ModuleNotFoundError) -> str:
-    """What to do where a package is missing: most often the project's environment is not active in this shell.
+    """The message for a missing package. Most often the project's environment is not active in this shell.
 
-    Raises the error again where what is missing is a part of this project, or has no name.
+    Raises the error again where the missing module is a part of this project, or has no name.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("plw_mlflow", "entrypoints", ""):
@@ -156,18 +156,18 @@ def not_installed(error: ModuleNotFoundError) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str] = (), *, folders: Iterable[Path] | None = None) -> str:
-    """The end of a message about a name that means nothing: " (did you mean 'toy-short'?)", or "" if none is near.
+    """The end of a message about an unknown name: " (did you mean 'toy-short'?)", or "" if no known name is near.
 
-    folders: where files may lie, if the name may be a path: those in its own folder and in these count as well. A
-        relative path is then said to be one, since `mlflow run` does not start where the caller is.
+    folders: if the name may be a path, folders beside its own in which files may lie; the names of their files count as
+        known. The hint then says what a relative path is relative to, as `mlflow run` changes the folder.
     """
     path, near, hints = Path(name), _nearest(name, known), []
     for folder in dict.fromkeys([path.parent, *folders] if folders is not None else []):
-        with suppress(OSError):  # there is no such folder, or it may not be read
-            names = sorted(os.listdir(folder))
-            begun = [one for one in names if path.name and one.lower().startswith(path.name.lower() + ".")]
-            near += [str(folder / one) for one in [*begun, *_nearest(path.name, names)]]
-    if near := [one for one in dict.fromkeys(near) if one != name]:
+        with suppress(OSError):  # the folder does not exist, or may not be read
+            files = sorted(os.listdir(folder))
+            with_ending = [file for file in files if path.name and file.lower().startswith(path.name.lower() + ".")]
+            near += [str(folder / file) for file in [*with_ending, *_nearest(path.name, files)]]
+    if near := [candidate for candidate in dict.fromkeys(near) if candidate != name]:
         hints.append(f"did you mean {' or '.join(map(repr, near[:3]))}?")
     if folders is not None and not path.is_absolute() and (path.suffix or os.sep in name):
         hints.append(f"paths are relative to {Path.cwd()}")
@@ -175,6 +175,6 @@ def did_you_mean(name: str, known: Iterable[str] = (), *, folders: Iterable[Path
 
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of the known names that are spelt like a name, whatever their case."""
-    by_lower = {one.lower(): one for one in known}
-    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.7)]
+    """Up to three of the known names that are spelt like a name, in upper or lower case."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    return [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.7)]

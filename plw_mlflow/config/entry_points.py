@@ -84,7 +84,11 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
         if self.method == "qlora" and self.parallel == "fsdp2":
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
-        return [*faults, "with these weights no token counts"] if heaviest == 0 else faults
+        return (
+            [*faults, "plw, template-weight and completion-weight leave every token a weight of 0"]
+            if heaviest == 0
+            else faults
+        )
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
@@ -122,17 +126,17 @@ class EvaluateConfig(ScoreOptions, Config):
         if (self.run_id is None) == (self.model is None):
             faults.append("give either run-id or model")
         if self.base is not None and (self.model is None or self.endpoint or self.model.startswith("models:/")):
-            faults.append("base is of a folder of adapters: give it as model")
+            faults.append("base belongs to a folder of adapters: give that folder as model")
         if self.endpoint is not None and self.model is None:
-            faults.append("endpoint needs the model's name there")
+            faults.append("endpoint needs the name that its server has for the model: give model")
         if self.endpoint is not None:
             faults += _wrong_address(self.endpoint)
         if self.endpoint_key_env is not None and self.endpoint is None:
-            faults.append("endpoint-key-env names an endpoint's key: give endpoint")
+            faults.append("endpoint-key-env names the key of an endpoint: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
-            faults.append("tokenizer is of an endpoint's model; other models have their own")
+            faults.append("tokenizer is for the model of an endpoint; other models have their own")
         if self.measures is not None and self.run_id is None:
-            faults.append("measures are of a cell, its training and its base: give run-id")
+            faults.append("measures compare a cell with its base and its training data: give run-id")
         return faults
 
 
@@ -218,19 +222,19 @@ class AnalyzeConfig(Config):
     by: str | None = None
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
-    """Difference of scores that is as good as none: is PLW's effect shown to be smaller? (unset: not tested)"""
+    """Difference of scores that counts as none; tests whether PLW's effect is smaller (unset: not tested)."""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
     parametric: int = 0
     """Draws of the parametric bootstraps of the mixed models' likelihood ratios (0: none; 999 take a minute or so)."""
     power: bool = False
-    """Simulate how many tasks, seeds and PLWs find the optimum within width, scores being made as these seem to be."""
+    """Simulate scores like these, to find how many tasks, seeds and PLWs locate the optimum within width."""
     width: float = 0.2
-    """Width of the optimum's 95 % interval, in PLW, that power wants at most."""
+    """Width of the optimum's 95 % interval, in PLW, that power looks for."""
     assume: str | None = None
-    """What makes the scores that power simulates, instead of a table, as power prints it (docs/analysis.md)."""
+    """Numbers by which power simulates scores, in place of a table, as power prints them (docs/analysis.md)."""
     next: int | None = None
-    """Propose so many PLWs to run next, those that tell most about where the optimum is (unset: none)."""
+    """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
     """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
 
@@ -242,7 +246,7 @@ class AnalyzeConfig(Config):
         if len(given) != 1:
             faults.append("give one of scores, run-id or experiment (or assume, for power alone)")
         if self.where is not None and self.run_id is None and self.experiment is None:
-            faults.append("where chooses among MLflow's runs: give run-id or experiment")
+            faults.append("where selects runs of MLflow: give run-id or experiment")
         if not 0 < self.width < math.inf:
             faults.append(f"width must be a number above 0, got {self.width}")
         if not self.power:
@@ -256,35 +260,35 @@ class AnalyzeConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseConfig(PresetOptions, DataOptions, Config):
-    """Suggest a PLW for a data set from what is known of others, and from runs of one's own."""
+    """Suggest a PLW for a data set, from the published curves of others and from your own runs."""
 
     ratio: float | None = None
     """Generation ratio of the data set: its completion tokens over its prompt tokens (unset: measured on dataset)."""
     dataset: str | None = None
-    """Data set asked about, as prepare takes it; with ratio, the name it has among the scores, and it is not read."""
+    """Data set to advise on, as prepare takes it; with ratio it is not read, and is its name among the scores."""
     model: str = "toy"
     """Model whose tokenizer counts the tokens, unless tokenizer is set."""
     task_types: str | None = None
     """Types of task that matter, comma-separated, such as multiple-choice (unset: all); see docs/study.md."""
     scores: Path | None = None
-    """Score table of one's own runs, as analyze reads it."""
+    """Score table of your own runs, as analyze reads it."""
     experiment: str | None = None
-    """MLflow experiment (its name) of one's own runs, all of whose finished cells count."""
+    """MLflow experiment (its name) of your own runs, all of whose finished cells count."""
     where: str | None = None
     """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
     ratios: str | None = None
-    """Generation ratios of the data sets among one's own runs, comma-separated: mine=0.5,other=7 (unset: from them)."""
+    """Generation ratios of the data sets in your own runs, comma-separated: mine=0.5,other=7 (unset: from the runs)."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
-    """Scale of one's own scores, as in analyze."""
+    """Scale of your own scores, as in analyze."""
 
     def dataset_names(self) -> tuple[str, ...]:
-        """The names that the data set asked about may have among scores."""
+        """The names that the data set to advise on may have in a score table."""
         if self.dataset is None:
             return ()
         return tuple(dict.fromkeys(data_name(self.dataset, self, shown) for shown in (shown_name, str, short_name)))
 
     def given_ratios(self) -> dict[str, float]:
-        """The ratios of own data sets by name."""
+        """The generation ratios that are given, by the data set's name."""
         pairs = [pair.rpartition("=") for pair in split_list(self.ratios or "")]
         return {name.strip(): float(ratio) for name, _, ratio in pairs}
 
@@ -297,9 +301,9 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
         if self.scores is not None and self.experiment is not None:
             faults.append("give one of scores and experiment")
         if self.where is not None and self.experiment is None:
-            faults.append("where chooses among MLflow's runs: give experiment")
+            faults.append("where selects runs of MLflow: give experiment")
         if self.ratios is not None and self.scores is None and self.experiment is None:
-            faults.append("ratios are of one's own runs: give scores or experiment")
+            faults.append("ratios belong to your own runs: give scores or experiment")
         try:
             given = self.given_ratios()
             is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())

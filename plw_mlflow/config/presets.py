@@ -1,7 +1,7 @@
-"""Presets: named recipes, each a value for the options that a caller leaves unset; and models by name.
+"""Presets: named recipes, each with values for options that the caller leaves unset; and models by name.
 
-An option's place in a preset does not make it special: whatever is given explicitly wins. Model, data set and PLW are
-what a recipe is applied to, so no preset sets them.
+A value that the caller gives wins over the preset's. Model, data set and PLW are what a recipe is applied to, so no
+preset sets them.
 
 "The study" is Huerta-Enochian and Ko, arXiv:2401.13586, which took over the training code of Stanford Alpaca
 (tatsu-lab/stanford_alpaca@761dc5b, train.py); neither has released the models. What both leave open is marked CHOICE.

@@ -25,7 +25,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s]+)?")
 
 
 def spell(value: Any) -> str:
-    """A value as MLproject and MLflow have it: unset is empty, truth is in small letters, floats are written out."""
+    """A value as MLproject and MLflow have it: "" for unset, true or false for booleans, floats written out."""
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
@@ -47,9 +47,9 @@ def split_list(listed: str) -> list[str]:
 
 
 def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = str) -> str:
-    """What tells the data of one cell from another's: "toy-long inverted", "toy-long + 0.7 toy-short".
+    """The name of a cell's data, with how they are made: "toy-long inverted", "toy-long + 0.7 toy-short".
 
-    shown: how each data set's own name is to be written.
+    shown: writes the name of a single data set.
     """
     name = shown(dataset) + " inverted" * options.invert
     if options.mix is None:
@@ -58,22 +58,22 @@ def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = 
 
 
 def shown_name(name: str) -> str:
-    """A data set or model as tables and titles name it: a file or folder without the folders it lies in.
+    """The name of a data set or model in tables and titles: a file or folder without the folders above it.
 
-    A hub id and the names that this package gives stay as they are.
+    A hub id, or a name that this package gives, stays as it is.
     """
     is_hub_id = HUB_ID.fullmatch(name) and not name.lower().endswith(DATA_FILE_ENDINGS)
     return name if is_hub_id else Path(name).name or name
 
 
 def short_name(name: str) -> str:
-    """The last part of a path or hub id, without a data file's endings, fit for a registered model's name.
+    """The last part of a path or hub id, without a data file's endings, as it may stand in a registered model's name.
 
-    It keeps the letters and digits of all scripts.
+    Letters and digits of all scripts stay.
     """
     last = re.sub(
         r"(\.(jsonl?|ndjson|csv|tsv|parquet))?(\.(gz|zst))?$", "", Path(name.partition("@")[0]).name, flags=re.I
     )
     letters = unicodedata.normalize("NFC", last)
-    kept = "".join(one if one in "._-" or unicodedata.category(one)[0] in "LMN" else " " for one in letters)
+    kept = "".join(char if char in "._-" or unicodedata.category(char)[0] in "LMN" else " " for char in letters)
     return "-".join(kept.split()).strip("-.") or "unnamed"

@@ -147,11 +147,12 @@ def split(step: Sequence[Example], micro_batch_examples: int, *, by_length: bool
 
 
 def fill(step: Sequence[Example], row_tokens: int, *, multiple: int = 1) -> list[list[Example]]:
-    """Share a step out among as few packed rows of at most `row_tokens` tokens as it takes, all about equally long.
+    """Divide a step among as few packed rows of at most `row_tokens` tokens as possible, all about equally long.
 
-    multiple: the number of rows is a multiple of it (processes that work at the same time) where there are so many
-        examples. Within a row, examples keep their order.
+    multiple: the number of rows is a multiple of it (processes that work at the same time), unless there are fewer
+        examples than rows.
 
+    Within a row, examples keep their order.
     Raises UserError where one example alone is longer than a row.
     """
     lengths = [len(example.tokens) for example in step]

@@ -27,7 +27,7 @@ from plw_mlflow.data.records import Record
 from plw_mlflow.environment import bounded
 from plw_mlflow.errors import UserError, first_line
 
-# Some chat templates write today's date, with which no run could be repeated. Theirs is the day that Llama 3.1's own
+# Some chat templates write today's date, so that no run could be repeated. Here, today is the day that Llama 3.1's own
 # template falls back on. The macro takes the place of the function that transformers gives to templates.
 FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{- format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
@@ -37,8 +37,8 @@ FIXED_DATE = (
 MOST_CHARACTERS = 1_000_000  # of a template, and of what it writes around the contents of a record
 TOO_LONG = f"has more than {MOST_CHARACTERS:,} characters"
 
-# Padding before and after a content, by what is left of it; the value is what the template has stripped: nothing,
-# newlines or (None) any white space. No two pairs of paddings have one length, so one text fits one pair.
+# What a template may leave of the padding before and after a content, and what it has then stripped: nothing, newlines
+# or (None) any white space. All pairs of a left and a right one differ in length, so a text fits one pair only.
 _LEFT = {"\n ": "", " ": "\n", "": None}
 _RIGHT = {"\t\t\t\n\n\n\n\n\n": "", "\t\t\t": "\n", "": None}
 
@@ -46,9 +46,9 @@ _RIGHT = {"\t\t\t\n\n\n\n\n\n": "", "\t\t\t": "\n", "": None}
 class ChatTemplate:
     """A chat template, rendered as transformers renders it, in a process with bounded memory and computing time.
 
-    Where the contents lie is learnt from a rendering with placeholders, once for every order of roles; every record's
-    own rendering must then be what that promises. The special token after a completion, by which the model is to
-    end its turn, belongs to the completion.
+    Where the contents lie is learnt from a rendering with placeholders, once for every order of roles; the rendering of
+    every record must then have its contents in just these places. The special token after a completion, with which the
+    model is to end its turn, belongs to the completion.
     """
 
     is_whole = True
@@ -99,31 +99,12 @@ class ChatTemplate:
 
     def _outline(self, turns: Sequence[Turn]) -> _Outline:
         """What the template writes around the contents, and how it strips each of them."""
-        placed = [turn for turn in turns if turn.is_placed]
-        names = [f"CONTENT{number}X" for number in range(len(placed))]
-
-        def around(left: str, right: str) -> list[str]:
-            """The template's own texts before, between and after the contents."""
-            texts = iter(left + name + right for name in names)
-            rendered = self._rendered(turns, [next(texts) if turn.is_placed else "" for turn in turns])
-            if re.findall("|".join(names), rendered) != names:
-                raise _Unfit("it leaves out, repeats or reorders messages")
-            return re.split("|".join(names), rendered)
-
-        bare, padded = around("", ""), around(*(max(pads, key=len) for pads in (_LEFT, _RIGHT)))
-        # Of the padding around a content, what the template has left tells what it strips.
-        strips = [
-            (_LEFT[left], _RIGHT[right])
-            for text, with_padding in zip(bare, padded, strict=True)
-            for left in _LEFT
-            for right in _RIGHT
-            if right + text + left == with_padding
-        ]
-        if len(strips) != len(bare):
-            raise _Unfit("it changes the space around messages")
-        opening, *after = ([*template_pieces(text, self._specials)] for text in bare)
+        bare = self._texts_around(turns, "", "")
+        padded = self._texts_around(turns, *(max(paddings, key=len) for paddings in (_LEFT, _RIGHT)))
+        strips = _strips(bare, padded)
+        opening, *after = (template_pieces(text, self._specials) for text in bare)
         end: list[Piece] = []
-        for number, turn in enumerate(placed):
+        for number, turn in enumerate(turn for turn in turns if turn.is_placed):
             if turn.is_completion:
                 last = next((n for n, piece in enumerate(after[number]) if piece.is_special), None)
                 if last is None and turn is turns[-1]:  # nothing would teach the model to stop
@@ -141,6 +122,32 @@ class ChatTemplate:
                 ]
         lefts, rights = [left for left, _ in strips], [right for _, right in strips[1:]]
         return _Outline(opening, list(zip(lefts, rights, after, strict=False)), end)
+
+    def _texts_around(self, turns: Sequence[Turn], left: str, right: str) -> list[str]:
+        """The template's own texts before, between and after the contents, each padded left and right."""
+        names = [f"CONTENT{number}X" for number in range(sum(turn.is_placed for turn in turns))]
+        texts = iter(left + name + right for name in names)
+        rendered = self._rendered(turns, [next(texts) if turn.is_placed else "" for turn in turns])
+        if re.findall("|".join(names), rendered) != names:
+            raise _Unfit("it leaves out, repeats or reorders messages")
+        return re.split("|".join(names), rendered)
+
+
+def _strips(bare: Sequence[str], padded: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """What the template strips from the left of the content after each of its texts, and the right of the one before.
+
+    bare, padded: its texts around contents without and with padding; the padding that it has left is in the latter.
+    """
+    strips = [
+        (_LEFT[left], _RIGHT[right])
+        for text, with_padding in zip(bare, padded, strict=True)
+        for left in _LEFT
+        for right in _RIGHT
+        if right + text + left == with_padding
+    ]
+    if len(strips) != len(bare):
+        raise _Unfit("it changes the space around messages")
+    return strips
 
 
 class _Unfit(Exception):
@@ -196,7 +203,7 @@ class _Outline:
 
 
 def _cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
-    """The pieces from one character to another."""
+    """The part of some pieces from one character of their text to another."""
     ends = itertools.accumulate(len(piece.text) for piece in pieces)
     return [
         piece._replace(

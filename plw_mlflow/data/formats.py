@@ -1,4 +1,8 @@
-"""Formats: how a row becomes a record, whatever its fields are called."""
+"""Formats: how a row becomes a record, whatever its fields are called.
+
+Text is never lost without a word: a row with text that has no certain place in the record is a Fault, and fields that
+are not read are reported (`unread`).
+"""
 
 from __future__ import annotations
 
@@ -12,34 +16,34 @@ from plw_mlflow.data import files
 from plw_mlflow.data.records import Fault, Message, Record
 from plw_mlflow.errors import UserError
 
-FIELDS = {  # of each format: what must be there, and, for those of three texts, what holds the input
+FIELDS = {  # by format, those of instruction, input (optional; None: it has no field) and output
     "alpaca": ("instruction", "input", "output"),
     "dolly": ("instruction", "context", "response"),
     "prompt-completion": ("prompt", None, "completion"),
 }
-OWN = {format: frozenset(field for field in fields if field) for format, fields in FIELDS.items()}
-CONVERSATIONS = ("messages", "conversations")
-SYSTEMS = ("system", "system_prompt")
-TOOLS = ("tools", "functions")
-INPUTS = ("input", "context")
+OWN_FIELDS = {format: frozenset(field for field in fields if field) for format, fields in FIELDS.items()}
+CONVERSATION_FIELDS = ("messages", "conversations")
+SYSTEM_FIELDS = ("system", "system_prompt")
+TOOL_FIELDS = ("tools", "functions")
+INPUT_FIELDS = ("input", "context")
 # Fields that hold text of a prompt or an answer. Where the format does not say how such a field belongs to a record, it
-# is not left out unasked. A `prompt` beside an instruction or a conversation is no such field: it repeats them.
-TEXTS = (
-    *("instruction", *INPUTS, "output", "response", "completion", "history", *CONVERSATIONS),
+# is left out only if the caller has chosen the format. A `prompt` beside an instruction or a conversation is not among
+# them, as it repeats their text.
+TEXT_FIELDS = (
+    *("instruction", *INPUT_FIELDS, "output", "response", "completion", "history", *CONVERSATION_FIELDS),
     *("reasoning_content", "reasoning", "thinking"),
 )
 # Marks by which trainers choose what to train on: OpenAI's and OpenChat's, axolotl's (two), ms-swift's.
-MARKS = ("weight", "train", "train_on_turn", "loss")
+TURN_MARKS = ("weight", "train", "train_on_turn", "loss")
 RECORD_MARKS = ("weight", "train")
 TOKEN_MARKS = ("loss_mask", "train_detail")
-READ = {  # fields, by format
-    format: {*fields, *SYSTEMS, "history", *TOOLS, *RECORD_MARKS, *TOKEN_MARKS} for format, fields in FIELDS.items()
-}
-READ["chat"] = {*CONVERSATIONS, *SYSTEMS, *TOOLS, *RECORD_MARKS, *TOKEN_MARKS}
+READ_BESIDE_TEXTS = {*SYSTEM_FIELDS, *TOOL_FIELDS, *RECORD_MARKS, *TOKEN_MARKS}
+READ_FIELDS = {format: {*fields, "history", *READ_BESIDE_TEXTS} for format, fields in FIELDS.items()}
+READ_FIELDS["chat"] = {*CONVERSATION_FIELDS, *READ_BESIDE_TEXTS}
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-TURN = (("role", "from"), ("content", "value"))  # the fields of a turn, by both of their names
-REFUSED = {  # other fields of a turn, and why a turn that has one cannot be used
-    **dict.fromkeys(("tool_calls", "function_call", *TOOLS), "which no template here is given"),
+TURN_NAMES = (("role", "from"), ("content", "value"))  # the fields of a turn, by both of their names
+REFUSED_IN_TURNS = {  # other fields of a turn, and why a turn that has one cannot be used
+    **dict.fromkeys(("tool_calls", "function_call", *TOOL_FIELDS), "which no template here is given"),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking", "refusal"),
         "which is text of the turn outside its content; put it into the content or remove it",
@@ -47,7 +51,7 @@ REFUSED = {  # other fields of a turn, and why a turn that has one cannot be use
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "which is no text"),
     **dict.fromkeys(TOKEN_MARKS, "but an answer is trained on as a whole or not at all"),
 }
-PLAIN = {*itertools.chain.from_iterable(TURN)}  # fields of a turn that are always read
+TURN_FIELDS = {*itertools.chain.from_iterable(TURN_NAMES)}  # fields of a turn that are always read
 
 
 def detect(first_rows: Iterable[Any], name: str) -> str:
@@ -77,7 +81,7 @@ def detect(first_rows: Iterable[Any], name: str) -> str:
         raise UserError(
             f"{name} has records of no known format (the first has the fields {_listed(first_fields)}): "
             + "; ".join(f"{format} needs {' and '.join(map(repr, _needed(format)))}" for format in FIELDS)
-            + f"; chat needs {' or '.join(map(repr, CONVERSATIONS))}. Rename the fields"
+            + f"; chat needs {' or '.join(map(repr, CONVERSATION_FIELDS))}. Rename the fields"
         )
     (best, count), *others = rows_by_format.most_common()
     if others and others[0][1] == count:
@@ -93,7 +97,7 @@ def record(
     is_given: bool = False,
     keep_empty: bool = False,
 ) -> Record | Fault:
-    """A row as a record, or what makes it unusable as one.
+    """A row as a record, or a Fault that says why it cannot be one.
 
     is_given: the caller has chosen the format, so that text in fields of other formats is left out.
     keep_empty: an empty completion is no fault.
@@ -104,10 +108,10 @@ def record(
         lacking = next((field for field in _needed(format) if field not in row), None)
         lacking = "messages" if lacking is None else lacking
         return Fault(f"lacks the field {lacking!r} (it has {_listed(row)})")
-    has_more = not _is_plain(row, format)  # most rows have not, which saves most of the time that looking takes
+    has_more = not _is_plain(row, format)  # most rows have nothing more, and skip the checks below
     if has_more and (fault := _unusable_fields(row)):
         return fault
-    as_record = _chat(row, id) if format == "chat" else _three_texts(row, id, format)
+    as_record = _record_of_chat(row, id) if format == "chat" else _record_of_texts(row, id, format)
     if isinstance(as_record, Fault):
         return as_record
     if has_more and not is_given and (field := _left_out(row, as_record, format)):
@@ -127,7 +131,7 @@ def unread(row: dict[str, Any], format: str, completion_turns: Literal["last", "
     """The fields of a usable row that hold something and are not read; those of its turns as `messages[].NAME`."""
     names: list[str] = []
     if not _is_plain(row, format):
-        read = READ[format] if format == "chat" else READ[format] | {_input_field(row, format)}
+        read = READ_FIELDS[format] if format == "chat" else READ_FIELDS[format] | {_input_field(row, format)}
         names += [field for field, value in row.items() if value is not None and field not in read]
     if format == "chat":
         field = _conversation_field(row)
@@ -138,14 +142,14 @@ def unread(row: dict[str, Any], format: str, completion_turns: Literal["last", "
 def _unread_of_turns(turns: list[dict[str, Any]], completion_turns: str) -> Iterator[str]:
     for number, turn in enumerate(turns, start=1):
         content = _either(turn, "content", "value")
-        if turn.keys() <= PLAIN and isinstance(content, str):
+        if turn.keys() <= TURN_FIELDS and isinstance(content, str):
             continue
         is_answer = ROLES[_either(turn, "role", "from")] == "assistant"
         is_completion = is_answer and (completion_turns == "every" or number == len(turns))
         for name, value in turn.items():
-            # The mark of an earlier answer, by which it would be trained on, is not followed if only the last one is.
-            is_followed = name in MARKS and is_answer and (is_completion or not _mark(value))
-            if value is not None and name not in PLAIN and name not in REFUSED and not is_followed:
+            # If only the last answer is trained on, a mark that asks to train on an earlier one is not followed.
+            is_followed = name in TURN_MARKS and is_answer and (is_completion or not _mark(value))
+            if value is not None and name not in TURN_FIELDS and name not in REFUSED_IN_TURNS and not is_followed:
                 yield name
         for part in content if isinstance(content, list) else ():
             yield from (f"content[].{name}" for name, value in part.items() if value and name not in ("type", "text"))
@@ -158,7 +162,7 @@ def _not_an_object(row: Any) -> Fault | None:
 
 
 def _way_out(fault: str, name: str, *, is_only: bool) -> str:
-    """What may help where no row of a file is an object; fault: of its first row, and perhaps only one."""
+    """What may help where no row of a file is an object. fault: of its first row, which may be the only one."""
     if is_only and fault.startswith(files.TOO_LONG):
         return "; if it is an object around all the records, write the list of them into a file of its own"
     if files.delimiter(Path(name)) or not fault.startswith(files.NOT_TEXT):
@@ -191,22 +195,22 @@ def _needed(format: str) -> list[str]:
 
 def _has(fields: Container[str], format: str) -> bool:
     if format == "chat":
-        return any(field in fields for field in CONVERSATIONS)
+        return any(field in fields for field in CONVERSATION_FIELDS)
     return all(field in fields for field in _needed(format))
 
 
 def _is_plain(row: dict[str, Any], format: str) -> bool:
     """Whether a row has its format's own texts and no other field."""
-    return len(row) == 1 if format == "chat" else row.keys() <= OWN[format]
+    return len(row) == 1 if format == "chat" else row.keys() <= OWN_FIELDS[format]
 
 
 def _holds(value: Any) -> bool:
-    """Whether a field's value is anything but nothing."""
+    """Whether a field's value is neither empty nor blank."""
     return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _holds_any(value: Any) -> bool:
-    """The same of a list or an object, which may be spelled as text."""
+    """The same for a list or an object, which may be spelled as text."""
     return _holds(value) and value not in ("[]", "{}")
 
 
@@ -217,14 +221,14 @@ def _either(row: dict[str, Any], name: str, other: str) -> Any:
 
 
 def _mark(value: Any) -> bool | None:
-    """What a mark says of training on something; None if it is neither 0 and 1 nor false and true."""
+    """Whether a mark asks to train on something; None if it is none of 0, 1, false and true."""
     if isinstance(value, str):
         return {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}.get(value.lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def _marked(fields: dict[str, Any], names: Iterable[str], where: str = "") -> bool | Fault:
-    """Whether something is to be trained on by its marks, of those called `names`."""
+    """Whether something is to be trained on, according to its marks among `names`; true without any."""
     marks = {name: fields[name] for name in names if fields.get(name) not in (None, "")}
     says = {_mark(value) for value in marks.values()}
     for name, value in marks.items():
@@ -239,13 +243,13 @@ def _marked(fields: dict[str, Any], names: Iterable[str], where: str = "") -> bo
 
 
 def _unusable_fields(row: dict[str, Any]) -> Fault | None:
-    """What in the fields beside the texts makes a row unusable."""
-    if any(_holds_any(row.get(field)) for field in TOOLS):
+    """The first reason, in the fields beside the texts, why a row cannot be used."""
+    if any(_holds_any(row.get(field)) for field in TOOL_FIELDS):
         return Fault("has tools, which no template here is given")
     masks = [*TOKEN_MARKS, *(["labels"] if _holds_any(row.get("input_ids")) else [])]
     if field := next((field for field in masks if _holds_any(row.get(field))), None):
         return Fault(f"has {field}, by which parts of a text are chosen to be trained on; nothing here follows it")
-    systems = {field: row[field] for field in SYSTEMS if row.get(field)}
+    systems = {field: row[field] for field in SYSTEM_FIELDS if row.get(field)}
     for field, text in systems.items():
         if not isinstance(text, str):
             return Fault(f"has something other than text as its {field}")
@@ -265,19 +269,19 @@ def _input_field(row: dict[str, Any], format: str) -> str | None:
     own = FIELDS[format][1]
     if own is None or _holds(row.get(own)):
         return own
-    return next((field for field in INPUTS if _holds(row.get(field))), own)
+    return next((field for field in INPUT_FIELDS if _holds(row.get(field))), own)
 
 
 def _left_out(row: dict[str, Any], as_record: Record, format: str) -> str | None:
-    """A field with text of a prompt or an answer that a row's record does not have, in whatever place."""
+    """A field with text of a prompt or an answer that is nowhere in the row's record."""
     texts = {
         as_record.instruction,
         as_record.input,
         as_record.output,
         *(message.content for message in as_record.messages),
     }
-    read = READ[format] if format == "chat" else {*FIELDS[format], _input_field(row, format), "history"}
-    for field in TEXTS:
+    read = READ_FIELDS[format] if format == "chat" else {*FIELDS[format], _input_field(row, format), "history"}
+    for field in TEXT_FIELDS:
         value = row.get(field)
         if value and field not in read and _holds(value) and (not isinstance(value, str) or value not in texts):
             return field
@@ -285,7 +289,7 @@ def _left_out(row: dict[str, Any], as_record: Record, format: str) -> str | None
 
 
 def _empty_answer(as_record: Record, format: str) -> str | None:
-    """What a record calls the first of its answers that is empty, but for those marked as not to be trained on."""
+    """The place of the first empty answer, except for answers that are marked as not to be trained on."""
     for number, message in enumerate(as_record.messages[:-1], start=1):
         if message.role == "assistant" and message.is_trained and not message.content.strip():
             return f"turn {number}"
@@ -294,7 +298,7 @@ def _empty_answer(as_record: Record, format: str) -> str | None:
     return str(FIELDS[format][2]) if format in FIELDS else "last assistant turn"
 
 
-def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
+def _record_of_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
     texts = []
     instruction_field, _, output_field = FIELDS[format]
     for field in (instruction_field, _input_field(row, format), output_field):
@@ -319,18 +323,19 @@ def _three_texts(row: dict[str, Any], id: str, format: str) -> Record | Fault:
 
 def _system(row: dict[str, Any]) -> str:
     """The system text beside the other fields of a row; empty if there is none."""
-    return next((row[field] for field in SYSTEMS if row.get(field)), "")
+    return next((row[field] for field in SYSTEM_FIELDS if row.get(field)), "")
 
 
 def _conversation_field(row: dict[str, Any]) -> str:
-    """The field that holds a row's conversation: one that has any turn, if there is one."""
-    fields = sorted(CONVERSATIONS, key=lambda field: (not row.get(field), row.get(field) is None))
+    """The field that holds a row's conversation: one with turns in it, if there is one."""
+    fields = sorted(CONVERSATION_FIELDS, key=lambda field: (not row.get(field), row.get(field) is None))
     return fields[0]
 
 
-def _chat(row: dict[str, Any], id: str) -> Record | Fault:
-    if all(row.get(field) for field in CONVERSATIONS) and row[CONVERSATIONS[0]] != row[CONVERSATIONS[1]]:
-        return Fault(f"has both {' and '.join(CONVERSATIONS)}, which differ; remove one")
+def _record_of_chat(row: dict[str, Any], id: str) -> Record | Fault:
+    first, second = (row.get(field) for field in CONVERSATION_FIELDS)
+    if first and second and first != second:
+        return Fault(f"has both {' and '.join(CONVERSATION_FIELDS)}, which differ; remove one")
     turns = row[_conversation_field(row)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict | Fault) for turn in turns):
         return Fault("has something other than a list of turns as its conversation")
@@ -361,19 +366,19 @@ def _conversation(turns: list[dict[str, Any]], id: str) -> Record | Fault:
 
 
 def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
-    """One turn, or what makes it unusable; number: of the turn, from 1."""
+    """One turn, or a Fault that says why it cannot be used; number: of the turn, from 1."""
     if isinstance(turn, Fault):
         return Fault(f"{turn.text} in turn {number}")
     role = _either(turn, "role", "from")
     if not isinstance(role, str) or role not in ROLES:
         return Fault(f"has the role {role!r} in turn {number}, where only {', '.join(ROLES)} are known")
     is_trained: bool | Fault = True
-    if not turn.keys() <= PLAIN:
-        for name, why in REFUSED.items():
+    if not turn.keys() <= TURN_FIELDS:
+        for name, why in REFUSED_IN_TURNS.items():
             if _holds_any(turn.get(name)):
                 return Fault(f"has {name} in turn {number}, {why}")
         if ROLES[role] == "assistant":
-            is_trained = _marked(turn, MARKS, f" in turn {number}")
+            is_trained = _marked(turn, TURN_MARKS, f" in turn {number}")
     if isinstance(is_trained, Fault):
         return is_trained
     content = _content(_either(turn, "content", "value"), number)
@@ -381,7 +386,7 @@ def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
         return content
     if not _is_text(content):
         return Fault(f"has half a surrogate pair in its turn {number}, which is no character")
-    for name, other in TURN if len(turn) > 2 else ():
+    for name, other in TURN_NAMES if len(turn) > 2 else ():
         values = [turn[field] for field in (name, other) if turn.get(field) is not None]
         values = [ROLES.get(value, value) if name == "role" and isinstance(value, str) else value for value in values]
         if len(values) == 2 and values[0] != values[1]:
@@ -390,7 +395,7 @@ def _message(turn: dict[str, Any] | Fault, number: int) -> Message | Fault:
 
 
 def _content(content: Any, number: int) -> str | Fault:
-    """The text of a turn's content, whose parts follow one another without a space, as chat templates write them."""
+    """The text of a turn's content; its parts are joined without a space, as chat templates join them."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and content:
@@ -407,7 +412,7 @@ def _content(content: Any, number: int) -> str | Fault:
 
 
 def _is_text(text: str) -> bool:
-    """Whether a string can be written down: half a surrogate pair cannot."""
+    """Whether a string can be encoded: half a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -106,4 +106,5 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def digest(*parts: str) -> str:
+    """What identifies a template that is made of these texts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -369,7 +369,7 @@ def test_bad_input_is_refused_in_one_line():
         ({}, "give the data set's generation ratio, or dataset to measure it on"),
         ({"ratio": -1.0}, "ratio must be a number above 0, got -1"),
         ({"ratio": 1.0, "scores": "a", "experiment": "b"}, "give one of scores and experiment"),
-        ({"ratio": 1.0, "ratios": "a=1"}, "ratios are of one's own runs"),
+        ({"ratio": 1.0, "ratios": "a=1"}, "ratios belong to your own runs"),
         ({"ratio": 1.0, "scores": "a", "ratios": "a=much"}, "ratios must be like mine=0.5,other=7, got a=much"),
         ({"ratio": 1.0, "scores": "a", "ratios": "a=0"}, "ratios must be like"),
         ({"ratio": 1.0, "scores": "a", "ratios": "0.5"}, "ratios must be like"),

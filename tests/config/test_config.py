@@ -393,12 +393,12 @@ def test_what_to_look_at_is_said_once(config_type, options, is_enough):
 
 def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     EvaluateConfig(model="m", endpoint="http://here/v1", tokenizer="toy")
-    with pytest.raises(ValueError, match="endpoint needs the model's name there"):
+    with pytest.raises(ValueError, match="endpoint needs the name that its server has"):
         EvaluateConfig(run_id="r", endpoint="http://here/v1")
     for address in ("here:8000/v1", "here", "http:///v1"):
         with pytest.raises(ValueError, match="endpoint must be an address like http"):
             EvaluateConfig(model="m", endpoint=address)
-    with pytest.raises(ValueError, match="tokenizer is of an endpoint's model"):
+    with pytest.raises(ValueError, match="tokenizer is for the model of an endpoint"):
         EvaluateConfig(model="m", tokenizer="toy")
 
 

@@ -358,10 +358,9 @@ def lost(row, format, is_given):
     return [name for name, value in parts if isinstance(value, str) and name not in told and value not in repr(found)]
 
 
-BESIDE = [*formats.READ["alpaca"], *formats.TEXTS, "prompt", "question", "text", "rejected", "labels", "topic"]
-
-
-BESIDE_IN_TURN = [*formats.PLAIN, *formats.REFUSED, *formats.MARKS, "name", "text", "topic"]
+BESIDE = [*formats.READ_FIELDS["alpaca"], *formats.TEXT_FIELDS]
+BESIDE += ["prompt", "question", "text", "rejected", "labels", "topic"]
+BESIDE_IN_TURN = [*formats.TURN_FIELDS, *formats.REFUSED_IN_TURNS, *formats.TURN_MARKS, "name", "text", "topic"]
 
 
 @pytest.mark.parametrize("is_given", [False, True])
@@ -370,7 +369,9 @@ def test_no_text_of_a_usable_row_is_lost_unsaid(format, rows, is_given):
     """With any two further fields, in the row or in a turn."""
     for names in itertools.combinations(BESIDE, 2):
         further = {
-            name: [turn("user", "<u>"), turn("assistant", "<a>")] if name in formats.CONVERSATIONS else f"<{name}>"
+            name: [turn("user", "<u>"), turn("assistant", "<a>")]
+            if name in formats.CONVERSATION_FIELDS
+            else f"<{name}>"
             for name in names
         }
         for row in rows:
