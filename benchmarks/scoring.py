@@ -1,9 +1,9 @@
 """Our scoring beside the harness's own HFLM:  python -m benchmarks.scoring --json FILE --data-dir DIR
 
 Both answer the same requests with the same model in the same process. They take turns, as shared machines change their
-speed. The seconds, from texts to answers, are medians of CPU time with one thread; on a GPU, of wall time. The peers are
-HFLM with 64 requests at a time, and HFLM with the fastest of several numbers of requests, which is measured first. All
-log-likelihoods and all generations are compared.
+speed. The seconds, from texts to answers, are medians of CPU time with one thread; on a GPU, of wall time. The peers
+are HFLM with 64 requests at a time, and HFLM with the fastest of several numbers of requests, which is measured first.
+All log-likelihoods and all generations are compared.
 
 The cases are ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with
 5 examples of each question's own, as the harness draws them by default; PIQA (2 options); and greedy generation until
