@@ -1,4 +1,4 @@
-"""Score a cell's checkpoint, or any model:  python -m entrypoints.evaluate --run-id RUN"""
+"""Score the model of a cell, or any other model:  python -m entrypoints.evaluate --run-id RUN"""
 
 import sys
 from pathlib import Path

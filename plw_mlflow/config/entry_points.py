@@ -102,7 +102,7 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ScoreOptions, Config):
-    """Score a cell's checkpoint, or any model folder."""
+    """Score the model of a cell, or any other model."""
 
     run_id: str | None = None
     """MLflow run of the cell to score; its scores are added to that run."""

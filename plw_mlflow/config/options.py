@@ -128,7 +128,7 @@ class DataOptions(LocalOptions):
     validation_share: float = BY_PRESET
     """Share of records kept for validation, chosen by a hash of their text (toy 0.02, huerta2024 0.001)."""
     output: Path | None = no_effect(None)
-    """Folder for the results as files: profile, model, adapter, scores (unset: MLflow alone has them)."""
+    """Folder for results as files, such as profile, model, adapter, scores, report (unset: MLflow alone has them)."""
     cache_dir: Path | None = no_effect(None)
     """Folder for tokenised data and the study's sets; the hub's go to HF_HOME (unset: plw_mlflow in ~/.cache)."""
     invert: bool = in_contents(False)
