@@ -93,11 +93,11 @@ def ours(case: Case, plw: float, load: Callable[[], Any], prepared: Prepared, pr
         max_grad_norm=1e9,
         epochs=1,
     )
-    found: list[Tensor] = []
+    gradients: list[Tensor] = []
 
     def look(optimizer: Any, *_: Any) -> None:
         # In the model's order, not the optimiser's, which keeps vectors apart.
-        found.append(flat([parameter.grad for parameter in learner.parameters()]))
+        gradients.append(flat([parameter.grad for parameter in learner.parameters()]))
 
     learner = load()
     hook = register_optimizer_step_pre_hook(look)
@@ -106,7 +106,7 @@ def ours(case: Case, plw: float, load: Callable[[], Any], prepared: Prepared, pr
             train.run(config, prepared, learner, Path(folder))
     finally:
         hook.remove()
-    return found[0]
+    return gradients[0]
 
 
 def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
@@ -127,10 +127,10 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
     weights = Weights(plw)
     model.zero_grad()
     for group in groups:
-        told = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
-        whole = torch.cat(told)
+        by_example = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
+        whole = torch.cat(by_example)
         divisor = whole.sum() if case.divisor == "weights" else whole.count_nonzero()
-        for index, weight in zip(group, told, strict=True):
+        for index, weight in zip(group, by_example, strict=True):
             tokens = torch.from_numpy(examples[index].tokens).long()
             logits = model(tokens.unsqueeze(0)).logits[0, :-1]
             nll = nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
@@ -141,8 +141,8 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
 def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared) -> list[tuple[Case, float, float]]:
     """Each case of a spread with the largest error over PLWs, ours and float32's own; of use in the first process."""
     exact, single = load().double(), load()
-    found = []
-    known: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
+    results = []
+    oracles: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
     for case in cases():
         if case.spread != spread:
             continue
@@ -152,15 +152,15 @@ def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared)
             gradient = ours(case, plw, load, prepared)
             if rank != 0:
                 continue
-            if key not in known:
+            if key not in oracles:
                 true = oracle(case, plw, exact, prepared.training)
                 plain = oracle(case, plw, single, prepared.training)
-                known[key] = true, float((plain - true).norm() / true.norm())
-            true, floor = known[key]
+                oracles[key] = true, float((plain - true).norm() / true.norm())
+            true, floor = oracles[key]
             errors.append((float((gradient - true).norm() / true.norm()), floor))
         if errors:
-            found.append((case, max(error for error, _ in errors), max(floor for _, floor in errors)))
-    return found
+            results.append((case, max(error for error, _ in errors), max(floor for _, floor in errors)))
+    return results
 
 
 def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepared, file: str) -> None:
@@ -169,9 +169,9 @@ def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepar
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TQDM_DISABLE"] = "1"
-    found = measure(rank, spread, partial(pretrained.load, model), prepared)
+    results = measure(rank, spread, partial(pretrained.load, model), prepared)
     if rank == 0:
-        torch.save(found, file)
+        torch.save(results, file)
 
 
 @click.command(help=__doc__)

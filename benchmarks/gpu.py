@@ -210,18 +210,18 @@ def alpaca(folder: Path, tokenizer: Any, options: TrainConfig) -> Prepared:
 
 def speed(config: TrainConfig, prepared: Prepared, model: Any) -> tuple[float, float]:
     """Tokens a second of our optimiser steps, their median, and the MiB of the whole at the peak."""
-    found: list[float] = []
+    speeds: list[float] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
         if step > WARM_UP:
-            found.append(metrics["train/tokens_per_second"])
+            speeds.append(metrics["train/tokens_per_second"])
         if step == STEPS:
             raise Enough
 
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, suppress(Enough):
         train.run(config, prepared, model, Path(folder), log)
-    return statistics.median(found), torch.cuda.max_memory_allocated() / MIB
+    return statistics.median(speeds), torch.cuda.max_memory_allocated() / MIB
 
 
 def trainer_speed(prepared: Prepared, model: Any, vocabulary_pad: int = 0) -> tuple[float, float]:
@@ -284,20 +284,20 @@ def steps(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
     for size, method in (("1.1B", "full"), ("7B", "lora")):
         base = TrainConfig(plw=0.242, method=method, learning_rate=1e-5, max_records=3000, **BATCH)  # type: ignore[arg-type]
         prepared = alpaca(folder, tokenizer, base)
-        found = {}
+        speeds = {}
         for name, change in (
             ("packed", {"packing": True}),
             ("packed, plw 0", {"packing": True, "plw": 0.0}),
             ("padded", {"packing": False}),
         ):
-            found[name] = speed(replace(base, **change), prepared, random_llama(size))
+            speeds[name] = speed(replace(base, **change), prepared, random_llama(size))
             torch.cuda.empty_cache()
         model = adapters.adapt(random_llama(size), base.method, base, 0) if method == "lora" else random_llama(size)
-        found["Trainer"] = trainer_speed(prepared, model.train())
+        speeds["Trainer"] = trainer_speed(prepared, model.train())
         del model
         torch.cuda.empty_cache()
-        own = found.pop("packed")
-        for peer, (rate, mib) in found.items():
+        own = speeds.pop("packed")
+        for peer, (rate, mib) in speeds.items():
             # Rows are the less the better, so times.
             tell(f"{size} {method}, packed", "s per 1M tokens", 1e6 / own[0], peer, 1e6 / rate)
             tell(f"{size} {method}, packed", "MiB", own[1], peer, mib)
@@ -356,24 +356,24 @@ def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
             config, prepared, pretrained.load(str(small)), Path(saved), lambda metrics, step: last.update(metrics)
         )
     print(f"{time.monotonic() - started:.0f} s")
-    for side, there in (("prompt", 0.593), ("completion", 2.015)):
-        tell("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", there)
+    for side, on_cpu in (("prompt", 0.593), ("completion", 2.015)):
+        tell("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", on_cpu)
 
 
-def older_varlen(kernel: Callable[..., Any], query: Any, key: Any, value: Any, *rest: Any, **told: Any) -> Any:
+def older_varlen(kernel: Callable[..., Any], query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
     """What torch before 2.12 lacks: key heads that several query heads share."""
-    if told.pop("enable_gqa"):
+    if options.pop("enable_gqa"):
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
-    return kernel(query, key, value, *rest, **told)
+    return kernel(query, key, value, *rest, **options)
 
 
 def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> list[Row]:
     """The rows of one part, printed as they come; in a process of its own, which has one precision."""
-    found: list[Row] = []
+    rows: list[Row] = []
 
     def tell(*row: str | float) -> None:
-        found.append(Row(*row))  # type: ignore[arg-type]
-        last = found[-1]
+        rows.append(Row(*row))  # type: ignore[arg-type]
+        last = rows[-1]
         print(f"{last.case:<58}{last.metric:<20}{last.ours:>11.4g}  {last.peer:<20}{last.peer_value:>11.4g}", end="")
         print(f"  ratio {last.ratio:.2f}" if last.ours else "", flush=True)
 
@@ -395,7 +395,7 @@ def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> lis
     except Exception:  # such a machine costs by the minute: what was measured is kept, and the other parts go on
         print(traceback.format_exc())
     print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
-    return found
+    return rows
 
 
 @click.command(help=__doc__)
@@ -410,8 +410,8 @@ def main(file: Path, folder: Path, tokenizer_folder: Path, small: Path, parts: s
     rows = []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for part in parts.split(","):
-            found = processes.submit(measure, part, folder, tokenizer_folder, small).result()
-            rows += [asdict(row) | {"device": device} for row in found]
+            of_part = processes.submit(measure, part, folder, tokenizer_folder, small).result()
+            rows += [asdict(row) | {"device": device} for row in of_part]
             file.write_text(json.dumps(rows, indent=2) + "\n")
 
 

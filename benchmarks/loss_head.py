@@ -6,8 +6,8 @@ trains, of the head), over the rows whose weight is not 0, all rows at once; "in
 which spares them the first touch of new memory that ours pays. Full logits are what most trainers do: all logits at
 once, then torch's cross-entropy per token, weighted.
 
-Memory is how far a fresh process grew beyond inputs and gradients. What torch allocates is asserted in tests/test_loss;
-this adds what its matrix library takes.
+Memory is how far a fresh process grew beyond inputs and gradients. What torch allocates is asserted in
+tests/training/test_loss.py; this adds what its matrix library takes.
 """
 
 from __future__ import annotations
@@ -148,11 +148,11 @@ def memory(who: str, case: Case) -> float:
 @click.option("--vocabulary", default=32000, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def main(file: Path, rows: int, width: int, vocabulary: int, repeats: int) -> None:
-    found: list[Row] = []
+    measured: list[Row] = []
 
     def tell(*row: str | float) -> None:
-        found.append(Row(*row))  # type: ignore[arg-type]
-        last = found[-1]
+        measured.append(Row(*row))  # type: ignore[arg-type]
+        last = measured[-1]
         print(f"{last.case:<37}{last.metric:<19}{last.ours:>8.2f}  {last.peer:<25}{last.peer_value:>8.2f}", end="")
         print(f"  ratio {last.ratio:.2f}", flush=True)
 
@@ -171,7 +171,7 @@ def main(file: Path, rows: int, width: int, vocabulary: int, repeats: int) -> No
                 if softcap is None:
                     a_row[plw] = ours * 1e6 / (rows if plw else int((Bench(case).weights != 0).sum()))
             tell(f"{head} head, plw 0", "microseconds a row", a_row[0.0], "plw 0.242", a_row[0.242])
-    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in found], indent=2) + "\n")
+    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in measured], indent=2) + "\n")
 
 
 if __name__ == "__main__":

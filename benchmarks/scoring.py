@@ -1,9 +1,9 @@
 """Our scoring beside the harness's own HFLM:  python -m benchmarks.scoring --json FILE --data-dir DIR
 
 Both answer the same requests with the same model in the same process. They take turns, as shared machines change their
-speed. The seconds, from texts to answers, are medians of CPU time with one thread; on a GPU, of wall time. The peers are
-HFLM with 64 requests at a time, and HFLM with the fastest of several numbers of requests, which is measured first. All
-log-likelihoods and all generations are compared.
+speed. The seconds, from texts to answers, are medians of CPU time with one thread; on a GPU, of wall time. The peers
+are HFLM with 64 requests at a time, and HFLM with the fastest of several numbers of requests, which is measured first.
+All log-likelihoods and all generations are compared.
 
 The cases are ARC-Challenge (4 options) without examples, with 5 examples that are the same for all questions, and with
 5 examples of each question's own, as the harness draws them by default; PIQA (2 options); and greedy generation until
@@ -53,7 +53,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
     """The cases, of so many questions each."""
     arc = [json.loads(line) for line in (folder / "arc_challenge_test.jsonl").read_text().splitlines()]
     piqa = [json.loads(line) for line in (folder / "piqa_valid.jsonl").read_text().splitlines()][:questions]
-    asked, spare = arc[:questions], arc[questions:]
+    questioned, spare = arc[:questions], arc[questions:]
     draw = random.Random(0)
 
     def text(row: dict[str, Any]) -> str:
@@ -63,8 +63,8 @@ def cases(folder: Path, questions: int) -> list[Case]:
         return "".join(f"{text(row)} {row['choices'][row['answer']]}\n\n" for row in rows)
 
     same = examples(spare[:EXAMPLES])
-    own = [examples(draw.sample(spare, EXAMPLES)) for _ in asked]
-    options = [(row, f" {choice}") for row in asked for choice in row["choices"]]
+    own = [examples(draw.sample(spare, EXAMPLES)) for _ in questioned]
+    options = [(row, f" {choice}") for row in questioned for choice in row["choices"]]
     settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
     few_shot = f"{EXAMPLES}-shot, 4 options"
     return [
@@ -77,7 +77,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
             "loglikelihood",
             [
                 (shots + text(row), f" {choice}")
-                for shots, row in zip(own, asked, strict=True)
+                for shots, row in zip(own, questioned, strict=True)
                 for choice in row["choices"]
             ],
         ),
@@ -86,7 +86,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
             "loglikelihood",
             [(f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for row in piqa for name in ("sol1", "sol2")],
         ),
-        _case("generation", "generate_until", [(text(row), settings) for row in asked]),
+        _case("generation", "generate_until", [(text(row), settings) for row in questioned]),
     ]
 
 
