@@ -1,10 +1,10 @@
 """How far a step's gradient is from the true one, however the step is cut:  python -m benchmarks.exactness --json FILE
 
-One optimiser step of 16 examples is taken by the training loop itself, as 1, 2 or 8 micro-batches a process, packed or
-padded, in one process or in two (DDP, FSDP2), at each divisor and scope. Its gradient of all weights is set against one
-computed an example at a time, with all logits, in float64. The figure is the norm of the difference over the norm of
-the gradient, the largest over the PLWs. Beside it stands what float32 costs at the least that anybody pays: the same
-oracle computed in float32.
+The training loop itself takes one optimiser step of 16 examples, as 1, 2 or 8 micro-batches a process, packed or
+padded, in one process or in two (DDP, FSDP2), at each divisor and scope. Its gradient of all weights is compared with
+an oracle: computed an example at a time, with all logits, in float64. The figure is the norm of the difference over the
+norm of the gradient, the largest over the PLWs. Beside it stands the error that float32 makes in any case: that of the
+same oracle computed in float32.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def cases() -> list[Case]:
 
 
 def inputs(model: str, dataset: str, data_options: dict[str, Any]) -> Prepared:
-    """Examples of which the step's 16 are the first, so that they can be known beforehand."""
+    """The examples of the step, and one for validation."""
     options: dict[str, Any] = {"model": model, "dataset": dataset, "max_records": 60} | data_options
     prepared = prepare.run(dataset, pretrained.load_tokenizer(model), TrainConfig(**options))
     training = [prepared.training[index] for index in range(EXAMPLES)]
@@ -95,22 +95,22 @@ def ours(case: Case, plw: float, load: Callable[[], Any], prepared: Prepared, pr
     )
     gradients: list[Tensor] = []
 
-    def look(optimizer: Any, *_: Any) -> None:
+    def record(optimizer: Any, *_: Any) -> None:
         # In the model's order, not the optimiser's, which keeps vectors apart.
-        gradients.append(flat([parameter.grad for parameter in learner.parameters()]))
+        gradients.append(flat([parameter.grad for parameter in model.parameters()]))
 
-    learner = load()
-    hook = register_optimizer_step_pre_hook(look)
+    model = load()
+    hook = register_optimizer_step_pre_hook(record)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            train.run(config, prepared, learner, Path(folder))
+            train.run(config, prepared, model, Path(folder))
     finally:
         hook.remove()
     return gradients[0]
 
 
 def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
-    """A row's length that makes packing yield the case's number of rows; with a divisor a micro-batch, examples do."""
+    """The length of rows with which packing gives as many rows as the case has; None where examples are counted."""
     if not case.packing or case.scope == "micro-batch":
         return None
     rows = EXAMPLES // case.micro_batch_examples
@@ -127,10 +127,10 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
     weights = Weights(plw)
     model.zero_grad()
     for group in groups:
-        by_example = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
-        whole = torch.cat(by_example)
-        divisor = whole.sum() if case.divisor == "weights" else whole.count_nonzero()
-        for index, weight in zip(group, by_example, strict=True):
+        token_weights = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
+        all_weights = torch.cat(token_weights)
+        divisor = all_weights.sum() if case.divisor == "weights" else all_weights.count_nonzero()
+        for index, weight in zip(group, token_weights, strict=True):
             tokens = torch.from_numpy(examples[index].tokens).long()
             logits = model(tokens.unsqueeze(0)).logits[0, :-1]
             nll = nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
@@ -139,9 +139,9 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
 
 
 def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared) -> list[tuple[Case, float, float]]:
-    """Each case of a spread with the largest error over PLWs, ours and float32's own; of use in the first process."""
+    """Each case of a spread with the largest errors over the PLWs, ours and that of float32; empty but on rank 0."""
     exact, single = load().double(), load()
-    results = []
+    rows = []
     oracles: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
     for case in cases():
         if case.spread != spread:
@@ -159,8 +159,8 @@ def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared)
             true, floor = oracles[key]
             errors.append((float((gradient - true).norm() / true.norm()), floor))
         if errors:
-            results.append((case, max(error for error, _ in errors), max(floor for _, floor in errors)))
-    return results
+            rows.append((case, max(error for error, _ in errors), max(floor for _, floor in errors)))
+    return rows
 
 
 def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepared, file: str) -> None:
@@ -169,9 +169,9 @@ def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepar
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TQDM_DISABLE"] = "1"
-    results = measure(rank, spread, partial(pretrained.load, model), prepared)
+    rows = measure(rank, spread, partial(pretrained.load, model), prepared)
     if rank == 0:
-        torch.save(results, file)
+        torch.save(rows, file)
 
 
 @click.command(help=__doc__)

@@ -1,6 +1,6 @@
-"""What one NVIDIA GPU makes of training:  python -m benchmarks.gpu --json FILE --data-dir DIR --tokenizer DIR
+"""Training on one NVIDIA GPU, measured:  python -m benchmarks.gpu --json FILE --data-dir DIR --tokenizer DIR
 
-Needs no MLflow. Parts, each of which can be left out:
+It needs no MLflow. Its parts, any of which can be left out:
 
 heads   the loss head beside bare matrix products and beside full logits: milliseconds, and MiB at the peak
 exact32 gradients of packed and padded steps against the float64 oracle of benchmarks.exactness; exact16 in bfloat16
@@ -63,7 +63,7 @@ BATCH: dict[str, Any] = {
 
 
 class Enough(Exception):
-    """Ends a training whose speed is known."""
+    """Ends a training that has been measured."""
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -80,7 +80,7 @@ def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def peak(run: Callable[[], Any]) -> float:
-    """MiB that `run` takes at the most beyond what there is."""
+    """MiB that `run` allocates at most beyond what is allocated before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -122,27 +122,27 @@ class Head:
         self.hidden.grad = self.head.grad = None
 
 
-def heads(tell: Callable[..., None]) -> None:
+def heads(report: Callable[..., None]) -> None:
     torch.manual_seed(0)
     left, right = (torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     total = torch.randn(4096, 4096, device="cuda")
     expected = total.double() + left.T.double() @ right.double()
     loss._add_product(total, left.T, right, 2**20)
-    tell("the head's gradient", "relative error", float((total - expected).norm() / expected.norm()), "none", 0.0)
+    report("the head's gradient", "relative error", float((total - expected).norm() / expected.norm()), "none", 0.0)
     for vocabulary, trains, plw in itertools.product(VOCABULARIES, (False, True), (0.0, 0.242)):
         head = Head(vocabulary, trains, plw)
         case = f"{'trained' if trains else 'frozen'} head of {vocabulary}, plw {plw:g}"
         own = milliseconds(head.ours)
-        tell(case, "ms", own, "bare products", milliseconds(head.bare_products))
-        tell(case, "ms", own, "full logits", milliseconds(head.full_logits))
-        tell(case, "MiB", peak(head.ours), "full logits", peak(head.full_logits))
+        report(case, "ms", own, "bare products", milliseconds(head.bare_products))
+        report(case, "ms", own, "full logits", milliseconds(head.full_logits))
+        report(case, "MiB", peak(head.ours), "full logits", peak(head.full_logits))
         mib = loss.BUDGET_BYTES_CUDA // MIB
         for other in (mib // 4, mib * 2):
             with patch.object(loss, "BUDGET_BYTES_CUDA", other * MIB):
-                tell(f"{case}, budget {mib} MiB", "ms", own, f"budget {other} MiB", milliseconds(head.ours))
+                report(f"{case}, budget {mib} MiB", "ms", own, f"budget {other} MiB", milliseconds(head.ours))
 
 
-def exact(tell: Callable[..., None], precision: str) -> None:
+def exact(report: Callable[..., None], precision: str) -> None:
     """The relative error of a step's gradient."""
     prepared = exactness.inputs("toy", "toy-short", {"on_bad_record": "skip"})
     true_model, plain = pretrained.load("toy").double(), pretrained.load("toy")
@@ -156,11 +156,11 @@ def exact(tell: Callable[..., None], precision: str) -> None:
             single = exactness.oracle(case, plw, plain, prepared.training)
             errors.append(float((own - true).norm() / true.norm()))
             floors.append(float((single - true).norm() / true.norm()))
-        tell(f"{case}, {precision}", "relative error", max(errors), "float32, plain, CPU", max(floors))
+        report(f"{case}, {precision}", "relative error", max(errors), "float32, plain, CPU", max(floors))
 
 
-def resume(tell: Callable[..., None]) -> None:
-    """How far the weights of a resumed training, and of one done again, are from an undisturbed one's: the largest."""
+def resume(report: Callable[..., None]) -> None:
+    """The largest difference of the weights of a resumed training, and of a repeated one, from an undisturbed one's."""
     prepared = exactness.inputs("toy", "toy-short", {"on_bad_record": "skip"})
     config = TrainConfig(epochs=6, batch_examples=8, micro_batch_examples=4, save_every=4, eval_every=99)
 
@@ -178,7 +178,7 @@ def resume(tell: Callable[..., None]) -> None:
         resumed = training(c)
     for name, other in (("again", again), ("resumed", resumed)):
         pairs = zip(undisturbed.parameters(), other.parameters(), strict=True)
-        tell(
+        report(
             f"training {name}",
             "largest difference",
             max(float((x - y).detach().abs().max()) for x, y in pairs),
@@ -210,18 +210,18 @@ def alpaca(folder: Path, tokenizer: Any, options: TrainConfig) -> Prepared:
 
 def speed(config: TrainConfig, prepared: Prepared, model: Any) -> tuple[float, float]:
     """Tokens a second of our optimiser steps, their median, and the MiB of the whole at the peak."""
-    speeds: list[float] = []
+    rates: list[float] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
         if step > WARM_UP:
-            speeds.append(metrics["train/tokens_per_second"])
+            rates.append(metrics["train/tokens_per_second"])
         if step == STEPS:
             raise Enough
 
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, suppress(Enough):
         train.run(config, prepared, model, Path(folder), log)
-    return statistics.median(speeds), torch.cuda.max_memory_allocated() / MIB
+    return statistics.median(rates), torch.cuda.max_memory_allocated() / MIB
 
 
 def trainer_speed(prepared: Prepared, model: Any, vocabulary_pad: int = 0) -> tuple[float, float]:
@@ -280,7 +280,7 @@ def trainer_speed(prepared: Prepared, model: Any, vocabulary_pad: int = 0) -> tu
     return (after - before) / (end - start), torch.cuda.max_memory_allocated() / MIB
 
 
-def steps(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
+def steps(report: Callable[..., None], folder: Path, tokenizer: Any) -> None:
     for size, method in (("1.1B", "full"), ("7B", "lora")):
         base = TrainConfig(plw=0.242, method=method, learning_rate=1e-5, max_records=3000, **BATCH)  # type: ignore[arg-type]
         prepared = alpaca(folder, tokenizer, base)
@@ -298,12 +298,12 @@ def steps(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
         torch.cuda.empty_cache()
         own = speeds.pop("packed")
         for peer, (rate, mib) in speeds.items():
-            # Rows are the less the better, so times.
-            tell(f"{size} {method}, packed", "s per 1M tokens", 1e6 / own[0], peer, 1e6 / rate)
-            tell(f"{size} {method}, packed", "MiB", own[1], peer, mib)
+            # In every row less is better: hence times.
+            report(f"{size} {method}, packed", "s per 1M tokens", 1e6 / own[0], peer, 1e6 / rate)
+            report(f"{size} {method}, packed", "MiB", own[1], peer, mib)
 
 
-def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
+def qlora(report: Callable[..., None], folder: Path, tokenizer: Any) -> None:
     base = TrainConfig(plw=0.242, method="lora", learning_rate=1e-3, max_records=3000, **BATCH)
     prepared = alpaca(folder, tokenizer, base)
     with tempfile.TemporaryDirectory() as saved:
@@ -311,8 +311,8 @@ def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
         plain = speed(base, prepared, pretrained.load(saved).cuda())
         torch.cuda.empty_cache()
         quantised = speed(replace(base, method="qlora"), prepared, pretrained.load(saved, four_bit=torch.bfloat16))
-        tell("1.1B qlora, packed", "s per 1M tokens", 1e6 / quantised[0], "lora", 1e6 / plain[0])
-        tell("1.1B qlora, packed", "MiB", quantised[1], "lora", plain[1])
+        report("1.1B qlora, packed", "s per 1M tokens", 1e6 / quantised[0], "lora", 1e6 / plain[0])
+        report("1.1B qlora, packed", "MiB", quantised[1], "lora", plain[1])
         short = replace(base, method="qlora", epochs=0.2, warmup_ratio=0.0)
         curve: dict[int, float] = {}
         checkpoints = Path(saved) / "checkpoints"
@@ -323,18 +323,20 @@ def qlora(tell: Callable[..., None], folder: Path, tokenizer: Any) -> None:
             checkpoints,
             lambda metrics, step: curve.update({step: metrics.get("eval/completion_loss", curve.get(step - 1, 0.0))}),
         ).model
-        tell("1.1B qlora", "completion loss", curve[max(curve)], "before", curve[0])
+        report("1.1B qlora", "completion loss", curve[max(curve)], "before", curve[0])
         tokens = torch.from_numpy(prepared.validation[0].tokens).long().cuda().unsqueeze(0)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             before = trained(tokens).logits.float()
         merged = adapters.merge(trained, Path(saved) / "adapter").cuda()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             after = merged(tokens).logits.float()
-        tell("1.1B qlora, merged", "relative change of logits", float((after - before).norm() / before.norm()), "", 0.0)
+        report(
+            "1.1B qlora, merged", "relative change of logits", float((after - before).norm() / before.norm()), "", 0.0
+        )
 
 
-def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
-    """As the figure of docs/training.md is made."""
+def curve(report: Callable[..., None], folder: Path, small: Path) -> None:
+    """The losses at the end of the curve in the figure of docs/training.md."""
     tokenizer = pretrained.load_tokenizer(str(small))
     config = TrainConfig(
         plw=0.242,
@@ -356,12 +358,12 @@ def curve(tell: Callable[..., None], folder: Path, small: Path) -> None:
             config, prepared, pretrained.load(str(small)), Path(saved), lambda metrics, step: last.update(metrics)
         )
     print(f"{time.monotonic() - started:.0f} s")
-    for side, on_cpu in (("prompt", 0.593), ("completion", 2.015)):
-        tell("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", on_cpu)
+    for side, cpu_loss in (("prompt", 0.593), ("completion", 2.015)):
+        report("curve, plw 0.242", f"{side} loss", last[f"eval/{side}_loss"], "CPU", cpu_loss)
 
 
 def older_varlen(kernel: Callable[..., Any], query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
-    """What torch before 2.12 lacks: key heads that several query heads share."""
+    """The kernel of torch before 2.12, with key heads that several query heads share."""
     if options.pop("enable_gqa"):
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     return kernel(query, key, value, *rest, **options)
@@ -371,7 +373,7 @@ def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> lis
     """The rows of one part, printed as they come; in a process of its own, which has one precision."""
     rows: list[Row] = []
 
-    def tell(*row: str | float) -> None:
+    def report(*row: str | float) -> None:
         rows.append(Row(*row))  # type: ignore[arg-type]
         last = rows[-1]
         print(f"{last.case:<58}{last.metric:<20}{last.ours:>11.4g}  {last.peer:<20}{last.peer_value:>11.4g}", end="")
@@ -381,18 +383,18 @@ def measure(part: str, folder: Path, tokenizer_folder: Path, small: Path) -> lis
     if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
         varlen.varlen_attn = functools.partial(older_varlen, varlen.varlen_attn)
     runs: dict[str, Callable[[], None]] = {
-        "heads": lambda: heads(tell),
-        "exact32": lambda: exact(tell, "float32"),
-        "exact16": lambda: exact(tell, "bfloat16"),
-        "resume": lambda: resume(tell),
-        "steps": lambda: steps(tell, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
-        "qlora": lambda: qlora(tell, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
-        "curve": lambda: curve(tell, folder, small),
+        "heads": lambda: heads(report),
+        "exact32": lambda: exact(report, "float32"),
+        "exact16": lambda: exact(report, "bfloat16"),
+        "resume": lambda: resume(report),
+        "steps": lambda: steps(report, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
+        "qlora": lambda: qlora(report, folder, pretrained.load_tokenizer(str(tokenizer_folder))),
+        "curve": lambda: curve(report, folder, small),
     }
     started = time.monotonic()
     try:
         runs[part]()
-    except Exception:  # such a machine costs by the minute: what was measured is kept, and the other parts go on
+    except Exception:  # a GPU is paid by the minute: what was measured is kept, and the other parts still run
         print(traceback.format_exc())
     print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
     return rows
@@ -410,8 +412,8 @@ def main(file: Path, folder: Path, tokenizer_folder: Path, small: Path, parts: s
     rows = []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for part in parts.split(","):
-            of_part = processes.submit(measure, part, folder, tokenizer_folder, small).result()
-            rows += [asdict(row) | {"device": device} for row in of_part]
+            part_rows = processes.submit(measure, part, folder, tokenizer_folder, small).result()
+            rows += [asdict(row) | {"device": device} for row in part_rows]
             file.write_text(json.dumps(rows, indent=2) + "\n")
 
 

@@ -1,13 +1,13 @@
 """The loss head beside its bare matrix products and beside full logits:  python -m benchmarks.loss_head --json FILE
 
 Seconds of forward and backward are medians of repeats in which ours and its peers take turns, as shared machines change
-speed. The bare products are those that no loss can do without (logits, gradient of the hidden states and, where it
-trains, of the head), over the rows whose weight is not 0, all rows at once; "in place" into arrays made beforehand,
-which spares them the first touch of new memory that ours pays. Full logits are what most trainers do: all logits at
-once, then torch's cross-entropy per token, weighted.
+speed. The bare products are those that no loss can do without: logits, gradient of the hidden states and, where it
+trains, of the head, over the rows whose weight is not 0, all rows at once. "In place" they are written into arrays made
+beforehand, which saves touching new memory for the first time, as ours does. Full logits are what most trainers take:
+all logits at once, then torch's cross-entropy per token, weighted.
 
-Memory is how far a fresh process grew beyond inputs and gradients. What torch allocates is asserted in
-tests/training/test_loss.py; this adds what its matrix library takes.
+Memory is by how much a fresh process grew beyond inputs and gradients. A test asserts what torch allocates
+(tests/training/test_loss.py); this adds what its matrix library takes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row:
     """One figure of ours beside a peer's."""
 
     case: str
-    metric: str  # the less the better
+    metric: str  # less is better
     ours: float
     peer: str
     peer_value: float
@@ -117,15 +117,15 @@ class Bench:
 def seconds(case: Case, repeats: int) -> dict[str, float]:
     """Median seconds of ours and of each peer, taking turns."""
     bench = Bench(case)
-    everyone = {
+    contestants = {
         "ours": bench.ours,
         "bare products": bench.bare_products(),
         "bare products, in place": bench.bare_products_in_place(),
         "full logits": bench.full_logits,
     }
-    taken: dict[str, list[float]] = {who: [] for who in everyone}
+    taken: dict[str, list[float]] = {who: [] for who in contestants}
     for _ in range(repeats):
-        for who, run in everyone.items():
+        for who, run in contestants.items():
             bench.hidden.grad = bench.head.grad = None
             started = time.perf_counter()
             run()
@@ -148,30 +148,36 @@ def memory(who: str, case: Case) -> float:
 @click.option("--vocabulary", default=32000, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def main(file: Path, rows: int, width: int, vocabulary: int, repeats: int) -> None:
-    measured: list[Row] = []
+    results: list[Row] = []
 
-    def tell(*row: str | float) -> None:
-        measured.append(Row(*row))  # type: ignore[arg-type]
-        last = measured[-1]
+    def report(*row: str | float) -> None:
+        results.append(Row(*row))  # type: ignore[arg-type]
+        last = results[-1]
         print(f"{last.case:<37}{last.metric:<19}{last.ours:>8.2f}  {last.peer:<25}{last.peer_value:>8.2f}", end="")
         print(f"  ratio {last.ratio:.2f}", flush=True)
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for head in ("frozen", "trained"):
-            a_row = {}
+            microseconds_per_row = {}
             for plw, softcap in ((0.0, None), (0.242, None), (0.242, 30.0)):
                 case = Case(plw, head, softcap, rows, width, vocabulary)
                 taken = processes.submit(seconds, case, repeats).result()
                 ours = taken.pop("ours")
                 for peer, value in taken.items():
-                    tell(str(case), "seconds", ours, peer, value)
+                    report(str(case), "seconds", ours, peer, value)
                 grown = processes.submit(memory, "ours", case).result()
-                tell(str(case), "MiB", grown, "budget", loss.BUDGET_BYTES / MIB)
-                tell(str(case), "MiB", grown, "full logits", processes.submit(memory, "full_logits", case).result())
+                report(str(case), "MiB", grown, "budget", loss.BUDGET_BYTES / MIB)
+                report(str(case), "MiB", grown, "full logits", processes.submit(memory, "full_logits", case).result())
                 if softcap is None:
-                    a_row[plw] = ours * 1e6 / (rows if plw else int((Bench(case).weights != 0).sum()))
-            tell(f"{head} head, plw 0", "microseconds a row", a_row[0.0], "plw 0.242", a_row[0.242])
-    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in measured], indent=2) + "\n")
+                    microseconds_per_row[plw] = ours * 1e6 / (rows if plw else int((Bench(case).weights != 0).sum()))
+            report(
+                f"{head} head, plw 0",
+                "microseconds a row",
+                microseconds_per_row[0.0],
+                "plw 0.242",
+                microseconds_per_row[0.242],
+            )
+    file.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in results], indent=2) + "\n")
 
 
 if __name__ == "__main__":

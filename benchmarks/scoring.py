@@ -53,7 +53,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
     """The cases, of so many questions each."""
     arc = [json.loads(line) for line in (folder / "arc_challenge_test.jsonl").read_text().splitlines()]
     piqa = [json.loads(line) for line in (folder / "piqa_valid.jsonl").read_text().splitlines()][:questions]
-    questioned, spare = arc[:questions], arc[questions:]
+    asked, spare = arc[:questions], arc[questions:]
     draw = random.Random(0)
 
     def text(row: dict[str, Any]) -> str:
@@ -63,8 +63,8 @@ def cases(folder: Path, questions: int) -> list[Case]:
         return "".join(f"{text(row)} {row['choices'][row['answer']]}\n\n" for row in rows)
 
     same = examples(spare[:EXAMPLES])
-    own = [examples(draw.sample(spare, EXAMPLES)) for _ in questioned]
-    options = [(row, f" {choice}") for row in questioned for choice in row["choices"]]
+    own = [examples(draw.sample(spare, EXAMPLES)) for _ in asked]
+    options = [(row, f" {choice}") for row in asked for choice in row["choices"]]
     settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
     few_shot = f"{EXAMPLES}-shot, 4 options"
     return [
@@ -77,7 +77,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
             "loglikelihood",
             [
                 (shots + text(row), f" {choice}")
-                for shots, row in zip(own, questioned, strict=True)
+                for shots, row in zip(own, asked, strict=True)
                 for choice in row["choices"]
             ],
         ),
@@ -86,7 +86,7 @@ def cases(folder: Path, questions: int) -> list[Case]:
             "loglikelihood",
             [(f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for row in piqa for name in ("sol1", "sol2")],
         ),
-        _case("generation", "generate_until", [(text(row), settings) for row in questioned]),
+        _case("generation", "generate_until", [(text(row), settings) for row in asked]),
     ]
 
 
