@@ -1,6 +1,6 @@
 """Language models without a model: they answer the harness from the raw benchmark files, which they read themselves.
 
-They share no code with benchmark_data.py: a gold answer that is wired wrong there does not agree with theirs.
+They share no code with local_documents.py, so that a wrong answer key there does not agree with theirs.
 """
 
 import json
