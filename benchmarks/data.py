@@ -85,7 +85,7 @@ def peer(dataset: Path, tokenizer: object, cache: Path) -> float:
     "--many", default=2_000_000, show_default=True, help="Generated records of the case that is about memory."
 )
 def main(file: Path, dataset: Path | None, tokenizer: str, records: int, many: int) -> None:
-    found = []
+    rows = []
     print(f"{'case':<44}{'metric':<9}{'ours':>10}{'datasets':>10}")
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -107,9 +107,9 @@ def main(file: Path, dataset: Path | None, tokenizer: str, records: int, many: i
                 for metric in both[0]:
                     case, mine, theirs = f"{name}, {call}", both[0][metric], both[1][metric]
                     row = {"case": case, "metric": metric, "ours": mine, "peer": "datasets.map", "peer_value": theirs}
-                    found.append(row | {"ratio": theirs / mine})
+                    rows.append(row | {"ratio": theirs / mine})
                     print(f"{case:<44}{metric:<9}{mine:>10.2f}{theirs:>10.2f}   ratio {theirs / mine:.2f}", flush=True)
-    file.write_text(json.dumps(found, indent=2) + "\n")
+    file.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Outcome:
 
     fault: str
     what: str
-    found: int
+    count: int
     of: str
     whole: int
 
@@ -66,10 +66,10 @@ class Outcome:
         return {
             "case": self.fault,
             "metric": self.what,
-            "ours": self.found,
+            "ours": self.count,
             "peer": self.of,
             "peer_value": self.whole,
-            "ratio": self.found / self.whole,
+            "ratio": self.count / self.whole,
         }
 
 
@@ -206,24 +206,24 @@ def disturb(folder: Path, kills: int, terms: int, seed: int, methods: Sequence[s
             raise RuntimeError(f"an undisturbed training has failed:\n{(folder / 'output').read_text()}")
         seconds[method] = time.monotonic() - started
         undisturbed[method] = (folder / "digest").read_text()
-    found = []
+    outcomes = []
     for number, name, message in ((kills, "SIGKILL", signal.SIGKILL), (terms, "SIGTERM", signal.SIGTERM)):
         count = _interrupt(trainer, undisturbed, seconds, number, message, rng)
         fault = f"{number} {name}s"
-        found.append(
+        outcomes.append(
             Outcome(fault, "trainings that end in the undisturbed bits", count["same"], "trainings", count["all"])
         )
-        found.append(Outcome(fault, "sent while a checkpoint was written", count["saving"], name + "s", number))
+        outcomes.append(Outcome(fault, "sent while a checkpoint was written", count["saving"], name + "s", number))
         if message == signal.SIGTERM:
             ended = count["130"] + count["0"]  # 0 where the training was done when the signal came
-            found.append(Outcome(fault, "end with status 130, or were done", ended, name + "s", number))
+            outcomes.append(Outcome(fault, "end with status 130, or were done", ended, name + "s", number))
     same = [_fill_the_disk(trainer, method) == undisturbed[method] for method in methods]
     fault = f"disk full, steps {STEPS_TO_FILL[0]} to {STEPS_TO_FILL[1]}"
-    found.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
+    outcomes.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
     same = [_kill_on_a_full_disk(trainer, method) == undisturbed[method] for method in methods]
     fault = "disk full to the end, then SIGKILL"
-    found.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
-    return found
+    outcomes.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
+    return outcomes
 
 
 def _interrupt(
@@ -429,17 +429,17 @@ def main(file: Path, kills: int, terms: int, seed: int, server: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "trainings").mkdir()
         with fresh_process() as process:
-            found = process.submit(disturb, Path(scratch) / "trainings", kills, terms, seed).result()
+            outcomes = process.submit(disturb, Path(scratch) / "trainings", kills, terms, seed).result()
         if server:
             mlflow_server = MlflowServer(Path(scratch))
             try:
-                found += lose_server(mlflow_server, Path(scratch))
+                outcomes += lose_server(mlflow_server, Path(scratch))
             finally:
                 mlflow_server.kill()
-    for one in found:
-        print(f"{one.fault:<45}{one.what:<45}{one.found:>5} of {one.whole} {one.of}")
+    for outcome in outcomes:
+        print(f"{outcome.fault:<45}{outcome.what:<45}{outcome.count:>5} of {outcome.whole} {outcome.of}")
     print(f"{time.monotonic() - started:.0f} s")
-    file.write_text(json.dumps([one.row() for one in found], indent=2) + "\n")
+    file.write_text(json.dumps([outcome.row() for outcome in outcomes], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -146,9 +146,8 @@ def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -
     """
     total, count = 0.0, 0
     for tokens in prompts:
-        batch = torch.tensor(tokens.astype(np.int64), device=model.device)[
-            None
-        ]  # a copy: stored examples are read-only
+        # Cast, and so copied, as stored examples are read-only.
+        batch = torch.tensor(tokens.astype(np.int64), device=model.device).unsqueeze(0)
         both: list[Tensor] = [each(batch).logits[0].float() for each in (model, base)]
         common = min(logits.shape[1] for logits in both)
         ours, theirs = (logits[:, :common].log_softmax(1) for logits in both)

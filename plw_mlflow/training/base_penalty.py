@@ -44,9 +44,8 @@ class BasePenalty:
         before they are clipped.
         """
         values = []
-        self._bases = [
-            (parameter, base.to(parameter.device)) for parameter, base in self._bases
-        ]  # the model may have moved to a GPU
+        # The model may have moved to a GPU.
+        self._bases = [(parameter, base.to(parameter.device)) for parameter, base in self._bases]
         for parameter, base in self._bases:
             value, gradient = self._of(parameter.detach() - base)
             values.append(value)

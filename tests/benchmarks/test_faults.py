@@ -13,15 +13,15 @@ from tests.stores import make_store
 def complete(outcomes, *but):
     """Whether everything that was to be found was found, except where that is a matter of luck."""
     assert outcomes
-    return all(one.found == one.whole for one in outcomes if one.what not in but)
+    return all(outcome.count == outcome.whole for outcome in outcomes if outcome.what not in but)
 
 
 @pytest.mark.slow
 def test_killed_and_starved_trainings_end_in_the_undisturbed_bits(tmp_path):
     with faults.fresh_process() as process:
-        found = process.submit(faults.disturb, tmp_path, kills=2, terms=1, seed=1, methods=["lora"]).result()
-    assert {one.fault for one in found} >= {"2 SIGKILLs", "1 SIGTERMs", "disk full to the end, then SIGKILL"}
-    assert complete(found, "sent while a checkpoint was written")
+        outcomes = process.submit(faults.disturb, tmp_path, kills=2, terms=1, seed=1, methods=["lora"]).result()
+    assert {outcome.fault for outcome in outcomes} >= {"2 SIGKILLs", "1 SIGTERMs", "disk full to the end, then SIGKILL"}
+    assert complete(outcomes, "sent while a checkpoint was written")
 
 
 @pytest.mark.slow
@@ -32,8 +32,8 @@ def test_a_lost_server_and_a_killed_training_leave_every_step_in_the_curves_once
         database.execute("UPDATE experiments SET artifact_location = 'mlflow-artifacts:/0'")
         database.commit()
     with closing(Server(store, tmp_path)) as server:
-        found = faults.lose_server(server, tmp_path)
-    assert complete(found)
+        outcomes = faults.lose_server(server, tmp_path)
+    assert complete(outcomes)
     assert "the tracking store takes metrics again" in (tmp_path / "output").read_text()
 
 
@@ -49,5 +49,5 @@ def test_steps_that_are_lost_or_doubled_are_counted(rows, once, tmp_path):
         database.execute("INSERT INTO metrics VALUES ('old', 'train/loss', 3, 0.0)")
         database.commit()
     curves, in_store = faults.count_points(tmp_path / "mlflow.db")
-    assert (curves.found, curves.whole) == (once, 2)
-    assert (in_store.found, in_store.whole) == (len(rows), 2)
+    assert (curves.count, curves.whole) == (once, 2)
+    assert (in_store.count, in_store.whole) == (len(rows), 2)
