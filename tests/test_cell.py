@@ -2,10 +2,12 @@
 
 import json
 
+import mlflow
 import pytest
 
 from plw_mlflow import cell, tracking
-from plw_mlflow.config import TrainConfig
+from plw_mlflow.config import EvaluateConfig, TrainConfig
+from plw_mlflow.errors import UserError
 from plw_mlflow.models import pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -72,3 +74,12 @@ def test_processes_other_than_the_first_take_part_in_the_training_and_open_no_ru
     assert len(prepared.training) + len(prepared.validation) == 20
     assert callbacks == {}  # nothing is logged, and no checkpoint copied
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_run_that_is_no_cells_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run() as run:
+        pass
+    monkeypatch.setattr(cell.tracking, "load_model", lambda run: pytest.fail("the model is loaded"))
+    with pytest.raises(UserError, match="is not the run of a cell"):
+        cell.score_model(EvaluateConfig(run_id=run.info.run_id, checkpoint_dir=tmp_path))
