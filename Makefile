@@ -38,10 +38,10 @@ bench: setup ## benchmarks that need nothing but this machine
 	$(BIN)/python -m benchmarks.faults --json output/faults.json
 	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
 
-mlproject: setup ## write MLproject anew, after a change of options in plw_mlflow/config
+mlproject: setup ## write MLproject again, after a change of options in plw_mlflow/config
 	$(BIN)/python -m tests.write_mlproject
 
-hashes: setup ## write the image's list of packages anew, after a change of conda.yaml
+hashes: setup ## write the image's list of packages again, after a change of conda.yaml
 	$(BIN)/python image/hashes.py "$(CPU_INDEX)"
 
 # Both images have the name that MLproject gives. A base from a registry is named by its digest even where BASE is a tag, so that

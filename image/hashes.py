@@ -66,7 +66,7 @@ def resolve(requirements: list[str], *options: str) -> dict[str, str]:
 
 
 def write(cpu_index: str) -> None:
-    """Write the lists anew. cpu_index: the package index that has torch's builds without CUDA; "" for none more."""
+    """Write the lists again. cpu_index: the package index that has torch's builds without CUDA; "" for none more."""
     requirements = listed((ROOT / "conda.yaml").read_text())
     (torch,) = (line for line in requirements if line.startswith("torch=="))
     names = {normalized(line.partition("==")[0]) for line in requirements} - {"torch"}

@@ -186,13 +186,13 @@ def _model(name: str, *, is_scored: bool = False) -> None:
         raise UserError(f"folder {name} holds no weights: it has no file {' or '.join(WEIGHTS)}")
 
 
-def _tokenizer(what: str, name: str) -> None:
-    folder = _place(what, name)
+def _tokenizer(kind: str, name: str) -> None:
+    folder = _place(kind, name)
     if folder is not None and not _has(folder, TOKENIZERS):
         raise UserError(f"folder {name} holds no tokenizer; name one with --tokenizer")
 
 
-def _place(what: str, name: str) -> Path | None:
+def _place(kind: str, name: str) -> Path | None:
     """The folder that the name of a model or tokenizer means; None for toy, and for what may be on the hub."""
     known = ["toy", *MODELS]
     if name in known:
@@ -200,13 +200,13 @@ def _place(what: str, name: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"{what} {name} is a file; give the folder that holds it")
+        raise UserError(f"{kind} {name} is a file; give the folder that holds it")
     near = did_you_mean(name, known)
     # The hub's oldest models have ids without an owner, such as gpt2.
     if HUB_ID.fullmatch(name) or (HUB_ID.fullmatch(f"owner/{name}") and not near):
         return None
     raise UserError(
-        f"{what} {name!r} is not a folder on this machine, nor a hub id (OWNER/NAME@REVISION), nor one of "
+        f"{kind} {name!r} is not a folder on this machine, nor a hub id (OWNER/NAME@REVISION), nor one of "
         f"{', '.join(known)}{did_you_mean(name, known, folders=[])}"
     )
 

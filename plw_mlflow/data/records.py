@@ -37,7 +37,7 @@ class Record:
         texts = [self.instruction, self.input, self.output]
         for message in self.messages:
             texts += [message.role if message.is_trained else f"{message.role}, not trained on", message.content]
-        # NUL between the texts; one inside a text is told from it by the \x01 before it.
+        # NUL between the texts; a NUL inside a text has a \x01 before it.
         escaped = (text.replace("\x01", "\x01\x01").replace("\x00", "\x01\x00") for text in texts)
         return hashlib.sha256("\x00".join(escaped).encode("utf-8", "surrogatepass")).digest()[:16]
 

@@ -46,7 +46,7 @@ class Split:
     is_dropped: np.ndarray  # those of them that are not cut but left out
     is_training: np.ndarray
     is_validation: np.ndarray
-    is_without_completion: np.ndarray  # of which no token of the completion is left, though they are not dropped
+    is_without_completion: np.ndarray  # not dropped, but with no token of the completion left
 
 
 def join(stores: Sequence[Store]) -> Rows:

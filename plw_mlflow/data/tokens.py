@@ -70,7 +70,7 @@ class Encoder:
             if token.special
         }
         self._opening, self._closing = ([], []) if template.is_whole else _around(tokenizer)
-        # Padding and truncation are what the last call through transformers left behind; each call sets them anew.
+        # Padding and truncation are what the last call through transformers left behind; each call sets them again.
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
         self._serialised: str = tokenizer.backend_tokenizer.to_str()

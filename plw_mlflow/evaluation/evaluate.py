@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from plw_mlflow.config import ScoreOptions
+from plw_mlflow.environment import provenance
 from plw_mlflow.environment.progress import SECONDS_BEFORE_BAR
 from plw_mlflow.evaluation import bleu, samples, scores, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
@@ -92,7 +93,7 @@ def _ask(
     from lm_eval import evaluator
 
     evaluator.add_env_info = lambda results: None  # it starts pip and others, for seconds; environment.json says it
-    evaluator.get_git_commit_hash = lambda: None  # of the folder it is run in; git complains where that has none
+    evaluator.get_git_commit_hash = provenance.commit  # its own is of the folder it runs in, where git may complain
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
     bleu.without_standard_error(tasks.loaded)
     with redirect_stdout(StringIO()), _bars_only_when_slow():  # it prints that it bootstraps, whoever reads the output

@@ -91,7 +91,7 @@ SETS: dict[str, tuple[Benchmark, ...]] = {
     # The study's text and table say MC1; its figures, and so all its numbers, show mc2.
     "huerta2024-v1": _version_1("truthfulqa_mc2", "truthfulqa_mc1"),
     "huerta2024-v1-mc1": _version_1("truthfulqa_mc1", "truthfulqa_mc2"),
-    # Version 4 sorts its tasks anew. Which of TruthfulQA-Gen's metrics it used is not known.
+    # Version 4 sorts its tasks in another way. Which of TruthfulQA-Gen's metrics it used is not known.
     "huerta2024-v4": (
         *CHOICE,
         Benchmark("truthfulqa_mc2", "acc", 0, "multiple-choice"),
