@@ -63,7 +63,7 @@ test-image: setup ## tests of the Docker image, once it is made
 setup: .venv/installed ## make .venv and install the packages of conda.yaml (minutes and gigabytes)
 
 # Prints a line for each stage, and whatever pip has to say of errors.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
 .venv/installed: conda.yaml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; say which with make PYTHON=..."; exit 2; }
 	@echo "setup 1/3: a virtual environment in .venv"
