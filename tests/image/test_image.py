@@ -306,7 +306,7 @@ def check_it_goes_on(project, how, **given):
 
 def test_an_image_of_other_code_is_refused_unless_allowed(new_project):
     project = new_project()
-    with (project.folder / "plw_mlflow" / "loss.py").open("a") as code:
+    with (project.folder / "plw_mlflow" / "training" / "loss.py").open("a") as code:
         code.write("# a change\n")
     out = project.run("prepare", status=1)
     assert "was built from other code than" in out
@@ -436,7 +436,7 @@ def test_no_secret_of_the_build_is_in_a_layer_or_in_the_history(tmp_path):
     assert all(secrets)
     # What is there is found: in the history, in a layer.
     assert find_in_image("org.opencontainers.image.version", tmp_path)
-    first_line = (ROOT / "plw_mlflow" / "origin.py").read_text().splitlines()[0]
+    first_line = (ROOT / "plw_mlflow" / "environment" / "provenance.py").read_text().splitlines()[0]
     assert find_in_image(first_line, tmp_path)
     assert [secret for secret in secrets if find_in_image(secret, tmp_path)] == []
 
