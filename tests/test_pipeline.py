@@ -228,6 +228,7 @@ def test_mlflow_run_joins_the_run_and_keeps_the_callers_spelling(new_place):
     assert new_place.runs()[0].info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_last_checkpoint(new_place):
     command = ("main", "--max-records", "600", "--epochs", "2", "--save-every", "3", "--limit", "2")
     process = new_place.start(*command)
