@@ -32,7 +32,7 @@ from plw_mlflow.config import (
 from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import answer_ends
-from plw_mlflow.environment import outputs
+from plw_mlflow.environment import outputs, precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
@@ -139,7 +139,7 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
 
 def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
     """The model to train, and whether a padding token was added to it and to the tokenizer."""
-    four_bit = getattr(torch, train.resolve_precision(config.precision)) if config.method == "qlora" else None
+    four_bit = getattr(torch, precision.resolve(config.precision, config.model)) if config.method == "qlora" else None
     model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
     _check_vocabulary(model, prepared, config)
     return model, config.add_pad_token and pad_token.add(model, tokenizer)
@@ -152,7 +152,7 @@ def _contents(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> dict[s
         "examples": prepared.digest,
         "base": location.digest(config.model),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "precision": train.resolve_precision(config.precision),
+        "precision": precision.resolve(config.precision, config.model),
     }
 
 

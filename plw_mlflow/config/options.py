@@ -259,7 +259,7 @@ class MachineOptions(Options):
     micro_batch_tokens: int | None = no_effect(None)
     """Longest packed row; lower it when memory is short (unset: micro-batch-examples x max-tokens)."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)
-    """Arithmetic of the forward pass; auto is bfloat16 where the device has it (toy auto, huerta2024 bfloat16)."""
+    """Arithmetic of the forward pass; auto is bfloat16 where that is fast (toy auto, huerta2024 bfloat16)."""
     processes: int = no_effect(1)
     """Processes that train together on this machine, one a GPU; for several machines see docs/cloud.md."""
     parallel: Literal["ddp", "fsdp2"] = no_effect("ddp")

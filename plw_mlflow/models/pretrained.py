@@ -1,7 +1,7 @@
 """Pretrained models and tokenizers by name; a model whose loss or scores would not be its own raises UserError.
 
 Weights are float32 throughout: transformers would otherwise keep the type of a half-precision checkpoint, in which
-small updates round to nothing. Lower precision is a matter of the arithmetic (`train.resolve_precision`). Only the
+small updates round to nothing. Lower precision is a matter of the arithmetic (`environment/precision.py`). Only the
 frozen base of QLoRA is held in fewer bits.
 """
 

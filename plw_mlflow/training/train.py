@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, parallel
@@ -65,7 +64,7 @@ def run(
     last checkpoint stays as it was. On SIGTERM to any process, the current step is finished and saved, and
     KeyboardInterrupt raised.
     """
-    accelerator = parallel.accelerator(resolve_precision(config.precision))
+    accelerator = parallel.accelerator(precision.resolve(config.precision, config.model))
     is_first = accelerator.is_main_process
     total_steps = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     model = adapters.adapt(model, config.method, config, config.seed).eval()
@@ -120,14 +119,6 @@ def run(
             weights = parallel.whole(dict(model.named_parameters()))
             model = parallel.fill_in(outline, weights) if outline is not None else None
     return Trained(model.eval() if is_first else None, total_steps, first_step, tokens_seen / seconds)
-
-
-def resolve_precision(precision: str) -> Literal["float32", "bfloat16"]:
-    """The arithmetic that `--precision` comes to on this machine: `auto` is bfloat16 on a GPU that has it."""
-    if precision == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if has_bfloat16 else "float32"
-    return "bfloat16" if precision == "bfloat16" else "float32"
 
 
 @contextmanager
