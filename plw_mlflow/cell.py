@@ -139,8 +139,14 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
 
 def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
     """The model to train, and whether a padding token was added to it and to the tokenizer."""
-    four_bit = getattr(torch, precision.resolve(config.precision, config.model)) if config.method == "qlora" else None
-    model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
+    arithmetic = getattr(torch, precision.resolve(config.precision, config.model))
+    model = pretrained.load(
+        config.model,
+        dropout=config.dropout,
+        four_bit=arithmetic if config.method == "qlora" else None,
+        # An added token gets a row of the head, which is saved, so it must not be rounded first.
+        held_in=arithmetic if config.method in ("lora", "dora") and not config.add_pad_token else None,
+    )
     _check_vocabulary(model, prepared, config)
     return model, config.add_pad_token and pad_token.add(model, tokenizer)
 
