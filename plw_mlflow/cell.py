@@ -40,7 +40,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, train
+from plw_mlflow.training import checkpoints, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -305,6 +305,8 @@ def _check_recipe(settings: Any, config: TrainConfig) -> None:
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
+    if config.activation_checkpointing:
+        recomputation.check(settings)
     stored = getattr(settings, "quantization_config", None)
     if stored is not None and config.method == "full":
         kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

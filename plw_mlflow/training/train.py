@@ -24,7 +24,7 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal, held
-from plw_mlflow.training import attention, checkpoints, parallel
+from plw_mlflow.training import attention, checkpoints, parallel, recomputation
 from plw_mlflow.training.trainer import Trainer, check_finite
 
 Log = Callable[[dict[str, float], int], None]
@@ -77,6 +77,8 @@ def run(
     outline = parallel.outline(model) if is_sharded and is_first else None
     with ExitStack() as stack:
         is_packed = config.packing and stack.enter_context(_packing(model))
+        if config.activation_checkpointing:
+            stack.enter_context(recomputation.of_layers(model))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
         first_step = trainer.load(checkpoints.load(folder, cell, trainer.check_fit) if is_first else None)
         begin(first_step)
