@@ -197,12 +197,13 @@ def stretch(
     case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], count: int, settings: Settings
 ) -> Stretch:
     """Have a contestant take so many steps after the first, in a process of its own."""
-    return _in_a_process(partial(_stretch, case, contestant, folder, pool, count, settings))
+    return _in_a_process(partial(take_steps, case, contestant, folder, pool, count, settings))
 
 
-def _stretch(
+def take_steps(
     case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], count: int, settings: Settings
 ) -> Stretch:
+    """What `stretch` gives, taken in this process."""
     config = TrainConfig(
         plw=contestant.plw,
         method=case.method,  # type: ignore[arg-type]
@@ -276,8 +277,8 @@ def bare_products(size: int = 2048, repeats: int = 5) -> dict[str, float]:
     return {name: 2e-9 * size**3 / statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def contestants(case: Case, precisions: Sequence[str], plws: Sequence[float], names: Sequence[str]) -> list[Contestant]:
-    """Those that train a case: ours at each PLW, Trainer at the one between, TRL at 1."""
+def contestants(precisions: Sequence[str], plws: Sequence[float], names: Sequence[str]) -> list[Contestant]:
+    """Those that train each case: ours at each PLW, Trainer at the one between, TRL at 1."""
     middle = _middle(plws)
     chosen = []
     for precision, name in itertools.product(precisions, names):
@@ -317,17 +318,16 @@ def measure(
     return {contestant: Figures.of(taken) for contestant, taken in stretches.items()}
 
 
-def compare(case: Case, figures: dict[Contestant, Figures]) -> list[dict[str, Any]]:
-    """Rows of ours at the middle PLW beside everybody else in the same precision, and of everybody's best precision."""
-    plw = _middle([contestant.plw for contestant in figures if contestant.who == "ours"])
-    rows = []
+def compare(case: Case, figures: dict[Contestant, Figures], plw: float) -> list[dict[str, Any]]:
+    """Rows of ours at a PLW beside everybody else in the same precision, and of everybody in their best precision."""
+    rows: list[dict[str, Any]] = []
     for other, theirs in figures.items():
         own = figures[Contestant("ours", other.precision, plw)]
         if other.who != "ours" or other.plw != plw:
             rows += _rows(f"{case}, {other.precision}, plw {plw:g}", own, f"{other.who}, plw {other.plw:g}", theirs)
         like = figures.get(Contestant("ours", other.precision, other.plw))
         if other.who != "ours" and like is not None:
-            row = {"case": f"{case}, {other.precision}, plw {other.plw:g}", "metric": "loss of step 1"}
+            row: dict[str, Any] = {"case": f"{case}, {other.precision}, plw {other.plw:g}", "metric": "loss of step 1"}
             row |= {"ours": like.first_loss, "peer": other.who, "peer_value": theirs.first_loss}
             rows.append(row | {"ratio": theirs.first_loss / like.first_loss})
     best: dict[str, tuple[Contestant, Figures]] = {}
@@ -406,7 +406,6 @@ def main(
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as processes are forked
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of the peers' own code
     names = trainers.split(";")
@@ -432,9 +431,9 @@ def main(
             pool = read(kind, data, tokenizer or str(folder), Path(scratch)) if data else draw(kind, vocabulary)
             for method in methods:
                 case = Case(name, method, kind)
-                chosen = contestants(case, precisions, plws, names)
+                chosen = contestants(precisions, plws, names)
                 figures = measure(case, chosen, folder, pool, steps, rounds)
-                new = compare(case, figures)
+                new = compare(case, figures, _middle(plws))
                 show(case, figures, new)
                 rows += new
                 wrong += [f"{row['case']}: {row['peer']}" for row in new if is_wrong(row)]
