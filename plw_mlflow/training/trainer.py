@@ -30,7 +30,6 @@ from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
 from plw_mlflow.training.learner import Learner
 
-
 ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
 
 
