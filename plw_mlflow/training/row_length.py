@@ -24,8 +24,8 @@ from plw_mlflow.models import causal
 # Bytes that the backward pass needs of a token in one decoder layer, for each number of its hidden state. Measured on
 # LLaMA, inner states of 2.7 times the hidden ones included; other families need 0.4 to 1.1 of it.
 LAYER_BYTES: Mapping[Precision, int] = {"float32": 90, "bfloat16": 60}
-# What activations of a row may take on a CPU. Rows of `LEAST_TOKENS` are allowed in any case: with shorter ones the work
-# on weights that each row makes would cost more than a few per cent.
+# What activations of a row may take on a CPU. Rows of `LEAST_TOKENS` are allowed in any case: with shorter ones the
+# work that each row makes on the weights would cost more than a few per cent.
 BUDGET_BYTES = 2**30
 LEAST_TOKENS = 1024
 
@@ -36,9 +36,7 @@ DECIDE_MEMORY = (  # options on which the memory of a step depends, beside those
 )
 
 
-def choose(
-    config: TrainConfig, model: Any, accelerator: Accelerator, peak_bytes: Callable[[int], int | None]
-) -> int:
+def choose(config: TrainConfig, model: Any, accelerator: Accelerator, peak_bytes: Callable[[int], int | None]) -> int:
     """How many tokens a packed row of a training may hold.
 
     model: as it is trained. peak_bytes: as `found` takes it; used on a GPU alone, for `--micro-batch-tokens auto`.
@@ -87,9 +85,7 @@ def on_cpu(settings: Any, precision: Precision, *, is_computed_again: bool, long
     return min(max(BUDGET_BYTES // token_bytes, LEAST_TOKENS, longest), most)
 
 
-def found(
-    peak_bytes: Callable[[int], int | None], total_bytes: int, *, longest: int, most: int, may_fail: bool
-) -> int:
+def found(peak_bytes: Callable[[int], int | None], total_bytes: int, *, longest: int, most: int, may_fail: bool) -> int:
     """The longest row, from `longest` to `most` tokens, for which a step fits into a device's memory, by trial.
 
     peak_bytes: the memory at the peak of a step on a row of so many tokens, or None where it runs out.
