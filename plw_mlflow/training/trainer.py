@@ -32,6 +32,8 @@ from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
 from plw_mlflow.training.learner import Learner
 
+ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
+
 
 @dataclass(frozen=True)
 class Step:
@@ -71,8 +73,8 @@ class Trainer:
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        # On a GPU AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
-        self._is_fused = accelerator.device.type == "cuda"
+        # There AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
+        self._is_fused = accelerator.device.type in ASYNCHRONOUS
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.learning_rate, fused=self._is_fused or None
         )
@@ -93,7 +95,7 @@ class Trainer:
         """Make an optimiser step of examples ready for `begin_step`."""
         micro_batches = self._cut(examples, is_step=True)
         own = self._collate(micro_batches, self._weights)
-        if self._accelerator.device.type == "cuda":
+        if self._accelerator.device.type in ASYNCHRONOUS:
             own = [batch.pinned() for batch in own]
         return Step(own, len(micro_batches), sum(len(example.tokens) for example in examples))
 
