@@ -138,15 +138,21 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
 
 
 def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
-    """The model to train, and whether a padding token was added to it and to the tokenizer."""
+    """The model to train, and whether a padding token was added to it and to the tokenizer.
+
+    Only the first process reads the weights, unless they are held in 4 bits; the others are given them in training.
+    """
     arithmetic = getattr(torch, precision.resolve(config.precision, config.model))
-    model = pretrained.load(
-        config.model,
-        dropout=config.dropout,
-        four_bit=arithmetic if config.method == "qlora" else None,
-        # An added token gets a row of the head, which is saved, so it must not be rounded first.
-        held_in=arithmetic if config.method in ("lora", "dora") and not config.add_pad_token else None,
-    )
+    if is_first_process() or config.method == "qlora":
+        model = pretrained.load(
+            config.model,
+            dropout=config.dropout,
+            four_bit=arithmetic if config.method == "qlora" else None,
+            # An added token gets a row of the head, which is saved, so it must not be rounded first.
+            held_in=arithmetic if config.method in ("lora", "dora") and not config.add_pad_token else None,
+        )
+    else:
+        model = pretrained.outline(config.model, dropout=config.dropout)
     _check_vocabulary(model, prepared, config)
     return model, config.add_pad_token and pad_token.add(model, tokenizer)
 

@@ -136,6 +136,26 @@ def load(
     return loaded
 
 
+def outline(model: str, *, dropout: float | None = None) -> Any:
+    """What `load` gives of a model, but its parameters lie on the device "meta", without numbers. No weights are read.
+
+    For a process that is given the numbers by another one, which has loaded and tried the model. One that is stored in
+    fewer bits is more than its parameters, and is loaded.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    if getattr(config, "quantization_config", None) is not None:
+        return load(model, dropout=dropout)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    with reading("model", model), init_empty_weights(include_buffers=False):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    made.tie_weights()  # which has been undone, as each parameter has been moved
+    return made.eval()
+
+
 def _trial(model: Any) -> str | None:
     """Try a model on a few tokens: why loss and scores would be wrong, or None.
 

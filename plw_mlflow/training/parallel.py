@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plw_mlflow.errors import UserError
+from plw_mlflow.models import adapters
 from plw_mlflow.training.checkpoints import Writers
 
 T = TypeVar("T")
@@ -48,25 +49,63 @@ def accelerator(precision: Literal["float32", "bfloat16"]) -> Accelerator:
 
 
 def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator) -> Any:
-    """Spread a learner over the processes. With fsdp2 its parameters are replaced by their shards, in place."""
-    if kind == "ddp" or joined.num_processes == 1:
+    """Spread a learner over the processes. With fsdp2 its parameters are replaced by their shards, in place.
+
+    The numbers are those of the first process; in the others, parameters may lie on the device "meta" until then. With
+    fsdp2 no process but the first ever holds more than its shards and one layer.
+    """
+    if joined.num_processes == 1:
+        return joined.prepare_model(learner)
+    types = tell({name: parameter.dtype for name, parameter in learner.named_parameters()})
+    for name, parameter in learner.named_parameters():
+        if parameter.is_meta:
+            parameter.data = parameter.data.to(types[name])
+    for buffer in learner.buffers():
+        send(buffer)
+    if kind == "ddp":
+        _receive(learner, joined.device)
         wrapped = joined.prepare_model(learner)
-        assert isinstance(wrapped, DistributedDataParallel) == (joined.num_processes > 1)
+        assert isinstance(wrapped, DistributedDataParallel)
         return wrapped
     mesh = init_device_mesh(joined.device.type, (joined.num_processes,))
-    # Lower precision is left to autocast, as with ddp. A sharding policy would use it for norms, biases and the sums
-    # between layers, too. The price is that shards are gathered in float32.
+    # Lower precision is left to autocast, as with ddp. A sharding policy would use it for norms and the sums between
+    # layers, too. Only weights that autocast would round anyway are rounded before they are gathered.
+    policy, multiplied = MixedPrecisionPolicy(cast_forward_inputs=False), set()
     if joined.mixed_precision == "bf16":
         learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if not hasattr(learner.model, "get_base_model"):  # the base of adapters is held in bfloat16 (`models/held.py`)
+            multiplied = set(adapters.targets(learner.model, "all-linear").values())
+    rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in list(learner.modules()):
         if type(part).__name__ in layers:
+            _receive(part, joined.device)
+            if linear := [module for module in part.modules() if module in multiplied]:
+                fully_shard(linear, mesh=mesh, mp_policy=rounded)
             fully_shard(part, mesh=mesh, mp_policy=policy)
+    _receive(learner, joined.device)
     fully_shard(learner, mesh=mesh, mp_policy=policy)
     assert isinstance(learner, FSDPModule)
     assert all(isinstance(parameter, DTensor) for parameter in learner.parameters())
     return learner
+
+
+@torch.no_grad()
+def _receive(part: nn.Module, device: torch.device) -> None:
+    """Put the first process's parameters of a part on each process's device, but for those that are shards already."""
+    received: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for module in part.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if isinstance(parameter, DTensor):
+                continue
+            if parameter not in received:
+                own = parameter
+                if parameter.is_meta:
+                    own = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                own.data = own.data.to(device)
+                dist.broadcast(own.data, 0)
+                received[parameter] = own
+            setattr(module, name, received[parameter])
 
 
 def outline(model: nn.Module) -> nn.Module:

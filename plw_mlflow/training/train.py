@@ -54,6 +54,7 @@ def run(
 ) -> Trained:
     """Train a model on prepared examples, from the newest checkpoint of `cell` in `folder` if there is one.
 
+    model: of several processes, the first one's counts, and the others' may be without numbers (`pretrained.outline`).
     cell: identifies the training; a checkpoint that names another is set aside, as is one whose tensors do not fit.
     begin: called before anything else is, with the step that training goes on from, 0 for none.
     log: called after every step with its metrics (losses in nats per token).
@@ -142,7 +143,8 @@ def run(
 def _packing(model: Any) -> Iterator[bool]:
     """Have the model take packed rows within the block, if it can; gives whether it does. A warning says why not."""
     unwrapped = causal.unwrap(model)
-    if reason := attention.why_not(unwrapped):
+    # In the other processes the model may have no numbers yet.
+    if reason := parallel.tell(attention.why_not(unwrapped) if parallel.is_first() else None):
         warnings.warn(f"{unwrapped.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
         yield False
         return
