@@ -82,6 +82,7 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
             _receive(part, joined.device)
             if linear := [module for module in part.modules() if module in multiplied]:
                 fully_shard(linear, mesh=mesh, mp_policy=rounded)
+                multiplied.difference_update(linear)  # a layer may lie within another
             fully_shard(part, mesh=mesh, mp_policy=policy)
     _receive(learner, joined.device)
     fully_shard(learner, mesh=mesh, mp_policy=policy)
