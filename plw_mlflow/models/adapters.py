@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from plw_mlflow import seeding
 from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import stored
+from plw_mlflow.models import held, stored
 
 # Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
 # always or where the fast kernels are installed.
@@ -74,9 +74,21 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
         use_dora=method == "dora",
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in chosen.values()),  # GPT-2's weights are [in, out]
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), held.taken_for_float32(chosen.values()):
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    if held.is_held(model):
+        _start_norms(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _start_norms(model: Any) -> None:
+    """Have DoRA's norms begin as those of the rows of weights that peft has not seen."""
+    for layer in model.modules():
+        for norms in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight.float()
+            norms.weight.copy_((weight.T if layer.fan_in_fan_out else weight).norm(dim=1))
 
 
 def targets(model: Any, layers: str) -> dict[str, nn.Module]:
@@ -111,20 +123,18 @@ def merge(
     model: Any,
     folder: Path,
     *,
-    base: str | None = None,
     with_embeddings: bool = False,
     kind: torch.dtype = torch.float32,
 ) -> Any:
     """A trained model without peft's wrapper: its adapters, if it has any, are saved to a folder and then merged.
 
-    base: the name of the model that was adapted, for a base whose weights are held in fewer bits (`stored.restore`).
     with_embeddings: save embeddings and head with the adapters, as they differ from the base's (`pad_token.py`), and a
         page that says how peft loads them.
     kind: the type in which the adapters are saved, and to which they are rounded before they are merged.
 
-    The weights are float32: those of the base as its files have them, and the product of the adapters in float32. What
-    qlora has trained is what the adapters add to the rounded weights of a base in 4 bits, so these are brought back to
-    float32 instead.
+    The weights are float32: those of the base as its files have them, also where they were held in bfloat16
+    (`stored.py`), and the product of the adapters. What qlora has trained is what the adapters add to the rounded
+    weights of a base in 4 bits, so these are brought back to float32 instead.
     """
     if not hasattr(model, "get_base_model"):
         return model
@@ -145,8 +155,12 @@ def merge(
     if getattr(model.get_base_model(), "is_quantized", False):
         quantized: Any = model.unload()
         model = PeftModel.from_pretrained(quantized.dequantize(dtype=torch.float32), str(folder))
-    elif base is not None:
-        stored.restore(model.get_base_model(), base)
+    elif held.is_held(model.get_base_model()):
+        settings = model.active_peft_config
+        model.cpu()  # in float32 it may be too large for the GPU that it was trained on
+        stored.restore(
+            model.get_base_model(), "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
+        )
     return model.merge_and_unload()
 
 
