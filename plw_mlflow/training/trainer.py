@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import get_cosine_schedule_with_warmup
 
 from plw_mlflow import seeding
 from plw_mlflow.config import TrainConfig
@@ -28,6 +27,7 @@ from plw_mlflow.training import parallel, state
 from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
 from plw_mlflow.training.learner import Learner
+from plw_mlflow.training.schedule import cosine_with_warmup
 
 
 class Trainer:
@@ -63,9 +63,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
-        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
-        # A function of the step, so a run that goes on has nothing to restore.
-        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total_steps).lr_lambdas[0]
+        self._warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
 
     @property
     def _trained(self) -> dict[str, Tensor]:
@@ -85,7 +83,7 @@ class Trainer:
             metrics["train/base_penalty"] = self._penalty.add_gradients()
         norm = self._accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
         metrics["train/grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        rate = config.learning_rate * self._schedule(self.step)
+        rate = config.learning_rate * cosine_with_warmup(self.step, self._warmup, self._total_steps)
         metrics["train/learning_rate"] = rate
         check_finite(metrics, self.step + 1)
         for group in self._optimizer.param_groups:
