@@ -55,7 +55,7 @@ from plw_mlflow import cell
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.models import adapters
-config = TrainConfig(max_records=60, epochs=1, batch_examples=60, checkpoint_dir=Path(FOLDER), cache_dir=Path(FOLDER))
+config = TrainConfig(max_records=20, epochs=1, batch_examples=32, checkpoint_dir=Path(FOLDER), cache_dir=Path(FOLDER))
 tokenizer, prepared = cell._prepare(config)
 model, _ = cell._load_model(config, prepared, tokenizer)
 trained = cell.train.run(config, prepared, model, config.checkpoint_dir)
