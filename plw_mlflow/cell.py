@@ -25,9 +25,7 @@ from plw_mlflow.config import (
     MainConfig,
     ScoreOptions,
     TrainConfig,
-    data_name,
     digest,
-    short_name,
     split_list,
 )
 from plw_mlflow.data import prepare, profile, sources, templates
@@ -46,12 +44,6 @@ from plw_mlflow.training import checkpoints, recomputation, train
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
 
-def name(config: TrainConfig) -> str:
-    """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
-    data, model = data_name(config.dataset, config, short_name), short_name(config.model)
-    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"
-
-
 def run(config: TrainConfig) -> None:
     """Prepare, train and log one cell, and score it if `config` is a MainConfig.
 
@@ -61,7 +53,7 @@ def run(config: TrainConfig) -> None:
     if not is_first_process():
         assist(config)
         return
-    with tracking.open_run(config, name(config)) as opened:
+    with tracking.open_run(config, config.cell_name()) as opened:
         lead(config, opened)
     print(f"\nrun {opened.id}\n{opened.address()}")
 

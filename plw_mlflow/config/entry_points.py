@@ -108,6 +108,11 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             return "a base cannot take an adapter with the token that add-pad-token gives the model"
         return None
 
+    def cell_name(self) -> str:
+        """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
+        data, model = data_name(self.dataset, self, short_name), short_name(self.model)
+        return f"plw {self.plw:g} {data} {model} {self.method} seed {self.seed}"
+
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
 
