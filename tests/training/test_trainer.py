@@ -13,7 +13,7 @@ from plw_mlflow.data.batches import Batch
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters, causal
-from plw_mlflow.training import attention, trainer
+from plw_mlflow.training import attention, checkpoints, trainer
 from plw_mlflow.training.trainer import Trainer
 from tests.conftest import make_example, tiny_llama
 
