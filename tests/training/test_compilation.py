@@ -55,7 +55,7 @@ def test_packed_rows_of_all_lengths_share_the_programs_of_the_first(method):
     with attention.over_examples(causal.unwrap(exact)):
         for row, ours in zip(rows, found, strict=True):
             for name, expected in gradients(exact, row).items():
-                assert (ours[name] - expected).norm() <= 3e-6 * expected.norm() + 1e-9, name
+                assert (ours[name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
 
 
 @pytest.mark.slow
