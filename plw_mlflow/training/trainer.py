@@ -29,7 +29,7 @@ from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, first_line
 from plw_mlflow.training import optimizers, parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
-from plw_mlflow.training.checkpoints import Checkpoint
+from plw_mlflow.training.checkpoints import Checkpoint, Saved
 from plw_mlflow.training.learner import Learner
 
 ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
@@ -230,16 +230,19 @@ class Trainer:
         return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
 
     def checkpoint(self) -> Checkpoint:
-        """A copy of everything that changes, empty but in the first process; every process has to call this."""
+        """A copy of what this process has to save of everything that changes."""
         return state.gather(self.step, self._trained, self._optimizer)
 
-    def check_fit(self, checkpoint: Checkpoint) -> None:
+    def check_fit(self, saved: Saved) -> None:
         """Raise UserError for a checkpoint that this training cannot have saved."""
-        state.check_fit(checkpoint, self._trained, self._total_steps)
+        state.check_fit(saved, self._trained, self._optimizer, self._total_steps)
 
-    def load(self, checkpoint: Checkpoint | None) -> int:
-        """Go on from the checkpoint that the first process has, if it has one; returns its step, or 0."""
-        self.step = state.restore(checkpoint, self._trained, self._optimizer)
+    def load(self, saved: Saved | None) -> int:
+        """Go on from the checkpoint that the first process has, if it has one; returns its step, or 0.
+
+        Every process has to call this.
+        """
+        self.step = state.restore(saved, self._trained, self._optimizer)
         return self.step
 
     def _peak_bytes(self, tokens: int) -> int | None:
