@@ -23,7 +23,7 @@ def check(optimizer: Literal["adamw", "adamw8bit"]) -> None:
         return
     if find_spec("bitsandbytes") is None:
         raise UserError("optimizer adamw8bit needs the package bitsandbytes, in the version of conda.yaml")
-    # Whether it has a kernel for this device shows in a step alone: that of the smallest tensor that it keeps in 8 bits.
+    # Whether it has a kernel for this device shows in a step alone; 4,096 numbers are the fewest that it keeps in 8 bits.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))
     weight.grad = torch.ones_like(weight)
@@ -46,7 +46,7 @@ def make(
 ) -> torch.optim.Optimizer:
     """The optimiser of trained parameters. As in transformers, vectors (norms, biases) do not decay.
 
-    is_fused: of AdamW alone, one kernel for all of a step, which can be told on the device to leave everything as it is.
+    is_fused: whether AdamW is one kernel, which can be told on the device to leave everything as it is.
     """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
