@@ -23,7 +23,7 @@ def check(optimizer: Literal["adamw", "adamw8bit"]) -> None:
         return
     if find_spec("bitsandbytes") is None:
         raise UserError("optimizer adamw8bit needs the package bitsandbytes, in the version of conda.yaml")
-    # Whether it has a kernel for this device shows in a step alone; 4,096 numbers are the fewest that it keeps in 8 bits.
+    # Whether it has a kernel for this device shows in a step alone. Fewer than 4,096 numbers would stay float32.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))
     weight.grad = torch.ones_like(weight)

@@ -254,6 +254,7 @@ class Trainer:
         full = Example(np.zeros(longest, np.int32), np.full(longest, Segment.COMPLETION, np.int8))
         batch = batches.pack([full] * (tokens // longest), Weights(plw=1.0)).to(device)
         learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
+        state.make_state(self._optimizer)  # which is there in all steps but the first
         torch.cuda.reset_peak_memory_stats()
         try:
             for _ in range(2):  # the second row of a step finds the gradients of the first
