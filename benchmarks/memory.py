@@ -233,7 +233,7 @@ class Borders:
 
 
 class FakeProcess:
-    """What the trainer asks of an Accelerator, by the only process or the first of several, the rest of which are not."""
+    """What the trainer asks of an Accelerator; of several processes this is the first, and the others do nothing."""
 
     process_index = 0
     device = torch.device("cpu")

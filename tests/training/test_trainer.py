@@ -13,7 +13,7 @@ from plw_mlflow.data.batches import Batch
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters, causal
-from plw_mlflow.training import attention, trainer
+from plw_mlflow.training import attention, checkpoints, trainer
 from plw_mlflow.training.trainer import Trainer
 from tests.conftest import make_example, tiny_llama
 
@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_changes_nothing_where_adamw_is_queued_before_
     torch.testing.assert_close(weights[True], weights[False])
 
 
-def test_a_fused_optimizers_state_is_restored_to_the_bit(monkeypatch):
+def test_a_fused_optimizers_state_is_restored_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "ASYNCHRONOUS", {"cpu"})
     monkeypatch.setattr(Batch, "pinned", lambda batch: batch)
     config = TrainConfig(batch_examples=4, micro_batch_examples=4, max_tokens=9, packing=False)
@@ -112,6 +112,9 @@ def test_a_fused_optimizers_state_is_restored_to_the_bit(monkeypatch):
         return training
 
     undisturbed, begun, resumed = take(make(), 5), take(make(), 3), make()
-    assert resumed.load(begun.checkpoint()) == 3
+    writer = checkpoints.Writer(tmp_path, "", 1, lambda saved: None)
+    writer.save(begun.checkpoint())
+    writer.wait()
+    assert resumed.load(checkpoints.load(tmp_path, "", resumed.check_fit)) == 3
     take(resumed, 2)
     assert all(map(torch.equal, resumed._trained.values(), undisturbed._trained.values()))
