@@ -42,7 +42,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, train
+from plw_mlflow.training import checkpoints, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -143,8 +143,14 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
 
 def _load_model(config: TrainConfig, prepared: Prepared, tokenizer: Any) -> tuple[Any, bool]:
     """The model to train, and whether a padding token was added to it and to the tokenizer."""
-    four_bit = getattr(torch, precision.resolve(config.precision, config.model)) if config.method == "qlora" else None
-    model = pretrained.load(config.model, dropout=config.dropout, four_bit=four_bit)
+    arithmetic = getattr(torch, precision.resolve(config.precision, config.model))
+    model = pretrained.load(
+        config.model,
+        dropout=config.dropout,
+        four_bit=arithmetic if config.method == "qlora" else None,
+        # An added token gets a row of the head, which is saved, so it must not be rounded first.
+        held_in=arithmetic if config.method in ("lora", "dora") and not config.add_pad_token else None,
+    )
     _check_vocabulary(model, prepared, config)
     return model, config.add_pad_token and pad_token.add(model, tokenizer)
 
@@ -332,6 +338,8 @@ def _check_recipe(settings: Any, config: TrainConfig) -> None:
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
+    if config.activation_checkpointing:
+        recomputation.check(settings)
     stored = getattr(settings, "quantization_config", None)
     if stored is not None and config.method == "full":
         kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

@@ -258,6 +258,8 @@ class MachineOptions(Options):
     """Pack examples into rows, each seeing itself alone, or pad each to a row (toy true, huerta2024 false)."""
     micro_batch_tokens: int | None = no_effect(None)
     """Longest packed row; lower it when memory is short (unset: micro-batch-examples x max-tokens)."""
+    activation_checkpointing: bool = no_effect(False)
+    """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)
     """Arithmetic of the forward pass; auto is bfloat16 where that is fast (toy auto, huerta2024 bfloat16)."""
     processes: int = no_effect(1)

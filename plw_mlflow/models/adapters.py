@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from plw_mlflow import seeding
 from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
+from plw_mlflow.models import held, pretrained
 
 # Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
 # always or where the fast kernels are installed.
@@ -73,9 +74,21 @@ def adapt(model: Any, method: Method, recipe: RecipeOptions, seed: int) -> Any:
         use_dora=method == "dora",
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in chosen.values()),  # GPT-2's weights are [in, out]
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), held.taken_for_float32(chosen.values()):
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    if held.is_held(model):
+        _start_norms(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _start_norms(model: Any) -> None:
+    """Have DoRA's norms begin as those of the rows of weights that peft has not seen."""
+    for layer in model.modules():
+        for norms in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight.float()
+            norms.weight.copy_((weight.T if layer.fan_in_fan_out else weight).norm(dim=1))
 
 
 def targets(model: Any, layers: str) -> dict[str, nn.Module]:
@@ -113,7 +126,8 @@ def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
         page that says how peft loads them.
 
     A base in 4 bits is first brought back to float32. What was trained is what the adapters add to the rounded weights,
-    and peft's own merging would round the sum once more.
+    and peft's own merging would round the sum once more. A base held in bfloat16 is read again, and the adapters merged
+    into the float32 weights on which they will be put wherever they are loaded.
     """
     if not hasattr(model, "get_base_model"):
         return model
@@ -126,6 +140,10 @@ def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
         revision = f", revision={settings.revision!r}" if settings.revision else ""
         page = PAGE.format(rows=rows, name=settings.base_model_name_or_path, revision=revision)
         (folder / "README.md").write_text(page, encoding="utf-8")
+    if held.is_held(model.get_base_model()):
+        settings = model.active_peft_config
+        base_name = "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
+        held.restore(model, pretrained.load(base_name))
     if getattr(model.get_base_model(), "is_quantized", False):
         base: Any = model.unload()
         model = PeftModel.from_pretrained(base.dequantize(dtype=torch.float32), str(folder))

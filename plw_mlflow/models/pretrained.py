@@ -1,8 +1,8 @@
 """Pretrained models and tokenizers by name; a model whose loss or scores would not be its own raises UserError.
 
-Weights are float32 throughout: transformers would otherwise keep the type of a half-precision checkpoint, in which
-small updates round to nothing. Lower precision is a matter of the arithmetic (`environment/precision.py`). Only the
-frozen base of QLoRA is held in fewer bits.
+Weights are float32: transformers would otherwise keep the type of a half-precision checkpoint, in which small updates
+round to nothing. Lower precision is a matter of the arithmetic (`environment/precision.py`). Only the linear layers of
+a frozen base are held in fewer bits: in bfloat16 where the arithmetic is (`held.py`), in 4 bits for QLoRA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from plw_mlflow.errors import UserError, first_line
-from plw_mlflow.models import causal, files, saved_adapters
+from plw_mlflow.models import causal, files, held, saved_adapters
 from plw_mlflow.models.dropout import set_dropout
 from plw_mlflow.models.files import reading
 from plw_mlflow.models.location import base_of, digest, locate
@@ -71,12 +71,20 @@ def load_config(model: str) -> Any:
     return config
 
 
-def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | None = None) -> Any:
+def load(
+    model: str,
+    *,
+    dropout: float | None = None,
+    four_bit: torch.dtype | None = None,
+    held_in: torch.dtype | None = None,
+) -> Any:
     """A causal language model with float32 weights, in evaluation mode.
 
     dropout: probability of all its dropouts, in place of those in its config.
     four_bit: hold all linear layers but the head in 4 bits (NF4, with their scales in 8), and compute with them in this
         type; on this process's GPU, if there is one. The rest stays float32.
+    held_in: the type in which linear layers hold their weights (`held.holding`), for a model that stays frozen; None
+        for float32.
 
     Raises UserError
         where no causal language model can be loaded by that name; an encoder-decoder model is none, as its prompt has
@@ -95,7 +103,7 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     place, config = locate(model), load_config(model)
     if dropout is not None:
         set_dropout(config, dropout)
-    with reading("model", model):
+    with reading("model", model), held.holding(held_in):
         loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
             place.path,
             config=config,
@@ -116,7 +124,7 @@ def load(model: str, *, dropout: float | None = None, four_bit: torch.dtype | No
     files.check_finite(model, loaded)
     loaded.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), held.in_float32():
             reason = _trial(loaded)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -32,7 +32,7 @@ from plw_mlflow.data.batches import Weights, pack
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import causal
+from plw_mlflow.models import causal, held
 
 NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
 
@@ -68,7 +68,7 @@ def _compare(model: Any) -> str | None:
     windows: dict[str, set[int | None]] = {"masks": set(), "attention": set()}
     watching = _windows.set(windows)
     body = causal.body(model)
-    with torch.no_grad():
+    with torch.no_grad(), held.in_float32():
         alone = [body(part, use_cache=False).last_hidden_state for part in row.tokens.split(lengths, 1)]
         try:
             with over_examples(model, WATCHED):

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
-from plw_mlflow.models import adapters, causal
-from plw_mlflow.training import attention, checkpoints, parallel
+from plw_mlflow.models import adapters, causal, held
+from plw_mlflow.training import attention, checkpoints, parallel, recomputation
 from plw_mlflow.training.trainer import Trainer, check_finite
 
 Log = Callable[[dict[str, float], int], None]
@@ -64,14 +66,19 @@ def run(
     last checkpoint stays as it was. On SIGTERM to any process, the current step is finished and saved, and
     KeyboardInterrupt raised.
     """
-    accelerator = parallel.accelerator(precision.resolve(config.precision, config.model))
+    arithmetic = precision.resolve(config.precision, config.model)
+    accelerator = parallel.accelerator(arithmetic)
     is_first = accelerator.is_main_process
     total_steps = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     model = adapters.adapt(model, config.method, config, config.seed).eval()
+    if config.method in ("lora", "dora") and arithmetic == "bfloat16":
+        held.hold(model, torch.bfloat16)
     is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
     outline = parallel.outline(model) if is_sharded and is_first else None
     with ExitStack() as stack:
         is_packed = config.packing and stack.enter_context(_packing(model))
+        if config.activation_checkpointing:
+            stack.enter_context(recomputation.of_layers(model))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
         first_step = trainer.load(checkpoints.load(folder, cell, trainer.check_fit) if is_first else None)
         begin(first_step)

@@ -1,0 +1,107 @@
+"""Linear layers held in bfloat16: frozen weights in the type of the arithmetic take half the memory and no casts.
+
+Under autocast a product rounds its float32 weights to bfloat16 each time. Weights that nothing changes may as well be
+rounded once, and every product gives the same bits. Embeddings, norms, biases and the head stay float32, as they take
+part in sums too, or hardly count. What is rounded is gone: for the float32 weights, load the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+# All that modules call with the weight of a linear layer.
+PRODUCTS: set[Any] = {nn.functional.linear, torch.addmm, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__}
+
+
+def hold(model: nn.Module, kind: torch.dtype) -> None:
+    """Round the weights of a model's frozen linear layers to a type, in place, and hold them in it.
+
+    Layers whose weight asks for a gradient (such as those of adapters) and the head stay as they are. Afterwards the
+    model computes under autocast in that type, with the bits that it would give with float32 weights; or in float32
+    with the rounded weights, within `in_float32`.
+    """
+    for layer in _linear(model):
+        if not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(kind)
+
+
+@contextmanager
+def holding(kind: torch.dtype | None) -> Iterator[None]:
+    """Within the block, transformers loads models whose linear layers (all but a tied head) hold a type.
+
+    A tensor is cast when it is read, so the float32 model never exists. None changes nothing.
+    """
+
+    def cast(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # transformers makes a model without numbers, and gives each of its weights the type that it finds there. A
+        # weight that replaces another is a loaded or a tied one.
+        is_new = parameter is not None and parameter.is_meta and module._parameters.get(name) is None
+        if is_new and name == "weight" and isinstance(module, (nn.Linear, Conv1D)):
+            return nn.Parameter(parameter.to(kind), parameter.requires_grad)
+        return None
+
+    hook = None if kind is None else register_module_parameter_registration_hook(cast)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def is_held(model: nn.Module) -> bool:
+    """Whether any linear layer holds its weight in a type other than float32."""
+    return any(layer.weight.dtype in (torch.bfloat16, torch.float16) for layer in _linear(model))
+
+
+@contextmanager
+def taken_for_float32(layers: Iterable[Any]) -> Iterator[None]:
+    """Within the block, the weights of these layers are float32 and their numbers are not there.
+
+    peft gives adapters the type of the layer that they are put on, and so would round where they begin.
+    """
+    weights = [(layer, layer.weight) for layer in layers if layer.weight.dtype == torch.bfloat16]
+    for layer, weight in weights:
+        layer.weight = nn.Parameter(
+            weight.new_zeros((), dtype=torch.float32).expand(weight.shape), weight.requires_grad
+        )
+    try:
+        yield
+    finally:
+        for layer, weight in weights:
+            layer.weight = weight.requires_grad_(layer.weight.requires_grad)
+
+
+def restore(model: Any, whole: nn.Module) -> None:
+    """Give the linear layers of a model that is held the float32 weights of the one it was loaded from.
+
+    model: with adapters or without. Of `whole`, nothing is left that could be used.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer in bare.named_modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.dtype == torch.bfloat16:
+            layer.weight.data = whole.get_parameter(f"{name.removesuffix('.base_layer')}.weight").data
+
+
+class in_float32(TorchFunctionMode):
+    """Within the block, products take the weights that are held in another type as float32; for trials of a model."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in PRODUCTS:
+            args = [arg.float() if isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 else arg for arg in args]
+        return function(*args, **kwargs or {})
+
+
+def _linear(model: Any) -> Iterator[Any]:
+    """The linear layers of a model but its head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
+            yield layer
