@@ -55,7 +55,10 @@ def run(
     import torch
 
     from plw_mlflow.evaluation.scorer import Scorer
+    from plw_mlflow.models import held
 
+    if precision != "float32":
+        held.hold(model.requires_grad_(False), getattr(torch, precision))
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep, precision)
     return score(scorer, tasks, options, seed, wrapping)

@@ -24,6 +24,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from transformers import DynamicCache
 from plw_mlflow.environment.precision import Precision
 from plw_mlflow.evaluation import prefix_trees
 from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
-from plw_mlflow.models import causal
+from plw_mlflow.models import causal, held
 
 LOGITS_BYTES = 256 * 2**20  # of logits and what is computed from them at a time
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # a CPU's caches favour small batches
@@ -289,15 +290,16 @@ class Scorer(CachingLM, HFLM):
         common = generator.integers(self._causal.config.get_text_config().vocab_size, size=24, dtype=np.int32)
         whole = [np.concatenate((common[:9], common[start : start + 5])) for start in (9, 13, 17)] + [common[5:17]]
         queries = [Query(tokens[:-1], tokens[3:]) for tokens in whole]
+        is_float32 = self._causal.dtype == torch.float32  # whatever its linear layers are held in
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), held.in_float32() if is_float32 else nullcontext():
                 (row,) = prefix_trees.rows([query.inputs for query in queries], 64, 64)
                 shared = self._score_trees([row], [queries[number] for number in row.paths])
                 alone = self._score_alone([queries[number] for number in row.paths])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # the model does not take positions, or a mask of this shape
         # Half precision rounds log-probabilities to 2 or 3 digits. Attention to a wrong place makes larger differences.
-        tolerance = 1e-4 if self._causal.dtype == torch.float32 else 0.05
+        tolerance = 1e-4 if is_float32 else 0.05
         return np.allclose([ll for ll, _ in shared], [ll for ll, _ in alone], rtol=tolerance)
 
 
