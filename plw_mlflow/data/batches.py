@@ -9,13 +9,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from plw_mlflow import seeding
 from plw_mlflow.data.pieces import Segment
@@ -47,6 +48,11 @@ class Batch:
     tokens: Tensor  # [B, T] int64, padding 0
     weights: Tensor  # [B, T] float32, weight with which each token is predicted; 0 on first tokens and padding
     is_completion: Tensor  # [B, T] bool, false on padding
+    # The positions before the tokens that weigh something, flat (b T + t) and in order: those of all such tokens, of
+    # the prompt's and of the completion's. A GPU that had to look for them itself would make its host wait.
+    rows: Tensor  # [N] int64
+    prompt_rows: Tensor  # int64
+    completion_rows: Tensor  # int64
     attention: Tensor | None = None  # padded: [B, T] int64, 1 where there is a token, 0 on padding
     positions: Tensor | None = None  # packed: [1, T] int64, from 0 in each example
     borders: Tensor | None = None  # packed: [D + 1] int32, from 0, where the D examples begin and end
@@ -63,9 +69,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items() if isinstance(part, Tensor)}
-        return Batch(**parts | moved)
+        return self._with_each(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in pages from which a GPU copies while its host goes on."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts |= {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return Batch(**parts)
 
 
 def collate(examples: Sequence[Example], weights: Weights) -> Batch:
@@ -81,7 +94,7 @@ def collate(examples: Sequence[Example], weights: Weights) -> Batch:
     predicted = is_token.clone()
     predicted[:, 0] = 0
     is_completion = (segment == Segment.COMPLETION) & (is_token == 1)
-    return Batch(tokens, weights.of(segment) * predicted, is_completion, is_token)
+    return _batch(tokens, weights.of(segment) * predicted, is_completion, attention=is_token)
 
 
 def pack(examples: Sequence[Example], weights: Weights) -> Batch:
@@ -117,7 +130,16 @@ def pack(examples: Sequence[Example], weights: Weights) -> Batch:
     weight = weights.of(segment)
     weight[:, borders[:-1].long()] = 0
     is_completion = segment == Segment.COMPLETION
-    return Batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
+    return _batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
+
+
+def _batch(tokens: Tensor, weights: Tensor, is_completion: Tensor, **rest: Any) -> Batch:
+    """A batch with the positions that stand before tokens that weigh something."""
+    weighs, of_completion = (functional.pad(part[:, 1:], (0, 1)).flatten() for part in (weights != 0, is_completion))
+    rows, prompt_rows, completion_rows = (
+        mask.nonzero().squeeze(1) for mask in (weighs, weighs & ~of_completion, weighs & of_completion)
+    )
+    return Batch(tokens, weights, is_completion, rows, prompt_rows, completion_rows, **rest)
 
 
 def count_steps(examples: int, batch_examples: int, epochs: float) -> int:

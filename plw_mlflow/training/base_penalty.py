@@ -37,8 +37,8 @@ class BasePenalty:
         ]
 
     @torch.no_grad()
-    def add_gradients(self) -> float:
-        """Add the penalty's gradient to that of every parameter; returns its value.
+    def add_gradients(self) -> Tensor:
+        """Add the penalty's gradient to that of every parameter; returns its value, a scalar on their device.
 
         To be called once a step by every process, after the gradients are summed over micro-batches and processes and
         before they are clipped.
@@ -59,7 +59,7 @@ class BasePenalty:
             values.append(value)
             for parameter, part in zip(parameters, torch.autograd.grad(deviation, leaves, gradient), strict=True):
                 _add(parameter, part)
-        return float(_whole(sum(values[1:], values[0])))
+        return _whole(sum(values[1:], values[0]))
 
     def _of(self, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """The penalty of a deviation of weights, and its gradient in them."""

@@ -20,10 +20,13 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self._label_smoothing = model, label_smoothing
 
-    def forward(self, tokens: Tensor, weights: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
-        """Give the summed weighted loss of a batch, in nats, and the unweighted losses [B, T-1] behind it.
+    def forward(
+        self, tokens: Tensor, weights: Tensor, rows: Tensor | None = None, **context: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Give the summed weighted loss of a batch, in nats, and the unweighted losses [B, T] behind it.
 
-        tokens: [B, T]. weights: [B, T], with which each token is predicted. context: `Batch.context`.
+        tokens: [B, T]. weights: [B, T], with which each token is predicted. rows: `Batch.rows`, looked for if not
+        given. context: `Batch.context`. The loss of a token stands where the token before it does; the last is 0.
 
         Raises UserError for an example so long that it would change the losses of others (`check_length`).
         """
@@ -38,8 +41,9 @@ class Learner(nn.Module):
             head.bias,
             targets,
             following,
+            rows,
             scale=head.scale,
             softcap=head.softcap,
             label_smoothing=self._label_smoothing,
         )
-        return total, nll.view(weights.shape)[:, :-1]
+        return total, nll.view(weights.shape)

@@ -29,6 +29,7 @@ def weighted_nll(
     bias: Tensor | None,
     targets: Tensor,
     weights: Tensor,
+    rows: Tensor | None = None,
     *,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -40,6 +41,7 @@ def weighted_nll(
     head: [V, H] vocabulary projection; bias: [V] or None.
     targets: [N] the token that follows each row.
     weights: [N] float32, the weight of that token.
+    rows: int64, those whose weight is not 0, in order. If not given they are looked for, for which a GPU's host waits.
     scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
     label_smoothing: share E of the target distribution that is spread evenly over all V tokens, as in torch's
         cross_entropy: l_i becomes (1 - E) l_i + E mean_v(-log p_v).
@@ -68,8 +70,10 @@ def weighted_nll(
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and the head's is the largest
         hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
+    if rows is None:
+        rows = weights.nonzero().squeeze(1)
     with torch.autocast(device, enabled=False):
-        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, scale, softcap, label_smoothing, kind)
+        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, rows, scale, softcap, label_smoothing, kind)
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -77,14 +81,14 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        hidden, head, bias, targets, weights, scale, softcap, smoothing, kind = inputs
+        hidden, head, bias, targets, weights, rows, scale, softcap, smoothing, kind = inputs
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
         nll = torch.zeros_like(weights)
         smoothed = torch.zeros_like(weights) if smoothing else nll
-        rows, projection = weights.nonzero().squeeze(1), head.to(kind)
+        projection = head.to(kind)
         sizes = _sizes(len(rows), hidden, head, kind)
         buffer = torch.empty(min(sizes.chunk_rows, len(rows)), len(head), dtype=kind, device=hidden.device)
         for chunk in rows.split(sizes.chunk_rows):
@@ -117,7 +121,7 @@ class _ChunkedNLL(torch.autograd.Function):
             # in float32, as a rounded divisor would scale the whole step.
             for part in () if gradient is None else gradient.split(1024):
                 part.copy_(part.float().mul_(grads[0]))
-        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
+        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 7
 
 
 class _Sizes(NamedTuple):

@@ -36,9 +36,11 @@ def restore(checkpoint: Checkpoint | None, parameters: Mapping[str, Tensor], opt
     for name, parameter in parameters.items() if step else ():
         parallel.spread(checkpoint.weights[name] if checkpoint else None, parameter)
         for kind, initial in _initial_state(parameter).items():
-            value = initial.to(device)  # AdamW keeps its count of steps on the CPU
+            value = initial.to(device)
             parallel.spread(checkpoint.optimizer[f"{kind}/{name}"] if checkpoint else None, value)
-            optimizer.state[parameter][kind] = value.to(initial.device)
+            # AdamW keeps its count of steps on the CPU, unless it is one kernel for all.
+            is_fused = bool(optimizer.defaults.get("fused"))
+            optimizer.state[parameter][kind] = value if is_fused else value.to(initial.device)
     return step
 
 

@@ -92,15 +92,19 @@ def run(
             Progress(f"plw {config.plw:g}", total_steps, "steps", done=first_step, is_shown=is_first)
         )
         is_stopping = False
-        for indices in batches.steps(
+        order = batches.steps(
             len(prepared.training), config.batch_examples, seed=config.seed, first=first_step, total=total_steps
-        ):
-            examples = [prepared.training[index] for index in indices]
-            step_tokens, step_started = sum(len(example.tokens) for example in examples), time.monotonic()
-            metrics = trainer.take_step(examples)
+        )
+        coming = (trainer.prepare([prepared.training[index] for index in indices]) for indices in order)
+        following = next(coming, None)
+        while (step := following) is not None:
+            step_started = time.monotonic()
+            begun = trainer.begin_step(step)
+            following = next(coming, None)  # made here, where a GPU is still at work
+            metrics = trainer.end_step(begun)
             is_stopping = trainer.is_any_asked_to_stop(is_asked_to_stop)
-            tokens_seen += step_tokens
-            metrics["train/tokens_per_second"] = step_tokens / (time.monotonic() - step_started)
+            tokens_seen += step.tokens
+            metrics["train/tokens_per_second"] = step.tokens / (time.monotonic() - step_started)
             is_saving = trainer.step % config.save_every == 0 or trainer.step == total_steps
             if is_saving or trainer.step % config.eval_every == 0:
                 # Before each checkpoint too, as the step's own loss says nothing of the weights that the step has made.

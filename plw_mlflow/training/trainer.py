@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ from plw_mlflow.training import parallel, state
 from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint
 from plw_mlflow.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimiser step, made ready."""
+
+    own: list[Batch]  # this process's micro-batches, on the CPU
+    count: int  # of the micro-batches of all processes
+    tokens: int  # in the examples of all processes
 
 
 class Trainer:
@@ -60,7 +70,11 @@ class Trainer:
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+        # On a GPU AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
+        self._is_fused = accelerator.device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=config.learning_rate, fused=self._is_fused or None
+        )
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
         warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
@@ -72,72 +86,105 @@ class Trainer:
         """The parameters that training changes, by name; a tied one once."""
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
-    def take_step(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Train on a step's examples, shared out among the processes; returns the metrics.
+    def prepare(self, examples: Sequence[Example]) -> Step:
+        """Make an optimiser step of examples ready for `begin_step`."""
+        micro_batches = self._cut(examples, is_step=True)
+        own = self._collate(micro_batches, self._weights)
+        if self._accelerator.device.type == "cuda":
+            own = [batch.pinned() for batch in own]
+        return Step(own, len(micro_batches), sum(len(example.tokens) for example in examples))
 
-        Raises RunError where one of them is not finite, before the weights are changed, or where memory runs out.
+    def begin_step(self, step: Step) -> Tensor:
+        """Train on a step's examples, shared out among the processes; gives what `end_step` takes.
+
+        A GPU may still be at work on it when this returns, so that its host can prepare the next step meanwhile.
+
+        Raises RunError where memory runs out, or as `end_step` does.
         """
         config = self._config
         seeding.seed_global(config.seed, "dropout", self.step, self._accelerator.process_index)
         with self._explaining_memory():
-            metrics = self._accumulate_gradients(self._cut(examples, is_step=True))
-        if self._penalty is not None:
-            metrics["train/base_penalty"] = self._penalty.add_gradients()
+            sums = self._accumulate_gradients(step)
+        penalty = sums.new_zeros(()) if self._penalty is None else self._penalty.add_gradients().double()
         norm = self._accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
-        metrics["train/grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        rate = config.learning_rate * self._schedule(self.step)
-        metrics["train/learning_rate"] = rate
-        check_finite(metrics, self.step + 1)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        numbers = torch.cat([sums, torch.stack([penalty, norm.double()])])
+        if self._is_fused:  # reading the numbers here would make the host wait, and then the GPU
+            self._optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        else:
+            self._metrics(numbers)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate()
         with self._explaining_memory("--method lora, or --parallel fsdp2 with more --processes, needs less for AdamW"):
             self._optimizer.step()
         self._optimizer.zero_grad()
+        return numbers
+
+    def end_step(self, numbers: Tensor) -> dict[str, float]:
+        """Wait for a step that was begun; gives its metrics.
+
+        Raises RunError where one of them is not finite. The weights are then as they were before the step.
+        """
+        metrics = self._metrics(numbers)
         self.step += 1
         return metrics
 
-    def _accumulate_gradients(self, micro_batches: Sequence[Sequence[Example]]) -> dict[str, float]:
-        """Add up the gradients of a step's loss, and return that loss and the mean losses of prompt and completion.
+    def _metrics(self, numbers: Tensor) -> dict[str, float]:
+        """The metrics of the step after `self.step` from its sums, penalty and norm; all are finite."""
+        loss, *sides, penalty, norm = numbers.tolist()
+        metrics = {"train/loss": loss} | _means("train", sides)
+        if self._penalty is not None:
+            metrics["train/base_penalty"] = penalty
+        metrics |= {"train/grad_norm": norm, "train/learning_rate": self._rate()}
+        check_finite(metrics, self.step + 1)
+        return metrics
 
-        micro_batches: those of all processes. With S_m = sum_i w_i l_i, the summed loss that the learner gives for
-        micro-batch m, and its divisor D_m, the loss of the step is
+    def _rate(self) -> float:
+        """The learning rate of the step after `self.step`."""
+        return self._config.learning_rate * self._schedule(self.step)
+
+    def _accumulate_gradients(self, step: Step) -> Tensor:
+        """Add up the gradients of a step's loss; gives its sums over all processes, float64 [5].
+
+        They are its loss, and then prompt losses and tokens, completion losses and tokens. With S_m = sum_i w_i l_i,
+        the summed loss that the learner gives for micro-batch m, and its divisor D_m, the loss of the step is
 
             sum over all micro-batches m of all processes of  S_m / D_m.
         """
         accelerator, device = self._accelerator, self._accelerator.device
-        own = self._collate(micro_batches, self._weights)
-        divisors = self._divisors(own, len(micro_batches))
-        # Sums over this process: divided loss; prompt losses and tokens; completion losses and tokens.
+        divisors = self._divisors(step)
         sums = torch.zeros(5, dtype=torch.float64, device=device)
-        for number, (cpu_batch, divisor) in enumerate(zip(own, divisors, strict=True), start=1):
+        for number, (cpu_batch, divisor) in enumerate(zip(step.own, divisors, strict=True), start=1):
             batch = cpu_batch.to(device)
-            with accelerator.no_sync(self._learner) if number < len(own) else nullcontext():
-                total, nll = self._learner(batch.tokens, batch.weights, **batch.context)
+            with accelerator.no_sync(self._learner) if number < len(step.own) else nullcontext():
+                total, nll = self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)
                 reciprocal = torch.where(divisor > 0, 1 / divisor, 0.0).float()  # 0 where no token weighs anything
                 divided = total * reciprocal
                 # Gradients are averaged over processes, where their sum is wanted.
                 (divided * accelerator.num_processes).backward()
             sums += torch.cat([divided.detach().double().reshape(1), _by_side(nll, batch)])
-        loss, *sides = accelerator.reduce(sums, "sum").tolist()
-        return {"train/loss": loss} | _means("train", sides)
+        reduced = accelerator.reduce(sums, "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
 
-    def _divisors(self, own: Sequence[Batch], count: int) -> list[Tensor]:
-        """The divisors D_m of this process's micro-batches, float64 scalars; `count` is the number in all processes.
+    def _divisors(self, step: Step) -> list[Tensor]:
+        """The divisors D_m of this process's micro-batches, float64 scalars.
 
         d_m is the sum of a micro-batch's weights (`--loss-divisor weights`), or the number of those that are not 0
         (`tokens`, as arXiv:2507.07817 has it). By `--divisor-scope`, D_m is
 
             step         the sum of d_m over all micro-batches of all processes: one divisor, however the step is cut;
-            micro-batch  count * d_m, which makes the loss of the step the mean of the micro-batches' own means.
+            micro-batch  step.count * d_m, which makes the loss of the step the mean of the micro-batches' own means.
         """
         if self._config.loss_divisor == "weights":
-            own_divisors = [batch.weights.double().sum() for batch in own]
+            own_divisors = [batch.weights.double().sum() for batch in step.own]
         else:
-            own_divisors = [batch.weights.count_nonzero().double() for batch in own]
+            own_divisors = [batch.weights.count_nonzero().double() for batch in step.own]
+        device = self._accelerator.device
         if self._config.divisor_scope == "micro-batch":
-            return [count * each for each in own_divisors]
-        own_sum = torch.stack(own_divisors).sum().to(self._accelerator.device)
-        return [self._accelerator.reduce(own_sum, "sum")] * len(own)
+            return [(step.count * each).to(device, non_blocking=True) for each in own_divisors]
+        own_sum = torch.stack(own_divisors).sum().to(device, non_blocking=True)
+        return [self._accelerator.reduce(own_sum, "sum")] * len(step.own)
 
     def _cut(self, examples: Sequence[Example], *, is_step: bool) -> list[list[Example]]:
         """Cut examples into the micro-batches of all processes; of no examples, there are none."""
@@ -162,6 +209,8 @@ class Trainer:
 
     def is_any_asked_to_stop(self, is_asked_to_stop: Callable[[], bool]) -> bool:
         """Whether any process has been asked to stop, so that all do or none; every process has to call this."""
+        if self._accelerator.num_processes == 1:
+            return is_asked_to_stop()
         asked = torch.tensor(float(is_asked_to_stop()), device=self._accelerator.device)
         return float(self._accelerator.reduce(asked, "sum")) > 0
 
@@ -173,7 +222,8 @@ class Trainer:
         with self._explaining_memory():
             for cpu_batch in self._collate(self._validation, Weights(plw=1.0)):
                 batch = cpu_batch.to(self._accelerator.device)
-                sums += _by_side(self._learner(batch.tokens, batch.weights, **batch.context)[1], batch)
+                _, nll = self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)
+                sums += _by_side(nll, batch)
         self._learner.train()
         return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
 
@@ -223,13 +273,12 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
 def _by_side(nll: Tensor, batch: Batch) -> Tensor:
     """Prompt loss and tokens, completion loss and tokens, over the tokens that weigh something; float64 [4].
 
-    nll: [B, T-1] unweighted losses.
+    nll: [B, T] unweighted losses, as the learner gives them.
     """
-    weighs = batch.weights[:, 1:] != 0
-    completion = batch.is_completion[:, 1:] & weighs
-    prompt = weighs & ~completion
-    nll = nll.double()
-    return torch.stack([nll[prompt].sum(), prompt.sum(), nll[completion].sum(), completion.sum()])
+    nll = nll.flatten().double()
+    sums = [nll[rows].sum() for rows in (batch.prompt_rows, batch.completion_rows)]
+    counts = [nll.new_full((), len(rows)) for rows in (batch.prompt_rows, batch.completion_rows)]
+    return torch.stack([sums[0], counts[0], sums[1], counts[1]])
 
 
 def _means(prefix: str, sums: list[float]) -> dict[str, float]:

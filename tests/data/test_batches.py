@@ -56,6 +56,9 @@ def test_a_batch_by_hand():
     assert batch.attention.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]  # a token 0 is no padding
     assert batch.weights.tolist() == [[0, 0.25, 0.25, 2, 2], [0, 2, 0, 0, 0]]
     assert batch.is_completion.tolist() == [[False, False, False, True, True], [False, True, False, False, False]]
+    assert batch.rows.tolist() == [0, 1, 2, 3, 5]
+    assert batch.prompt_rows.tolist() == [0, 1]
+    assert batch.completion_rows.tolist() == [2, 3, 5]
     assert batch.context == {"attention_mask": batch.attention}
 
 
@@ -70,6 +73,9 @@ def test_a_packed_row_by_hand():
         [0, 0.25, 0.25, 2, 2, 0, 2]
     ]  # no example's first token follows from another's last
     assert batch.is_completion.tolist() == [[False, False, False, True, True, True, True]]
+    assert batch.rows.tolist() == [0, 1, 2, 3, 5]  # none before the second example
+    assert batch.prompt_rows.tolist() == [0, 1]
+    assert batch.completion_rows.tolist() == [2, 3, 5]
 
 
 lengths = st.lists(st.integers(1, 32), min_size=1, max_size=40)
@@ -104,6 +110,7 @@ def test_an_example_that_was_cut_to_its_prompt_weighs_as_a_prompt():
     batch = batches.collate([make_example([3, 4, 5], [0, 0, 1])], Weights(plw=0.0))
     assert not batch.weights.any()
     assert not batch.is_completion.any()
+    assert len(batch.rows) == len(batch.prompt_rows) == len(batch.completion_rows) == 0
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), size=st.integers(1, 9), by_length=st.booleans())
@@ -122,7 +129,9 @@ def test_cutting_a_step_keeps_every_example_once(lengths, size, by_length):
 def test_moving_a_batch_keeps_all_of_it():
     batch = batches.collate([make_example([5, 6], [0, 3])], Weights(1.0, 1.0, 1.0))
     moved = batch.to(torch.device("meta"))
-    assert all(getattr(moved, name).is_meta for name in ("tokens", "attention", "weights", "is_completion"))
+    parts = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(parts) == 7
+    assert all(part.is_meta for part in parts)
 
 
 @pytest.mark.parametrize("epochs", [0.001, 1e-9])

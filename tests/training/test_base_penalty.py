@@ -51,7 +51,7 @@ def test_the_distance_to_the_base_is_penalised_as_autograd_would(tied, order):
         parameter.grad = torch.ones_like(parameter)
     model.lm_head.weight.grad = None
 
-    assert penalty.add_gradients() == pytest.approx(expected.item(), rel=1e-12)
+    assert float(penalty.add_gradients()) == pytest.approx(expected.item(), rel=1e-12)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         there = 0 if parameter is model.lm_head.weight else 1
         torch.testing.assert_close(parameter.grad, gradient + there)
@@ -72,7 +72,7 @@ def test_the_distance_of_adapters_is_that_of_the_merged_model(method, family, or
     base = tiny(family).double()
     model = adapters.adapt(copy.deepcopy(base), method, RecipeOptions(lora_rank=3), 1).double()
     penalty = BasePenalty(away(model), STRENGTH, order)
-    value = penalty.add_gradients()
+    value = float(penalty.add_gradients())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = [parameter.grad.clone() for parameter in trained]
 
@@ -83,7 +83,7 @@ def test_the_distance_of_adapters_is_that_of_the_merged_model(method, family, or
         for sign in (1, -1):
             for parameter, part in zip(trained, step, strict=True):
                 parameter.data += sign * part
-            values.append(penalty.add_gradients())
+            values.append(float(penalty.add_gradients()))
             for parameter, part in zip(trained, step, strict=True):
                 parameter.data -= sign * part
         expected = (values[0] - values[1]) / 2
@@ -113,7 +113,7 @@ def penalised(method, *, shard):
             if isinstance(parameter, DTensor):
                 moved = distribute_tensor(moved, parameter.device_mesh, parameter.placements)
             parameter.copy_(moved)
-    value = penalty.add_gradients()
+    value = float(penalty.add_gradients())
     return value, {
         name: parameter.grad.full_tensor() if shard else parameter.grad
         for name, parameter in model.named_parameters()
