@@ -63,24 +63,25 @@ class FieldType(click.ParamType):
     """A field's type as click wants it; where the field has no default, or a preset's, an empty value is unset."""
 
     def __init__(self, hint: Any, *, is_optional: bool) -> None:
-        alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        (kind,) = [alternative for alternative in alternatives if alternative is not type(None)]
+        alternatives = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        words = [word for kind in alternatives if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+        kinds = [kind for kind in alternatives if kind is not type(None) and typing.get_origin(kind) is not Literal]
         self.is_optional = is_optional
-        if typing.get_origin(kind) is Literal:
-            self.inner: click.ParamType = click.Choice(list(typing.get_args(kind)))
-        else:
-            by_kind = {bool: click.BOOL, int: click.INT, float: click.FLOAT, Path: click.Path(path_type=Path)}
-            self.inner = by_kind.get(kind, click.STRING)
+        by_kind = {bool: click.BOOL, int: click.INT, float: click.FLOAT, Path: click.Path(path_type=Path)}
+        self.inner: click.ParamType = by_kind.get(kinds[0], click.STRING) if kinds else click.Choice(words)
+        self.words = words if kinds else []  # what an option may be instead of a number
         self.name = self.inner.name
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return self.inner.get_metavar(param, ctx)
+        return "|".join([self.name.upper(), *self.words]) if self.words else self.inner.get_metavar(param, ctx)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in UNSET:
             if self.is_optional:
                 return None
             self.fail("a value is needed", param, ctx)
+        if value in self.words:
+            return value
         try:
             return self.inner.convert(value, param, ctx)
         except (ValueError, OSError) as error:  # half a surrogate pair, a NUL, or a name that is too long

@@ -78,7 +78,7 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
     """Fine-tune one model at one prompt loss weight."""
 
     def faults(self) -> list[str]:
-        faults = too_small(self, self.max_tokens, "micro_batch_tokens")
+        faults = [] if self.micro_batch_tokens == "auto" else too_small(self, self.max_tokens, "micro_batch_tokens")
         if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
             faults.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
         if self.method == "qlora" and self.parallel == "fsdp2":

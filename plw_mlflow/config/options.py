@@ -256,8 +256,8 @@ class MachineOptions(Options):
     """Examples per device and forward pass; lower it when memory is short (toy 16, huerta2024 4)."""
     packing: bool = no_effect(BY_PRESET)
     """Pack examples into rows, each seeing itself alone, or pad each to a row (toy true, huerta2024 false)."""
-    micro_batch_tokens: int | None = no_effect(None)
-    """Longest packed row; lower it when memory is short (unset: micro-batch-examples x max-tokens)."""
+    micro_batch_tokens: int | Literal["auto"] | None = no_effect(None)
+    """Longest packed row; auto: the longest that fits (unset: micro-batch-examples x max-tokens; docs/training.md)."""
     activation_checkpointing: bool = no_effect(False)
     """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)

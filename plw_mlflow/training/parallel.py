@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +23,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from plw_mlflow.errors import UserError
+from plw_mlflow.training.checkpoints import Writers
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=1)  # so long processes wait for another one, which may be fetching a checkpoint
 
@@ -92,15 +100,80 @@ def _whole(tensor: Tensor) -> Tensor | None:
     return full.detach().to("cpu", copy=True).contiguous()
 
 
-@torch.no_grad()
-def spread(source: Tensor | None, target: Tensor) -> None:
-    """Copy the first process's `source` (elsewhere None) into `target`, or its shards, in every process."""
-    if isinstance(target, DTensor):
-        full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if source is None else source
-        shards = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
-        target.copy_(shards)
+def is_first() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_sharded(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the processes share these parameters, so that each holds shards of them."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
+
+
+def own_part(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Copies on the CPU of this process's shards, and where in the whole tensors they begin.
+
+    Of tensors that every process holds, the first process has the whole, and the others nothing.
+    """
+    parts, starts = {}, {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            (shard,) = tensor.__create_chunk_list__()
+            local, start = tensor.to_local(), list(shard.offsets)
+        else:
+            local, start = tensor, [0] * tensor.ndim
+        if local.numel() if isinstance(tensor, DTensor) else is_first():
+            parts[name] = local.detach().to("cpu", copy=True).contiguous()
+            starts[name] = start
+    return parts, starts
+
+
+def tell(value: T) -> T:
+    """The value that the first process has, in every process; every process has to call this."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def send(tensor: Tensor) -> None:
+    """Copy the first process's numbers into a tensor in every process; every process has to call this."""
+    if not dist.is_initialized():
         return
-    if source is not None:
-        target.copy_(source)
-    if dist.is_initialized():
-        dist.broadcast(target, 0)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    moved = tensor.to(device)  # AdamW keeps its count of steps on the CPU
+    dist.broadcast(moved, 0)
+    tensor.copy_(moved)
+
+
+@contextmanager
+def writers(folder: Path) -> Iterator[Writers]:
+    """The processes of a sharded training as writers of its checkpoints into `folder`; every process has to call this.
+
+    Their threads agree by a group of their own, as training goes on meanwhile. A process that has ended agrees to
+    nothing.
+
+    Raises UserError in every process where one of them does not see the first one's folder.
+    """
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def agree(is_well: bool) -> bool:
+        flag = torch.tensor(int(is_well))
+        try:
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group)
+        except RuntimeError:
+            return False
+        return bool(flag)
+
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="seen-") if is_first() else nullcontext("") as made:
+        seen = tell(Path(made).absolute())
+        if not agree(seen.is_dir()):
+            raise UserError(
+                f"not every process sees the folder {seen.parent} of the first one, in which --parallel fsdp2 has each "
+                f"save its part; set --checkpoint-dir to a disk that all machines share, or use --parallel ddp"
+            )
+    yield Writers(dist.get_rank(), dist.get_world_size(), agree)
+    dist.destroy_process_group(group)

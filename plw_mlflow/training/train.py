@@ -60,7 +60,8 @@ def run(
     before_save: called before each checkpoint, so that the caller can first save what belongs to earlier steps.
     after_save: called with each checkpoint's folder once it is complete, by another thread.
 
-    Every process that torchrun has started has to call this. Only the first one uses `folder` and calls the functions.
+    Every process that torchrun has started has to call this. The functions are called by the first one alone, and the
+    folder is the first one's; with fsdp2 all of them write their shards there.
 
     Raises RunError at the first loss or gradient that is not finite, naming the step, and where memory runs out; the
     last checkpoint stays as it was. On SIGTERM to any process, the current step is finished and saved, and
@@ -80,9 +81,13 @@ def run(
         if config.activation_checkpointing:
             stack.enter_context(recomputation.of_layers(model))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
+        writers = None
+        if is_sharded:
+            folder = parallel.tell(folder.absolute())
+            writers = stack.enter_context(parallel.writers(folder))
         first_step = trainer.load(checkpoints.load(folder, cell, trainer.check_fit) if is_first else None)
         begin(first_step)
-        writer = checkpoints.Writer(folder, cell, config.keep, after_save)
+        writer = checkpoints.Writer(folder, cell, config.keep, after_save, writers)
         stack.callback(writer.wait)
         is_asked_to_stop = stack.enter_context(_noting_sigterm())
         started, tokens_seen = time.monotonic(), 0
@@ -118,6 +123,7 @@ def run(
                 checkpoint = trainer.checkpoint()
                 if is_first:
                     before_save()
+                if is_first or is_sharded:
                     writer.save(checkpoint)
                 del checkpoint  # which is as large as the state: the writer lets go of it when it is written
             if is_stopping:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -22,13 +23,16 @@ from plw_mlflow import seeding
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.data.batches import Batch, Weights
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, first_line
-from plw_mlflow.training import parallel, state
+from plw_mlflow.training import parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
-from plw_mlflow.training.checkpoints import Checkpoint
+from plw_mlflow.training.checkpoints import Checkpoint, Saved
 from plw_mlflow.training.learner import Learner
+
+ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class Trainer:
         self._total_steps = total_steps
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
-        self._validation = self._cut(prepared.validation, is_step=False)
         self._model = model
         self._learner = parallel.wrap(Learner(model, config.label_smoothing), config.parallel, accelerator)
         self._learner.train()
@@ -70,8 +73,8 @@ class Trainer:
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        # On a GPU AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
-        self._is_fused = accelerator.device.type == "cuda"
+        # There AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
+        self._is_fused = accelerator.device.type in ASYNCHRONOUS
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.learning_rate, fused=self._is_fused or None
         )
@@ -80,6 +83,8 @@ class Trainer:
         warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
         # A function of the step, so a run that goes on has nothing to restore.
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total_steps).lr_lambdas[0]
+        self._row_tokens = row_length.choose(config, model, accelerator, self._peak_bytes)
+        self._validation = self._cut(prepared.validation, is_step=False)
 
     @property
     def _trained(self) -> dict[str, Tensor]:
@@ -90,7 +95,7 @@ class Trainer:
         """Make an optimiser step of examples ready for `begin_step`."""
         micro_batches = self._cut(examples, is_step=True)
         own = self._collate(micro_batches, self._weights)
-        if self._accelerator.device.type == "cuda":
+        if self._accelerator.device.type in ASYNCHRONOUS:
             own = [batch.pinned() for batch in own]
         return Step(own, len(micro_batches), sum(len(example.tokens) for example in examples))
 
@@ -194,8 +199,7 @@ class Trainer:
         if is_step and config.divisor_scope == "micro-batch":  # the result depends on what is in one
             return batches.split(examples, config.micro_batch_examples, by_length=False)
         if self._is_packed:
-            row_tokens = config.micro_batch_tokens or config.micro_batch_examples * config.max_tokens
-            return batches.fill(examples, row_tokens, multiple=self._accelerator.num_processes)
+            return batches.fill(examples, self._row_tokens, multiple=self._accelerator.num_processes)
         return batches.split(examples, config.micro_batch_examples, by_length=True)
 
     def _collate(self, micro_batches: Sequence[Sequence[Example]], weights: Weights) -> list[Batch]:
@@ -228,17 +232,40 @@ class Trainer:
         return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
 
     def checkpoint(self) -> Checkpoint:
-        """A copy of everything that changes, empty but in the first process; every process has to call this."""
+        """A copy of what this process has to save of everything that changes."""
         return state.gather(self.step, self._trained, self._optimizer)
 
-    def check_fit(self, checkpoint: Checkpoint) -> None:
+    def check_fit(self, saved: Saved) -> None:
         """Raise UserError for a checkpoint that this training cannot have saved."""
-        state.check_fit(checkpoint, self._trained, self._total_steps)
+        state.check_fit(saved, self._trained, self._optimizer, self._total_steps)
 
-    def load(self, checkpoint: Checkpoint | None) -> int:
-        """Go on from the checkpoint that the first process has, if it has one; returns its step, or 0."""
-        self.step = state.restore(checkpoint, self._trained, self._optimizer)
+    def load(self, saved: Saved | None) -> int:
+        """Go on from the checkpoint that the first process has, if it has one; returns its step, or 0.
+
+        Every process has to call this.
+        """
+        self.step = state.restore(saved, self._trained, self._optimizer)
         return self.step
+
+    def _peak_bytes(self, tokens: int) -> int | None:
+        """The memory at the peak of a step on a row of so many tokens, all of which weigh something; None if too much.
+
+        For `row_length.choose`, on a GPU.
+        """
+        longest, device = self._config.max_tokens, self._accelerator.device
+        full = Example(np.zeros(longest, np.int32), np.full(longest, Segment.COMPLETION, np.int8))
+        batch = batches.pack([full] * (tokens // longest), Weights(plw=1.0)).to(device)
+        learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            for _ in range(2):  # the second row of a step finds the gradients of the first
+                learner(batch.tokens, batch.weights, batch.rows, **batch.context)[0].backward()
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self._optimizer.zero_grad()
+            torch.cuda.empty_cache()
+        return torch.cuda.max_memory_allocated()
 
     @contextmanager
     def _explaining_memory(self, remedy: str = "") -> Iterator[None]:
@@ -251,7 +278,7 @@ class Trainer:
             config = self._config
             option, value = "--micro-batch-examples", config.micro_batch_examples
             if self._is_packed and config.divisor_scope == "step":
-                option, value = "--micro-batch-tokens", config.micro_batch_tokens or value * config.max_tokens
+                option, value = "--micro-batch-tokens", self._row_tokens
             # Under divisor-scope micro-batch, what is in one is part of the recipe.
             harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
             lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"

@@ -599,14 +599,6 @@ SPOILED = {
     "a renamed step": (lambda place: place.rename(place.with_name("step-000006")), r"is of the step '4', and not '6'"),
     "a step beyond the last": (label_as_12, "it is of step 12, and the training has 9"),
     "another model's": (take_anothers, r"must be|tensors too many"),
-    "swapped files": (
-        lambda place: (
-            (place / "weights.safetensors").rename(place / "w")
-            and (place / "optimizer.safetensors").rename(place / "weights.safetensors")
-            and (place / "w").rename(place / "optimizer.safetensors")
-        ),
-        "it lacks",
-    ),
     "moments that are missing": (
         lambda place: rewrite(place, "optimizer", lambda name, tensor: None if "exp_avg" in name else tensor),
         "it lacks .* the first of them exp_avg/",
@@ -677,6 +669,8 @@ def test_steps_without_a_gradient_are_none_after_a_resumption_too(tmp_path):
     """A part of a model that a step does not reach (an expert, say) is not changed by it, nor is its state."""
 
     def skip(optimizer, *_):
+        if not any(p.grad.any() for p in model.parameters() if p.grad is not None):
+            return  # the step with which the state of a parameter without one is made
         (parameter,) = [p for p in model.parameters() if p.shape == (VOCABULARY, 24)][-1:]
         if len(steps) % 3 != 2:
             parameter.grad = None
