@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def ask(task: Any, everyone: dict[str, Any], part: list[list[Instance]]) -> Part
     requests = [request for question in part for request in question]
     found = Part({}, {}, {}, {})
     for who, language_model in everyone.items():
-        seconds, answers = _seconds(lambda model=language_model: model.loglikelihood(requests, disable_tqdm=True))
+        seconds, answers = _seconds(partial(language_model.loglikelihood, requests, disable_tqdm=True))
         rest = iter(answers)
         by_question = [list(itertools.islice(rest, len(question))) for question in part]
         documents = [question[0].doc for question in part]

@@ -109,7 +109,7 @@ def _tag_as_scored(run: Run, counted: pd.DataFrame) -> None:
     prompts = sorted(set(counted["prompt"].fillna("harness")))
     if len(prompts) > 1:
         reasons.append(f"prompts differ: {', '.join(prompts)}")
-    precisions = sorted(set(counted["precision"].fillna("float32")))  # tables before the column
+    precisions = sorted(set(counted["precision"].replace("", None).fillna("float32")))  # tables before the column
     if len(precisions) > 1:
         reasons.append(f"arithmetic differs: {', '.join(precisions)}")
     run.tag(status="scored", score_comparable=spell(not reasons))
