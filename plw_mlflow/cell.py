@@ -11,9 +11,10 @@ import hashlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ from plw_mlflow.config import (
     MainConfig,
     ScoreOptions,
     TrainConfig,
-    data_name,
     digest,
-    short_name,
     split_list,
 )
 from plw_mlflow.data import prepare, profile, sources, templates
@@ -47,12 +46,6 @@ from plw_mlflow.training import checkpoints, recomputation, train
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
 
-def name(config: TrainConfig) -> str:
-    """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
-    data, model = data_name(config.dataset, config, short_name), short_name(config.model)
-    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"
-
-
 def run(config: TrainConfig) -> None:
     """Prepare, train and log one cell, and score it if `config` is a MainConfig.
 
@@ -62,7 +55,7 @@ def run(config: TrainConfig) -> None:
     if not is_first_process():
         assist(config)
         return
-    with tracking.open_run(config, name(config)) as opened:
+    with tracking.open_run(config, config.cell_name()) as opened:
         lead(config, opened)
     print(f"\nrun {opened.id}\n{opened.address()}")
 
@@ -108,11 +101,14 @@ def lead(config: TrainConfig, run: Run) -> None:
         )
         run.curves.flush()
         _report(trained)
-        model = _merge_and_export(config, run, trained.model, tokenizer, prepared, contents["base"], has_new_token)
-        tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps)
+        with tempfile.TemporaryDirectory() as scratch:
+            adapter = Path(scratch)
+            model = _merge(config, trained.model, adapter, tokenizer, prepared, contents["base"], has_new_token)
+            known = _weight_distance(config, model)  # before the weights are rounded to be kept
+            model = _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
         if isinstance(config, MainConfig):
             # Measured first, as scoring in bfloat16 rounds the weights.
-            _measure(config, run, model, tokenizer, config.model, config.dataset, config)
+            _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
             _score(config, run, model, tokenizer, tasks, folder, arithmetic)
         stored.remove()
         shutil.rmtree(folder)
@@ -173,24 +169,55 @@ def _report(trained: train.Trained) -> None:
         print(f"trained to step {trained.steps}, {trained.tokens_per_second:.0f} tokens per second")
 
 
-def _merge_and_export(
-    config: TrainConfig, run: Run, model: Any, tokenizer: Any, prepared: Prepared, base: str, has_new_token: bool
+def _merge(
+    config: TrainConfig,
+    model: Any,
+    adapter: Path,
+    tokenizer: Any,
+    prepared: Prepared,
+    base: str,
+    has_new_token: bool,
 ) -> Any:
-    """The trained model with its adapters merged; the adapters are logged, and all is written to the output folder.
+    """The trained model in float32 with its adapters merged, which are saved to a folder.
 
     base: what identifies the base model's content.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        adapter = Path(scratch)
-        merged = adapters.merge(model, adapter, with_embeddings=has_new_token)
-        if any(adapter.iterdir()):
-            saved_adapters.note_base(adapter, config.model, base)
-        count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
-        examples = (prepared.training[index] for index in range(count))
-        end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
-        run.log_folder(adapter, outputs.ADAPTER)
-        export.write(merged, tokenizer, adapter, config.output)
+    # Adapters are small, so they are rounded only where that is asked for.
+    kind = torch.bfloat16 if config.save_precision == "bfloat16" else torch.float32
+    merged = adapters.merge(model, adapter, with_embeddings=has_new_token, kind=kind)
+    if any(adapter.iterdir()):
+        saved_adapters.note_base(adapter, config.model, base, _saved_precision(config))
+    count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
+    examples = (prepared.training[index] for index in range(count))
+    end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
     return merged
+
+
+def _keep(
+    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, steps: int
+) -> Any:
+    """Write the trained model to the output folder, and log it or its adapter; returns the model as it was logged.
+
+    A whole model that is logged is scored with the numbers that it was rounded to; one that is logged as its adapter
+    with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
+    """
+    kind: torch.dtype = getattr(torch, _saved_precision(config))
+    run.tag(save_precision=_saved_precision(config))
+    kept = config.logged()
+    if kept == "merged":
+        model.to(kind)
+    export.write(model, tokenizer, adapter, config.output, kind)
+    if kept == "merged":
+        run.log_folder(adapter, outputs.ADAPTER)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
+    elif kept == "adapter":
+        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
+    return model.float()
+
+
+def _saved_precision(config: TrainConfig) -> str:
+    """The type in which whole models of a cell are saved."""
+    return precision.saved(config.save_precision, config.precision, config.model)
 
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
@@ -262,9 +289,10 @@ def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
     """
     if config.eval_precision != "auto":
         return precision.resolve(config.eval_precision, str(config.model))
-    trained_in = run.read_tag("precision") if config.model is None else tracking.trained_in(config.model)
-    if trained_in is None:
-        return precision.resolve("auto", str(config.model))
+    if config.model is None:
+        trained_in = run.read_tag("precision") or "float32"  # as older runs were, which do not say it
+    else:
+        trained_in = tracking.trained_in(config.model) or "auto"
     try:
         return precision.resolve(trained_in, str(config.model))
     except UserError as error:
@@ -275,9 +303,9 @@ def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
 def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:
     """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means."""
     if config.model is None:
-        return tracking.load_model(run)
+        return tracking.load_model(run, config.base)
     if config.model.startswith("models:/"):
-        return tracking.load_registered(config.model)
+        return tracking.load_registered(config.model, config.base)
     return pretrained.load_for_scoring(config.model, config.base)
 
 
@@ -300,13 +328,29 @@ def _wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | No
         return prompting.wrapping(options["template"], tokenizer, options.get("prompt_border", "offsets"))
 
 
+def _weight_distance(config: TrainConfig, model: Any) -> dict[str, float]:
+    """The measure weight_distance of a trained model, if it is asked for."""
+    if not isinstance(config, MainConfig) or "weight_distance" not in split_list(config.measures or ""):
+        return {}
+    return measures.weight_distance(model, pretrained.load(config.model).to(model.device))
+
+
 def _measure(
-    scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
+    scoring: ScoreOptions,
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    base: str,
+    dataset: str,
+    data: DataOptions,
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Log and print the measures that `scoring` names, of the model that the run has trained."""
+    """Log and print the measures that `scoring` names, of the model that the run has trained. known: some of them."""
     if chosen := split_list(scoring.measures or ""):
         losses = list(run.curves.values("train/loss").values())
-        values = measures.run(chosen, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
+        missing = [name for name in chosen if name not in known]
+        values = {**known}
+        values |= measures.run(missing, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
         tracking.log_measures(run, values)
         print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in values.items()))
 

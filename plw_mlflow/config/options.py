@@ -280,7 +280,17 @@ class MachineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(OptimizerOptions, LossOptions, AdapterOptions, MachineOptions):
+class SavingOptions(Options):
+    """What is kept of a trained model."""
+
+    log_model: Literal["auto", "merged", "adapter", "none"] = no_effect("auto")
+    """What MLflow keeps: the whole model, its adapter alone, or nothing; auto is adapter for lora and dora."""
+    save_precision: Literal["auto", "float32", "bfloat16"] = no_effect("auto")
+    """Type of the saved weights; auto is the arithmetic's for whole models, and float32 for adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(OptimizerOptions, LossOptions, AdapterOptions, MachineOptions, SavingOptions):
     """How a cell is trained; the same for every cell of a sweep."""
 
     def faults(self) -> list[str]:

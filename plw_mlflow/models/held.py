@@ -2,7 +2,7 @@
 
 Under autocast a product rounds its float32 weights to bfloat16 each time. Weights that nothing changes may as well be
 rounded once, and every product gives the same bits. Embeddings, norms, biases and the head stay float32, as they take
-part in sums too, or hardly count. What is rounded is gone: for the float32 weights, load the model again.
+part in sums too, or hardly count. What is rounded is gone: `stored.py` reads it again.
 """
 
 from __future__ import annotations
@@ -77,17 +77,6 @@ def taken_for_float32(layers: Iterable[Any]) -> Iterator[None]:
     finally:
         for layer, weight in weights:
             layer.weight = weight.requires_grad_(layer.weight.requires_grad)
-
-
-def restore(model: Any, whole: nn.Module) -> None:
-    """Give the linear layers of a model that is held the float32 weights of the one it was loaded from.
-
-    model: with adapters or without. Of `whole`, nothing is left that could be used.
-    """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, layer in bare.named_modules():
-        if isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.dtype == torch.bfloat16:
-            layer.weight.data = whole.get_parameter(f"{name.removesuffix('.base_layer')}.weight").data
 
 
 class in_float32(TorchFunctionMode):

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import get_cosine_schedule_with_warmup
 
 from plw_mlflow import seeding
 from plw_mlflow.config import TrainConfig
@@ -31,6 +30,7 @@ from plw_mlflow.training import parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint, Saved
 from plw_mlflow.training.learner import Learner
+from plw_mlflow.training.schedule import cosine_with_warmup
 
 ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
 
@@ -80,9 +80,7 @@ class Trainer:
         )
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
-        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
-        # A function of the step, so a run that goes on has nothing to restore.
-        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total_steps).lr_lambdas[0]
+        self._warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
         self._row_tokens = row_length.choose(config, model, accelerator, self._peak_bytes)
         self._validation = self._cut(prepared.validation, is_step=False)
 
@@ -146,7 +144,7 @@ class Trainer:
 
     def _rate(self) -> float:
         """The learning rate of the step after `self.step`."""
-        return self._config.learning_rate * self._schedule(self.step)
+        return self._config.learning_rate * cosine_with_warmup(self.step, self._warmup, self._total_steps)
 
     def _accumulate_gradients(self, step: Step) -> Tensor:
         """Add up the gradients of a step's loss; gives its sums over all processes, float64 [5].
