@@ -41,7 +41,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, recomputation, train
+from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -52,6 +52,7 @@ def run(config: TrainConfig) -> None:
     Every process that trains the cell calls this.
     """
     adapters.check(config.method)
+    optimizers.check(config.optimizer)
     if not is_first_process():
         assist(config)
         return
@@ -86,6 +87,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     with checkpoints.reserve(folder):
         checkpoints.set_aside_unusable(folder, key)  # before the newest one on disk is compared with the store's
         run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
+        peak = measured.find_peak(model, contents["precision"], config.max_tokens)
+        run.tag(mfu_peak=peak.named)
         stored = StoredCheckpoints(run, key)
         stored.fetch(folder, newer_than=checkpoints.newest_step(folder))
         trained = train.run(
@@ -98,6 +101,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             after_save=stored.store if config.store_checkpoints else lambda saved: None,
             cell=key,
             begin=lambda step: tracking.begin_cell(run, key, folder, step),
+            peak=peak,
         )
         run.curves.flush()
         _report(trained)
