@@ -39,11 +39,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-<<<<<<< HEAD
-from plw_mlflow.training import checkpoints, measured, recomputation, train
-=======
-from plw_mlflow.training import checkpoints, optimizers, recomputation, train
->>>>>>> size
+from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
