@@ -176,6 +176,8 @@ def recipe(cell: Cell, also: tuple[str, ...] = ()) -> dict[str, Hashable]:
     facts = {name: value for name, value in values.items() if name not in leave_out}
     if "precision" in facts:
         facts["precision"] = cell.run.data.tags.get("plw.precision", facts["precision"])  # what auto stood for
+    if (saved := cell.run.data.tags.get("plw.save_precision")) is not None:  # older runs have saved all in float32
+        facts["save_precision"] = saved  # to which the scored weights were rounded
     return facts
 
 
