@@ -83,6 +83,8 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             faults.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
         if self.method == "qlora" and self.parallel == "fsdp2":
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
+        if self.optimizer == "adamw8bit" and self.parallel == "fsdp2":
+            faults.append("the blocks of optimizer adamw8bit cannot be sharded; use optimizer adamw or parallel ddp")
         if self.log_model == "adapter" and (reason := self._why_no_adapter()):
             faults.append(f"log-model adapter cannot be had: {reason}; use --log-model merged, or none")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
@@ -158,6 +160,10 @@ class EvaluateConfig(ScoreOptions, Config):
             faults.append("endpoint-key-env names the key of an endpoint: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
             faults.append("tokenizer is for the model of an endpoint; other models have their own")
+        if self.eval_precision != "auto" and self.endpoint is not None:
+            faults.append(
+                "eval-precision is for a model that is computed here, and an endpoint's server computes its own"
+            )
         if self.measures is not None and self.run_id is None:
             faults.append("measures compare a cell with its base and its training data: give run-id")
         return faults

@@ -175,6 +175,8 @@ class DataOptions(LocalOptions):
 class OptimizerOptions(Options):
     """How the weights are trained."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = no_effect("adamw", unless=lambda values: values["optimizer"] != "adamw")
+    """AdamW with averages in float32, or in 8 bits (bitsandbytes): 2 bytes a trained weight, not 8, and less exact."""
     learning_rate: float = BY_PRESET
     """Peak learning rate of AdamW (toy 0.001, huerta2024 0.00002, huerta2024-lora 0.0002)."""
     epochs: float = 3.0
@@ -320,6 +322,8 @@ class ScoreOptions(LocalOptions):
     """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     eval_batch_tokens: int | None = None
     """Tokens per forward pass in scoring (unset: 2048 on a CPU, 16384 on a GPU); halved where memory is short."""
+    eval_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of scoring; auto is that of the cell's training, for other models bfloat16 where that is fast."""
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "limit", "eval_batch_tokens", "measure_prompts")
