@@ -270,7 +270,7 @@ def score_model(config: EvaluateConfig) -> None:
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
             arithmetic = _arithmetic(config, run)  # before a large model is read, as the device may not have it
-            model, tokenizer = _load_for_scoring(config, run)
+            model, tokenizer = _load_for_scoring(config, run, arithmetic)
             wrapping = _wrapping(config, run, tokenizer)
             if is_of_cell:  # before scoring in bfloat16 rounds the weights
                 _measure_again(config, run, model, tokenizer)
@@ -306,13 +306,17 @@ def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
         return "float32"
 
 
-def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:
-    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means."""
+def _load_for_scoring(config: EvaluateConfig, run: Run, arithmetic: Precision) -> tuple[Any, Any]:
+    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means.
+
+    Where nothing but scoring is asked for, its linear layers are held in the type of the arithmetic from the start.
+    """
+    held_in = torch.bfloat16 if arithmetic == "bfloat16" and not config.measures else None
     if config.model is None:
-        return tracking.load_model(run, config.base)
+        return tracking.load_model(run, config.base, held_in)
     if config.model.startswith("models:/"):
-        return tracking.load_registered(config.model, config.base)
-    return pretrained.load_for_scoring(config.model, config.base)
+        return tracking.load_registered(config.model, config.base, held_in)
+    return pretrained.load_for_scoring(config.model, config.base, held_in)
 
 
 def _no_cell(model: str | None) -> dict[str, Any]:
