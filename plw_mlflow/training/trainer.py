@@ -62,7 +62,9 @@ class Trainer:
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
         self._model = model
-        self._learner = parallel.wrap(Learner(model, config.label_smoothing), config.parallel, accelerator)
+        self._learner = parallel.wrap(
+            Learner(model, config.label_smoothing, has_fused_loss=config.compile), config.parallel, accelerator
+        )
         self._learner.train()
         self._penalty = (
             BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
