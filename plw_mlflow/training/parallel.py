@@ -31,8 +31,8 @@ from plw_mlflow.training.checkpoints import Writers
 
 T = TypeVar("T")
 
-# A cache would keep a bfloat16 copy of every float32 weight until the forward pass ends, for a second use that no weight
-# of a decoder layer has: 2 bytes a weight, even where layers are computed again or gathered shards are let go of.
+# The cache would keep a bfloat16 copy of each weight until the forward pass ends, for a second use that
+# no weight of a layer has: 2 bytes a weight, even where layers are computed again or gathered shards are let go of.
 AUTOCAST = {"cache_enabled": False}
 PATIENCE = timedelta(hours=1)  # so long processes wait for another one, which may be fetching a checkpoint
 
