@@ -262,6 +262,8 @@ class MachineOptions(Options):
     """Longest packed row; auto: the longest that fits (unset: micro-batch-examples x max-tokens; docs/training.md)."""
     activation_checkpointing: bool = no_effect(False)
     """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
+    compile: bool = no_effect(False)
+    """Compile the decoder layers before the first step, which takes a minute or so; results change by rounding."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)
     """Arithmetic of the forward pass; auto is bfloat16 where that is fast (toy auto, huerta2024 bfloat16)."""
     processes: int = no_effect(1)
@@ -320,6 +322,8 @@ class ScoreOptions(LocalOptions):
     """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     eval_batch_tokens: int | None = None
     """Tokens per forward pass in scoring (unset: 2048 on a CPU, 16384 on a GPU); halved where memory is short."""
+    eval_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of scoring; auto is that of the cell's training, for other models bfloat16 where that is fast."""
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "limit", "eval_batch_tokens", "measure_prompts")

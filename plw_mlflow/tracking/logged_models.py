@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import yaml
@@ -21,6 +21,7 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils import logging_utils
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
@@ -33,6 +34,9 @@ from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
 from plw_mlflow.tracking.connection import check_reachable, patiently
 from plw_mlflow.tracking.run import Run
+
+if TYPE_CHECKING:
+    import torch
 
 TASK = "text-generation"
 MODEL, MERGED = "model", "merged"  # names of a run's model, and of the whole one that an adapter was made into later
@@ -188,10 +192,11 @@ def _requirements(*packages: str) -> list[str]:
     return [f"{package}=={versions[package]}" for package in packages]
 
 
-def load_model(run: Run, base: str | None = None) -> tuple[Any, Any]:
+def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model and tokenizer that a run has logged; an adapter is merged into its base.
 
     base: where the base of an adapter is, in place of where it was in training.
+    held_in: as of `pretrained.load_for_scoring`.
 
     Raises UserError where there is no model, or it is damaged, or its base is another one now.
     """
@@ -204,19 +209,32 @@ def load_model(run: Run, base: str | None = None) -> tuple[Any, Any]:
             raise UserError(f"run {run.id} has logged no model, as it was told to (--log-model none)")
         raise UserError(f"run {run.id} has logged no model; train it first")
     run.model_id = complete[-1]
-    return _load(f"models:/{run.model_id}", base)
+    return _load(f"models:/{run.model_id}", base, held_in)
 
 
-def load_registered(uri: str, base: str | None = None) -> tuple[Any, Any]:
+def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS; an adapter is merged into its base.
 
-    base: as of `load_model`.
+    base, held_in: as of `load_model`.
 
     Raises UserError where there is none, where it is no text-generation model of MLflow's flavour transformers, and
     where `pretrained.load` does.
     """
     check_reachable()
-    return _load(uri, base)
+    return _load(uri, base, held_in)
+
+
+def trained_in(model: str) -> str | None:
+    """The type of the arithmetic in which the cell that a registered model is of was trained; None for other models."""
+    if not model.startswith("models:/"):
+        return None
+    check_reachable()
+    client = mlflow.MlflowClient()
+    try:
+        version = client.get_model_version(*get_model_name_and_version(client, model))
+        return client.get_run(version.run_id).data.tags.get("plw.precision") if version.run_id else None
+    except MlflowException:  # there is no such version, which loading it will say, or its run is gone
+        return None
 
 
 def _registered_name(run: Run, config: Any, sources: Sequence[Source]) -> str:
@@ -251,7 +269,7 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     return str(registered.version)
 
 
-def _load(uri: str, base: str | None = None) -> tuple[Any, Any]:
+def _load(uri: str, base: str | None, held_in: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a logged model. MLflow's functions would run program code that lies among its files."""
     with _downloaded(uri) as folder:
         is_adapter = _is_adapter(uri, folder / "MLmodel")
@@ -263,7 +281,7 @@ def _load(uri: str, base: str | None = None) -> tuple[Any, Any]:
         if base is not None and not is_adapter:
             raise UserError(f"base is an option for adapters, but {uri} is a whole model")
         try:
-            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model))
+            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model), held_in=held_in)
             return loaded, pretrained.load_tokenizer(str(tokenizer))
         except ValueError as error:  # the folder may be a temporary one, which means nothing to the caller
             raise UserError(str(error).replace(str(folder), uri)) from None
