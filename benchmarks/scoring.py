@@ -137,7 +137,7 @@ def held_in(model: Any, precision: Any) -> tuple[Any, Any]:
     if precision == "float32":
         return model.to(device), model.to(device)
     whole = copy.deepcopy(model).bfloat16().to(device)
-    held.hold(model.requires_grad_(False), torch.bfloat16)
+    held.hold(model.requires_grad_(False), torch.bfloat16, with_head=True)
     return model.to(device), whole
 
 

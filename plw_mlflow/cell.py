@@ -41,7 +41,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
+from plw_mlflow.training import checkpoints, compilation, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -53,6 +53,8 @@ def run(config: TrainConfig) -> None:
     """
     adapters.check(config.method)
     optimizers.check(config.optimizer)
+    if config.compile:
+        compilation.check()
     if not is_first_process():
         assist(config)
         return
@@ -268,7 +270,7 @@ def score_model(config: EvaluateConfig) -> None:
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
             arithmetic = _arithmetic(config, run)  # before a large model is read, as the device may not have it
-            model, tokenizer = _load_for_scoring(config, run)
+            model, tokenizer = _load_for_scoring(config, run, arithmetic)
             wrapping = _wrapping(config, run, tokenizer)
             if is_of_cell:  # before scoring in bfloat16 rounds the weights
                 _measure_again(config, run, model, tokenizer)
@@ -304,13 +306,17 @@ def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
         return "float32"
 
 
-def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:
-    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means."""
+def _load_for_scoring(config: EvaluateConfig, run: Run, arithmetic: Precision) -> tuple[Any, Any]:
+    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means.
+
+    Where nothing but scoring is asked for, its linear layers are held in the type of the arithmetic from the start.
+    """
+    held_in = torch.bfloat16 if arithmetic == "bfloat16" and not config.measures else None
     if config.model is None:
-        return tracking.load_model(run, config.base)
+        return tracking.load_model(run, config.base, held_in)
     if config.model.startswith("models:/"):
-        return tracking.load_registered(config.model, config.base)
-    return pretrained.load_for_scoring(config.model, config.base)
+        return tracking.load_registered(config.model, config.base, held_in)
+    return pretrained.load_for_scoring(config.model, config.base, held_in)
 
 
 def _no_cell(model: str | None) -> dict[str, Any]:

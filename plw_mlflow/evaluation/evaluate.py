@@ -58,7 +58,7 @@ def run(
     from plw_mlflow.models import held
 
     if precision != "float32":
-        held.hold(model.requires_grad_(False), getattr(torch, precision))
+        held.hold(model.requires_grad_(False), getattr(torch, precision), with_head=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep, precision)
     return score(scorer, tasks, options, seed, wrapping)

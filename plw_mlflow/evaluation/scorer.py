@@ -25,6 +25,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ class Scorer(CachingLM, HFLM):
         tokens, positions, mask = prefix_trees.inputs(batch, kind, self.device)
         with self._autocast():
             hidden = causal.hidden_states(self._causal, tokens, position_ids=positions, attention_mask=mask)
-        hidden, head = hidden.flatten(0, 1), causal.head(self._causal)  # hidden: [B * T, H]
+        hidden, head = hidden.flatten(0, 1), self._head()  # hidden: [B * T, H]
         paths = [path + start * tokens.shape[1] for start, row in enumerate(batch) for path in row.paths.values()]
         before_targets = [path[-len(query.targets) :] for path, query in zip(paths, queries, strict=True)]
         # The options of a question follow one place, whose logits serve the first tokens of them all.
@@ -230,7 +231,7 @@ class Scorer(CachingLM, HFLM):
         rows = list(range(len(prompts)))  # the number of the prompt in each row of the tensors
         going = set(rows)
         has_ended = self._end_test(prompts)
-        cache, head = DynamicCache(config=self._causal.config), causal.head(self._causal)
+        cache, head = DynamicCache(config=self._causal.config), self._head()
         for _ in range(prompts[0].max_new_tokens):
             with self._autocast():
                 hidden = causal.body(self._causal)(
@@ -283,6 +284,11 @@ class Scorer(CachingLM, HFLM):
         """Within its block, products are computed in the scorer's precision."""
         kind = self.mixed_precision_dtype
         return torch.autocast(self.device.type, kind, enabled=kind is not None)
+
+    def _head(self) -> causal.Head:
+        """The head, in float32 where the arithmetic is bfloat16, whose few digits would make equals of large logits."""
+        head = causal.head(self._causal)
+        return head if self.mixed_precision_dtype is None else replace(head, weight=head.weight.float())
 
     def _gives_the_same_on_trees(self) -> bool:
         """Whether the model gives a few queries the same log-likelihoods on prefix trees as each alone."""

@@ -168,11 +168,12 @@ def _trial(model: Any) -> str | None:
     return None
 
 
-def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
+def load_for_scoring(model: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer. A folder of LoRA adapters stands for the base that it names, with them merged in.
 
     base: the base of the adapters, in place of the one that they name. A warning says where it is known to have other
         weights than those that the adapters were trained on.
+    held_in: as of `load`, for a whole model. Adapters are merged in float32, so that the sum is rounded once.
 
     Raises UserError as `load` does, and where the base that the adapters name cannot be loaded, or is known to have
     other weights than those that they were trained on.
@@ -181,7 +182,7 @@ def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
     if not (folder / "adapter_config.json").is_file():
         if base is not None:
             raise UserError(f"base is an option for adapters, but there is no adapter_config.json in {model}")
-        return load(model), load_tokenizer(model)
+        return load(model, held_in=held_in), load_tokenizer(model)
     merged, chosen = load_adapted(folder, base)
     has_own_tokenizer = (folder / "tokenizer_config.json").is_file()
     return merged, load_tokenizer(chosen, model if has_own_tokenizer else None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import yaml
@@ -33,6 +34,9 @@ from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
 from plw_mlflow.tracking.connection import check_reachable, patiently
 from plw_mlflow.tracking.run import Run
+
+if TYPE_CHECKING:
+    import torch
 
 TASK = "text-generation"
 MODEL, MERGED = "model", "merged"  # names of a run's model, and of the whole one that an adapter was made into later
@@ -112,17 +116,35 @@ def _log(
 
 
 def _log_whole(run_id: str, model: Any, tokenizer: Any, name: str, step: int) -> ModelInfo:
-    return Model.log(
-        None,
-        mlflow.transformers,
-        name=name,
-        run_id=run_id,
-        step=step,
-        transformers_model={"model": model, "tokenizer": tokenizer},
-        task=TASK,
-        # Named here because MLflow would otherwise load the model in a process of its own to find out.
-        pip_requirements=_requirements("torch", "transformers"),
-    )
+    with _without_peft():
+        return Model.log(
+            None,
+            mlflow.transformers,
+            name=name,
+            run_id=run_id,
+            step=step,
+            transformers_model={"model": model, "tokenizer": tokenizer},
+            task=TASK,
+            # Named here because MLflow would otherwise load the model in a process of its own to find out.
+            pip_requirements=_requirements("torch", "transformers"),
+        )
+
+
+@contextmanager
+def _without_peft() -> Iterator[None]:
+    """Within the block, peft cannot be imported, unless it was before.
+
+    MLflow imports it to ask whether a model is one of peft's, which takes 2 to 3 processor seconds. It is none as long
+    as nobody has imported peft, and MLflow takes a peft that is not to be had for that answer.
+    """
+    if "peft" in sys.modules:
+        yield
+        return
+    sys.modules["peft"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["peft"]
 
 
 def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any) -> None:
@@ -170,10 +192,11 @@ def _requirements(*packages: str) -> list[str]:
     return [f"{package}=={versions[package]}" for package in packages]
 
 
-def load_model(run: Run, base: str | None = None) -> tuple[Any, Any]:
+def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model and tokenizer that a run has logged; an adapter is merged into its base.
 
     base: where the base of an adapter is, in place of where it was in training.
+    held_in: as of `pretrained.load_for_scoring`.
 
     Raises UserError where there is no model, or it is damaged, or its base is another one now.
     """
@@ -186,19 +209,19 @@ def load_model(run: Run, base: str | None = None) -> tuple[Any, Any]:
             raise UserError(f"run {run.id} has logged no model, as it was told to (--log-model none)")
         raise UserError(f"run {run.id} has logged no model; train it first")
     run.model_id = complete[-1]
-    return _load(f"models:/{run.model_id}", base)
+    return _load(f"models:/{run.model_id}", base, held_in)
 
 
-def load_registered(uri: str, base: str | None = None) -> tuple[Any, Any]:
+def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS; an adapter is merged into its base.
 
-    base: as of `load_model`.
+    base, held_in: as of `load_model`.
 
     Raises UserError where there is none, where it is no text-generation model of MLflow's flavour transformers, and
     where `pretrained.load` does.
     """
     check_reachable()
-    return _load(uri, base)
+    return _load(uri, base, held_in)
 
 
 def trained_in(model: str) -> str | None:
@@ -246,7 +269,7 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     return str(registered.version)
 
 
-def _load(uri: str, base: str | None = None) -> tuple[Any, Any]:
+def _load(uri: str, base: str | None, held_in: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a logged model. MLflow's functions would run program code that lies among its files."""
     with _downloaded(uri) as folder:
         is_adapter = _is_adapter(uri, folder / "MLmodel")
@@ -258,7 +281,7 @@ def _load(uri: str, base: str | None = None) -> tuple[Any, Any]:
         if base is not None and not is_adapter:
             raise UserError(f"base is an option for adapters, but {uri} is a whole model")
         try:
-            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model))
+            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model), held_in=held_in)
             return loaded, pretrained.load_tokenizer(str(tokenizer))
         except ValueError as error:  # the folder may be a temporary one, which means nothing to the caller
             raise UserError(str(error).replace(str(folder), uri)) from None

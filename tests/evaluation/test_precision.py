@@ -46,6 +46,19 @@ def test_layers_held_in_bfloat16_give_the_same_bits(family):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_model_loaded_in_bfloat16_scores_as_one_that_is_rounded_after_its_training(is_tied, tmp_path):
+    make_model("llama", tie_word_embeddings=is_tied).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer = pretrained.load_for_scoring(str(tmp_path), held_in=torch.bfloat16)
+    rounded = pretrained.load(str(tmp_path)).requires_grad_(False)
+    held.hold(rounded, torch.bfloat16, with_head=True)
+    kinds = [[parameter.dtype for parameter in model.parameters()] for model in (loaded, rounded)]
+    assert kinds[0] == kinds[1]
+    assert loaded.get_output_embeddings().weight.dtype == (torch.float32 if is_tied else torch.bfloat16)
+    assert answers(loaded, tokenizer, "bfloat16") == answers(rounded, tokenizer, "bfloat16")
+
+
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_requests_share_their_beginnings_in_bfloat16_where_they_do_in_float32(family):
     """Whether they can is tried in float32, where a wrong place of attention shows."""
