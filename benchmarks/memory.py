@@ -29,8 +29,11 @@ from unittest.mock import patch
 import click
 import numpy as np
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +47,7 @@ from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.models import adapters, causal, held
-from plw_mlflow.training import attention, loss, parallel, recomputation, trainer
+from plw_mlflow.training import attention, loss, parallel, recomputation, state, trainer
 from plw_mlflow.training.trainer import Trainer
 
 KINDS = ("base", "adapters", "gradients", "moments", "gathered", "loss", "activations")
@@ -55,7 +58,6 @@ SHAPES = {
     "7B": (4096, 11008, 32, 32, 32, 32000, False),  # Llama 2's
 }
 EXAMPLE_TOKENS = 512
-ENOUGH_STEPS = 2  # from the second on, gradients meet AdamW's averages
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Case:
     is_computed_again: bool = False
     optimizer: str = "adamw"
     devices: int = 1
-    rows: int = 2  # of a step, on each device: the second one finds the gradients of the first
 
     def __str__(self) -> str:
         again = ", checkpointing" if self.is_computed_again else ""
@@ -87,7 +88,7 @@ class Case:
             parallel="fsdp2" if self.devices > 1 else "ddp",
             micro_batch_tokens=self.row_tokens,
             max_tokens=EXAMPLE_TOKENS,
-            batch_examples=self.devices * self.rows * self.row_tokens // EXAMPLE_TOKENS,
+            batch_examples=self.devices * self.row_tokens // EXAMPLE_TOKENS,
             micro_batch_examples=1,
         )
 
@@ -117,10 +118,10 @@ class Live(TorchDispatchMode):
         super().__init__()
         self._kinds = kinds
         self._bytes: dict[int, int] = {}  # by the storage's address in C++
-        self._in_loss: set[int] = set()
+        self._born_in: dict[int, str] = {}  # the kinds of those that were made for a purpose
         self.total = self.peak = 0
         self.at_peak: Counter[str] = Counter()
-        self.is_in_loss = False
+        self.purpose: str | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = function(*args, **kwargs or {})
@@ -138,22 +139,34 @@ class Live(TorchDispatchMode):
         if key in self._bytes:
             return
         self._bytes[key] = storage.nbytes()
-        if self.is_in_loss:
-            self._in_loss.add(key)
+        if self.purpose is not None:
+            self._born_in[key] = self.purpose
         weakref.finalize(storage, self._forget, key)
         self.total += storage.nbytes()
         if self.total > self.peak * 1.002:
             self.peak = self.total
             self.at_peak = self._by_kind()
 
+    def within(self, purpose: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose storages are of a kind, unless a better one is known."""
+
+        def watched(*inputs: Any, **others: Any) -> Any:
+            before, self.purpose = self.purpose, purpose
+            try:
+                return function(*inputs, **others)
+            finally:
+                self.purpose = before
+
+        return watched
+
     def _forget(self, key: int) -> None:
         self.total -= self._bytes.pop(key, 0)
-        self._in_loss.discard(key)
+        self._born_in.pop(key, None)
 
     def _by_kind(self) -> Counter[str]:
         known, found = self._kinds(), Counter[str]()
         for key, size in self._bytes.items():
-            found[known.get(key) or ("loss" if key in self._in_loss else "activations")] += size
+            found[known.get(key) or self._born_in.get(key, "activations")] += size
         return found
 
 
@@ -243,7 +256,7 @@ class FakeProcess:
 
     def prepare_model(self, learner: nn.Module) -> nn.Module:
         if self.mixed_precision == "bf16":
-            learner.forward = torch.autocast("cpu", torch.bfloat16)(learner.forward)
+            learner.forward = torch.autocast("cpu", torch.bfloat16, **parallel.AUTOCAST)(learner.forward)
         return learner
 
     def no_sync(self, learner: Any) -> Any:
@@ -264,10 +277,16 @@ def computed(case: Case, *, as_on_gpu: bool = True) -> Counter[str]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tables = [functional.create_dynamic_map(signed=signed) for signed in (False, True)]  # made of numbers
     with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(functional, "create_dynamic_map", lambda signed: fake.from_tensor(tables[signed]))
+        )
         if case.devices > 1:
             torch.distributed.init_process_group("fake", rank=0, world_size=case.devices, store=FakeStore())
             stack.callback(torch.distributed.destroy_process_group)
+            mesh = init_device_mesh("cpu", (case.devices,))  # which needs numbers
+            stack.enter_context(patch.object(parallel, "init_device_mesh", lambda *_: mesh))
         accelerator = FakeProcess(case.devices, case.precision)
         if as_on_gpu:
             stack.enter_context(patch.object(trainer, "ASYNCHRONOUS", {"cpu"}))
@@ -281,44 +300,59 @@ def computed(case: Case, *, as_on_gpu: bool = True) -> Counter[str]:
 
 
 def taken(case: Case, training: Trainer, fake: FakeTensorMode) -> Counter[str]:
-    """Bytes at the peak of the last of some steps, by kind."""
+    """Bytes at the peak of a step, by kind."""
 
     def kinds() -> dict[Any, str]:
         known: dict[Any, str] = {}
         for parameter in training._model.parameters():  # whole ones, where FSDP2 has gathered them
-            known[key_of(parameter)] = "gathered" if case.devices > 1 else "base"
+            for tensor in (parameter, parameter.grad):
+                if case.devices > 1 and tensor is not None:
+                    known[key_of(tensor)] = "gathered"
         for parameter in own:
             is_adapter = case.method != "full" and parameter.requires_grad
             known[key_of(parameter)] = "adapters" if is_adapter else "base"
             if parameter.grad is not None:
                 known[key_of(parameter.grad)] = "gradients"
-        for state in training._optimizer.state.values():
-            known |= {key_of(value): "moments" for value in state.values() if isinstance(value, Tensor)}
+        for averages in training._optimizer.state.values():
+            known |= {key_of(value): "moments" for value in averages.values() if isinstance(value, Tensor)}
         return known
 
     own = list(training._model.parameters())
+    begin(training)
     live = Live(kinds)
-    for parameter in own:
-        live.note(parameter._local_tensor if isinstance(parameter, DTensor) else parameter)
-    forward = loss._ChunkedNLL.forward
-
-    def watched(*inputs: Any) -> Any:
-        live.is_in_loss = True
-        try:
-            return forward(*inputs)
-        finally:
-            live.is_in_loss = False
-
-    with patch.object(loss._ChunkedNLL, "forward", staticmethod(watched)):
-        for _ in range(ENOUGH_STEPS):
-            with torch._subclasses.fake_tensor.unset_fake_temporarily():
-                step = training.prepare(examples(case))
-                own_rows = [fake_batch(batch, fake) for batch in step.own]
-            live.peak, live.at_peak = 0, Counter()
-            with live:
-                training.begin_step(trainer.Step(own_rows, step.count, step.tokens))
-                training.step += 1
+    for tensor in kept(training):
+        live.note(tensor)
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        step = training.prepare(examples(case))
+        rows = [fake_batch(batch, fake) for batch in step.own]
+    with ExitStack() as stack:
+        forward = loss._ChunkedNLL.forward
+        stack.enter_context(patch.object(loss._ChunkedNLL, "forward", staticmethod(live.within("loss", forward))))
+        for name in ("foreach_all_gather", "foreach_reduce"):
+            function = getattr(_fsdp_param_group, name)
+            stack.enter_context(patch.object(_fsdp_param_group, name, live.within("gathered", function)))
+        stack.enter_context(live)
+        training.begin_step(trainer.Step(rows, step.count, step.tokens))
     return live.at_peak
+
+
+def kept(training: Trainer) -> list[Tensor]:
+    """What is there before a row: weights, gradients and AdamW's averages, or their shards."""
+    weights = list(training._model.parameters())
+    gradients = [parameter.grad for parameter in weights if parameter.grad is not None]
+    averages = [value for each in training._optimizer.state.values() for value in each.values()]
+    tensors = [tensor for tensor in (*weights, *gradients, *averages) if isinstance(tensor, Tensor)]
+    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def begin(training: Trainer) -> None:
+    """Put a training into the state in which a row needs most: gradients and AdamW's averages are there.
+
+    That is so for all rows but the first of a step, and for all steps but the first.
+    """
+    state.make_state(training._optimizer)
+    for parameter in training._trained.values():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def fake_batch(batch: Batch, fake: FakeTensorMode) -> Batch:
@@ -332,14 +366,9 @@ def measured(case: Case) -> tuple[int, int]:
     torch.set_num_threads(1)
     before = resident("VmRSS")
     with made_trainer(case, make_model(case), parallel.accelerator(case.precision)) as training:  # type: ignore[arg-type]
-        for _ in range(ENOUGH_STEPS - 1):
-            training.end_step(training.begin_step(training.prepare(examples(case))))
+        begin(training)
         gc.collect()
-        kept = [*training._model.parameters()]
-        kept += [
-            part for each in training._optimizer.state.values() for part in each.values() if isinstance(part, Tensor)
-        ]
-        beforehand = sum({key_of(tensor): tensor.untyped_storage().nbytes() for tensor in kept}.values())
+        beforehand = sum({key_of(tensor): tensor.untyped_storage().nbytes() for tensor in kept(training)}.values())
         step = training.prepare(examples(case))
         Path("/proc/self/clear_refs").write_text("5")  # the process's peak starts again from here
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

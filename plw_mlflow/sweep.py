@@ -20,7 +20,7 @@ from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters
-from plw_mlflow.training import optimizers
+from plw_mlflow.training import compilation, optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit status of a cell that was interrupted
@@ -42,6 +42,8 @@ def run(config: SweepConfig) -> None:
     for method in {cell_config.method for cell_config in configs}:
         adapters.check(method)
     optimizers.check(config.optimizer)
+    if config.compile:
+        compilation.check()
     with tracking.open_sweep(config) as (parent, open_child):
         results = []
         for number, cell_config in enumerate(configs, start=1):

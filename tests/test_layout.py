@@ -1,6 +1,7 @@
 """Imports point one way: from what runs a study down to the ground, and never back."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -49,8 +50,9 @@ def test_imports_point_downwards():
 
 
 HEAVY = {"torch", "transformers", "mlflow", "peft", "pandas", "scipy", "matplotlib", "lm_eval", "datasets"}
-TRAIN_A_STEP = """
+TRAIN_AND_LOG = """
 from pathlib import Path
+import mlflow
 from plw_mlflow import cell
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
@@ -61,13 +63,19 @@ model, _ = cell._load_model(config, prepared, tokenizer)
 trained = cell.train.run(config, prepared, model, config.checkpoint_dir)
 assert trained.steps == 1
 adapters.merge(trained.model, config.checkpoint_dir)
+mlflow.set_tracking_uri(f"sqlite:///{FOLDER}/mlflow.db")
+with cell.tracking.open_run(config, "cell") as run:
+    cell.tracking.log_model(run, trained.model, tokenizer, config)
 """
 
 
-def modules_after(code):
-    """The modules that are imported when a program ends, whatever it ends by."""
+def modules_after(code, folder=ROOT):
+    """The modules that are imported when a program that runs in a folder ends, with its exit status."""
     code = f"import atexit, sys; atexit.register(lambda: print('modules', *sys.modules)); {code}"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     (modules,) = [line for line in printed.stdout.splitlines() if line.startswith("modules ")]
     return set(modules.split()[1:]), printed.returncode
 
@@ -92,9 +100,9 @@ def test_help_and_faults_import_nothing_heavy(name, arguments, status):
     assert {module.split(".")[0] for module in modules}.isdisjoint(HEAVY)
 
 
-def test_training_a_whole_model_imports_no_libraries_of_other_methods(tmp_path):
+def test_training_and_logging_a_whole_model_imports_no_libraries_of_other_methods(tmp_path):
     """PEFT imports bitsandbytes, which imports torch's compiler: 2 to 3 processor seconds in all."""
-    modules, ended = modules_after(f"FOLDER = {str(tmp_path)!r}; exec({TRAIN_A_STEP!r})")
+    modules, ended = modules_after(f"FOLDER = {str(tmp_path)!r}; exec({TRAIN_AND_LOG!r})", tmp_path)
     assert ended == 0
-    assert {"plw_mlflow.training.trainer", "transformers.models.llama.modeling_llama"} <= modules
+    assert {"plw_mlflow.training.trainer", "mlflow.transformers", "transformers.models.llama.modeling_llama"} <= modules
     assert modules.isdisjoint({"peft", "bitsandbytes", "torch._inductor.compile_fx", "matplotlib", "lm_eval"})

@@ -262,6 +262,8 @@ class MachineOptions(Options):
     """Longest packed row; auto: the longest that fits (unset: micro-batch-examples x max-tokens; docs/training.md)."""
     activation_checkpointing: bool = no_effect(False)
     """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
+    compile: bool = no_effect(False)
+    """Compile the decoder layers before the first step, which takes a minute or so; results change by rounding."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)
     """Arithmetic of the forward pass; auto is bfloat16 where that is fast (toy auto, huerta2024 bfloat16)."""
     processes: int = no_effect(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,17 +116,35 @@ def _log(
 
 
 def _log_whole(run_id: str, model: Any, tokenizer: Any, name: str, step: int) -> ModelInfo:
-    return Model.log(
-        None,
-        mlflow.transformers,
-        name=name,
-        run_id=run_id,
-        step=step,
-        transformers_model={"model": model, "tokenizer": tokenizer},
-        task=TASK,
-        # Named here because MLflow would otherwise load the model in a process of its own to find out.
-        pip_requirements=_requirements("torch", "transformers"),
-    )
+    with _without_peft():
+        return Model.log(
+            None,
+            mlflow.transformers,
+            name=name,
+            run_id=run_id,
+            step=step,
+            transformers_model={"model": model, "tokenizer": tokenizer},
+            task=TASK,
+            # Named here because MLflow would otherwise load the model in a process of its own to find out.
+            pip_requirements=_requirements("torch", "transformers"),
+        )
+
+
+@contextmanager
+def _without_peft() -> Iterator[None]:
+    """Within the block, peft cannot be imported, unless it was before.
+
+    MLflow imports it to ask whether a model is one of peft's, which takes 2 to 3 processor seconds. It is none as long
+    as nobody has imported peft, and MLflow takes a peft that is not to be had for that answer.
+    """
+    if "peft" in sys.modules:
+        yield
+        return
+    sys.modules["peft"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["peft"]
 
 
 def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any) -> None:

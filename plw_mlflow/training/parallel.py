@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -31,6 +31,9 @@ from plw_mlflow.training.checkpoints import Writers
 
 T = TypeVar("T")
 
+# The cache would keep a bfloat16 copy of each weight until the forward pass ends, for a second use that
+# no weight of a layer has: 2 bytes a weight, even where layers are computed again or gathered shards are let go of.
+AUTOCAST = {"cache_enabled": False}
 PATIENCE = timedelta(hours=1)  # so long processes wait for another one, which may be fetching a checkpoint
 
 
@@ -43,7 +46,7 @@ def accelerator(precision: Literal["float32", "bfloat16"]) -> Accelerator:
     return Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         cpu=several and not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(**AUTOCAST)],
     )
 
 
@@ -57,7 +60,7 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
     # Lower precision is left to autocast, as with ddp. A sharding policy would use it for norms, biases and the sums
     # between layers, too. The price is that shards are gathered in float32.
     if joined.mixed_precision == "bf16":
-        learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
+        learner.forward = torch.autocast(joined.device.type, torch.bfloat16, **AUTOCAST)(learner.forward)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in list(learner.modules()):

@@ -24,7 +24,7 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal, held
-from plw_mlflow.training import attention, checkpoints, parallel, recomputation
+from plw_mlflow.training import attention, checkpoints, compilation, parallel, recomputation
 from plw_mlflow.training.measured import Meter, Peak
 from plw_mlflow.training.trainer import Trainer, check_finite
 
@@ -83,6 +83,8 @@ def run(
         is_packed = config.packing and stack.enter_context(_packing(model))
         if config.activation_checkpointing:
             stack.enter_context(recomputation.of_layers(model))
+        if config.compile:
+            stack.enter_context(compilation.of_layers(model, getattr(torch, arithmetic)))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
         meter = Meter(model, accelerator.device, peak)
         writers = None

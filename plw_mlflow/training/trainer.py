@@ -79,6 +79,8 @@ class Trainer:
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
         self._warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
+        if config.compile:
+            self._compile()
         self._row_tokens = row_length.choose(config, model, accelerator, self._peak_bytes)
         self._validation = self._cut(prepared.validation, is_step=False)
 
@@ -242,6 +244,20 @@ class Trainer:
         """
         self.step = state.restore(saved, self._trained, self._optimizer)
         return self.step
+
+    def _compile(self) -> None:
+        """Have compiled layers compiled, by a batch that follows from the options alone.
+
+        The compiler looks at sizes. If they were those of the step that training goes on from, a resumed training would
+        end in other bits.
+        """
+        length = min(self._config.max_tokens, 2048)
+        example = Example(np.zeros(length, np.int32), np.full(length, Segment.COMPLETION, np.int8))
+        collate = batches.pack if self._is_packed else batches.collate
+        batch = collate([example] * 2, Weights(plw=1.0)).to(self._accelerator.device)
+        with self._explaining_memory():
+            self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)[0].backward()
+        self._optimizer.zero_grad()
 
     def _peak_bytes(self, tokens: int) -> int | None:
         """The memory at the peak of a step on a row of so many tokens, all of which weigh something; None if too much.
