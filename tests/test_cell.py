@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from plw_mlflow import cell, tracking
-from plw_mlflow.config import EvaluateConfig, TrainConfig
+from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import adapters, location, pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -90,6 +90,47 @@ def test_a_run_that_is_no_cells_is_refused_before_its_model_is_loaded(tmp_path, 
     monkeypatch.setattr(cell.tracking, "load_model", lambda run: pytest.fail("the model is loaded"))
     with pytest.raises(UserError, match="is not the run of a cell"):
         cell.score_model(EvaluateConfig(run_id=run.info.run_id, checkpoint_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("tag", "options", "expected"),
+    [
+        ("bfloat16", {}, "bfloat16"),  # of the cell, whatever this device is fast at
+        ("float32", {}, "float32"),
+        (None, {}, "float32"),  # a run of an older version
+        ("bfloat16", {"eval_precision": "float32"}, "float32"),
+    ],
+)
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_cell_is_scored_in_the_arithmetic_of_its_training(tag, options, expected, is_fast, monkeypatch):
+    monkeypatch.setattr(cell.precision, "has_fast_bfloat16", lambda: is_fast)
+    run = SimpleNamespace(read_tag={"precision": tag}.get)
+    assert cell._arithmetic(EvaluateConfig(run_id="r", **options), run) == expected
+    trained_in = {"precision": tag} if tag else {}
+    assert cell._arithmetic_of_cell(MainConfig(model="owner/model", **trained_in, **options)) == (
+        expected if tag else "bfloat16" if is_fast else "float32"
+    )
+
+
+def test_other_models_are_scored_in_what_is_fast_here(monkeypatch):
+    monkeypatch.setattr(cell.precision, "has_fast_bfloat16", lambda: True)
+    assert cell._arithmetic(EvaluateConfig(model="owner/model"), None) == "bfloat16"
+    assert cell._arithmetic(EvaluateConfig(model="toy"), None) == "float32"
+    monkeypatch.setattr(cell.tracking, "trained_in", lambda model: "float32")
+    assert cell._arithmetic(EvaluateConfig(model="models:/name/1"), None) == "float32"
+
+
+def test_a_gpu_without_bfloat16_scores_a_cell_in_float32_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    run = SimpleNamespace(read_tag=lambda name: "bfloat16")
+    with pytest.warns(UserWarning, match=r"Old GPU.* was trained in bfloat16, and is scored in float32 here"):
+        assert cell._arithmetic(EvaluateConfig(run_id="r"), run) == "float32"
+    mlflow.set_tracking_uri(make_store(tmp_path))
+    monkeypatch.setattr(cell, "_prepare", lambda config: pytest.fail("the data are read"))
+    with pytest.raises(UserError, match="bfloat16 is not to be had on this GPU"):
+        cell.run(MainConfig(eval_precision="bfloat16", precision="float32", checkpoint_dir=tmp_path))
 
 
 @pytest.fixture

@@ -39,12 +39,9 @@ class AdaptedModel(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "components" / "tokenizer"))
         self._generate = pipeline("text-generation", model=self.model, tokenizer=self.tokenizer)
 
-    def predict(  # type: ignore[override]  # MLflow makes the signature of these hints
-        self, model_input: list[str], params: dict[str, Any] | None = None
-    ) -> list[str]:
-        """Each text with what the model writes after it. params: of transformers' text-generation pipeline."""
-        given = {"do_sample": False, **(params or {})}
-        return [self._generate(text, **given)[0]["generated_text"] for text in model_input]
+    def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]
+        """Each text with what the model writes after it, greedily. These types make the model's signature."""
+        return [self._generate(text, do_sample=False)[0]["generated_text"] for text in model_input]
 
 
 def check(base: Path, digest: str) -> None:

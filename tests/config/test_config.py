@@ -398,6 +398,8 @@ def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     for address in ("here:8000/v1", "here", "http:///v1"):
         with pytest.raises(ValueError, match="endpoint must be an address like http"):
             EvaluateConfig(model="m", endpoint=address)
+    with pytest.raises(ValueError, match="eval-precision is for a model that is computed here"):
+        EvaluateConfig(model="m", endpoint="http://here/v1", eval_precision="float32")
     with pytest.raises(ValueError, match="tokenizer is for the model of an endpoint"):
         EvaluateConfig(model="m", tokenizer="toy")
 

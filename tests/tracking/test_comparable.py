@@ -183,6 +183,7 @@ def test_other_code_and_packages_are_noted(experiment):
         ({"harness_version": "0.4.14"}, "the version of the harness of task a is 0.4.13 in run"),
         ({"caveat": "0-shot, not 25: no file"}, "the caveat of task a is unset in run"),
         ({"metric": "acc_norm"}, "the metric of task a is acc in run"),
+        ({"precision": "bfloat16"}, "the arithmetic of task a is float32 in run"),  # as older tables do not say
         ({"task": "b"}, "the tasks is a in run"),
     ],
 )
@@ -204,6 +205,17 @@ def test_the_way_out_names_the_option_that_made_the_scores_differ(experiment):
         experiment.table(where="params.epochs = '3.0'")
     assert len(experiment.table(where="params.limit = ''")) == 2
     assert [*experiment.table(also=("limit",))["limit"]] == ["10.0", "unset", "unset"]  # no value is blank
+
+
+def test_scores_in_two_kinds_of_arithmetic_may_be_compared(experiment):
+    experiment.cells(0.0, 0.1)
+    experiment.cell([{"task": "a", "score": 0.4, "precision": "float32"}], plw=0.2, eval_precision="float32")
+    assert len(experiment.table()) == 3
+    experiment.cell([{"task": "a", "score": 0.5, "precision": "bfloat16"}], plw=1.0, eval_precision="bfloat16")
+    with pytest.raises(ValueError, match=r"analyze --by eval_precision"):
+        experiment.table()
+    table = experiment.table(also=("eval_precision",))
+    assert dict(table.groupby("eval_precision")["plw"].count()) == {"auto": 2, "float32": 1, "bfloat16": 1}
 
 
 def test_data_sets_may_be_scored_on_tasks_of_their_own(experiment):

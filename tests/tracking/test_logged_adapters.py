@@ -30,7 +30,7 @@ parts = mlflow.transformers.load_model(sys.argv[1], return_type="components")
 model = mlflow.pyfunc.load_model(sys.argv[1])
 with torch.no_grad():
     logits = [one.eval()(tokens).logits.tolist() for one in (parts["model"], model.unwrap_python_model().model)]
-texts = model.predict(["Who?"], params={"max_new_tokens": 4})
+texts = model.predict(["Who?"])
 print(json.dumps({"logits": logits, "ids": parts["tokenizer"]("Who?").input_ids, "texts": texts}))
 """
 
