@@ -12,6 +12,8 @@ from mlflow.entities import Metric, Param
 
 from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, data_name, digest, spell
+from plw_mlflow.errors import UserError
+from plw_mlflow.tracking import best as best_module
 from plw_mlflow.tracking.cells import unquoted
 from tests.stores import Place
 
@@ -418,3 +420,36 @@ def test_methods_of_one_registered_model_share_one_best_cell(experiment):
     sweep.add(0.4, plw=0.0, method="full")
     sweep.mark()
     assert sweep.holder() == 1
+
+
+def test_the_alias_goes_to_the_whole_model_that_the_best_cells_adapter_is_made_into(experiment, monkeypatch):
+    sweep = Sweep(experiment, "plw-m4")
+    sweep.add(0.2, plw=0.0)
+    best = sweep.add(0.4, plw=0.1)
+    client = experiment.client
+    client.set_model_version_tag("plw-m4", str(best), "plw.form", "adapter")
+    refusal = UserError("its base has changed")
+
+    def merge(run_id):
+        if refusal is not None:
+            raise refusal
+        merged = client.create_model_version("plw-m4", f"runs:/{run_id}/merged", run_id).version
+        client.set_tag(run_id, "plw.merged_version", f"plw-m4/{merged}")
+        return str(merged)
+
+    monkeypatch.setattr(best_module.logged_models, "log_merged", merge)
+    assert "stays where it is, as the best cell's adapter cannot be made a whole model (0.4 (PLW 0.1" in sweep.mark()
+    assert sweep.holder() is None
+    refusal = None
+    assert "models:/plw-m4@best is version 3 now" in sweep.mark()
+    assert sweep.holder() == 3
+    assert client.get_model_version("plw-m4", "3").tags["plw.best_score"] == "0.4"
+    assert sweep.mark().startswith("the alias best of plw-m4 stays with version 3")
+
+
+def test_cells_that_have_logged_no_model_have_no_best_one(experiment):
+    sweep = Sweep(experiment, "plw-m5")
+    for plw in (0.0, 0.1):
+        experiment.cell([{"task": "a", "score": plw}], plw=plw, sweep=sweep.id)
+    assert "the alias best stays where it is: run" in sweep.mark(cells=2)
+    assert "has registered no model" in sweep.mark(cells=2)
