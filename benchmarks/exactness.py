@@ -77,12 +77,21 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([g.detach().double().flatten() for g in whole])
 
 
-def ours(case: Case, plw: float, load: Callable[[], Any], prepared: Prepared, precision: str = "float32") -> Tensor:
+def ours(
+    case: Case,
+    plw: float,
+    load: Callable[[], Any],
+    prepared: Prepared,
+    precision: str = "float32",
+    *,
+    is_compiled: bool = False,
+) -> Tensor:
     """The gradient with which the optimiser takes the step."""
     config = TrainConfig(
         plw=plw,
         precision=precision,  # type: ignore[arg-type]
         packing=case.packing,
+        compile=is_compiled,
         loss_divisor=case.divisor,  # type: ignore[arg-type]
         divisor_scope=case.scope,  # type: ignore[arg-type]
         parallel="fsdp2" if case.spread == SPREADS[2] else "ddp",

@@ -6,14 +6,16 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from entrypoints import command, restart_in_processes
+from entrypoints import command, importing, restart_in_processes
 from plw_mlflow.config import MainConfig
 
 
 @command(MainConfig)
 def main(config: MainConfig) -> None:
     restart_in_processes(config.processes)
-    from plw_mlflow import cell
+    print(f"{config.cell_name()}: training, then scoring on {config.tasks}", flush=True)
+    with importing():
+        from plw_mlflow import cell
 
     cell.run(config)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from entrypoints import command
+from entrypoints import command, importing
 from plw_mlflow.config import SweepConfig
 
 
 @command(SweepConfig)
 def main(config: SweepConfig) -> None:
-    from plw_mlflow import sweep
+    print(f"sweep of {len(config.cells())} cells", flush=True)
+    with importing():
+        from plw_mlflow import sweep
 
     sweep.run(config)
 

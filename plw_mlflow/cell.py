@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,15 +26,14 @@ from plw_mlflow.config import (
     MainConfig,
     ScoreOptions,
     TrainConfig,
-    data_name,
     digest,
-    short_name,
     split_list,
 )
 from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs, precision
+from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
@@ -40,15 +41,9 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, recomputation, train
+from plw_mlflow.training import checkpoints, compilation, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
-
-
-def name(config: TrainConfig) -> str:
-    """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
-    data, model = data_name(config.dataset, config, short_name), short_name(config.model)
-    return f"plw {config.plw:g} {data} {model} {config.method} seed {config.seed}"
 
 
 def run(config: TrainConfig) -> None:
@@ -57,10 +52,13 @@ def run(config: TrainConfig) -> None:
     Every process that trains the cell calls this.
     """
     adapters.check(config.method)
+    optimizers.check(config.optimizer)
+    if config.compile:
+        compilation.check()
     if not is_first_process():
         assist(config)
         return
-    with tracking.open_run(config, name(config)) as opened:
+    with tracking.open_run(config, config.cell_name()) as opened:
         lead(config, opened)
     print(f"\nrun {opened.id}\n{opened.address()}")
 
@@ -78,7 +76,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     The unfinished cell's checkpoints, on disk and in the store, are kept until everything is in the run. If they exist
     already, training goes on from the newest of them.
     """
-    tasks = load_tasks(config) if isinstance(config, MainConfig) else None  # unknown tasks fail before training
+    if isinstance(config, MainConfig):  # unknown tasks, and arithmetic that the device has not, fail before training
+        tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
     tracking.log_data(run, prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
@@ -90,6 +89,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     with checkpoints.reserve(folder):
         checkpoints.set_aside_unusable(folder, key)  # before the newest one on disk is compared with the store's
         run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
+        peak = measured.find_peak(model, contents["precision"], config.max_tokens)
+        run.tag(mfu_peak=peak.named)
         stored = StoredCheckpoints(run, key)
         stored.fetch(folder, newer_than=checkpoints.newest_step(folder))
         trained = train.run(
@@ -102,14 +103,19 @@ def lead(config: TrainConfig, run: Run) -> None:
             after_save=stored.store if config.store_checkpoints else lambda saved: None,
             cell=key,
             begin=lambda step: tracking.begin_cell(run, key, folder, step),
+            peak=peak,
         )
         run.curves.flush()
         _report(trained)
-        model = _merge_and_export(config, run, trained.model, tokenizer, prepared, contents["base"], has_new_token)
-        tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps)
+        with tempfile.TemporaryDirectory() as scratch:
+            adapter = Path(scratch)
+            model = _merge(config, trained.model, adapter, tokenizer, prepared, contents["base"], has_new_token)
+            known = _weight_distance(config, model)  # before the weights are rounded to be kept
+            model = _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
         if isinstance(config, MainConfig):
-            _score(config, run, model, tokenizer, tasks, folder)
-            _measure(config, run, model, tokenizer, config.model, config.dataset, config)
+            # Measured first, as scoring in bfloat16 rounds the weights.
+            _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
+            _score(config, run, model, tokenizer, tasks, folder, arithmetic)
         stored.remove()
         shutil.rmtree(folder)
 
@@ -175,24 +181,55 @@ def _report(trained: train.Trained) -> None:
         print(f"trained to step {trained.steps}, {trained.tokens_per_second:.0f} tokens per second")
 
 
-def _merge_and_export(
-    config: TrainConfig, run: Run, model: Any, tokenizer: Any, prepared: Prepared, base: str, has_new_token: bool
+def _merge(
+    config: TrainConfig,
+    model: Any,
+    adapter: Path,
+    tokenizer: Any,
+    prepared: Prepared,
+    base: str,
+    has_new_token: bool,
 ) -> Any:
-    """The trained model with its adapters merged; the adapters are logged, and all is written to the output folder.
+    """The trained model in float32 with its adapters merged, which are saved to a folder.
 
     base: what identifies the base model's content.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        adapter = Path(scratch)
-        merged = adapters.merge(model, adapter, with_embeddings=has_new_token)
-        if any(adapter.iterdir()):
-            saved_adapters.note_base(adapter, config.model, base)
-        count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
-        examples = (prepared.training[index] for index in range(count))
-        end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
-        run.log_folder(adapter, outputs.ADAPTER)
-        export.write(merged, tokenizer, adapter, config.output)
+    # Adapters are small, so they are rounded only where that is asked for.
+    kind = torch.bfloat16 if config.save_precision == "bfloat16" else torch.float32
+    merged = adapters.merge(model, adapter, with_embeddings=has_new_token, kind=kind)
+    if any(adapter.iterdir()):
+        saved_adapters.note_base(adapter, config.model, base, _saved_precision(config))
+    count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
+    examples = (prepared.training[index] for index in range(count))
+    end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
     return merged
+
+
+def _keep(
+    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, steps: int
+) -> Any:
+    """Write the trained model to the output folder, and log it or its adapter; returns the model as it was logged.
+
+    A whole model that is logged is scored with the numbers that it was rounded to; one that is logged as its adapter
+    with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
+    """
+    kind: torch.dtype = getattr(torch, _saved_precision(config))
+    run.tag(save_precision=_saved_precision(config))
+    kept = config.logged()
+    if kept == "merged":
+        model.to(kind)
+    export.write(model, tokenizer, adapter, config.output, kind)
+    if kept == "merged":
+        run.log_folder(adapter, outputs.ADAPTER)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
+    elif kept == "adapter":
+        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
+    return model.float()
+
+
+def _saved_precision(config: TrainConfig) -> str:
+    """The type in which whole models of a cell are saved."""
+    return precision.saved(config.save_precision, config.precision, config.model)
 
 
 def end_generation(model: Any, ends: Sequence[int]) -> None:
@@ -202,10 +239,18 @@ def end_generation(model: Any, ends: Sequence[int]) -> None:
         model.generation_config.eos_token_id = sorted(before.union(ends))
 
 
-def _score(config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path) -> None:
+def _arithmetic_of_cell(config: MainConfig) -> Precision:
+    """The type of the arithmetic in which a cell is scored: that of its training, unless another one is asked for."""
+    asked = config.precision if config.eval_precision == "auto" else config.eval_precision
+    return precision.resolve(asked, config.model)
+
+
+def _score(
+    config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path, arithmetic: Precision
+) -> None:
     """Score the trained model on tasks, and log, write and print the scores."""
     wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
-    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic)
     rows = scores.table(evaluation, run.cell())
     tracking.log_scores(run, evaluation, rows)
     scores.write(rows, config.output)
@@ -223,7 +268,6 @@ def score_model(config: EvaluateConfig) -> None:
         tasks = load_tasks(config)  # unknown tasks fail before a large model is read
         is_of_cell = config.run_id is not None
         cell_columns = run.cell() if is_of_cell else _no_cell(config.model)  # before hours of scoring, as it may fail
-        model, tokenizer = None, None
         if config.endpoint is not None:
             from plw_mlflow.evaluation.endpoint import Endpoint  # slow to import
 
@@ -231,27 +275,54 @@ def score_model(config: EvaluateConfig) -> None:
             wrapping = _wrapping(config, run, endpoint.tokenizer)
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
-            model, tokenizer = _load_for_scoring(config, run)
+            arithmetic = _arithmetic(config, run)  # before a large model is read, as the device may not have it
+            model, tokenizer = _load_for_scoring(config, run, arithmetic)
             wrapping = _wrapping(config, run, tokenizer)
-            evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+            if is_of_cell:  # before scoring in bfloat16 rounds the weights
+                _measure_again(config, run, model, tokenizer)
+            evaluation = evaluate.run(
+                model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic
+            )
         rows = scores.table(evaluation, cell_columns)
         measurements = [score.key for score in evaluation.primary]
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
         print(scores.text(evaluation))
-        if is_of_cell:
-            _measure_again(config, run, model, tokenizer)
     print(f"\nrun {run.id}\n{run.address()}")
 
 
-def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:
-    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means."""
+def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
+    """The type of the arithmetic in which a model is scored.
+
+    Unless one is asked for, it is that in which the run's cell, or the one that a registered model is of, was trained;
+    for other models it is what is fast on this device. Raises UserError for one that is asked for and that the device
+    has not; in place of a cell's, a warning says so.
+    """
+    if config.eval_precision != "auto":
+        return precision.resolve(config.eval_precision, str(config.model))
     if config.model is None:
-        return tracking.load_model(run)
+        trained_in = run.read_tag("precision") or "float32"  # as older runs were, which do not say it
+    else:
+        trained_in = tracking.trained_in(config.model) or "auto"
+    try:
+        return precision.resolve(trained_in, str(config.model))
+    except UserError as error:
+        warnings.warn(f"{error}; the cell was trained in {trained_in}, and is scored in float32 here", stacklevel=2)
+        return "float32"
+
+
+def _load_for_scoring(config: EvaluateConfig, run: Run, arithmetic: Precision) -> tuple[Any, Any]:
+    """The model and the tokenizer that a run has logged, or that a name in MLflow's registry or a place means.
+
+    Where nothing but scoring is asked for, its linear layers are held in the type of the arithmetic from the start.
+    """
+    held_in = torch.bfloat16 if arithmetic == "bfloat16" and not config.measures else None
+    if config.model is None:
+        return tracking.load_model(run, config.base, held_in)
     if config.model.startswith("models:/"):
-        return tracking.load_registered(config.model)
-    return pretrained.load_for_scoring(config.model, config.base)
+        return tracking.load_registered(config.model, config.base, held_in)
+    return pretrained.load_for_scoring(config.model, config.base, held_in)
 
 
 def _no_cell(model: str | None) -> dict[str, Any]:
@@ -273,13 +344,29 @@ def _wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | No
         return prompting.wrapping(options["template"], tokenizer, options.get("prompt_border", "offsets"))
 
 
+def _weight_distance(config: TrainConfig, model: Any) -> dict[str, float]:
+    """The measure weight_distance of a trained model, if it is asked for."""
+    if not isinstance(config, MainConfig) or "weight_distance" not in split_list(config.measures or ""):
+        return {}
+    return measures.weight_distance(model, pretrained.load(config.model).to(model.device))
+
+
 def _measure(
-    scoring: ScoreOptions, run: Run, model: Any, tokenizer: Any, base: str, dataset: str, data: DataOptions
+    scoring: ScoreOptions,
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    base: str,
+    dataset: str,
+    data: DataOptions,
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Log and print the measures that `scoring` names, of the model that the run has trained."""
+    """Log and print the measures that `scoring` names, of the model that the run has trained. known: some of them."""
     if chosen := split_list(scoring.measures or ""):
         losses = list(run.curves.values("train/loss").values())
-        values = measures.run(chosen, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
+        missing = [name for name in chosen if name not in known]
+        values = {**known}
+        values |= measures.run(missing, model, tokenizer, base, dataset, data, scoring.measure_prompts, losses)
         tracking.log_measures(run, values)
         print("\n".join(f"measure/{name:<42}{value:>12.5g}" for name, value in values.items()))
 

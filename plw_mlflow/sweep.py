@@ -14,12 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from plw_mlflow import cell, tracking
+from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze, report, wording
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters
+from plw_mlflow.training import compilation, optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit status of a cell that was interrupted
@@ -40,10 +41,13 @@ def run(config: SweepConfig) -> None:
     configs = config.cells()
     for method in {cell_config.method for cell_config in configs}:
         adapters.check(method)
+    optimizers.check(config.optimizer)
+    if config.compile:
+        compilation.check()
     with tracking.open_sweep(config) as (parent, open_child):
         results = []
         for number, cell_config in enumerate(configs, start=1):
-            name = cell.name(cell_config)
+            name = cell_config.cell_name()
             run_id = open_child(name)
             print(f"\ncell {number} of {len(configs)}: {name} (run {run_id})", flush=True)
             results.append(CellResult(cell_config, run_id, _run_cell(cell_config, run_id)))
@@ -67,7 +71,7 @@ def arguments(config: MainConfig) -> list[str]:
 
 
 def _describe(result: CellResult) -> str:
-    return f"{cell.name(result.config)} (exit status {result.exit_status}, run {result.run_id})"
+    return f"{result.config.cell_name()} (exit status {result.exit_status}, run {result.run_id})"
 
 
 def _run_cell(config: MainConfig, run_id: str) -> int:

@@ -1,9 +1,13 @@
 """Imports point one way: from what runs a study down to the ground, and never back."""
 
 import ast
+import os
 import subprocess
 import sys
 
+import pytest
+
+from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 
 ROOMS = (
@@ -45,10 +49,60 @@ def test_imports_point_downwards():
     assert {(importing, imported) for importing, imported, _ in pairs}.isdisjoint(STRANGERS)
 
 
+HEAVY = {"torch", "transformers", "mlflow", "peft", "pandas", "scipy", "matplotlib", "lm_eval", "datasets"}
+TRAIN_AND_LOG = """
+from pathlib import Path
+import mlflow
+from plw_mlflow import cell
+from plw_mlflow.config import TrainConfig
+from plw_mlflow.data import batches
+from plw_mlflow.models import adapters
+config = TrainConfig(max_records=20, epochs=1, batch_examples=32, checkpoint_dir=Path(FOLDER), cache_dir=Path(FOLDER))
+tokenizer, prepared = cell._prepare(config)
+model, _ = cell._load_model(config, prepared, tokenizer)
+trained = cell.train.run(config, prepared, model, config.checkpoint_dir)
+assert trained.steps == 1
+adapters.merge(trained.model, config.checkpoint_dir)
+mlflow.set_tracking_uri(f"sqlite:///{FOLDER}/mlflow.db")
+with cell.tracking.open_run(config, "cell") as run:
+    cell.tracking.log_model(run, trained.model, tokenizer, config)
+"""
+
+
+def modules_after(code, folder=ROOT):
+    """The modules that are imported when a program that runs in a folder ends, with its exit status."""
+    code = f"import atexit, sys; atexit.register(lambda: print('modules', *sys.modules)); {code}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    (modules,) = [line for line in printed.stdout.splitlines() if line.startswith("modules ")]
+    return set(modules.split()[1:]), printed.returncode
+
+
 def test_preparing_data_imports_no_statistics():
-    code = "import sys, plw_mlflow.data.prepare; print(*sorted(sys.modules))"
-    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    roots = {module.split(".")[0] for module in modules.split()}
-    assert "plw_mlflow.data.prepare" in modules.split()
-    assert roots.isdisjoint({"scipy", "statsmodels", "mlflow", "torch", "lm_eval"})
-    assert not [module for module in modules.split() if module.startswith("plw_mlflow.analysis")]
+    modules, _ = modules_after("import plw_mlflow.data.prepare")
+    assert "plw_mlflow.data.prepare" in modules
+    assert {module.split(".")[0] for module in modules}.isdisjoint(
+        {"scipy", "statsmodels", "mlflow", "torch", "lm_eval"}
+    )
+    assert not [module for module in modules if module.startswith("plw_mlflow.analysis")]
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--no-such-option"], 2)])
+@pytest.mark.parametrize("name", [*CONFIGS])
+def test_help_and_faults_import_nothing_heavy(name, arguments, status):
+    """Which is why they come at once; benchmarks/startup.py measures how soon."""
+    code = f"sys.argv = {['', *arguments]}; import runpy; runpy.run_module('entrypoints.{name}', run_name='__main__')"
+    modules, ended = modules_after(code)
+    assert ended == status
+    assert "plw_mlflow.command_line.cli" in modules
+    assert {module.split(".")[0] for module in modules}.isdisjoint(HEAVY)
+
+
+def test_training_and_logging_a_whole_model_imports_no_libraries_of_other_methods(tmp_path):
+    """PEFT imports bitsandbytes, which imports torch's compiler: 2 to 3 processor seconds in all."""
+    modules, ended = modules_after(f"FOLDER = {str(tmp_path)!r}; exec({TRAIN_AND_LOG!r})", tmp_path)
+    assert ended == 0
+    assert {"plw_mlflow.training.trainer", "mlflow.transformers", "transformers.models.llama.modeling_llama"} <= modules
+    assert modules.isdisjoint({"peft", "bitsandbytes", "torch._inductor.compile_fx", "matplotlib", "lm_eval"})

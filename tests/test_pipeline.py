@@ -56,12 +56,14 @@ def test_main_puts_everything_on_one_run(place, cell_run):
     assert json.loads((found / "profile.json").read_text())["sources"][0]["sha256"] == run.data.tags["plw.data_sha256"]
     steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(1, len(steps) + 1))
-    curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm", "tokens_per_second")
+    curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm")
+    curves += ("tokens_per_second", "padding_share", "peak_memory_mib", "mfu")
     assert {f"train/{curve}" for curve in curves} | {
         "eval/prompt_loss",
         "eval/completion_loss",
     } <= run.data.metrics.keys()
     assert run.info.run_id in out
+    assert "bare float32 products on this CPU" in run.data.tags["plw.mfu_peak"]
     assert "mlflow ui --backend-store-uri" in out
 
 
@@ -116,9 +118,10 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     subprocess.run([sys.executable, "-c", script], cwd=new_place.folder, env=new_place.environment(), check=True)
     loaded = torch.load(new_place.folder / "logits.pt")
     as_trained, as_merged = trained
-    torch.testing.assert_close(loaded, as_merged, atol=0, rtol=0)
+    # What is logged of an adapter is put on the base again, and not merged.
+    torch.testing.assert_close(loaded, as_merged if method == "full" else as_trained, atol=0, rtol=0)
     # To 1e-5 of the largest logit, which is near 15: each of the two is itself 9e-6 off a float64 computation.
-    torch.testing.assert_close(loaded, as_trained, atol=1e-5 * as_trained.abs().max().item(), rtol=0)
+    torch.testing.assert_close(as_merged, as_trained, atol=1e-5 * as_trained.abs().max().item(), rtol=0)
     base = pretrained.load("toy")(tokens).logits
     assert (loaded - base).abs().max() > 0.01  # it is not the base that came back
 

@@ -83,12 +83,37 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             faults.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
         if self.method == "qlora" and self.parallel == "fsdp2":
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
+        if self.optimizer == "adamw8bit" and self.parallel == "fsdp2":
+            faults.append("the blocks of optimizer adamw8bit cannot be sharded; use optimizer adamw or parallel ddp")
+        if self.log_model == "adapter" and (reason := self._why_no_adapter()):
+            faults.append(f"log-model adapter cannot be had: {reason}; use --log-model merged, or none")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)
         return (
             [*faults, "plw, template-weight and completion-weight leave every token a weight of 0"]
             if heaviest == 0
             else faults
         )
+
+    def logged(self) -> Literal["merged", "adapter", "none"]:
+        """What MLflow keeps of the trained model: `log_model`, where auto has become one of the others."""
+        if self.log_model != "auto":
+            return self.log_model
+        return "merged" if self._why_no_adapter() else "adapter"
+
+    def _why_no_adapter(self) -> str | None:
+        """Why the trained model is not its base with an adapter on it; None if it is."""
+        if self.method == "full":
+            return "method full trains all weights"
+        if self.method == "qlora":
+            return "an adapter of qlora is trained on the base's weights rounded to 4 bits, not on the base"
+        if self.add_pad_token:
+            return "a base cannot take an adapter with the token that add-pad-token gives the model"
+        return None
+
+    def cell_name(self) -> str:
+        """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
+        data, model = data_name(self.dataset, self, short_name), short_name(self.model)
+        return f"plw {self.plw:g} {data} {model} {self.method} seed {self.seed}"
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
@@ -109,7 +134,7 @@ class EvaluateConfig(ScoreOptions, Config):
     model: str | None = None
     """Model to score where there is no run: toy, a folder (of LoRA adapters, too), a hub id, models:/NAME/VERSION."""
     base: str | None = None
-    """Base of a model that is a folder of adapters (unset: the one that they name)."""
+    """Base of a model that is an adapter, as a folder or in MLflow (unset: the one that it names)."""
     endpoint: str | None = None
     """OpenAI-compatible completions server that has the model, by its name there, such as http://127.0.0.1:8000/v1."""
     endpoint_key_env: str | None = None
@@ -125,8 +150,8 @@ class EvaluateConfig(ScoreOptions, Config):
         faults = []
         if (self.run_id is None) == (self.model is None):
             faults.append("give either run-id or model")
-        if self.base is not None and (self.model is None or self.endpoint or self.model.startswith("models:/")):
-            faults.append("base belongs to a folder of adapters: give that folder as model")
+        if self.base is not None and self.endpoint is not None:
+            faults.append("base belongs to adapters that are loaded here, and an endpoint has its model itself")
         if self.endpoint is not None and self.model is None:
             faults.append("endpoint needs the name that its server has for the model: give model")
         if self.endpoint is not None:
@@ -135,6 +160,10 @@ class EvaluateConfig(ScoreOptions, Config):
             faults.append("endpoint-key-env names the key of an endpoint: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
             faults.append("tokenizer is for the model of an endpoint; other models have their own")
+        if self.eval_precision != "auto" and self.endpoint is not None:
+            faults.append(
+                "eval-precision is for a model that is computed here, and an endpoint's server computes its own"
+            )
         if self.measures is not None and self.run_id is None:
             faults.append("measures compare a cell with its base and its training data: give run-id")
         return faults

@@ -175,6 +175,8 @@ class DataOptions(LocalOptions):
 class OptimizerOptions(Options):
     """How the weights are trained."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = no_effect("adamw", unless=lambda values: values["optimizer"] != "adamw")
+    """AdamW with averages in float32, or in 8 bits (bitsandbytes): 2 bytes a trained weight, not 8, and less exact."""
     learning_rate: float = BY_PRESET
     """Peak learning rate of AdamW (toy 0.001, huerta2024 0.00002, huerta2024-lora 0.0002)."""
     epochs: float = 3.0
@@ -260,6 +262,8 @@ class MachineOptions(Options):
     """Longest packed row; auto: the longest that fits (unset: micro-batch-examples x max-tokens; docs/training.md)."""
     activation_checkpointing: bool = no_effect(False)
     """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
+    compile: bool = no_effect(False)
+    """Compile the decoder layers before the first step, which takes a minute or so; results change by rounding."""
     precision: Literal["auto", "float32", "bfloat16"] = in_contents(BY_PRESET)
     """Arithmetic of the forward pass; auto is bfloat16 where that is fast (toy auto, huerta2024 bfloat16)."""
     processes: int = no_effect(1)
@@ -280,7 +284,17 @@ class MachineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(OptimizerOptions, LossOptions, AdapterOptions, MachineOptions):
+class SavingOptions(Options):
+    """What is kept of a trained model."""
+
+    log_model: Literal["auto", "merged", "adapter", "none"] = no_effect("auto")
+    """What MLflow keeps: the whole model, its adapter alone, or nothing; auto is adapter for lora and dora."""
+    save_precision: Literal["auto", "float32", "bfloat16"] = no_effect("auto")
+    """Type of the saved weights; auto is the arithmetic's for whole models, and float32 for adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(OptimizerOptions, LossOptions, AdapterOptions, MachineOptions, SavingOptions):
     """How a cell is trained; the same for every cell of a sweep."""
 
     def faults(self) -> list[str]:
@@ -308,6 +322,8 @@ class ScoreOptions(LocalOptions):
     """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     eval_batch_tokens: int | None = None
     """Tokens per forward pass in scoring (unset: 2048 on a CPU, 16384 on a GPU); halved where memory is short."""
+    eval_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of scoring; auto is that of the cell's training, for other models bfloat16 where that is fast."""
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "limit", "eval_batch_tokens", "measure_prompts")

@@ -34,6 +34,11 @@ def resolve(precision: str, model: str) -> Precision:
     return "bfloat16"
 
 
+def saved(save_precision: str, precision: str, model: str) -> Precision:
+    """The type in which a trained model's weights are saved: where `save_precision` is auto, the arithmetic's."""
+    return resolve(precision, model) if save_precision == "auto" else save_precision  # type: ignore[return-value]
+
+
 def has_fast_bfloat16() -> bool:
     """Whether this process's device has instructions for products of bfloat16 matrices."""
     import torch

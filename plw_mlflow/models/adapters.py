@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from plw_mlflow import seeding
 from plw_mlflow.config import Method, RecipeOptions, split_list
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import held, pretrained
+from plw_mlflow.models import held, stored
 
 # Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
 # always or where the fast kernels are installed.
@@ -119,34 +119,48 @@ def targets(model: Any, layers: str) -> dict[str, nn.Module]:
     return chosen
 
 
-def merge(model: Any, folder: Path, *, with_embeddings: bool = False) -> Any:
+def merge(
+    model: Any,
+    folder: Path,
+    *,
+    with_embeddings: bool = False,
+    kind: torch.dtype = torch.float32,
+) -> Any:
     """A trained model without peft's wrapper: its adapters, if it has any, are saved to a folder and then merged.
 
     with_embeddings: save embeddings and head with the adapters, as they differ from the base's (`pad_token.py`), and a
         page that says how peft loads them.
+    kind: the type in which the adapters are saved, and to which they are rounded before they are merged.
 
-    A base in 4 bits is first brought back to float32. What was trained is what the adapters add to the rounded weights,
-    and peft's own merging would round the sum once more. A base held in bfloat16 is read again, and the adapters merged
-    into the float32 weights on which they will be put wherever they are loaded.
+    The weights are float32: those of the base as its files have them, also where they were held in bfloat16
+    (`stored.py`), and the product of the adapters. What qlora has trained is what the adapters add to the rounded
+    weights of a base in 4 bits, so these are brought back to float32 instead.
     """
     if not hasattr(model, "get_base_model"):
         return model
     from peft import PeftModel  # not above, as it imports bitsandbytes, which takes 2 seconds
 
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.data = weight.data.to(kind)
     # peft's own choice would ask the hub.
     model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)
+    for weight in trained:
+        weight.data = weight.data.float()
     if with_embeddings:
         settings, rows = model.active_peft_config, model.get_input_embeddings().num_embeddings
         revision = f", revision={settings.revision!r}" if settings.revision else ""
         page = PAGE.format(rows=rows, name=settings.base_model_name_or_path, revision=revision)
         (folder / "README.md").write_text(page, encoding="utf-8")
-    if held.is_held(model.get_base_model()):
-        settings = model.active_peft_config
-        base_name = "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
-        held.restore(model, pretrained.load(base_name))
     if getattr(model.get_base_model(), "is_quantized", False):
-        base: Any = model.unload()
-        model = PeftModel.from_pretrained(base.dequantize(dtype=torch.float32), str(folder))
+        quantized: Any = model.unload()
+        model = PeftModel.from_pretrained(quantized.dequantize(dtype=torch.float32), str(folder))
+    elif held.is_held(model.get_base_model()):
+        settings = model.active_peft_config
+        model.cpu()  # in float32 it may be too large for the GPU that it was trained on
+        stored.restore(
+            model.get_base_model(), "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
+        )
     return model.merge_and_unload()
 
 

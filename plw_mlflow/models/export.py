@@ -6,18 +6,23 @@ with peft on the base. `outputs.py` decides what they may replace.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import first_line
 
 
-def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None) -> None:
+def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None, kind: torch.dtype = torch.float32) -> None:
     """Write a plain model with its tokenizer, and a copy of its adapter's folder unless that is empty.
+
+    kind: the type of the model's weights in its folder; the model itself stays as it is.
 
     They replace those of an earlier export. Raises as `outputs.write_folders` does.
     """
@@ -26,7 +31,7 @@ def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None) -> Non
 
     def save(folder: Path) -> None:
         try:
-            model.save_pretrained(folder)
+            in_type(model, kind).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except SafetensorError as error:  # such as a full disk
             raise OSError(first_line(error)) from None
@@ -35,3 +40,14 @@ def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None) -> Non
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
 
     outputs.write_folders(output, {outputs.MODEL: save, outputs.ADAPTER: copy if any(adapter.iterdir()) else None})
+
+
+def in_type(model: Any, kind: torch.dtype) -> Any:
+    """The model itself if its weights are of a type, else a copy with weights rounded to it; tied ones stay tied."""
+    # A copy takes over what is said to be copied already, so that the weights are not copied as they are first.
+    rounded: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach().to(kind), weight.requires_grad)
+        for weight in model.parameters()
+        if weight.dtype != kind
+    }
+    return copy.deepcopy(model, rounded) if rounded else model

@@ -2,7 +2,7 @@
 
 Under autocast a product rounds its float32 weights to bfloat16 each time. Weights that nothing changes may as well be
 rounded once, and every product gives the same bits. Embeddings, norms, biases and the head stay float32, as they take
-part in sums too, or hardly count. What is rounded is gone: for the float32 weights, load the model again.
+part in sums too, or hardly count. What is rounded is gone: `stored.py` reads it again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from transformers.pytorch_utils import Conv1D
 PRODUCTS: set[Any] = {nn.functional.linear, torch.addmm, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__}
 
 
-def hold(model: nn.Module, kind: torch.dtype) -> None:
+def hold(model: nn.Module, kind: torch.dtype, *, with_head: bool = False) -> None:
     """Round the weights of a model's frozen linear layers to a type, in place, and hold them in it.
 
-    Layers whose weight asks for a gradient (such as those of adapters) and the head stay as they are. Afterwards the
+    with_head: round the head, too, unless its weights are also the embeddings; so does `holding`.
+
+    Layers whose weight asks for a gradient (such as those of adapters) stay as they are. Afterwards the
     model computes under autocast in that type, with the bits that it would give with float32 weights; or in float32
     with the rounded weights, within `in_float32`.
     """
-    for layer in _linear(model):
+    for layer in _linear(model, with_head=with_head):
         if not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.to(kind)
 
@@ -79,17 +81,6 @@ def taken_for_float32(layers: Iterable[Any]) -> Iterator[None]:
             layer.weight = weight.requires_grad_(layer.weight.requires_grad)
 
 
-def restore(model: Any, whole: nn.Module) -> None:
-    """Give the linear layers of a model that is held the float32 weights of the one it was loaded from.
-
-    model: with adapters or without. Of `whole`, nothing is left that could be used.
-    """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, layer in bare.named_modules():
-        if isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.dtype == torch.bfloat16:
-            layer.weight.data = whole.get_parameter(f"{name.removesuffix('.base_layer')}.weight").data
-
-
 class in_float32(TorchFunctionMode):
     """Within the block, products take the weights that are held in another type as float32; for trials of a model."""
 
@@ -99,9 +90,11 @@ class in_float32(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def _linear(model: Any) -> Iterator[Any]:
-    """The linear layers of a model but its head."""
+def _linear(model: Any, *, with_head: bool = False) -> Iterator[Any]:
+    """The linear layers of a model but its head; with_head: the head, too, unless it is tied to the embeddings."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if with_head and head is not None and head.weight is not model.get_input_embeddings().weight:
+        head = None
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
             yield layer

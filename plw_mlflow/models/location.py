@@ -41,17 +41,25 @@ def locate(name: str) -> Location:
     return Location(path, revision or None)
 
 
-def digest(model: str) -> str:
-    """What identifies a model that has been loaded: ID@COMMIT of the hub, or a SHA-256 of config and weight files."""
+def folder_of(model: str) -> Path:
+    """The folder with the files of a model whose config has been loaded; for the hub, its commit's in the cache."""
     where = locate(model)
-    if not where.is_folder:
-        from huggingface_hub import hf_hub_download
+    if where.is_folder:
+        return Path(where.path)
+    from huggingface_hub import hf_hub_download
 
-        # The file is in the cache by now, in a folder that has the commit's name.
-        config = hf_hub_download(where.path, "config.json", revision=where.revision, local_files_only=True)
-        return f"{where.path}@{Path(config).parent.name}"
+    return Path(hf_hub_download(where.path, "config.json", revision=where.revision, local_files_only=True)).parent
+
+
+def digest(model: str) -> str:
+    """What identifies a model whose config has been loaded: ID@COMMIT of the hub, or a SHA-256 of a folder's files.
+
+    The files are config.json and those of the weights.
+    """
+    where, folder = locate(model), folder_of(model)
+    if not where.is_folder:
+        return f"{where.path}@{folder.name}"
     sha256 = hashlib.sha256()
-    folder = Path(where.path)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for file in (folder / "config.json", *weights):
         sha256.update(file.name.encode())

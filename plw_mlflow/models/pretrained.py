@@ -21,7 +21,7 @@ from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import causal, files, held, saved_adapters
 from plw_mlflow.models.dropout import set_dropout
 from plw_mlflow.models.files import reading
-from plw_mlflow.models.location import base_of, digest, locate
+from plw_mlflow.models.location import base_of, digest, folder_of, locate
 
 # How the names of those classes of transformers end that predict something else than the next token.
 OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -114,6 +114,8 @@ def load(
             **({} if four_bit is None else _four_bit(four_bit)),
         )
     loaded, report = loaded_with_report
+    if not place.is_folder:  # adapters name the commit of their base; transformers itself no longer keeps it
+        loaded.config._commit_hash = folder_of(model).name
     if report["missing_keys"]:  # which transformers has drawn at random
         raise UserError(f"model {model!r} lacks weights, among them {min(report['missing_keys'])}")
     unused = [
@@ -186,21 +188,33 @@ def _trial(model: Any) -> str | None:
     return None
 
 
-def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
+def load_for_scoring(model: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer. A folder of LoRA adapters stands for the base that it names, with them merged in.
 
     base: the base of the adapters, in place of the one that they name. A warning says where it is known to have other
         weights than those that the adapters were trained on.
+    held_in: as of `load`, for a whole model. Adapters are merged in float32, so that the sum is rounded once.
 
     Raises UserError as `load` does, and where the base that the adapters name cannot be loaded, or is known to have
     other weights than those that they were trained on.
     """
     folder = Path(model)
-    settings = folder / "adapter_config.json"
-    if not settings.is_file():
+    if not (folder / "adapter_config.json").is_file():
         if base is not None:
             raise UserError(f"base is an option for adapters, but there is no adapter_config.json in {model}")
-        return load(model), load_tokenizer(model)
+        return load(model, held_in=held_in), load_tokenizer(model)
+    merged, chosen = load_adapted(folder, base)
+    has_own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return merged, load_tokenizer(chosen, model if has_own_tokenizer else None)
+
+
+def load_adapted(folder: Path, base: str | None = None, *, is_same: bool = False) -> tuple[Any, str]:
+    """The model that a folder of LoRA adapters stands for, with them merged into its base, and the base's name.
+
+    The base is compared with the one that the adapters were trained on before its weights are loaded. base and errors:
+    as of `load_for_scoring`. is_same: a given base, too, has to be the very one that the adapters were trained on.
+    """
+    settings = folder / "adapter_config.json"
     named, trained_on = base_of(settings), saved_adapters.trained_on(folder)
     if base is None and trained_on is not None and Path(named).is_absolute() and not Path(named).is_dir():
         named = trained_on["base"]  # a folder of another machine; the digest below shows whether this is the same base
@@ -211,19 +225,18 @@ def load_for_scoring(model: str, base: str | None = None) -> tuple[Any, Any]:
         raise UserError(
             f"{settings} names a base that cannot be found: {error}; say by --base where it is now"
         ) from None
-    loaded = load(chosen)
+    load_config(chosen)  # the hub's tells the commit
     if trained_on is not None and (chosen_digest := digest(chosen)) != trained_on["digest"]:
         differs = (
-            f"the adapter of {model} was trained on {trained_on['digest']}, but its base {chosen} is {chosen_digest}"
+            f"the adapter of {folder} was trained on {trained_on['digest']}, but its base {chosen} is {chosen_digest}"
         )
-        if base is None:
+        if base is None or is_same:
             raise UserError(f"{differs}; name the right one by --base")
-        warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=2)
-    adapter = saved_adapters.attach(loaded, folder)
-    has_own_tokenizer = (folder / "tokenizer_config.json").is_file()
-    with reading("the adapter of", model):
+        warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=3)
+    adapter = saved_adapters.attach(load(chosen), folder)
+    with reading("the adapter of", str(folder)):
         merged = adapter.merge_and_unload()
-    return merged, load_tokenizer(chosen, model if has_own_tokenizer else None)
+    return merged, chosen
 
 
 def _four_bit(arithmetic: torch.dtype) -> dict[str, Any]:

@@ -68,9 +68,12 @@ def _embedding_rows(base: Any, folder: Path) -> int | None:
     return None if own is None else len(own)
 
 
-def note_base(folder: Path, base: str, digest: str) -> None:
-    """Write beside an adapter which model it was trained on, by name and digest; `load_for_scoring` compares them."""
-    note = {"base": base, "digest": digest, "plw_mlflow": __version__}
+def note_base(folder: Path, base: str, digest: str, precision: str = "float32") -> None:
+    """Write beside an adapter which model it was trained on, by name and digest; `load_adapted` compares them.
+
+    precision: in which the whole model would be saved.
+    """
+    note = {"base": base, "digest": digest, "precision": precision, "plw_mlflow": __version__}
     (folder / BASE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 
 from plw_mlflow.errors import UserError
-from plw_mlflow.tracking import comparable
+from plw_mlflow.tracking import comparable, logged_models
 from plw_mlflow.tracking.cells import cell_columns, parameters
 from plw_mlflow.tracking.comparable import Cell
 from plw_mlflow.tracking.connection import get_run, patiently
@@ -24,7 +24,8 @@ def mark_best(sweep: str, cells: int) -> list[str]:
     The alias moves only if the sweep is complete, has two cells or more, and its scores are comparable with one another
     and with those of the benchmarks. It then moves away from a version that scored less on the same tasks, or that has
     no comparable score. A version that was scored in another way keeps it, since nobody knows which of the two is
-    better. The version's tags plw.best_... say which cells it has beaten.
+    better. The version's tags plw.best_... say which cells it has beaten. It is a whole model: where the best cell has
+    logged an adapter, that is merged into its base and logged first.
     """
     try:
         scored = ScoredCells(sweep=sweep)
@@ -36,7 +37,11 @@ def mark_best(sweep: str, cells: int) -> list[str]:
         return [f"the alias best stays where it is, as {finished} of {cells} cells are finished and scored"]
     by_name: dict[str, list[Cell]] = {}
     for cell in scored.newest:
-        by_name.setdefault(_version(cell)[0], []).append(cell)
+        try:
+            name, _ = _version(cell)
+        except UserError as error:
+            return [f"the alias best stays where it is: {error}"]
+        by_name.setdefault(name, []).append(cell)
     return [_mark_best_of(name, group, sweep) for name, group in by_name.items()]
 
 
@@ -63,14 +68,18 @@ def _mark_best_of(name: str, group: list[Cell], sweep: str) -> str:
             before += ", which has no comparable score"
         elif _scoring(held) != _scoring(best):
             return (
-                f"{stays}, with version {holder.version}, which was scored by other tasks, questions or versions "
-                f"than this sweep, so that nobody knows which is better; to move it nevertheless: mlflow."
+                f"{stays}, with version {holder.version}, which was scored by other tasks, questions, versions or "
+                f"arithmetic than this sweep, so that nobody knows which is better; to move it nevertheless: mlflow."
                 f"MlflowClient().set_registered_model_alias({name!r}, 'best', '{version}')"
             )
         elif _score(held) >= _score(best):
             return f"{stays}, with version {holder.version}: {_describe(held)}; here {_describe(best)}"
         else:
             before += f": {_describe(held)}"
+    try:
+        version = _as_whole_model(best, name, version)
+    except UserError as error:
+        return f"{stays}, as the best cell's adapter cannot be made a whole model ({_describe(best)}): {error}"
     beaten = [_describe(cell) for cell in others]
     more = f"; and {len(beaten) - MAX_LISTED} more" if len(beaten) > MAX_LISTED else ""
     tags = {
@@ -97,6 +106,14 @@ def _why_not_comparable(group: list[Cell]) -> str | None:
         if cell.run.data.tags.get("plw.score_tasks") != tasks:
             return f"as the scores of runs {cell.run_id} and {group[0].run_id} are of other tasks"
     return None
+
+
+def _as_whole_model(cell: Cell, name: str, version: str) -> str:
+    """The version of a cell's whole model, which is logged now if the cell has logged its adapter alone."""
+    if mlflow.MlflowClient().get_model_version(name, version).tags.get("plw.form") != logged_models.ADAPTER:
+        return version
+    print(f"merging the adapter of run {cell.run_id} into its base, for models:/{name}@best", flush=True)
+    return logged_models.log_merged(cell.run_id)
 
 
 def _move_alias(name: str, version: str, tags: dict[str, str]) -> None:
@@ -126,8 +143,12 @@ def _cell_of(version: mlflow.entities.model_registry.ModelVersion) -> Cell | Non
 
 
 def _version(cell: Cell) -> tuple[str, str]:
-    """The name and the version that a cell's model is registered under. Raises UserError where it is not registered."""
-    name, _, version = cell.run.data.tags.get("plw.model_version", "").rpartition("/")
+    """The name and the version that a cell's model is registered under, the whole model's if there are two.
+
+    Raises UserError where it is not registered.
+    """
+    tags = cell.run.data.tags
+    name, _, version = tags.get("plw.merged_version", tags.get("plw.model_version", "")).rpartition("/")
     if not name:
         raise UserError(f"run {cell.run_id} has registered no model")
     return name, version

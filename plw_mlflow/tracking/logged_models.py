@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import yaml
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils import logging_utils
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import pretrained, saved_adapters
+from plw_mlflow.models.files import reading
 from plw_mlflow.tracking import connection
-from plw_mlflow.tracking.cells import CELL_FIELDS
+from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
 from plw_mlflow.tracking.connection import check_reachable, patiently
 from plw_mlflow.tracking.run import Run
 
+if TYPE_CHECKING:
+    import torch
+
+TASK = "text-generation"
+MODEL, MERGED = "model", "merged"  # names of a run's model, and of the whole one that an adapter was made into later
+WHOLE, ADAPTER = "whole model", "adapter"  # what a registered version is, by its tag plw.form
+PEFT = "peft"  # the folder of an adapter in a logged model, as MLflow names it
 NAME_CHARACTERS = 64  # of each name within a registered model's, which may have 256
 
 
@@ -35,44 +51,190 @@ def log_model(run: Run, model: Any, tokenizer: Any, config: Any, sources: Sequen
     sources: of the data it was trained on. step: the last of the training. The model's page shows the run's metrics of
         that step.
     """
+    _log(run, config, sources, {"form": WHOLE}, lambda: _log_whole(run.id, model, tokenizer, MODEL, step))
+
+
+def log_adapter(
+    run: Run,
+    adapter: Path,
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    sources: Sequence[Source] = (),
+    step: int = 0,
+) -> None:
+    """Log a folder of adapters as the run's model, without its base, and register it likewise.
+
+    adapter: with the file of `saved_adapters.note_base`, whose base has to be there when the model is loaded.
+    model: the trained one, with the adapters merged. The others are as of `log_model`.
+
+    MLflow loads it back in two ways: by its flavour transformers, as peft's model on the base, and by the flavour
+    pyfunc (`adapter_model.py`), which also compares the base with the one of the training.
+    """
+    note = saved_adapters.trained_on(adapter)
+    assert note is not None  # it was just written
+    flavor = SimpleNamespace(save_model=partial(_save_adapter, adapter=adapter, model=model, tokenizer=tokenizer))
+    tags = {"form": ADAPTER, "base": note["base"], "base_digest": note["digest"]}
+    _log(run, config, sources, tags, lambda: Model.log(None, flavor, name=MODEL, run_id=run.id, step=step))
+
+
+def log_merged(run_id: str) -> str:
+    """Log the whole model of a finished run that has logged an adapter, as another model of that run.
+
+    It is registered under the same name. Returns its version there. An earlier one is found and not logged again.
+    """
+    import torch
+
+    run = Run(run_id)
+    tags = patiently("reading the run", lambda: run.client.get_run(run_id)).data.tags
+    if "plw.merged_version" in tags:
+        return tags["plw.merged_version"].rpartition("/")[2]
+    name, _, version = tags["plw.model_version"].rpartition("/")
+    adapter_tags = run.client.get_model_version(name, version).tags
+    outputs: Any = run.client.get_run(run_id).outputs
+    model, tokenizer = load_model(run)
+    model.to(getattr(torch, tags["plw.save_precision"]))
+    step = next(output.step for output in outputs.model_outputs if output.model_id == run.model_id)
+    logged = patiently("logging the model", lambda: _log_whole(run_id, model, tokenizer, MERGED, step))
+    own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version}
+    merged = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, own_tags))
+    patiently("tagging the run", lambda: run.tag(merged_version=f"{name}/{merged}"))
+    return merged
+
+
+def _log(
+    run: Run, config: Any, sources: Sequence[Source], more_tags: Mapping[str, str], log: Callable[[], ModelInfo]
+) -> None:
+    """Log a model by a function, and register it; `more_tags` are of its version."""
     name = _registered_name(run, config, sources)
-    tags = {f"plw.{field}": without_passwords(spell(getattr(config, field))) for field in CELL_FIELDS}
-    versions = provenance.fingerprint()
-    logged = patiently(
-        "logging the model",
-        lambda: mlflow.transformers.log_model(
-            {"model": model, "tokenizer": tokenizer},
-            name="model",
-            task="text-generation",
-            step=step,
-            # Named here because MLflow would otherwise load the model in a process of its own to find out.
-            pip_requirements=[f"{package}=={versions[package]}" for package in ("torch", "transformers")],
-        ),
-    )
+    tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags}
+    logged = patiently("logging the model", log)
     run.model_id = logged.model_id
-    version = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, tags))
+    shown = {f"plw.{key}": without_passwords(value) for key, value in tags.items()}
+    version = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, shown))
     patiently("tagging the run", lambda: run.tag(status="trained", model_version=f"{name}/{version}"))
 
 
-def load_model(run: Run) -> tuple[Any, Any]:
-    """The model and tokenizer that a run has logged. Raises UserError where there is none, or it is damaged."""
-    outputs = run.client.get_run(run.id).outputs
-    logged = [run.client.get_logged_model(output.model_id) for output in outputs.model_outputs] if outputs else []
-    complete = [model.model_id for model in logged if model.status == LoggedModelStatus.READY]
+def _log_whole(run_id: str, model: Any, tokenizer: Any, name: str, step: int) -> ModelInfo:
+    with _without_peft():
+        return Model.log(
+            None,
+            mlflow.transformers,
+            name=name,
+            run_id=run_id,
+            step=step,
+            transformers_model={"model": model, "tokenizer": tokenizer},
+            task=TASK,
+            # Named here because MLflow would otherwise load the model in a process of its own to find out.
+            pip_requirements=_requirements("torch", "transformers"),
+        )
+
+
+@contextmanager
+def _without_peft() -> Iterator[None]:
+    """Within the block, peft cannot be imported, unless it was before.
+
+    MLflow imports it to ask whether a model is one of peft's, which takes 2 to 3 processor seconds. It is none as long
+    as nobody has imported peft, and MLflow takes a peft that is not to be had for that answer.
+    """
+    if "peft" in sys.modules:
+        yield
+        return
+    sys.modules["peft"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["peft"]
+
+
+def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any) -> None:
+    """Write an adapter as MLflow's flavours have it; MLflow's own function would need peft's model of it, and the hub.
+
+    MLflow then loads base and tokenizer of the hub by their commit. A base that is a folder it loads from where that
+    is now, unless another place is given (`base_model_path`).
+    """
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    where = {"local_base_model_path": base}
+    if revision is not None:
+        where = {"source_model_revision": revision, "tokenizer_name": base, "tokenizer_revision": revision}
+    mlflow_model.add_flavor(
+        "transformers",
+        transformers_version=provenance.fingerprint()["transformers"],
+        code=None,
+        task=TASK,
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=type(model).__name__,
+        source_model_name=base,
+        torch_dtype="torch.float32",  # in which the adapters were merged to be scored
+        peft_adaptor=PEFT,
+        components=["tokenizer"],
+        tokenizer_type=type(tokenizer).__name__,
+        **where,
+    )
+    mlflow.pyfunc.save_model(
+        path,
+        mlflow_model=mlflow_model,
+        python_model=str(Path(__file__).with_name("adapter_model.py")),
+        model_config={"base": ""},
+        pip_requirements=_requirements("mlflow", "torch", "transformers", "peft"),
+    )
+    folder = Path(path)
+    shutil.copytree(adapter, folder / PEFT)
+    model.generation_config.save_pretrained(folder / PEFT)
+    tokenizer.save_pretrained(folder / "components" / "tokenizer")
+    mlflow_model.model_size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    mlflow_model.save(str(folder / "MLmodel"))
+
+
+def _requirements(*packages: str) -> list[str]:
+    versions = provenance.fingerprint()
+    return [f"{package}=={versions[package]}" for package in packages]
+
+
+def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model and tokenizer that a run has logged; an adapter is merged into its base.
+
+    base: where the base of an adapter is, in place of where it was in training.
+    held_in: as of `pretrained.load_for_scoring`.
+
+    Raises UserError where there is no model, or it is damaged, or its base is another one now.
+    """
+    found = run.client.get_run(run.id)
+    outputs = found.outputs.model_outputs if found.outputs else []
+    logged = [run.client.get_logged_model(output.model_id) for output in outputs]
+    complete = [model.model_id for model in logged if model.status == LoggedModelStatus.READY and model.name != MERGED]
     if not complete:
+        if parameters(found).get("log_model") == "none":
+            raise UserError(f"run {run.id} has logged no model, as it was told to (--log-model none)")
         raise UserError(f"run {run.id} has logged no model; train it first")
     run.model_id = complete[-1]
-    return _load(f"models:/{run.model_id}")
+    return _load(f"models:/{run.model_id}", base, held_in)
 
 
-def load_registered(uri: str) -> tuple[Any, Any]:
-    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS.
+def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS; an adapter is merged into its base.
+
+    base, held_in: as of `load_model`.
 
     Raises UserError where there is none, where it is no text-generation model of MLflow's flavour transformers, and
     where `pretrained.load` does.
     """
     check_reachable()
-    return _load(uri)
+    return _load(uri, base, held_in)
+
+
+def trained_in(model: str) -> str | None:
+    """The type of the arithmetic in which the cell that a registered model is of was trained; None for other models."""
+    if not model.startswith("models:/"):
+        return None
+    check_reachable()
+    client = mlflow.MlflowClient()
+    try:
+        version = client.get_model_version(*get_model_name_and_version(client, model))
+        return client.get_run(version.run_id).data.tags.get("plw.precision") if version.run_id else None
+    except MlflowException:  # there is no such version, which loading it will say, or its run is gone
+        return None
 
 
 def _registered_name(run: Run, config: Any, sources: Sequence[Source]) -> str:
@@ -107,38 +269,59 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     return str(registered.version)
 
 
-def _load(uri: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a logged model. `mlflow.transformers` would run program code that lies among its files."""
+def _load(uri: str, base: str | None, held_in: torch.dtype | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a logged model. MLflow's functions would run program code that lies among its files."""
     with _downloaded(uri) as folder:
-        _check_mlmodel(uri, folder / "MLmodel")
+        is_adapter = _is_adapter(uri, folder / "MLmodel")
         # The folders always have these names. Whatever else the MLmodel file names is not followed.
-        model, tokenizer = folder / "model", folder / "components" / "tokenizer"
+        model, tokenizer = folder / (PEFT if is_adapter else "model"), folder / "components" / "tokenizer"
         for part in (model, tokenizer):
             if not part.is_dir():
                 raise UserError(f"model {uri} lacks the folder {part.relative_to(folder)}")
+        if base is not None and not is_adapter:
+            raise UserError(f"base is an option for adapters, but {uri} is a whole model")
         try:
-            return pretrained.load(str(model)), pretrained.load_tokenizer(str(tokenizer))
+            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model), held_in=held_in)
+            return loaded, pretrained.load_tokenizer(str(tokenizer))
         except ValueError as error:  # the folder may be a temporary one, which means nothing to the caller
             raise UserError(str(error).replace(str(folder), uri)) from None
 
 
-def _check_mlmodel(uri: str, file: Path) -> None:
-    """Raise UserError unless an MLmodel file describes a text-generation model with its weights and its tokenizer."""
+def _load_adapter(folder: Path, base: str | None) -> Any:
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickle in its place
+        raise UserError(f"model {folder.parent} lacks the file {folder.name}/adapter_model.safetensors")
+    model, _ = pretrained.load_adapted(folder, base, is_same=True)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        with reading("the generation settings of", str(folder)):
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model
+
+
+def _is_adapter(uri: str, file: Path) -> bool:
+    """Whether an MLmodel file describes an adapter, and not a whole model.
+
+    Raises UserError unless it describes a text-generation model with its weights, or its adapter, and its tokenizer.
+    """
     try:
         flavors = yaml.safe_load(file.read_text(encoding="utf-8"))["flavors"]
         saved = flavors.get("transformers")
         kinds, task = ", ".join(flavors), saved and saved.get("task")
-        is_complete = saved and saved.get("model_binary") == "model" and "tokenizer" in saved.get("components")
+        is_adapter = saved and saved.get("peft_adaptor") == PEFT
+        has_weights = is_adapter or (saved and saved.get("model_binary") == "model")
+        is_complete = has_weights and "tokenizer" in saved.get("components")
     except Exception as error:
         raise UserError(
             f"model {uri} cannot be loaded: its MLmodel is damaged ({type(error).__name__}: {first_line(error)})"
         ) from None
     if not saved:
         raise UserError(f"model {uri} is of the flavour {kinds}; models of the flavour transformers are loaded")
-    if task != "text-generation":
+    if task != TASK:
         raise UserError(f"model {uri} is for the task {task}; models for text-generation are loaded")
     if not is_complete:
         raise UserError(f"model {uri} lacks its own weights or its tokenizer; log both with it")
+    return bool(is_adapter)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _log_scores(
     mlflow.log_metrics(metrics, timestamp=int(now * 1000), model_id=run.model_id)
     mlflow.log_text(outputs.table(table).decode(), "scores.csv")
     mlflow.log_dict(evaluation.results, f"harness/{evaluation_id}.json")
-    run.tag(score_tasks=",".join(score_tasks))
+    run.tag(score_tasks=",".join(score_tasks), eval_precision=", ".join(_precisions(table)) or "unknown")
     if is_complete:
         _tag_as_scored(run, counted)
     else:
@@ -108,11 +108,18 @@ def _tag_as_scored(run: Run, counted: pd.DataFrame) -> None:
     prompts = sorted(set(counted["prompt"].fillna("harness")))
     if len(prompts) > 1:
         reasons.append(f"prompts differ: {', '.join(prompts)}")
+    if len(precisions := _precisions(counted)) > 1:
+        reasons.append(f"arithmetic differs: {', '.join(precisions)}")
     run.tag(status="scored", score_comparable=spell(not reasons))
     if reasons:
         run.tag(score_caveat="; ".join(reasons))
     else:
         run.untag("score_caveat")
+
+
+def _precisions(table: pd.DataFrame) -> list[str]:
+    """The types of the arithmetic of a score table; rows without one are older, from when there was float32 alone."""
+    return sorted(set(table["precision"].fillna("float32")) - {""})
 
 
 def _tag_as_not_scored(run: Run) -> None:

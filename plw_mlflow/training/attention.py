@@ -34,7 +34,9 @@ from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal, held
 
-NAME, WATCHED = "packed", "packed_watched"  # among transformers' attention functions; the second for the trial alone
+# Among transformers' attention functions; the second is for the trial alone, the third for compiled layers.
+NAME, WATCHED, APART = "packed", "packed_watched", "packed_apart"
+KERNEL_TYPES = (torch.bfloat16, torch.float16)  # which torch's kernel for sequences of varying length takes
 
 
 @contextmanager
@@ -58,6 +60,21 @@ def why_not(model: Any) -> str | None:
         return _compare(model)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def is_one_kernel(settings: Any, arithmetic: torch.dtype) -> bool:
+    """Whether one kernel attends to a whole packed row of a model with these settings, here and in this arithmetic."""
+    dropout, softcap = (getattr(settings, name, None) for name in ("attention_dropout", "attn_logit_softcapping"))
+    return torch.cuda.is_available() and arithmetic in KERNEL_TYPES and not dropout and not softcap
+
+
+def apart() -> str:
+    """The name of an attention function like `NAME` that no compiled program takes in.
+
+    A program would be made for each number of examples where they are attended to by a call each.
+    """
+    AttentionInterface.register(APART, torch.compiler.disable(_attend))  # not below, as it imports torch's compiler
+    return APART
 
 
 def _compare(model: Any) -> str | None:
@@ -125,7 +142,7 @@ def _attend(
         raise UserError("the model makes attention masks of its own, which packed rows do not have")
     if query.device.type == "cuda":
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-        if kind in (torch.bfloat16, torch.float16) and not dropout and not softcap:
+        if kind in KERNEL_TYPES and not dropout and not softcap:
             # Autocast does not know the kernel.
             query, key, value = (part.squeeze(0).transpose(0, 1).to(kind) for part in (query, key, value))
             return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None

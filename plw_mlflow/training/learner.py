@@ -16,9 +16,10 @@ from plw_mlflow.training import loss
 class Learner(nn.Module):
     """A causal model whose forward pass gives the loss, so that wrappers (DDP, autocast) see the whole of it."""
 
-    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0, *, has_fused_loss: bool = False) -> None:
+        """has_fused_loss: `is_fused` of `loss.weighted_nll`."""
         super().__init__()
-        self.model, self._label_smoothing = model, label_smoothing
+        self.model, self._label_smoothing, self._has_fused_loss = model, label_smoothing, has_fused_loss
 
     def forward(
         self, tokens: Tensor, weights: Tensor, rows: Tensor | None = None, **context: Any
@@ -45,5 +46,6 @@ class Learner(nn.Module):
             scale=head.scale,
             softcap=head.softcap,
             label_smoothing=self._label_smoothing,
+            is_fused=self._has_fused_loss,
         )
         return total, nll.view(weights.shape)

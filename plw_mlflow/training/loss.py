@@ -10,7 +10,9 @@ Letters: N rows (positions of a batch, flattened), H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ def weighted_nll(
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
+    is_fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum the weighted losses of all rows.
 
@@ -45,6 +48,7 @@ def weighted_nll(
     scale, softcap: logits are x = scale (hidden head^T + bias), or softcap tanh(x / softcap) where there is one.
     label_smoothing: share E of the target distribution that is spread evenly over all V tokens, as in torch's
         cross_entropy: l_i becomes (1 - E) l_i + E mean_v(-log p_v).
+    is_fused: on a GPU, let torch's compiler make few kernels of all that is not a matrix product.
 
     Returns (loss, nll). loss: float32 scalar sum_i w_i l_i in nats, undivided; its gradients in hidden, head and bias
     can be computed once. nll: [N] float32 unweighted losses l_i, detached; 0 in rows of weight 0, which are not
@@ -73,7 +77,8 @@ def weighted_nll(
     if rows is None:
         rows = weights.nonzero().squeeze(1)
     with torch.autocast(device, enabled=False):
-        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, rows, scale, softcap, label_smoothing, kind)
+        form = _Form(scale, softcap, label_smoothing, is_fused and device == "cuda")
+        return _ChunkedNLL.apply(hidden, head, bias, targets, weights, rows, form, kind)
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -81,23 +86,24 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        hidden, head, bias, targets, weights, rows, scale, softcap, smoothing, kind = inputs
+        hidden, head, bias, targets, weights, rows, form, kind = inputs
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         grad_bias = torch.zeros_like(head[:, 0], dtype=torch.float32) if needs_bias else None
         nll = torch.zeros_like(weights)
-        smoothed = torch.zeros_like(weights) if smoothing else nll
+        smoothed = torch.zeros_like(weights) if form.smoothing else nll
         projection = head.to(kind)
         sizes = _sizes(len(rows), hidden, head, kind)
+        differentiate, block_rows = _differentiate, sizes.block_rows
+        if form.is_fused:  # nothing is left in between, so a chunk is a block
+            differentiate, block_rows = _compiled(), sizes.chunk_rows
         buffer = torch.empty(min(sizes.chunk_rows, len(rows)), len(head), dtype=kind, device=hidden.device)
         for chunk in rows.split(sizes.chunk_rows):
             states = hidden[chunk].to(kind)
             products = torch.mm(states, projection.T, out=buffer[: len(chunk)])
-            for part, block in zip(products.split(sizes.block_rows), chunk.split(sizes.block_rows), strict=True):
-                nll[block], smoothed[block] = _differentiate(
-                    part, bias, targets[block], weights[block], scale, softcap, smoothing
-                )
+            for part, block in zip(products.split(block_rows), chunk.split(block_rows), strict=True):
+                nll[block], smoothed[block] = differentiate(part, bias, targets[block], weights[block], form)
                 if grad_bias is not None:
                     grad_bias += part.sum(0, dtype=torch.float32)
             gradient = products  # which `_differentiate` has replaced in place
@@ -121,7 +127,16 @@ class _ChunkedNLL(torch.autograd.Function):
             # in float32, as a rounded divisor would scale the whole step.
             for part in () if gradient is None else gradient.split(1024):
                 part.copy_(part.float().mul_(grads[0]))
-        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 7
+        return *(None if g is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
+
+
+class _Form(NamedTuple):
+    """How logits are made of products, and losses of logits."""
+
+    scale: float
+    softcap: float | None
+    smoothing: float
+    is_fused: bool
 
 
 class _Sizes(NamedTuple):
@@ -147,18 +162,13 @@ def _sizes(rows: int, hidden: Tensor, head: Tensor, kind: torch.dtype) -> _Sizes
 
 
 def _differentiate(
-    products: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weights: Tensor,
-    scale: float,
-    softcap: float | None,
-    smoothing: float,
+    products: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, form: _Form
 ) -> tuple[Tensor, Tensor]:
     """Losses of a block of rows, plain and smoothed; `products` becomes the gradient of the weighted, smoothed loss.
 
     products: [R, V] hidden head^T of R rows, changed in place. targets, weights: [R].
     """
+    scale, softcap, smoothing, _ = form
     target, weight = targets.unsqueeze(1), weights.unsqueeze(1)
     logits = products.float()  # the products themselves where they are float32
     if bias is not None:
@@ -184,6 +194,39 @@ def _differentiate(
     nll = (total.log() + (highest - own)).squeeze(1)
     # (1 - E) (lse - x_target) + E (lse - mean x) = nll + E (x_target - mean x)
     return nll, nll + smoothing * (own - highest - mean).squeeze(1) if smoothing else nll
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_differentiate_whole`, compiled for any number of rows."""
+    return torch.compile(_differentiate_whole, dynamic=True)
+
+
+def _differentiate_whole(
+    products: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, form: _Form
+) -> tuple[Tensor, Tensor]:
+    """The same as `_differentiate`, out of place and without scattering, as a compiler makes few kernels of it."""
+    scale, softcap, smoothing, _ = form
+    target, weight = targets.unsqueeze(1), weights.unsqueeze(1)
+    logits = products.float() if bias is None else products.float() + bias
+    logits = logits * scale
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        logits = capped * softcap
+    highest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
+    exponentials = (logits - highest).exp()
+    total = exponentials.sum(1, keepdim=True)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    gradient = exponentials / total - torch.where(is_target, 1 - smoothing, 0.0)
+    if smoothing:
+        gradient = gradient - smoothing / logits.shape[1]
+    gradient = gradient * (weight * scale)
+    if softcap:
+        gradient = gradient * (1 - capped * capped)
+    products.copy_(gradient)
+    nll = total.log() + (highest - own)
+    smoothed = nll + smoothing * (own - logits.mean(1, keepdim=True)) if smoothing else nll
+    return nll.squeeze(1), smoothed.squeeze(1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, spare_bytes: int) -> None:

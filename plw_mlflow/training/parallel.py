@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -32,6 +32,9 @@ from plw_mlflow.training.checkpoints import Writers
 
 T = TypeVar("T")
 
+# The cache would keep a bfloat16 copy of each weight until the forward pass ends, for a second use that
+# no weight of a layer has: 2 bytes a weight, even where layers are computed again or gathered shards are let go of.
+AUTOCAST = {"cache_enabled": False}
 PATIENCE = timedelta(hours=1)  # so long processes wait for another one, which may be fetching a checkpoint
 
 
@@ -44,7 +47,7 @@ def accelerator(precision: Literal["float32", "bfloat16"]) -> Accelerator:
     return Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         cpu=several and not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(**AUTOCAST)],
     )
 
 
@@ -72,7 +75,7 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
     # layers, too. Only weights that autocast would round anyway are rounded before they are gathered.
     policy, multiplied = MixedPrecisionPolicy(cast_forward_inputs=False), set()
     if joined.mixed_precision == "bf16":
-        learner.forward = torch.autocast(joined.device.type, torch.bfloat16)(learner.forward)
+        learner.forward = torch.autocast(joined.device.type, torch.bfloat16, **AUTOCAST)(learner.forward)
         if not hasattr(learner.model, "get_base_model"):  # the base of adapters is held in bfloat16 (`models/held.py`)
             multiplied = set(adapters.targets(learner.model, "all-linear").values())
     rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import get_cosine_schedule_with_warmup
 
 from plw_mlflow import seeding
 from plw_mlflow.config import TrainConfig
@@ -27,10 +26,11 @@ from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, first_line
-from plw_mlflow.training import parallel, row_length, state
+from plw_mlflow.training import optimizers, parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint, Saved
 from plw_mlflow.training.learner import Learner
+from plw_mlflow.training.schedule import cosine_with_warmup
 
 ASYNCHRONOUS = {"cuda"}  # kinds of device that work through a queue, which their host should never have to wait for
 
@@ -62,27 +62,27 @@ class Trainer:
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
         self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
         self._model = model
-        self._learner = parallel.wrap(Learner(model, config.label_smoothing), config.parallel, accelerator)
+        self._learner = parallel.wrap(
+            Learner(model, config.label_smoothing, has_fused_loss=config.compile), config.parallel, accelerator
+        )
         self._learner.train()
         self._penalty = (
             BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
         )
-        trained = self._trained.values()
-        # As in transformers, vectors (norms, biases) do not decay.
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
         # There AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
-        self._is_fused = accelerator.device.type in ASYNCHRONOUS
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, fused=self._is_fused or None
+        self._is_fused = accelerator.device.type in ASYNCHRONOUS and config.optimizer == "adamw"
+        self._optimizer = optimizers.make(
+            config.optimizer,
+            list(self._trained.values()),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            is_fused=self._is_fused,
         )
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
-        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
-        # A function of the step, so a run that goes on has nothing to restore.
-        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, total_steps).lr_lambdas[0]
+        self._warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
+        if config.compile:
+            self._compile()
         self._row_tokens = row_length.choose(config, model, accelerator, self._peak_bytes)
         self._validation = self._cut(prepared.validation, is_step=False)
 
@@ -120,7 +120,7 @@ class Trainer:
             self._metrics(numbers)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        with self._explaining_memory("--method lora, or --parallel fsdp2 with more --processes, needs less for AdamW"):
+        with self._explaining_memory(self._less_for_averages()):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return numbers
@@ -146,7 +146,7 @@ class Trainer:
 
     def _rate(self) -> float:
         """The learning rate of the step after `self.step`."""
-        return self._config.learning_rate * self._schedule(self.step)
+        return self._config.learning_rate * cosine_with_warmup(self.step, self._warmup, self._total_steps)
 
     def _accumulate_gradients(self, step: Step) -> Tensor:
         """Add up the gradients of a step's loss; gives its sums over all processes, float64 [5].
@@ -247,6 +247,20 @@ class Trainer:
         self.step = state.restore(saved, self._trained, self._optimizer)
         return self.step
 
+    def _compile(self) -> None:
+        """Have compiled layers compiled, by a batch that follows from the options alone.
+
+        The compiler looks at sizes. If they were those of the step that training goes on from, a resumed training would
+        end in other bits.
+        """
+        length = min(self._config.max_tokens, 2048)
+        example = Example(np.zeros(length, np.int32), np.full(length, Segment.COMPLETION, np.int8))
+        collate = batches.pack if self._is_packed else batches.collate
+        batch = collate([example] * 2, Weights(plw=1.0)).to(self._accelerator.device)
+        with self._explaining_memory():
+            self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)[0].backward()
+        self._optimizer.zero_grad()
+
     def _peak_bytes(self, tokens: int) -> int | None:
         """The memory at the peak of a step on a row of so many tokens, all of which weigh something; None if too much.
 
@@ -256,6 +270,7 @@ class Trainer:
         full = Example(np.zeros(longest, np.int32), np.full(longest, Segment.COMPLETION, np.int8))
         batch = batches.pack([full] * (tokens // longest), Weights(plw=1.0)).to(device)
         learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
+        state.make_state(self._optimizer)  # which is there in all steps but the first
         torch.cuda.reset_peak_memory_stats()
         try:
             for _ in range(2):  # the second row of a step finds the gradients of the first
@@ -266,6 +281,13 @@ class Trainer:
             self._optimizer.zero_grad()
             torch.cuda.empty_cache()
         return torch.cuda.max_memory_allocated()
+
+    def _less_for_averages(self) -> str:
+        """What to do where memory runs out in the optimiser."""
+        others = ["--method lora", "--parallel fsdp2 with more --processes"]
+        if self._config.optimizer == "adamw":
+            others.insert(0, "--optimizer adamw8bit")
+        return f"{', or '.join(others)}, needs less for AdamW's averages"
 
     @contextmanager
     def _explaining_memory(self, remedy: str = "") -> Iterator[None]:
@@ -282,6 +304,8 @@ class Trainer:
             # Under divisor-scope micro-batch, what is in one is part of the recipe.
             harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
             lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
+            if not config.activation_checkpointing:
+                lower = f"give --activation-checkpointing, which changes no result; or {lower}"
             raise RunError(
                 f"out of memory after step {self.step}; {remedy or lower}. What the device says: {first_line(error)}"
             ) from error

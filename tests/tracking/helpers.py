@@ -34,10 +34,10 @@ def scored(config, *scores):
     return run
 
 
-def add_scores(run, *scores, whole=None, caveats=None):
+def add_scores(run, *scores, whole=None, caveats=None, precision="float32"):
     samples = [{"task": task, "prediction": "yes"} for task, _ in scores]
     found = [
-        Score(task, "acc", score, 0.1, 5, 0, "1.0", True, caveat=(caveats or {}).get(task, ""))
+        Score(task, "acc", score, 0.1, 5, 0, "1.0", True, caveat=(caveats or {}).get(task, ""), precision=precision)
         for task, score in scores
     ]
     evaluation = Evaluation(found, {}, samples)

@@ -12,6 +12,8 @@ from mlflow.entities import Metric, Param
 
 from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, data_name, digest, spell
+from plw_mlflow.errors import UserError
+from plw_mlflow.tracking import best as best_module
 from plw_mlflow.tracking.cells import unquoted
 from tests.stores import Place
 
@@ -183,6 +185,7 @@ def test_other_code_and_packages_are_noted(experiment):
         ({"harness_version": "0.4.14"}, "the version of the harness of task a is 0.4.13 in run"),
         ({"caveat": "0-shot, not 25: no file"}, "the caveat of task a is unset in run"),
         ({"metric": "acc_norm"}, "the metric of task a is acc in run"),
+        ({"precision": "bfloat16"}, "the arithmetic of task a is float32 in run"),  # as older tables do not say
         ({"task": "b"}, "the tasks is a in run"),
     ],
 )
@@ -204,6 +207,17 @@ def test_the_way_out_names_the_option_that_made_the_scores_differ(experiment):
         experiment.table(where="params.epochs = '3.0'")
     assert len(experiment.table(where="params.limit = ''")) == 2
     assert [*experiment.table(also=("limit",))["limit"]] == ["10.0", "unset", "unset"]  # no value is blank
+
+
+def test_scores_in_two_kinds_of_arithmetic_may_be_compared(experiment):
+    experiment.cells(0.0, 0.1)
+    experiment.cell([{"task": "a", "score": 0.4, "precision": "float32"}], plw=0.2, eval_precision="float32")
+    assert len(experiment.table()) == 3
+    experiment.cell([{"task": "a", "score": 0.5, "precision": "bfloat16"}], plw=1.0, eval_precision="bfloat16")
+    with pytest.raises(ValueError, match=r"analyze --by eval_precision"):
+        experiment.table()
+    table = experiment.table(also=("eval_precision",))
+    assert dict(table.groupby("eval_precision")["plw"].count()) == {"auto": 2, "float32": 1, "bfloat16": 1}
 
 
 def test_data_sets_may_be_scored_on_tasks_of_their_own(experiment):
@@ -406,3 +420,36 @@ def test_methods_of_one_registered_model_share_one_best_cell(experiment):
     sweep.add(0.4, plw=0.0, method="full")
     sweep.mark()
     assert sweep.holder() == 1
+
+
+def test_the_alias_goes_to_the_whole_model_that_the_best_cells_adapter_is_made_into(experiment, monkeypatch):
+    sweep = Sweep(experiment, "plw-m4")
+    sweep.add(0.2, plw=0.0)
+    best = sweep.add(0.4, plw=0.1)
+    client = experiment.client
+    client.set_model_version_tag("plw-m4", str(best), "plw.form", "adapter")
+    refusal = UserError("its base has changed")
+
+    def merge(run_id):
+        if refusal is not None:
+            raise refusal
+        merged = client.create_model_version("plw-m4", f"runs:/{run_id}/merged", run_id).version
+        client.set_tag(run_id, "plw.merged_version", f"plw-m4/{merged}")
+        return str(merged)
+
+    monkeypatch.setattr(best_module.logged_models, "log_merged", merge)
+    assert "stays where it is, as the best cell's adapter cannot be made a whole model (0.4 (PLW 0.1" in sweep.mark()
+    assert sweep.holder() is None
+    refusal = None
+    assert "models:/plw-m4@best is version 3 now" in sweep.mark()
+    assert sweep.holder() == 3
+    assert client.get_model_version("plw-m4", "3").tags["plw.best_score"] == "0.4"
+    assert sweep.mark().startswith("the alias best of plw-m4 stays with version 3")
+
+
+def test_cells_that_have_logged_no_model_have_no_best_one(experiment):
+    sweep = Sweep(experiment, "plw-m5")
+    for plw in (0.0, 0.1):
+        experiment.cell([{"task": "a", "score": plw}], plw=plw, sweep=sweep.id)
+    assert "the alias best stays where it is: run" in sweep.mark(cells=2)
+    assert "has registered no model" in sweep.mark(cells=2)

@@ -15,6 +15,7 @@ from plw_mlflow import tracking
 from plw_mlflow.config import DataOptions, TrainConfig
 from plw_mlflow.data import prepare
 from plw_mlflow.data.sources import Source
+from plw_mlflow.tracking import logged_models
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.tracking.helpers import add_scores
 
@@ -42,8 +43,7 @@ pytestmark = pytest.mark.usefixtures("store")
 )
 def test_registered_models_are_named_by_content(store, monkeypatch, options, files, expected):
     """By the names alone, two files of one name would share one registered model and its alias `best`."""
-    flavor = SimpleNamespace(log_model=lambda *_, **__: SimpleNamespace(model_id="m-1"))
-    monkeypatch.setattr(mlflow, "transformers", flavor)
+    monkeypatch.setattr(logged_models, "_log_whole", lambda *_: SimpleNamespace(model_id="m-1"))
     monkeypatch.setattr(mlflow, "register_model", lambda *_, **__: SimpleNamespace(version=1))
     config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
     run = tracking.Run(store.create_run("0").info.run_id)

@@ -80,6 +80,17 @@ def test_a_score_that_is_not_comparable_says_so_and_why(store):
     assert "plw.score_caveat" not in found.tags
 
 
+def test_a_score_of_two_kinds_of_arithmetic_is_not_comparable(store):
+    run = scored(MainConfig(), ("a", 0.2), ("b", 0.4))
+    assert store.get_run(run.id).data.tags["plw.eval_precision"] == "float32"
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("a", 0.3), precision="bfloat16")
+    tags = store.get_run(run.id).data.tags
+    assert (tags["plw.score_comparable"], tags["plw.eval_precision"]) == ("false", "bfloat16, float32")
+    assert tags["plw.score_caveat"] == "arithmetic differs: bfloat16, float32"
+    assert dict(tracking.read_scores(run).set_index("task")["precision"]) == {"a": "bfloat16", "b": "float32"}
+
+
 def test_samples_are_one_table_that_grows(store, tmp_path):
     run = scored(MainConfig(), ("a", 0.2))
     with tracking.open_run(MainConfig(), "", run_id=run.id) as again:

@@ -118,6 +118,33 @@ def test_logits_far_apart_stay_finite_and_exact():
     assert inputs["hidden"].grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("softcap", "smoothing"), [(None, 0.0), (None, 0.1), (2.0, 0.0), (30.0, 0.1)])
+@pytest.mark.parametrize("scale", [0.0625, 1])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_what_is_compiled_for_a_gpu_gives_what_a_cpu_computes_in_place(has_bias, scale, softcap, smoothing):
+    inputs = case(0.242)
+    weights, targets = inputs["weights"][:30], inputs["targets"][:30]
+    products = inputs["hidden"][:30] @ inputs["head"].T
+    form = loss._Form(scale, softcap, smoothing, is_fused=True)
+    found, expected = products.clone(), products.clone()
+    bias = inputs["bias"] if has_bias else None
+    ours = loss._differentiate_whole(found, bias, targets, weights, form)
+    theirs = loss._differentiate(expected, bias, targets, weights, form)
+    torch.testing.assert_close((found, *ours), (expected, *theirs), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found, products)
+
+
+@pytest.mark.slow
+def test_it_can_be_compiled_for_any_number_of_rows():
+    inputs, form = case(0.242), loss._Form(0.5, 30.0, 0.1, is_fused=True)
+    for rows in (30, 7, 16):
+        products = inputs["hidden"][:rows] @ inputs["head"].T
+        rest = inputs["bias"], inputs["targets"][:rows], inputs["weights"][:rows], form
+        found, expected = products.clone(), products.clone()
+        ours, theirs = loss._compiled()(found, *rest), loss._differentiate(expected, *rest)
+        torch.testing.assert_close((found, *ours), (expected, *theirs), rtol=1e-5, atol=1e-6)
+
+
 def test_the_example_of_the_docstring():
     found = doctest.testmod(loss)
     assert found.attempted > 0
