@@ -2,7 +2,8 @@
 
 Each trains a LLaMA on the same examples, 32 a step, by AdamW with the same learning rate, in one thread. They take
 turns in short stretches, as shared machines change their speed; each stretch is a process of its own, which has its own
-peak of memory. The first step of a stretch is not counted. What is printed are medians over the stretches:
+peak of memory. It begins with a step of a few tokens an example, which shows the loss and is not counted. What is
+printed are medians over the stretches:
 
     tokens per processor second    real tokens, without padding; other programs on the machine matter little
     tokens per second              the same by the clock
@@ -149,6 +150,13 @@ def draw(data: str, vocabulary: int) -> list[Example]:
     return examples
 
 
+def cut(example: Example, number: int) -> Example:
+    """A few tokens on both sides of where the completion begins, more or fewer by the number."""
+    border = int((example.segment != Segment.COMPLETION).sum())
+    part = slice(max(0, border - 4 - number % 7), border + 4 + number % 5)
+    return Example(example.tokens[part], example.segment[part])
+
+
 def read(data: str, file: Path, tokenizer: str, cache: Path) -> list[Example]:
     """A pool of a file's examples."""
     options = TrainConfig(
@@ -216,9 +224,9 @@ def take_steps(
         eval_every=10**6,
         save_every=10**6,
     )
-    first, *rest = (
-        pool[start : start + STEP_EXAMPLES] for start in range(0, STEP_EXAMPLES * (count + 1), STEP_EXAMPLES)
-    )
+    examples = pool[: STEP_EXAMPLES * (count + 1)]
+    first, *rest = (examples[start : start + STEP_EXAMPLES] for start in range(0, len(examples), STEP_EXAMPLES))
+    first = [cut(example, number) for number, example in enumerate(first)]
     steps = peers.grouped(first, pool, count) if contestant.who.endswith("grouped") else [first, *rest]
     ends: list[tuple[float, float]] = []
     losses: list[float] = []

@@ -175,6 +175,8 @@ class DataOptions(LocalOptions):
 class OptimizerOptions(Options):
     """How the weights are trained."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = no_effect("adamw", unless=lambda values: values["optimizer"] != "adamw")
+    """AdamW with averages in float32, or in 8 bits (bitsandbytes): 2 bytes a trained weight, not 8, and less exact."""
     learning_rate: float = BY_PRESET
     """Peak learning rate of AdamW (toy 0.001, huerta2024 0.00002, huerta2024-lora 0.0002)."""
     epochs: float = 3.0

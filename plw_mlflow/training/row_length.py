@@ -31,7 +31,7 @@ LEAST_TOKENS = 1024
 
 SPARE_SHARE = 0.1  # of a GPU's memory, for what falls between its allocator's blocks
 DECIDE_MEMORY = (  # options on which the memory of a step depends, beside those of the model
-    *("method", "precision", "activation_checkpointing", "lora_rank", "lora_targets", "lora_dropout"),
+    *("method", "precision", "activation_checkpointing", "optimizer", "lora_rank", "lora_targets", "lora_dropout"),
     *("parallel", "base_penalty", "max_tokens", "batch_examples"),
 )
 

@@ -26,7 +26,7 @@ from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.errors import RunError, first_line
-from plw_mlflow.training import parallel, row_length, state
+from plw_mlflow.training import optimizers, parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
 from plw_mlflow.training.checkpoints import Checkpoint, Saved
 from plw_mlflow.training.learner import Learner
@@ -67,16 +67,14 @@ class Trainer:
         self._penalty = (
             BasePenalty(model, config.base_penalty, config.base_penalty_order) if config.base_penalty else None
         )
-        trained = self._trained.values()
-        # As in transformers, vectors (norms, biases) do not decay.
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
         # There AdamW is one kernel, which can be told on the device to leave everything as it is (`begin_step`).
-        self._is_fused = accelerator.device.type in ASYNCHRONOUS
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, fused=self._is_fused or None
+        self._is_fused = accelerator.device.type in ASYNCHRONOUS and config.optimizer == "adamw"
+        self._optimizer = optimizers.make(
+            config.optimizer,
+            list(self._trained.values()),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            is_fused=self._is_fused,
         )
         # As in transformers, the first step of a warm-up has rate 0; a run of one step has none, or it would learn
         # nothing.
@@ -118,7 +116,7 @@ class Trainer:
             self._metrics(numbers)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        with self._explaining_memory("--method lora, or --parallel fsdp2 with more --processes, needs less for AdamW"):
+        with self._explaining_memory(self._less_for_averages()):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return numbers
@@ -254,6 +252,7 @@ class Trainer:
         full = Example(np.zeros(longest, np.int32), np.full(longest, Segment.COMPLETION, np.int8))
         batch = batches.pack([full] * (tokens // longest), Weights(plw=1.0)).to(device)
         learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
+        state.make_state(self._optimizer)  # which is there in all steps but the first
         torch.cuda.reset_peak_memory_stats()
         try:
             for _ in range(2):  # the second row of a step finds the gradients of the first
@@ -264,6 +263,13 @@ class Trainer:
             self._optimizer.zero_grad()
             torch.cuda.empty_cache()
         return torch.cuda.max_memory_allocated()
+
+    def _less_for_averages(self) -> str:
+        """What to do where memory runs out in the optimiser."""
+        others = ["--method lora", "--parallel fsdp2 with more --processes"]
+        if self._config.optimizer == "adamw":
+            others.insert(0, "--optimizer adamw8bit")
+        return f"{', or '.join(others)}, needs less for AdamW's averages"
 
     @contextmanager
     def _explaining_memory(self, remedy: str = "") -> Iterator[None]:
@@ -280,6 +286,8 @@ class Trainer:
             # Under divisor-scope micro-batch, what is in one is part of the recipe.
             harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
             lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
+            if not config.activation_checkpointing:
+                lower = f"give --activation-checkpointing, which changes no result; or {lower}"
             raise RunError(
                 f"out of memory after step {self.step}; {remedy or lower}. What the device says: {first_line(error)}"
             ) from error

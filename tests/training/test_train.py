@@ -747,11 +747,15 @@ def test_a_learning_rate_beyond_reason_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("error", "options", "told"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), {}, r"lower --micro-batch-tokens \(now 3072\)"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            {},
+            r"give --activation-.*; or lower --micro-batch-tokens \(now 3",
+        ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            {"packing": False},
-            r"--micro-batch-examples \(now 6",
+            {"packing": False, "activation_checkpointing": True},
+            r"step 0; lower --micro-batch-examples \(now 6",
         ),
     ],
 )
@@ -760,7 +764,7 @@ def test_out_of_memory_names_the_step_and_the_option(error, options, told, tmp_p
         raise error
 
     monkeypatch.setattr(Learner, "forward", fail)
-    with pytest.raises(RunError, match=rf"out of memory after step 0; .*{told}"):
+    with pytest.raises(RunError, match=rf"out of memory after .*{told}"):
         run(tmp_path, **options)
 
 
