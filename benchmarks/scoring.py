@@ -10,10 +10,17 @@ The cases are ARC-Challenge (4 options) without examples, with 5 examples that a
 a line ends. Models whose window is too small leave the cases with examples out. `--data-dir` holds
 arc_challenge_test.jsonl and piqa_valid.jsonl. The models `10M`, `100M` and `1B` are random LLaMAs of about so many
 parameters, with the tokenizer of `toy`.
+
+With `--tasks`, the questions are instead the first ones of tasks of the harness, and ours in float32, ours in bfloat16
+and HFLM with the whole model in bfloat16 answer all of them once, `PART` questions at a time in turn. The table then
+has the accuracy of each, how many of its answers differ from those of ours in float32, and how far its log-likelihoods
+are from those: mean, mean of the absolute values, and the largest.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
 import random
@@ -21,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +39,15 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.loss_head import Row
+from plw_mlflow.config import ScoreOptions
 from plw_mlflow.evaluation.scorer import Scorer
-from plw_mlflow.models import pretrained
+from plw_mlflow.evaluation.tasks import load_tasks
+from plw_mlflow.models import held, pretrained
 
 EXAMPLES = 5
 TRIED_SIZES = (8, 16, 32)  # requests at a time, beside 64
 POSITIONS = 2048  # of the random models
+PART = 50  # questions that everyone answers in turn, of tasks
 RANDOM_MODELS = {"10M": (256, 8), "100M": (768, 12), "1B": (2048, 22)}  # hidden size and layers
 
 
@@ -99,9 +110,9 @@ def _case(name: str, kind: str, arguments: list[Any]) -> Case:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer; on a GPU in bfloat16."""
+    """A model and its tokenizer."""
     if name not in RANDOM_MODELS:
-        return _placed(pretrained.load(name)), pretrained.load_tokenizer(name)
+        return pretrained.load(name), pretrained.load_tokenizer(name)
     torch.manual_seed(0)
     tokenizer, (width, layers) = pretrained.load_tokenizer("toy"), RANDOM_MODELS[name]
     config = LlamaConfig(
@@ -114,11 +125,20 @@ def load(name: str) -> tuple[Any, Any]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return _placed(LlamaForCausalLM(config).eval()), tokenizer
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
-def _placed(model: Any) -> Any:
-    return model.cuda().bfloat16() if torch.cuda.is_available() else model
+def held_in(model: Any, precision: Any) -> tuple[Any, Any]:
+    """A model as ours scores it in a precision, and as HFLM does, on the GPU if there is one; float32 changes nothing.
+
+    The first is the model itself, whose weights are rounded.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "float32":
+        return model.to(device), model.to(device)
+    whole = copy.deepcopy(model).bfloat16().to(device)
+    held.hold(model.requires_grad_(False), torch.bfloat16)
+    return model.to(device), whole
 
 
 def fits(case: Case, model: Any, tokenizer: Any) -> bool:
@@ -128,15 +148,21 @@ def fits(case: Case, model: Any, tokenizer: Any) -> bool:
     return sum(length > 0.9 * window for length in lengths) < 0.05 * len(lengths)
 
 
-def measure(model: Any, tokenizer: Any, case: Case, repeats: int) -> tuple[dict[str, float], list[Any], list[Any]]:
-    """Median seconds of ours and of both peers, and the answers of ours and of the peer with 64 requests."""
+def measure(
+    models: tuple[Any, Any], tokenizer: Any, case: Case, repeats: int, precision: Any
+) -> tuple[dict[str, float], list[Any], list[Any]]:
+    """Median seconds of ours and of both peers, and the answers of ours and of the peer with 64 requests.
+
+    models: as `held_in` gives them.
+    """
 
     def ours() -> list[Any]:
-        return list(getattr(Scorer(model, tokenizer), case.kind)(case.requests, disable_tqdm=True))
+        scorer = Scorer(models[0], tokenizer, precision=precision)
+        return list(getattr(scorer, case.kind)(case.requests, disable_tqdm=True))
 
     def peer(size: int) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=None)
+            harness = _harness(models[1], tokenizer, size)
             return list(getattr(harness, case.kind)(case.requests, disable_tqdm=True))
 
         return run
@@ -156,6 +182,10 @@ def measure(model: Any, tokenizer: Any, case: Case, repeats: int) -> tuple[dict[
     )
 
 
+def _harness(model: Any, tokenizer: Any, size: int) -> HFLM:
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=None)
+
+
 def _seconds(run: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
@@ -172,6 +202,94 @@ def differences(case: Case, ours: list[Any], theirs: list[Any]) -> str:
     return f"{len(ours)} log-likelihoods differ by {largest:.1e} at most (relative), {flags} greedy flags differ"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What everyone has answered of some questions of a task."""
+
+    right: dict[str, list[bool]]  # by who answered: of each question
+    chosen: dict[str, list[int]]  # the option with the highest log-likelihood
+    log_likelihoods: dict[str, list[float]]  # of each option of each question
+    seconds: dict[str, float]
+
+
+def parts(task: Any, questions: int) -> list[list[list[Instance]]]:
+    """The requests of a task's first questions, in parts of `PART` questions; each question has a list of them."""
+    task.build_all_requests(limit=questions, rank=0, world_size=1)
+    of_document = itertools.groupby(task.instances, lambda instance: instance.doc_id)
+    by_question = [list(group) for _, group in of_document]
+    return [by_question[start : start + PART] for start in range(0, len(by_question), PART)]
+
+
+def ask(task: Any, everyone: dict[str, Any], part: list[list[Instance]]) -> Part:
+    """Have every language model, by name, answer some questions of a task."""
+    requests = [request for question in part for request in question]
+    found = Part({}, {}, {}, {})
+    for who, language_model in everyone.items():
+        seconds, answers = _seconds(partial(language_model.loglikelihood, requests, disable_tqdm=True))
+        rest = iter(answers)
+        by_question = [list(itertools.islice(rest, len(question))) for question in part]
+        documents = [question[0].doc for question in part]
+        found.right[who] = [
+            bool(task.process_results(document, of_question)["acc"])
+            for document, of_question in zip(documents, by_question, strict=True)
+        ]
+        found.chosen[who] = [max(range(len(each)), key=lambda n: each[n][0]) for each in by_question]
+        found.log_likelihoods[who] = [log_likelihood for log_likelihood, _ in answers]
+        found.seconds[who] = seconds
+    return found
+
+
+def summary(case: str, answered: list[Part]) -> list[Row]:
+    """Print the table of a task, and give its rows: the second one's seconds beside those of the others."""
+    exact, ours, *_ = everyone = list(answered[0].seconds)
+    seconds = {who: sum(part.seconds[who] for part in answered) for who in everyone}
+    options = sum(len(part.log_likelihoods[exact]) for part in answered)
+    for who in everyone:
+        right = [value for part in answered for value in part.right[who]]
+        changed = sum(a != b for part in answered for a, b in zip(part.chosen[who], part.chosen[exact], strict=True))
+        apart = [
+            a - b
+            for part in answered
+            for a, b in zip(part.log_likelihoods[who], part.log_likelihoods[exact], strict=True)
+        ]
+        print(
+            f"{case:<28}{who:<26}{sum(right) / len(right):>8.4f}{changed:>5} of {len(right)} answers changed, "
+            f"log-likelihoods {sum(apart) / options:+.4f}, {sum(map(abs, apart)) / options:.4f}, "
+            f"{max(map(abs, apart)):.3f}, {seconds[who]:>7.1f} s",
+            flush=True,
+        )
+    return [Row(case, "seconds", seconds[ours], who, seconds[who]) for who in everyone if who != ours]
+
+
+def in_both_precisions(name: str, listed: str, folder: Path, questions: int) -> list[Row]:
+    """The rows of a model on tasks, in float32 and in bfloat16."""
+    exact, tokenizer = load(name)
+    ours, whole = held_in(copy.deepcopy(exact), "bfloat16")
+    exact = exact.to(ours.device)
+    tasks = load_tasks(ScoreOptions(tasks=listed, data_dir=folder, limit=questions))
+    best = _best_size(whole, tokenizer, parts(tasks.loaded[0], questions)[0])
+    everyone = {
+        "ours, float32": Scorer(exact, tokenizer),
+        "ours, bfloat16": Scorer(ours, tokenizer, precision="bfloat16"),
+        f"HFLM, bfloat16, {best} at a time": _harness(whole, tokenizer, best),
+    }
+    rows = []
+    for task in tasks.loaded:
+        answered = [ask(task, everyone, part) for part in parts(task, questions)]
+        rows += summary(f"{Path(name).name}: {task.config.task}", answered)
+    return rows
+
+
+def _best_size(model: Any, tokenizer: Any, part: list[list[Instance]]) -> int:
+    """The number of requests at a time with which HFLM answers a few questions the fastest."""
+    few = [request for question in part[:16] for request in question]
+    sizes = (*TRIED_SIZES, 64)
+    return min(
+        sizes,
+        key=lambda size: _seconds(lambda: _harness(model, tokenizer, size).loglikelihood(few, disable_tqdm=True))[0],
+    )
+
+
 @click.command(help=__doc__)
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
 @click.option(
@@ -186,16 +304,25 @@ def differences(case: Case, ours: list[Any], theirs: list[Any]) -> str:
 )
 @click.option("--questions", default=100, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-def main(file: Path, folder: Path, names: str, questions: int, repeats: int) -> None:
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on a GPU alone.")
+@click.option("--tasks", help="Tasks of the harness, comma-separated, in place of the cases.")
+def main(
+    file: Path, folder: Path, names: str, questions: int, repeats: int, precision: str | None, tasks: str | None
+) -> None:
+    precision = precision or ("bfloat16" if torch.cuda.is_available() else "float32")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     rows: list[Row] = []
     for name in names.split(","):
+        if tasks is not None:
+            rows += in_both_precisions(name, tasks, folder, questions)
+            continue
         model, tokenizer = load(name)
+        models = held_in(model, precision)
         for case in cases(folder, questions):
             if not fits(case, model, tokenizer):
                 continue
-            taken, ours, theirs = measure(model, tokenizer, case, repeats)
+            taken, ours, theirs = measure(models, tokenizer, case, repeats, precision)
             for peer, seconds in list(taken.items())[1:]:
                 rows.append(Row(f"{Path(name).name}: {case.name}", "seconds", taken["ours"], peer, seconds))
                 row = rows[-1]

@@ -10,10 +10,11 @@ printed are medians over the stretches:
     MiB at the peak                of the whole process, about 700 of which are its imports
     loss of step 1                 which has to be the same for all that train the same loss
 
-Ours are the trainer's default options. The peers have settings of their own that were found to be the fastest
-(`BEST`); grouped, they put examples of like lengths into a step, as their option does, and so have little padding. They
-train other steps then, whose lengths are spread as those of the data. TRL knows no weight between 0 and 1, but is as
-fast at any, so that ours at PLW 0.1 stands beside TRL at 1 (whole texts), and the losses are compared at 1.
+Ours are the trainer's default options. transformers' Trainer is shown with its default, 8 padded examples at a time;
+with one at a time, which needs no padding; and grouped by length. Grouped, a step has examples of like lengths, so that
+the steps are others than everybody's; those measured are spread evenly over the lengths. TRL's settings are the fastest
+that were found (`TRAINERS`). It knows no weight between 0 and 1, but is as fast at any, so that ours at PLW 0.1 stands
+beside TRL at 1 (whole texts), and the losses are compared at 1.
 
 Shapes are 15M and 110M (of llama2.c's stories) and 135M (SmolLM2's), with random weights; `--model` adds another model.
 The lengths of the examples are drawn from those of Alpaca (`LENGTHS`), or `--data` and `--tokenizer` give real ones.
@@ -58,7 +59,6 @@ from plw_mlflow.data.tokens import Example
 from plw_mlflow.models import pretrained
 from plw_mlflow.training import train
 
-STEP_EXAMPLES = 32
 MAX_TOKENS = 512
 POOL = 1600  # examples from which steps are made
 LEARNING_RATE = 1e-4
@@ -95,6 +95,7 @@ class Case:
     model: str  # a shape's name or a folder
     method: str
     data: str  # a key of LENGTHS
+    step_examples: int = 32
 
     def __str__(self) -> str:
         return f"{Path(self.model).name} {self.method}, {self.data}"
@@ -110,15 +111,6 @@ class Contestant:
 
     def __str__(self) -> str:
         return f"{self.who}, {self.precision}, plw {self.plw:g}"
-
-
-# Contestants by name, and their settings: found by trying those beside them, with the 15M and 135M shapes.
-BEST: dict[str, dict[str, Settings]] = {
-    "Trainer": {},
-    "Trainer, grouped": {},
-    "TRL, packed": {},
-    "TRL, grouped": {},
-}
 
 
 @dataclass(frozen=True)
@@ -192,25 +184,32 @@ def ours(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: Set
         train.run(config, prepared, pretrained.load(str(folder)), Path(scratch), log)
 
 
-TRAINERS: dict[str, Callable[..., None]] = {
-    "ours": ours,
-    "Trainer": peers.trainer,
-    "Trainer, grouped": peers.trainer,
-    "TRL, packed": peers.trl_packed,
-    "TRL, grouped": peers.trl_padded,
+@dataclass(frozen=True)
+class Trainer:
+    """One that takes part, and how it is set up."""
+
+    run: Callable[[Path, TrainConfig, Sequence[Step], Settings, peers.Report], None]
+    settings: Settings
+    is_grouped: bool = False
+
+
+# Trainer pads 8 examples to a row's length by default. The other settings are the fastest of those that were tried.
+TRAINERS = {
+    "ours": Trainer(ours, Settings()),
+    "Trainer": Trainer(peers.trainer, Settings(micro_batch_examples=8)),
+    "Trainer, one at a time": Trainer(peers.trainer, Settings(micro_batch_examples=1)),
+    "Trainer, grouped": Trainer(peers.trainer, Settings(micro_batch_examples=4), is_grouped=True),
+    "TRL, packed": Trainer(peers.trl_packed, Settings(row_tokens=512)),
+    "TRL, grouped": Trainer(peers.trl_padded, Settings(micro_batch_examples=4), is_grouped=True),
 }
 
 
-def stretch(
-    case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], count: int, settings: Settings
-) -> Stretch:
+def stretch(case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], steps: int) -> Stretch:
     """Have a contestant take so many steps after the first, in a process of its own."""
-    return _in_a_process(partial(take_steps, case, contestant, folder, pool, count, settings))
+    return _in_a_process(partial(take_steps, case, contestant, folder, pool, steps))
 
 
-def take_steps(
-    case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], count: int, settings: Settings
-) -> Stretch:
+def take_steps(case: Case, contestant: Contestant, folder: Path, pool: Sequence[Example], count: int) -> Stretch:
     """What `stretch` gives, taken in this process."""
     config = TrainConfig(
         plw=contestant.plw,
@@ -218,16 +217,19 @@ def take_steps(
         precision=contestant.precision,  # type: ignore[arg-type]
         learning_rate=LEARNING_RATE,
         warmup_ratio=0,
-        batch_examples=STEP_EXAMPLES,
+        batch_examples=case.step_examples,
         max_tokens=MAX_TOKENS,
         epochs=1,
         eval_every=10**6,
         save_every=10**6,
     )
-    examples = pool[: STEP_EXAMPLES * (count + 1)]
-    first, *rest = (examples[start : start + STEP_EXAMPLES] for start in range(0, len(examples), STEP_EXAMPLES))
+    examples = pool[: case.step_examples * (count + 1)]
+    first, *rest = (
+        examples[start : start + case.step_examples] for start in range(0, len(examples), case.step_examples)
+    )
     first = [cut(example, number) for number, example in enumerate(first)]
-    steps = peers.grouped(first, pool, count) if contestant.who.endswith("grouped") else [first, *rest]
+    trainer = TRAINERS[contestant.who]
+    steps = peers.grouped(first, pool, count) if trainer.is_grouped else [first, *rest]
     ends: list[tuple[float, float]] = []
     losses: list[float] = []
 
@@ -236,7 +238,7 @@ def take_steps(
         losses.append(loss)
 
     with suppress(Enough):
-        TRAINERS[contestant.who](folder, config, steps, settings, report)
+        trainer.run(folder, config, steps, trainer.settings, report)
     return Stretch(
         tokens=sum(len(example.tokens) for step in steps[1:] for example in step),
         processor_seconds=ends[-1][0] - ends[0][0],
@@ -321,8 +323,7 @@ def measure(
     stretches: dict[Contestant, list[Stretch]] = {contestant: [] for contestant in chosen}
     for _ in range(rounds):
         for contestant in chosen:
-            settings = BEST.get(contestant.who, {}).get(contestant.precision, Settings())
-            stretches[contestant].append(stretch(case, contestant, folder, pool, steps, settings))
+            stretches[contestant].append(stretch(case, contestant, folder, pool, steps))
     return {contestant: Figures.of(taken) for contestant, taken in stretches.items()}
 
 
@@ -394,6 +395,7 @@ def _values(kind: Callable[[str], Any]) -> Callable[..., list[Any]]:
 @click.option("--trainers", default=";".join(TRAINERS), show_default=True, help="Separated by semicolons.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Alpaca records, instead of drawn lengths.")
 @click.option("--tokenizer", default="", help="Folder or hub id; with --data (default: the model's own).")
+@click.option("--examples", default=32, show_default=True, help="Examples of a step.")
 @click.option("--steps", default=2, show_default=True, help="Steps of a stretch that count.")
 @click.option("--rounds", default=3, show_default=True, help="Stretches of each trainer.")
 @click.option("--trl", type=click.Path(path_type=Path), default="output/trl", show_default=True, help="Where TRL is.")
@@ -408,6 +410,7 @@ def main(
     trainers: str,
     data: Path | None,
     tokenizer: str,
+    examples: int,
     steps: int,
     rounds: int,
     trl: Path,
@@ -438,7 +441,7 @@ def main(
             vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
             pool = read(kind, data, tokenizer or str(folder), Path(scratch)) if data else draw(kind, vocabulary)
             for method in methods:
-                case = Case(name, method, kind)
+                case = Case(name, method, kind, examples)
                 chosen = contestants(precisions, plws, names)
                 figures = measure(case, chosen, folder, pool, steps, rounds)
                 new = compare(case, figures, _middle(plws))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,7 @@ from plw_mlflow.data import prepare, profile, sources, templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs, precision
+from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
@@ -39,7 +41,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, optimizers, recomputation, train
+from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -72,7 +74,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     The unfinished cell's checkpoints, on disk and in the store, are kept until everything is in the run. If they exist
     already, training goes on from the newest of them.
     """
-    tasks = load_tasks(config) if isinstance(config, MainConfig) else None  # unknown tasks fail before training
+    if isinstance(config, MainConfig):  # unknown tasks, and arithmetic that the device has not, fail before training
+        tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
     tracking.log_data(run, prepared.sources, prepared.profile)
     prepare.write(prepared, config.output)
@@ -84,6 +87,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     with checkpoints.reserve(folder):
         checkpoints.set_aside_unusable(folder, key)  # before the newest one on disk is compared with the store's
         run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
+        peak = measured.find_peak(model, contents["precision"], config.max_tokens)
+        run.tag(mfu_peak=peak.named)
         stored = StoredCheckpoints(run, key)
         stored.fetch(folder, newer_than=checkpoints.newest_step(folder))
         trained = train.run(
@@ -96,6 +101,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             after_save=stored.store if config.store_checkpoints else lambda saved: None,
             cell=key,
             begin=lambda step: tracking.begin_cell(run, key, folder, step),
+            peak=peak,
         )
         run.curves.flush()
         _report(trained)
@@ -105,8 +111,9 @@ def lead(config: TrainConfig, run: Run) -> None:
             known = _weight_distance(config, model)  # before the weights are rounded to be kept
             model = _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
         if isinstance(config, MainConfig):
-            _score(config, run, model, tokenizer, tasks, folder)
+            # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
+            _score(config, run, model, tokenizer, tasks, folder, arithmetic)
         stored.remove()
         shutil.rmtree(folder)
 
@@ -224,10 +231,18 @@ def end_generation(model: Any, ends: Sequence[int]) -> None:
         model.generation_config.eos_token_id = sorted(before.union(ends))
 
 
-def _score(config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path) -> None:
+def _arithmetic_of_cell(config: MainConfig) -> Precision:
+    """The type of the arithmetic in which a cell is scored: that of its training, unless another one is asked for."""
+    asked = config.precision if config.eval_precision == "auto" else config.eval_precision
+    return precision.resolve(asked, config.model)
+
+
+def _score(
+    config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path, arithmetic: Precision
+) -> None:
     """Score the trained model on tasks, and log, write and print the scores."""
     wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
-    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic)
     rows = scores.table(evaluation, run.cell())
     tracking.log_scores(run, evaluation, rows)
     scores.write(rows, config.output)
@@ -245,7 +260,6 @@ def score_model(config: EvaluateConfig) -> None:
         tasks = load_tasks(config)  # unknown tasks fail before a large model is read
         is_of_cell = config.run_id is not None
         cell_columns = run.cell() if is_of_cell else _no_cell(config.model)  # before hours of scoring, as it may fail
-        model, tokenizer = None, None
         if config.endpoint is not None:
             from plw_mlflow.evaluation.endpoint import Endpoint  # slow to import
 
@@ -253,18 +267,41 @@ def score_model(config: EvaluateConfig) -> None:
             wrapping = _wrapping(config, run, endpoint.tokenizer)
             evaluation = evaluate.score(endpoint, tasks, config, config.fewshot_seed, wrapping)
         else:
+            arithmetic = _arithmetic(config, run)  # before a large model is read, as the device may not have it
             model, tokenizer = _load_for_scoring(config, run)
             wrapping = _wrapping(config, run, tokenizer)
-            evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping)
+            if is_of_cell:  # before scoring in bfloat16 rounds the weights
+                _measure_again(config, run, model, tokenizer)
+            evaluation = evaluate.run(
+                model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic
+            )
         rows = scores.table(evaluation, cell_columns)
         measurements = [score.key for score in evaluation.primary]
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
         print(scores.text(evaluation))
-        if is_of_cell:
-            _measure_again(config, run, model, tokenizer)
     print(f"\nrun {run.id}\n{run.address()}")
+
+
+def _arithmetic(config: EvaluateConfig, run: Run) -> Precision:
+    """The type of the arithmetic in which a model is scored.
+
+    Unless one is asked for, it is that in which the run's cell, or the one that a registered model is of, was trained;
+    for other models it is what is fast on this device. Raises UserError for one that is asked for and that the device
+    has not; in place of a cell's, a warning says so.
+    """
+    if config.eval_precision != "auto":
+        return precision.resolve(config.eval_precision, str(config.model))
+    if config.model is None:
+        trained_in = run.read_tag("precision") or "float32"  # as older runs were, which do not say it
+    else:
+        trained_in = tracking.trained_in(config.model) or "auto"
+    try:
+        return precision.resolve(trained_in, str(config.model))
+    except UserError as error:
+        warnings.warn(f"{error}; the cell was trained in {trained_in}, and is scored in float32 here", stacklevel=2)
+        return "float32"
 
 
 def _load_for_scoring(config: EvaluateConfig, run: Run) -> tuple[Any, Any]:

@@ -1,15 +1,22 @@
-"""Is what cannot be trained refused before the weights are loaded? Does only the first process open a run?"""
+"""Is what cannot be trained refused before the weights are loaded? Does only the first process open a run?
+
+Is a trained model scored with the very weights that are kept of it?
+"""
 
 import json
+from types import SimpleNamespace
 
 import mlflow
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from plw_mlflow import cell, tracking
 from plw_mlflow.config import EvaluateConfig, TrainConfig
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import adapters, location, pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.stores import make_store
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 40}
 LONG |= {"short_factor": [1.0] * 3, "long_factor": [4.0] * 3}
@@ -83,3 +90,79 @@ def test_a_run_that_is_no_cells_is_refused_before_its_model_is_loaded(tmp_path, 
     monkeypatch.setattr(cell.tracking, "load_model", lambda run: pytest.fail("the model is loaded"))
     with pytest.raises(UserError, match="is not the run of a cell"):
         cell.score_model(EvaluateConfig(run_id=run.info.run_id, checkpoint_dir=tmp_path))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A cell of a model that is trained in bfloat16: what it keeps in the end, for options of saving."""
+
+    def keep(**options):
+        adapter = tmp_path / "adapter"
+        tiny_llama().save_pretrained(tmp_path / "base")
+        byte_tokenizer().save_pretrained(tmp_path / "base")
+        base = str(tmp_path / "base")
+        config = TrainConfig(model=base, precision="bfloat16", output=tmp_path / "output", **options)
+        model = adapters.adapt(pretrained.load(base), config.method, config, 1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        tokenizer = byte_tokenizer()
+        prepared = SimpleNamespace(training=[], sources=[])
+        with tracking.open_run(config, "cell") as run:
+            run.tag(base_model=location.digest(base))
+            adapter.mkdir()
+            merged = cell._merge(config, model, adapter, tokenizer, prepared, location.digest(base), False)
+            before = {name: weight.clone() for name, weight in merged.state_dict().items()}
+            kept = cell._keep(config, run, merged, adapter, tokenizer, prepared, 1)
+        return run, before, kept
+
+    mlflow.set_tracking_uri(make_store(tmp_path))
+    return keep
+
+
+def weights_of(folder):
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"method": "full"}, torch.bfloat16),
+        ({"method": "full", "save_precision": "float32"}, torch.float32),
+        ({"method": "lora", "log_model": "merged"}, torch.bfloat16),
+    ],
+)
+def test_a_whole_model_is_scored_as_it_is_logged_and_exported(options, kind, trained, tmp_path):
+    run, before, kept = trained(**options)
+    loaded, _ = tracking.load_model(run)
+    exported = weights_of(tmp_path / "output/model")
+    config = json.loads((tmp_path / "output/model/config.json").read_text())
+    assert config["dtype"] == str(kind).removeprefix("torch.")
+    assert mlflow.get_run(run.id).data.tags["plw.save_precision"] == config["dtype"]
+    for name, weight in before.items():
+        assert exported[name].dtype == kind
+        for found in (exported[name], loaded.state_dict()[name], kept.state_dict()[name]):
+            assert torch.equal(found.float(), weight.to(kind).float())  # rounded once
+    assert {weight.dtype for weight in kept.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("save_precision", ["auto", "bfloat16"])
+def test_an_adapter_is_scored_as_it_is_logged(save_precision, trained, tmp_path):
+    """In float32, unless it is told to be rounded; the exported whole model is rounded as others are."""
+    run, before, kept = trained(method="lora", save_precision=save_precision)
+    loaded, _ = tracking.load_model(run)
+    for name, weight in before.items():
+        assert torch.equal(kept.state_dict()[name], weight)
+        torch.testing.assert_close(loaded.state_dict()[name], weight)
+    kind = torch.float32 if save_precision == "auto" else torch.bfloat16
+    assert {weight.dtype for weight in weights_of(tmp_path / "output/adapter").values()} == {kind}
+    assert {weight.dtype for weight in weights_of(tmp_path / "output/model").values()} == {torch.bfloat16}
+
+
+def test_a_model_that_is_not_to_be_logged_is_exported_all_the_same(trained, tmp_path):
+    run, _, _ = trained(method="lora", log_model="none")
+    assert not mlflow.get_run(run.id).outputs.model_outputs
+    assert run.client.list_artifacts(run.id, "adapter") == []
+    assert (tmp_path / "output/model/model.safetensors").is_file()
+    assert (tmp_path / "output/adapter/plw-base.json").is_file()

@@ -56,12 +56,14 @@ def test_main_puts_everything_on_one_run(place, cell_run):
     assert json.loads((found / "profile.json").read_text())["sources"][0]["sha256"] == run.data.tags["plw.data_sha256"]
     steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(1, len(steps) + 1))
-    curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm", "tokens_per_second")
+    curves = ("loss", "prompt_loss", "completion_loss", "learning_rate", "grad_norm")
+    curves += ("tokens_per_second", "padding_share", "peak_memory_mib", "mfu")
     assert {f"train/{curve}" for curve in curves} | {
         "eval/prompt_loss",
         "eval/completion_loss",
     } <= run.data.metrics.keys()
     assert run.info.run_id in out
+    assert "bare float32 products on this CPU" in run.data.tags["plw.mfu_peak"]
     assert "mlflow ui --backend-store-uri" in out
 
 

@@ -160,6 +160,10 @@ class EvaluateConfig(ScoreOptions, Config):
             faults.append("endpoint-key-env names the key of an endpoint: give endpoint")
         if self.tokenizer is not None and self.endpoint is None:
             faults.append("tokenizer is for the model of an endpoint; other models have their own")
+        if self.eval_precision != "auto" and self.endpoint is not None:
+            faults.append(
+                "eval-precision is for a model that is computed here, and an endpoint's server computes its own"
+            )
         if self.measures is not None and self.run_id is None:
             faults.append("measures compare a cell with its base and its training data: give run-id")
         return faults

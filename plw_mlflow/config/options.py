@@ -320,6 +320,8 @@ class ScoreOptions(LocalOptions):
     """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     eval_batch_tokens: int | None = None
     """Tokens per forward pass in scoring (unset: 2048 on a CPU, 16384 on a GPU); halved where memory is short."""
+    eval_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of scoring; auto is that of the cell's training, for other models bfloat16 where that is fast."""
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "limit", "eval_batch_tokens", "measure_prompts")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from plw_mlflow.config import ScoreOptions
 from plw_mlflow.environment import provenance
+from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.progress import SECONDS_BEFORE_BAR
 from plw_mlflow.evaluation import bleu, samples, scores, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
@@ -42,25 +43,34 @@ def run(
     seed: int,
     keep: Path | None = None,
     wrapping: Wrapping | None = None,
+    precision: Precision = "float32",
 ) -> Evaluation:
     """Score a causal language model on tasks, on the GPU if there is one.
 
+    model: in bfloat16, its linear layers are rounded to that type, in place.
     keep: a folder for finished requests, from which a scoring that was killed goes on (unset: they are not kept).
     wrapping: what puts a prompt into the fine-tuning template (unset: prompts are the harness's own).
+    precision: the type of the arithmetic.
     """
     import torch
 
     from plw_mlflow.evaluation.scorer import Scorer
+    from plw_mlflow.models import held
 
+    if precision != "float32":
+        held.hold(model.requires_grad_(False), getattr(torch, precision))
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
-    scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep)
+    scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep, precision)
     return score(scorer, tasks, options, seed, wrapping)
 
 
 def score(
     language_model: Any, tasks: Tasks, options: ScoreOptions, seed: int, wrapping: Wrapping | None = None
 ) -> Evaluation:
-    """Score one of the harness's language models on tasks."""
+    """Score one of the harness's language models on tasks.
+
+    Its attribute `precision`, if it has one, is the type of its arithmetic.
+    """
     if wrapping is not None:
         language_model.apply_chat_template = wrapping  # where the harness looks for it
     results, samples_by_task = _ask(language_model, tasks, options.limit, seed, is_wrapped=wrapping is not None)
@@ -72,8 +82,9 @@ def score(
     _warn_of_cuts(results["cut"])
     prompt = HARNESS if wrapping is None else wrapping.kind
     output_types = {task.task_name: task.OUTPUT_TYPE for task in tasks.loaded}
+    precision = getattr(language_model, "precision", "")
     described = [
-        _describe(bare, tasks, results, output_types[bare.task], prompt)
+        replace(_describe(bare, tasks, results, output_types[bare.task], prompt), precision=precision)
         for bare in scores.of_results(results, tasks.benchmarks)
     ]
     primary = {each.task: each.metric for each in described if each.is_primary}

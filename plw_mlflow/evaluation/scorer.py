@@ -5,6 +5,12 @@
 - Logits are computed only where a target is looked up.
 - Generation drops the texts of a batch that have ended.
 
+In bfloat16 the products of the layers are computed in it, as in training, and all else in float32: norms, sums over
+layers, logits and their softmax.
+
+In bfloat16 the products of the layers are computed in it, as in training, and all else in float32: norms, sums over
+layers, logits and their softmax.
+
 Not every model computes on prefix trees what it computes on single sequences: state-space models do not, nor do models
 that count positions instead of taking them. Each model is tried when it is loaded. For those that fail, HFLM's own code
 computes the answers, in batches that are made here.
@@ -18,6 +24,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +36,10 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from plw_mlflow.environment.precision import Precision
 from plw_mlflow.evaluation import prefix_trees
 from plw_mlflow.evaluation.caching_lm import CachingLM, PlannedBatch, Prompt, Query
-from plw_mlflow.models import causal
+from plw_mlflow.models import causal, held
 
 LOGITS_BYTES = 256 * 2**20  # of logits and what is computed from them at a time
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # a CPU's caches favour small batches
@@ -50,11 +58,25 @@ class Scorer(CachingLM, HFLM):
 
     batch_tokens: how many tokens go through the model at once (unset: by the device). The number is halved whenever
     they do not fit the device's memory. folder: where answers are kept (unset: they are not). Its files are those of
-    one model each, so that models may share a folder.
+    one model and precision each, so that models may share a folder. precision: the type of the arithmetic.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None = None, folder: Path | None = None) -> None:
-        super().__init__(pretrained=model.eval(), tokenizer=tokenizer, batch_size=HFLM_TEXTS, max_batch_size=None)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_tokens: int | None = None,
+        folder: Path | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__(
+            pretrained=model.eval(),
+            tokenizer=tokenizer,
+            batch_size=HFLM_TEXTS,
+            max_batch_size=None,
+            softmax_dtype="float32",
+        )
+        self.precision = precision
         self.window = self.max_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         self._causal = causal.unwrap(model)
@@ -69,13 +91,16 @@ class Scorer(CachingLM, HFLM):
         self._limit = causal.length_limit(self._causal.config) or self.max_length
         self._tree_tokens = min(*windows, self._limit)
         self.shares_prefixes = self._gives_the_same_on_trees()
+        if precision != "float32":
+            self.mixed_precision_dtype = getattr(torch, precision)  # in HFLM's code, as in ours
         if not self.shares_prefixes:
             warnings.warn(
                 f"{config.model_type} does not compute the same where requests share a beginning: "
                 "each is scored alone, which takes longer",
                 stacklevel=2,
             )
-        self.open_store(None if folder is None else folder / f"answers-{identity(model, tokenizer)[:16]}.jsonl")
+        name = "" if folder is None else identity(model, tokenizer, precision)[:16]
+        self.open_store(None if folder is None else folder / f"answers-{name}.jsonl")
 
     def halve_batches(self, reason: str) -> None:
         """Put half as many tokens through the model at once from now on."""
@@ -112,8 +137,10 @@ class Scorer(CachingLM, HFLM):
 
         queries: those of the batch's rows, in their order.
         """
-        tokens, positions, mask = prefix_trees.inputs(batch, self._causal.dtype, self.device)
-        hidden = causal.hidden_states(self._causal, tokens, position_ids=positions, attention_mask=mask)
+        kind = self.mixed_precision_dtype or self._causal.dtype
+        tokens, positions, mask = prefix_trees.inputs(batch, kind, self.device)
+        with self._autocast():
+            hidden = causal.hidden_states(self._causal, tokens, position_ids=positions, attention_mask=mask)
         hidden, head = hidden.flatten(0, 1), causal.head(self._causal)  # hidden: [B * T, H]
         paths = [path + start * tokens.shape[1] for start, row in enumerate(batch) for path in row.paths.values()]
         before_targets = [path[-len(query.targets) :] for path, query in zip(paths, queries, strict=True)]
@@ -205,9 +232,10 @@ class Scorer(CachingLM, HFLM):
         has_ended = self._end_test(prompts)
         cache, head = DynamicCache(config=self._causal.config), causal.head(self._causal)
         for _ in range(prompts[0].max_new_tokens):
-            hidden = causal.body(self._causal)(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
+            with self._autocast():
+                hidden = causal.body(self._causal)(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                ).last_hidden_state[:, -1]
             chosen = head.logits(hidden).argmax(-1)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row in going:
@@ -251,21 +279,27 @@ class Scorer(CachingLM, HFLM):
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.long, device=self.device)
 
+    def _autocast(self) -> torch.autocast:
+        """Within its block, products are computed in the scorer's precision."""
+        kind = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, kind, enabled=kind is not None)
+
     def _gives_the_same_on_trees(self) -> bool:
         """Whether the model gives a few queries the same log-likelihoods on prefix trees as each alone."""
         generator = np.random.default_rng(0)
         common = generator.integers(self._causal.config.get_text_config().vocab_size, size=24, dtype=np.int32)
         whole = [np.concatenate((common[:9], common[start : start + 5])) for start in (9, 13, 17)] + [common[5:17]]
         queries = [Query(tokens[:-1], tokens[3:]) for tokens in whole]
+        is_float32 = self._causal.dtype == torch.float32  # whatever its linear layers are held in
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), held.in_float32() if is_float32 else nullcontext():
                 (row,) = prefix_trees.rows([query.inputs for query in queries], 64, 64)
                 shared = self._score_trees([row], [queries[number] for number in row.paths])
                 alone = self._score_alone([queries[number] for number in row.paths])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # the model does not take positions, or a mask of this shape
         # Half precision rounds log-probabilities to 2 or 3 digits. Attention to a wrong place makes larger differences.
-        tolerance = 1e-4 if self._causal.dtype == torch.float32 else 0.05
+        tolerance = 1e-4 if is_float32 else 0.05
         return np.allclose([ll for ll, _ in shared], [ll for ll, _ in alone], rtol=tolerance)
 
 
@@ -286,9 +320,12 @@ def _padded(pairs: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]
         yield batch
 
 
-def identity(model: Any, tokenizer: Any) -> str:
-    """A name for all that decides a model's answers: the SHA-256 of its weights, their type, settings and tokenizer."""
-    settings = [model.config.to_json_string(), str(model.dtype), tokenizer.backend_tokenizer.to_str()]
+def identity(model: Any, tokenizer: Any, precision: Precision = "float32") -> str:
+    """A name for all that decides a model's answers: the SHA-256 of its weights, their type, settings and tokenizer.
+
+    precision: the type of the arithmetic, which is a part of it.
+    """
+    settings = [model.config.to_json_string(), str(model.dtype), precision, tokenizer.backend_tokenizer.to_str()]
     if model.generation_config is not None:
         settings.append(model.generation_config.to_json_string())
     sha256 = hashlib.sha256("\0".join(settings).encode())

@@ -40,6 +40,7 @@ class Score:
     windowed: int = 0  # requests whose continuation alone is longer than the window, scored window by window
     asked_fewshot: int = 0  # the examples that the task or its set wants before each question
     caveat: str = ""  # what was not done as the task or its set wants it
+    precision: str = ""  # the type of the arithmetic it was computed in; empty where a server has computed it
 
     @property
     def key(self) -> str:
@@ -149,5 +150,6 @@ def text(evaluation: Evaluation) -> str:
         stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
         lines.append(f"{score.task:<28}{score.metric:<14}{score.score:>8.4f}{stderr:>9}{score.n:>7}")
     lines.append(f"{'score (mean over tasks)':<42}{evaluation.mean:>8.4f}")
+    lines += [f"computed in {name}" for name in sorted({score.precision for score in evaluation.scores} - {""})]
     lines += [f"{task} is not run: {reason}" for task, reason in evaluation.not_run.items()]
     return "\n".join(lines)

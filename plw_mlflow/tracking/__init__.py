@@ -16,7 +16,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.inputs import check_data, log_data
-from plw_mlflow.tracking.logged_models import load_model, load_registered, log_adapter, log_merged, log_model
+from plw_mlflow.tracking.logged_models import (
+    load_model,
+    load_registered,
+    log_adapter,
+    log_merged,
+    log_model,
+    trained_in,
+)
 from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run, open_sweep
 from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
@@ -47,4 +54,5 @@ __all__ = [
     "open_sweep",
     "read_scores",
     "score_table",
+    "trained_in",
 ]

@@ -68,8 +68,8 @@ def _mark_best_of(name: str, group: list[Cell], sweep: str) -> str:
             before += ", which has no comparable score"
         elif _scoring(held) != _scoring(best):
             return (
-                f"{stays}, with version {holder.version}, which was scored by other tasks, questions or versions "
-                f"than this sweep, so that nobody knows which is better; to move it nevertheless: mlflow."
+                f"{stays}, with version {holder.version}, which was scored by other tasks, questions, versions or "
+                f"arithmetic than this sweep, so that nobody knows which is better; to move it nevertheless: mlflow."
                 f"MlflowClient().set_registered_model_alias({name!r}, 'best', '{version}')"
             )
         elif _score(held) >= _score(best):

@@ -47,6 +47,7 @@ SCORED_BY = {
     "prompt": "kind of prompt",
     "harness_version": "version of the harness",
     "caveat": "caveat",
+    "precision": "arithmetic",
 }
 MAX_NAMED = 3  # differences in one message
 Facts = Mapping[str, Hashable]
@@ -175,6 +176,8 @@ def recipe(cell: Cell, also: tuple[str, ...] = ()) -> dict[str, Hashable]:
     facts = {name: value for name, value in values.items() if name not in leave_out}
     if "precision" in facts:
         facts["precision"] = cell.run.data.tags.get("plw.precision", facts["precision"])  # what auto stood for
+    if (saved := cell.run.data.tags.get("plw.save_precision")) is not None:  # older runs have saved all in float32
+        facts["save_precision"] = saved  # to which the scored weights were rounded
     return facts
 
 
@@ -184,7 +187,9 @@ def scoring(cell: Cell, tasks: Collection[str] | None = None) -> dict[str, Hasha
     facts: dict[str, Hashable] = {"the tasks": ", ".join(sorted(rows["task"]))}
     for row in rows.to_dict("records"):
         values = {name: "" if pd.isna(row.get(name)) else row[name] for name in SCORED_BY}
-        values["prompt"] = values["prompt"] or HARNESS  # older tables lack the column, when there was no other kind
+        # Older tables lack these columns, when there was no other kind.
+        values["prompt"] = values["prompt"] or HARNESS
+        values["precision"] = values["precision"] or "float32"
         facts |= {f"the {SCORED_BY[name]} of task {row['task']}": value for name, value in values.items()}
     if "num_fewshot" in rows and (rows["num_fewshot"] > 0).any():
         facts["fewshot_seed"] = by_value(cell.params.get("fewshot_seed", str(ScoreOptions.fewshot_seed)), int)
@@ -235,7 +240,8 @@ def _ways_out(differing: Sequence[Difference], cells: Sequence[Cell], where: str
     by_param = {name: _grouped(cells, [cell.params.get(name, "") for cell in cells]) for name in cells[0].params}
     params = [difference.name for difference in differing if difference.name in by_param]
     # Where the scoring differs, one of these is the parameter that has caused it.
-    params += [name for name in ("limit", "tasks", "apply_template", "fewshot_seed") if len(by_param.get(name, {})) > 1]
+    causes = ("limit", "tasks", "apply_template", "fewshot_seed", "eval_precision")
+    params += [name for name in causes if len(by_param.get(name, {})) > 1]
     ways = []
     if params:
         name = params[0]

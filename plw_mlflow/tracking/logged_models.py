@@ -20,6 +20,7 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils import logging_utils
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
@@ -198,6 +199,19 @@ def load_registered(uri: str, base: str | None = None) -> tuple[Any, Any]:
     """
     check_reachable()
     return _load(uri, base)
+
+
+def trained_in(model: str) -> str | None:
+    """The type of the arithmetic in which the cell that a registered model is of was trained; None for other models."""
+    if not model.startswith("models:/"):
+        return None
+    check_reachable()
+    client = mlflow.MlflowClient()
+    try:
+        version = client.get_model_version(*get_model_name_and_version(client, model))
+        return client.get_run(version.run_id).data.tags.get("plw.precision") if version.run_id else None
+    except MlflowException:  # there is no such version, which loading it will say, or its run is gone
+        return None
 
 
 def _registered_name(run: Run, config: Any, sources: Sequence[Source]) -> str:

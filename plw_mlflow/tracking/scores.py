@@ -76,7 +76,8 @@ def _log_scores(
     mlflow.log_metrics(metrics, timestamp=int(now * 1000), model_id=run.model_id)
     mlflow.log_text(outputs.table(table).decode(), "scores.csv")
     mlflow.log_dict(evaluation.results, f"harness/{evaluation_id}.json")
-    run.tag(score_tasks=",".join(score_tasks))
+    arithmetic = sorted({score.precision for score in evaluation.scores} - {""})
+    run.tag(score_tasks=",".join(score_tasks), **({"eval_precision": arithmetic[0]} if arithmetic else {}))
     if is_complete:
         _tag_as_scored(run, counted)
     else:
@@ -108,6 +109,9 @@ def _tag_as_scored(run: Run, counted: pd.DataFrame) -> None:
     prompts = sorted(set(counted["prompt"].fillna("harness")))
     if len(prompts) > 1:
         reasons.append(f"prompts differ: {', '.join(prompts)}")
+    precisions = sorted(set(counted["precision"].replace("", None).fillna("float32")))  # tables before the column
+    if len(precisions) > 1:
+        reasons.append(f"arithmetic differs: {', '.join(precisions)}")
     run.tag(status="scored", score_comparable=spell(not reasons))
     if reasons:
         run.tag(score_caveat="; ".join(reasons))

@@ -25,6 +25,7 @@ from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal, held
 from plw_mlflow.training import arithmetic, attention, checkpoints, parallel, recomputation
+from plw_mlflow.training.measured import Meter, Peak
 from plw_mlflow.training.trainer import Trainer, check_finite
 
 Log = Callable[[dict[str, float], int], None]
@@ -51,6 +52,7 @@ def run(
     *,
     cell: str = "",
     begin: Callable[[int], None] = lambda step: None,
+    peak: Peak | None = None,
 ) -> Trained:
     """Train a model on prepared examples, from the newest checkpoint of `cell` in `folder` if there is one.
 
@@ -58,6 +60,7 @@ def run(
     begin: called before anything else is, with the step that training goes on from, 0 for none.
     log: called after every step with its metrics (losses in nats per token).
     before_save: called before each checkpoint, so that the caller can first save what belongs to earlier steps.
+    peak: of this process's device (`measured.find_peak`); without one, `train/mfu` is not among the metrics.
     after_save: called with each checkpoint's folder once it is complete, by another thread.
 
     Every process that torchrun has started has to call this. The functions are called by the first one alone, and the
@@ -82,6 +85,7 @@ def run(
         if config.activation_checkpointing:
             stack.enter_context(recomputation.of_layers(model))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
+        meter = Meter(model, accelerator.device, peak)
         writers = None
         if is_sharded:
             folder = parallel.tell(folder.absolute())
@@ -110,7 +114,7 @@ def run(
             metrics = trainer.end_step(begun)
             is_stopping = trainer.is_any_asked_to_stop(is_asked_to_stop)
             tokens_seen += step.tokens
-            metrics["train/tokens_per_second"] = step.tokens / (time.monotonic() - step_started)
+            metrics |= meter.metrics(step.own, step.tokens, time.monotonic() - step_started)
             is_saving = trainer.step % config.save_every == 0 or trainer.step == total_steps
             if is_saving or trainer.step % config.eval_every == 0:
                 # Before each checkpoint too, as the step's own loss says nothing of the weights that the step has made.
@@ -118,8 +122,12 @@ def run(
                 metrics |= trainer.evaluate()
                 check_finite(metrics, trainer.step)
             log(metrics, trainer.step)
-            speed = f"{metrics['train/tokens_per_second']:.0f}"
-            progress.update(1, loss=f"{metrics['train/loss']:.3f}", tokens_per_s=speed)
+            progress.update(
+                1,
+                loss=f"{metrics['train/loss']:.3f}",
+                tokens_per_s=f"{metrics['train/tokens_per_second']:.0f}",
+                memory_mib=f"{metrics['train/peak_memory_mib']:.0f}",
+            )
             if is_saving or is_stopping:
                 checkpoint = trainer.checkpoint()
                 if is_first:

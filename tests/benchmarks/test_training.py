@@ -38,9 +38,7 @@ def folder(tmp_path_factory):
 def test_peers_train_the_loss_that_we_train(folder, method):
     examples = pool(64)
     taken = {
-        who: training.take_steps(
-            Case("tiny", method, "alpaca"), Contestant(who, "float32", 0.1), folder, examples, 1, peers.Settings(4)
-        )
+        who: training.take_steps(Case("tiny", method, "alpaca"), Contestant(who, "float32", 0.1), folder, examples, 1)
         for who in ("ours", "Trainer", "Trainer, grouped")
     }
     assert taken["Trainer"].first_loss == pytest.approx(taken["ours"].first_loss, rel=1e-5)

@@ -548,3 +548,34 @@ def test_what_concerns_a_second_data_set_needs_one(change):
     with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is .* there is no second data set"):
         PrepareConfig(**change)
     PrepareConfig(mix="toy-long", **change)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"method": "full"}, "merged"),
+        ({"method": "lora"}, "adapter"),
+        ({"method": "dora"}, "adapter"),
+        ({"method": "qlora"}, "merged"),
+        ({"method": "lora", "add_pad_token": True}, "merged"),
+        ({"method": "lora", "log_model": "merged"}, "merged"),
+        ({"method": "full", "log_model": "none"}, "none"),
+    ],
+)
+def test_what_mlflow_keeps_of_a_model_follows_the_method(values, expected):
+    assert TrainConfig(**values).logged() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"method": "full"}, "method full trains all weights"),
+        ({"method": "qlora"}, "rounded to 4 bits"),
+        ({"method": "lora", "add_pad_token": True}, "the token that add-pad-token gives"),
+    ],
+)
+def test_an_adapter_that_would_not_be_the_model_is_refused(values, reason):
+    with pytest.raises(
+        ValueError, match=rf"^log-model adapter cannot be had: .*{reason}.*; use --log-model merged, or none$"
+    ):
+        TrainConfig(log_model="adapter", **values)
