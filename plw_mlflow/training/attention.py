@@ -146,13 +146,20 @@ def _attend(
             # Autocast does not know the kernel.
             query, key, value = (part.squeeze(0).transpose(0, 1).to(kind) for part in (query, key, value))
             return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None
+    kind = query.dtype
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # torch's kernel is 1.5 to 4 times as slow in bfloat16, for its backward pass, and the products are small.
+        kind = torch.get_autocast_dtype("cpu")
+        query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # SDPA's own handling of grouped heads is slow on a CPU
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # some models change its shape by a view
+    with torch.autocast("cpu", enabled=False):
+        outputs = [_attend_one(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+    # Some models change its shape by a view.
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous().to(kind), None
 
 
 def _varlen(

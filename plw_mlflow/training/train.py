@@ -24,7 +24,7 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.environment import precision
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal, held
-from plw_mlflow.training import attention, checkpoints, compilation, parallel, recomputation
+from plw_mlflow.training import arithmetic, attention, checkpoints, compilation, parallel, recomputation
 from plw_mlflow.training.measured import Meter, Peak
 from plw_mlflow.training.trainer import Trainer, check_finite
 
@@ -71,21 +71,22 @@ def run(
     last checkpoint stays as it was. On SIGTERM to any process, the current step is finished and saved, and
     KeyboardInterrupt raised.
     """
-    arithmetic = precision.resolve(config.precision, config.model)
-    accelerator = parallel.accelerator(arithmetic)
+    kind = precision.resolve(config.precision, config.model)
+    accelerator = parallel.accelerator(kind)
     is_first = accelerator.is_main_process
     total_steps = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     model = adapters.adapt(model, config.method, config, config.seed).eval()
-    if config.method in ("lora", "dora") and arithmetic == "bfloat16":
+    if config.method in ("lora", "dora") and kind == "bfloat16":
         held.hold(model, torch.bfloat16)
     is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
     outline = parallel.outline(model) if is_sharded and is_first else None
     with ExitStack() as stack:
         is_packed = config.packing and stack.enter_context(_packing(model))
+        stack.enter_context(arithmetic.fewer_passes(model))
         if config.activation_checkpointing:
             stack.enter_context(recomputation.of_layers(model))
         if config.compile:
-            stack.enter_context(compilation.of_layers(model, getattr(torch, arithmetic)))
+            stack.enter_context(compilation.of_layers(model, getattr(torch, kind)))
         trainer = Trainer(config, prepared, model, is_packed, total_steps, accelerator)
         meter = Meter(model, accelerator.device, peak)
         writers = None
