@@ -215,7 +215,7 @@ def test_no_string_as_any_option_ends_in_a_traceback_or_touches_what_it_does_not
         after = tree(place)
         named = [place / "here/checkpoints"]  # by default
         if option in FOLDERS and odd and "\x00" not in odd:
-            named.append(Path(os.path.abspath(odd)))
+            named += [Path(os.path.abspath(odd)), Path(os.path.realpath(odd))]  # a link stands for where it leads
         for path in before.keys() | after.keys():
             if before.get(path) != after.get(path):
                 assert path not in before, f"{what} changed {path}"

@@ -140,12 +140,12 @@ def merge(
         return model
     from peft import PeftModel  # not above, as it imports bitsandbytes, which takes 2 seconds
 
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
+    rounded = [weight for weight in model.parameters() if weight.requires_grad and kind != torch.float32]
+    for weight in rounded:
         weight.data = weight.data.to(kind)
     # peft's own choice would ask the hub.
     model.save_pretrained(str(folder), save_embedding_layers=with_embeddings)
-    for weight in trained:
+    for weight in rounded:
         weight.data = weight.data.float()
     if with_embeddings:
         settings, rows = model.active_peft_config, model.get_input_embeddings().num_embeddings

@@ -11,7 +11,7 @@ from plw_mlflow.config import TrainConfig
 from plw_mlflow.data.batches import Weights, pack
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.models import adapters, causal, pretrained
-from plw_mlflow.training import attention, parallel, row_length
+from plw_mlflow.training import arithmetic, attention, parallel, row_length
 from plw_mlflow.training.trainer import Trainer
 from tests.conftest import tiny_llama
 from tests.training.test_train import EXAMPLES, first_step
@@ -61,6 +61,7 @@ def kept_bytes(model, tokens, precision):
     inner = causal.unwrap(model)
     with (
         attention.over_examples(inner),
+        arithmetic.fewer_passes(model),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
     ):
