@@ -11,6 +11,7 @@ the same to the bit. Everything else (DoRA, dropout, GPT-2's transposed layers, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -100,9 +101,13 @@ def _norm(layer: Any) -> Forward | None:
     weight, epsilon = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
         return None
-    trial = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).view(1, 3, -1)
+    if any(True for _ in layer.buffers()):
+        return None
+    # Tried with other weights, since those of the processes that assist in a training may have no numbers yet.
+    trial, alike = torch.linspace(-2, 3, 3 * len(weight)).view(1, 3, -1), copy.deepcopy(layer).to_empty(device="cpu")
     with torch.no_grad():
-        is_the_same = torch.equal(_RMSNorm.apply(trial, weight, epsilon, torch.float32), layer(trial))
+        alike.weight.copy_(torch.linspace(-1, 2, len(weight)))
+        is_the_same = torch.equal(_RMSNorm.apply(trial, alike.weight, epsilon, torch.float32), alike(trial))
     return partial(_norm_forward, layer, layer.forward, epsilon) if is_the_same else None
 
 
