@@ -45,10 +45,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import varlen
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks import exactness
 from benchmarks.loss_head import MIB, PROMPT_SHARE, Row
+from benchmarks.shapes import llama
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
@@ -201,16 +202,7 @@ def examples(count: int, vocabulary: int, longest: int) -> list[Example]:
 
 
 def random_llama(scale: Scale, size: str) -> Any:
-    hidden, inner, layers, heads_, key_heads, vocabulary = scale.shape(size)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads_,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=4096,
-    )
+    config = llama(scale.shape(size), max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device(scale.device):
         return LlamaForCausalLM(config).eval()

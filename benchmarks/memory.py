@@ -38,9 +38,10 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.loss_head import MIB, Row
+from benchmarks.shapes import llama
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data.batches import Batch
 from plw_mlflow.data.pieces import Segment
@@ -177,16 +178,8 @@ def key_of(tensor: Tensor) -> int:
 
 def make_model(case: Case) -> Any:
     """A model of random weights with its adapters, as `train.run` has it."""
-    hidden, inner, layers, heads, key_heads, vocabulary, is_tied = SHAPES[case.shape]
-    settings = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=is_tied,
-    )
+    *shape, is_tied = SHAPES[case.shape]
+    settings = llama(shape, tie_word_embeddings=is_tied)
     config = case.config()
     model = adapters.adapt(LlamaForCausalLM(settings), config.method, config, 0).eval()
     if config.method == "lora" and case.precision == "bfloat16":

@@ -8,9 +8,6 @@
 In bfloat16 the products of the layers are computed in it, as in training, and all else in float32: norms, sums over
 layers, logits and their softmax.
 
-In bfloat16 the products of the layers are computed in it, as in training, and all else in float32: norms, sums over
-layers, logits and their softmax.
-
 Not every model computes on prefix trees what it computes on single sequences: state-space models do not, nor do models
 that count positions instead of taking them. Each model is tried when it is loaded. For those that fail, HFLM's own code
 computes the answers, in batches that are made here.

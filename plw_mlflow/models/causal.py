@@ -74,6 +74,15 @@ def hidden_states(model: Any, tokens: Tensor, **context: Any) -> Tensor:
     return body(unwrap(model))(input_ids=tokens, use_cache=False, **context).last_hidden_state
 
 
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a model by the names that it has for what is to stay together; none where it has no such names.
+
+    model: may be wrapped in any way, and have adapters.
+    """
+    names = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in model.modules() if type(part).__name__ in names]
+
+
 def text_ends(model: Any) -> set[int]:
     """The tokens that end a text by a model's own generation settings; none where it has no such settings."""
     ends = model.generation_config.eos_token_id if model.generation_config else None

@@ -24,11 +24,11 @@ PRODUCTS: set[Any] = {nn.functional.linear, torch.addmm, torch.matmul, torch.mm,
 def hold(model: nn.Module, kind: torch.dtype, *, with_head: bool = False) -> None:
     """Round the weights of a model's frozen linear layers to a type, in place, and hold them in it.
 
-    with_head: round the head, too, unless its weights are also the embeddings; so does `holding`.
+    Layers whose weight asks for a gradient (such as those of adapters) stay as they are. Afterwards the model computes
+    under autocast in that type, with the bits that it would give with float32 weights; or in float32 with the rounded
+    weights, within `in_float32`.
 
-    Layers whose weight asks for a gradient (such as those of adapters) stay as they are. Afterwards the
-    model computes under autocast in that type, with the bits that it would give with float32 weights; or in float32
-    with the rounded weights, within `in_float32`.
+    with_head: round the head, too, unless its weights are also the embeddings; so does `holding`.
     """
     for layer in _linear(model, with_head=with_head):
         if not layer.weight.requires_grad:

@@ -49,8 +49,7 @@ def of_layers(model: Any, arithmetic: torch.dtype, *, backend: Any = "inductor")
     Raises UserError where the model names no decoder layers.
     """
     inner = causal.unwrap(model)
-    names = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    layers = [part for part in inner.modules() if type(part).__name__ in names]
+    layers = causal.decoder_layers(inner)
     if not layers:
         raise UserError(
             f"compile is not to be had with a {inner.config.model_type} model, which names no decoder layers"

@@ -40,10 +40,8 @@ GPU_PEAKS = {
     r"RTX A6000": (154.8, 38.7),
     r"RTX 4090": (165.2, 82.6),
 }
-PEAK_SIZE, PEAK_SECONDS = (
-    1024,
-    0.15,
-)  # rows and columns of the matrices that a CPU's peak is measured by, and for how long
+PEAK_SIZE = 1024  # rows and columns of the matrices by which a CPU's peak is measured
+PEAK_SECONDS = 0.15  # for which it is measured
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import adapters
+from plw_mlflow.models import adapters, causal
 from plw_mlflow.training.checkpoints import Writers
 
 T = TypeVar("T")
@@ -79,14 +79,12 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
         if not hasattr(learner.model, "get_base_model"):  # the base of adapters is held in bfloat16 (`models/held.py`)
             multiplied = set(adapters.targets(learner.model, "all-linear").values())
     rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = {name for part in learner.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    for part in list(learner.modules()):
-        if type(part).__name__ in layers:
-            _receive(part, joined.device)
-            if linear := [module for module in part.modules() if module in multiplied]:
-                fully_shard(linear, mesh=mesh, mp_policy=rounded)
-                multiplied.difference_update(linear)  # a layer may lie within another
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+    for layer in causal.decoder_layers(learner):
+        _receive(layer, joined.device)
+        if linear := [module for module in layer.modules() if module in multiplied]:
+            fully_shard(linear, mesh=mesh, mp_policy=rounded)
+            multiplied.difference_update(linear)  # a layer may lie within another
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     _receive(learner, joined.device)
     fully_shard(learner, mesh=mesh, mp_policy=policy)
     assert isinstance(learner, FSDPModule)

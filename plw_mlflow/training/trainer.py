@@ -254,9 +254,8 @@ class Trainer:
         end in other bits.
         """
         length = min(self._config.max_tokens, 2048)
-        example = Example(np.zeros(length, np.int32), np.full(length, Segment.COMPLETION, np.int8))
         collate = batches.pack if self._is_packed else batches.collate
-        batch = collate([example] * 2, Weights(plw=1.0)).to(self._accelerator.device)
+        batch = collate([_completion(length)] * 2, Weights(plw=1.0)).to(self._accelerator.device)
         with self._explaining_memory():
             self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)[0].backward()
         self._optimizer.zero_grad()
@@ -267,8 +266,7 @@ class Trainer:
         For `row_length.choose`, on a GPU.
         """
         longest, device = self._config.max_tokens, self._accelerator.device
-        full = Example(np.zeros(longest, np.int32), np.full(longest, Segment.COMPLETION, np.int8))
-        batch = batches.pack([full] * (tokens // longest), Weights(plw=1.0)).to(device)
+        batch = batches.pack([_completion(longest)] * (tokens // longest), Weights(plw=1.0)).to(device)
         learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
         state.make_state(self._optimizer)  # which is there in all steps but the first
         torch.cuda.reset_peak_memory_stats()
@@ -309,6 +307,11 @@ class Trainer:
             raise RunError(
                 f"out of memory after step {self.step}; {remedy or lower}. What the device says: {first_line(error)}"
             ) from error
+
+
+def _completion(tokens: int) -> Example:
+    """An example of so many tokens, all of the completion, for trials of what a step needs."""
+    return Example(np.zeros(tokens, np.int32), np.full(tokens, Segment.COMPLETION, np.int8))
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
