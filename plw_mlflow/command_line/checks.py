@@ -7,6 +7,7 @@ tracking server may know are looked up later.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +34,6 @@ from plw_mlflow.config import (
     SweepConfig,
     TrainConfig,
     cache_folder,
-    split_list,
 )
 from plw_mlflow.data import sources, templates
 from plw_mlflow.environment import outputs
@@ -93,20 +93,22 @@ def reserved_output(config: Any) -> Iterator[None]:
 def _inputs(config: Any) -> list[Path]:
     """The files and folders on this machine that a command reads."""
     given: list[Any] = []
-    for name in ("dataset", "model"):
+    for name in ("dataset", "model", "mix", "template", "tokenizer"):
         if getattr(config, name, None):
             given += _listed(config, name)
-    given += [getattr(config, name, None) for name in ("mix", "template", "tokenizer", "scores", "data_dir")]
+    given += [getattr(config, name, None) for name in ("scores", "data_dir")]
     return [Path(path) for path in given if path and os.path.exists(path)]
 
 
 def _references(config: Any) -> Iterator[Callable[[], None]]:
     """The checks of all that a command reads."""
     if _reads_data(config):
-        for dataset in filter(None, [*_listed(config, "dataset"), config.mix]):
+        for dataset in filter(None, [*_listed(config, "dataset"), *_listed(config, "mix")]):
             yield partial(sources.check, dataset, config.data_dir)
-        for tokenizer in [config.tokenizer] if config.tokenizer else _listed(config, "model"):
-            yield partial(_template, config.template, tokenizer)
+        for tokenizer, model, template in itertools.product(
+            _listed(config, "tokenizer"), _listed(config, "model"), _listed(config, "template")
+        ):
+            yield partial(_template, template, tokenizer or model)
     if isinstance(config, RecipeOptions):  # main, train and sweep
         for model in _listed(config, "model"):
             yield partial(_model, model)
@@ -116,7 +118,8 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
     if isinstance(config, EvaluateConfig) and config.endpoint is None and config.model is not None:
         yield partial(_model, config.model, is_scored=True)
     if (_reads_data(config) or isinstance(config, EvaluateConfig)) and config.tokenizer is not None:
-        yield partial(_tokenizer, "tokenizer", config.tokenizer)
+        for tokenizer in filter(None, _listed(config, "tokenizer")):
+            yield partial(_tokenizer, "tokenizer", tokenizer)
     if isinstance(config, ScoreOptions):
         yield partial(task_sets.check, config.tasks)
         if config.data_dir is not None:
@@ -143,8 +146,7 @@ def _reads_data(config: Config) -> bool:
 
 def _listed(config: Any, name: str) -> list[str]:
     """The values of an option that is a list in a sweep, and one value elsewhere."""
-    value = getattr(config, name)
-    return split_list(value) if isinstance(config, SweepConfig) else [value]
+    return config.values(name) if isinstance(config, SweepConfig) else [getattr(config, name)]
 
 
 def _template(name: str, tokenizer: str) -> None:

@@ -21,6 +21,7 @@ import click
 
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, groups, options
+from plw_mlflow.config import SweepConfig
 from plw_mlflow.environment.processes import is_first_process, reports_interrupts
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import ExpectedError, PrintableStream, not_installed, printable, without_passwords
@@ -40,6 +41,7 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         @click.command(
             cls=Command,
             groups=groups(config_type),
+            takes_lists=config_type is SweepConfig,
             help=config_type.__doc__,
             context_settings={"show_default": True, "max_content_width": 120},
         )

@@ -18,17 +18,22 @@ from typing import Any, Literal
 
 import click
 
-from plw_mlflow.config import UNSET, Config, flag, spell
+from plw_mlflow.config import LISTABLE, UNSET, Config, SweepConfig, flag, spell
 from plw_mlflow.errors import first_line
 
 
 class Command(click.Command):
     """A command that shows its options in groups, and refuses some input that click would take for something else."""
 
-    def __init__(self, *args: Any, groups: dict[str, list[str]] | None = None, **kwargs: Any) -> None:
-        """groups: the names of fields by heading, in the order in which the help shows them."""
+    def __init__(
+        self, *args: Any, groups: dict[str, list[str]] | None = None, takes_lists: bool = False, **kwargs: Any
+    ) -> None:
+        """groups: the names of fields by heading, in the order in which the help shows them.
+
+        takes_lists: whether the options of LISTABLE may list several values.
+        """
         super().__init__(*args, **kwargs)
-        self.groups = groups or {}
+        self.groups, self.takes_lists = groups or {}, takes_lists
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {option.name: option.get_help_record(ctx) for option in self.get_params(ctx)}
@@ -51,7 +56,7 @@ class Command(click.Command):
         for option, times in Counter(given).items():
             if times > 1 and isinstance(option, click.Option) and not option.is_eager:
                 name = option.opts[0]
-                if "comma-separated" in (option.help or ""):
+                if "comma-separated" in (option.help or "") or (self.takes_lists and option.name in LISTABLE):
                     way_out = f"give it once, with its values separated by commas: {name} A,B"
                 else:
                     way_out = "it has one value; give it once"
@@ -91,12 +96,13 @@ class FieldType(click.ParamType):
 def options(config_type: type[Config]) -> list[Callable[[Any], Any]]:
     """A click option for each field of a config."""
     help_lines, hints = field_help(config_type), typing.get_type_hints(config_type)
+    lists = LISTABLE if config_type is SweepConfig else ()  # texts, which the config itself reads
     alone_is_true: dict[str, Any] = {"is_flag": False, "flag_value": "true"}  # --invert means --invert true
     return [
         click.option(
             "--" + flag(field.name),
             field.name,
-            type=FieldType(hints[field.name], is_optional=field.default is None),
+            type=FieldType(str if field.name in lists else hints[field.name], is_optional=field.default is None),
             default=None if field.default is None else spell(field.default),
             help=help_lines[field.name],
             **(alone_is_true if hints[field.name] is bool else {}),

@@ -6,19 +6,22 @@ defaults.
 
 from __future__ import annotations
 
+import itertools
 import math
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from plw_mlflow.config.options import (
     BY_PRESET,
+    AdapterOptions,
     CellOptions,
     DataOptions,
-    Method,
+    LossOptions,
+    OptimizerOptions,
     Options,
     PresetOptions,
     RecipeOptions,
@@ -26,7 +29,7 @@ from plw_mlflow.config.options import (
     no_effect,
     too_small,
 )
-from plw_mlflow.config.values import data_name, flag, short_name, shown_name, spell, split_list
+from plw_mlflow.config.values import data_name, digest, flag, read, short_name, shown_name, spell, split_list
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 
@@ -41,15 +44,22 @@ class Config(Options):
     def __post_init__(self) -> None:
         """Raise UserError with all that is wrong with the values: what each class says of its own fields."""
         super().__post_init__()
-        faults = []
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is Literal and (value := getattr(self, name)) not in typing.get_args(hint):
-                faults.append(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, got {value!r}")
+        faults = self._unknown_words(typing.get_type_hints(type(self)))
         for part in type(self).__mro__:
             if "faults" in vars(part):
                 faults += vars(part)["faults"](self)
         if faults:
             raise UserError("; ".join(faults))
+
+    def _unknown_words(self, names: Iterable[str]) -> list[str]:
+        """A phrase for each of these fields whose value is none of the words that it may be."""
+        hints = typing.get_type_hints(type(self))
+        return [
+            f"{flag(name)} must be {' or '.join(words)}, got {value!r}"
+            for name in names
+            if typing.get_origin(hints[name]) is Literal
+            and (value := getattr(self, name)) not in (words := typing.get_args(hints[name]))
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +183,29 @@ class EvaluateConfig(ScoreOptions, Config):
 class MainConfig(TrainConfig, ScoreOptions):
     """Prepare, train and evaluate one cell in one MLflow run."""
 
+    def definition(self) -> dict[str, Any]:
+        """The values that decide the trained model and its scores. What they name is not looked into."""
+        scoring = {"tasks", "limit", "apply_template", "fewshot_seed", "eval_precision", "measures"}
+        scoring |= {"measure_prompts"} if self.measures else set()
+        training = {field.name for field in fields(TrainConfig)} - without_effect(vars(self))
+        return {name: getattr(self, name) for name in sorted(training | scoring)}
+
+
+_CELL_HINTS = typing.get_type_hints(MainConfig)
+_AXES = ("plw", "dataset", "model", "seed", "method")  # the fields of SweepAxes
+# What a sweep may list several values of: options that decide what comes out of a cell, but for those whose commas are
+# their own, and those that name folders.
+LISTABLE = (
+    *_AXES,
+    *(
+        field.name
+        for part in (DataOptions, OptimizerOptions, LossOptions, AdapterOptions)
+        for field in fields(part)
+        if field.name not in ("data_dir", "cache_dir", "output", "eval_every", "lora_targets")
+    ),
+    *("precision", "limit", "apply_template", "fewshot_seed", "eval_precision"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepAxes(Options):
@@ -189,47 +222,104 @@ class SweepAxes(Options):
     method: str = BY_PRESET
     """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
 
-    def combinations(self) -> list[CellOptions]:
-        """Every combination of the listed values, in an order that completes one curve over PLW after another."""
-        return [
-            CellOptions(plw=float(plw), model=model, dataset=dataset, seed=int(seed), method=method)  # type: ignore[arg-type]
-            for model in split_list(self.model)
-            for seed in split_list(self.seed)
-            for dataset in split_list(self.dataset)
-            for method in split_list(self.method)
-            for plw in split_list(self.plw)
-        ]
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(Options):
+    """How the cells are run; options of data, training and scoring may be comma-separated lists, too."""
+
+    jobs: int = 1
+    """Cells that run at the same time."""
+    gpus_per_cell: int | None = None
+    """GPUs of this machine that each cell has for itself (unset: all cells see all of them)."""
+    cores_per_cell: int | None = None
+    """Processor cores of this machine that each cell has for itself (unset: all cells share all of them)."""
+    retry_failed: bool = False
+    """Run again the cells that have failed; without it, the same command runs only what is missing."""
+    dry_run: bool = False
+    """Show the cells, and which of them are finished already; run nothing."""
+    run_id: str | None = None
+    """MLflow run of the sweep to go on with (unset: the experiment's sweep of the same cells, or a new one)."""
 
     def faults(self) -> list[str]:
-        faults = []
-        kinds: dict[str, type] = {"plw": float, "model": str, "dataset": str, "seed": int, "method": str}
-        for name, kind in kinds.items():
-            listed = split_list(getattr(self, name))
-            try:
-                values = [kind(text) for text in listed]
-            except ValueError:
-                number = "whole numbers" if kind is int else "numbers"
-                faults.append(f"{name} must be {number}, got {', '.join(listed)}")
-                continue
-            if not values:
-                faults.append(f"{name} names nothing")
-            if len(set(values)) < len(values):
-                faults.append(f"{name} names a value twice: {', '.join(listed)}")
-        methods = typing.get_args(Method)
-        unknown = [name for name in split_list(self.method) if name not in methods]
-        faults += [f"method must be {' or '.join(methods)}, got {name}" for name in unknown]
-        return list(dict.fromkeys(faults or [fault for cell in self.combinations() for fault in cell.faults()]))
+        return too_small(self, 1, "jobs", "gpus_per_cell", "cores_per_cell")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SweepAxes, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
-    """Run every combination of the listed values as a cell, then analyse their scores."""
+class SweepConfig(SweepAxes, EngineOptions, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
+    """Run every combination of the listed values as a cell, then analyse their scores.
+
+    Each option of LISTABLE may be a text that lists several values. Those that do not are values of their own type.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise UserError with all that is wrong with the values, before the first cell."""
+        Options.__post_init__(self)
+        faults = EngineOptions.faults(self)
+        faults += self._unknown_words(name for name in typing.get_type_hints(SweepConfig) if name not in LISTABLE)
+        for name in LISTABLE:
+            try:
+                values = self.values(name)
+            except UserError as error:
+                faults.append(str(error))
+            else:
+                if len(values) == 1 and name not in _AXES:
+                    object.__setattr__(self, name, values[0])
+        if not faults:
+            for combination in self._combinations():
+                try:
+                    self._cell(combination)
+                except UserError as error:
+                    faults.append(str(error))
+        if faults:
+            raise UserError("; ".join(dict.fromkeys(faults)))
+
+    def values(self, name: str) -> list[Any]:
+        """The values that an option lists. Raises UserError where it lists none, or some that it cannot have."""
+        given = getattr(self, name)
+        if not isinstance(given, str):
+            return [given]
+        hint, listed = _CELL_HINTS[name], split_list(given)
+        if not listed:
+            if name in _AXES or given.strip():
+                raise UserError(f"{flag(name)} names nothing")
+            return [read("", hint)]
+        try:
+            values = [read(text, hint) for text in listed]
+        except ValueError:
+            kinds = {int: "whole numbers", float: "numbers", bool: "true or false"}
+            kind = next(word for kind, word in kinds.items() if kind in (hint, *typing.get_args(hint)))
+            raise UserError(f"{flag(name)} must be {kind}, got {', '.join(listed)}") from None
+        if len(set(values)) < len(values):
+            raise UserError(f"{flag(name)} names a value twice: {', '.join(listed)}")
+        words = typing.get_args(hint) if typing.get_origin(hint) is Literal else values
+        if unknown := [value for value in values if value not in words]:
+            raise UserError(f"{flag(name)} must be {' or '.join(words)}, got {unknown[0]}")
+        return values
+
+    def listed(self) -> list[str]:
+        """The names of the options that list several values, beside those that tell cells apart everywhere."""
+        return [name for name in LISTABLE if name not in _AXES and len(self.values(name)) > 1]
 
     def cells(self) -> list[MainConfig]:
-        """One `main` per combination, in an order that completes one curve over PLW after another."""
-        not_shared = {"output", *(field.name for field in fields(SweepAxes))}
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in not_shared}
-        return [MainConfig(**asdict(cell), **shared) for cell in self.combinations()]
+        """One `main` per combination, in an order that completes one curve over PLW after another.
+
+        A combination that differs from an earlier one only in options that do not matter to it, such as the rank of
+        adapters where all weights are trained, is left out.
+        """
+        by_definition: dict[str, MainConfig] = {}
+        for combination in self._combinations():
+            cell = self._cell(combination)
+            by_definition.setdefault(digest(cell.definition()), cell)
+        return list(by_definition.values())
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        names = ("model", "seed", "dataset", "method", *self.listed(), "plw")
+        for values in itertools.product(*map(self.values, names)):
+            yield dict(zip(names, values, strict=True))
+
+    def _cell(self, combination: Mapping[str, Any]) -> MainConfig:
+        shared = {field.name: getattr(self, field.name) for field in fields(MainConfig) if field.name not in _AXES}
+        return MainConfig(**{**shared, **combination, "output": None})
 
 
 @dataclass(frozen=True, kw_only=True)

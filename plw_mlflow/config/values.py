@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import types
+import typing
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from plw_mlflow.config.options import DataOptions
 
 UNSET = ("", "''")  # how an unset value is spelt; the second by `mlflow run`, which quotes values for a shell
+_TRUE = {"true", "t", "yes", "y", "on", "1"}  # as click reads them
+_FALSE = {"false", "f", "no", "n", "off", "0"}
 # Endings of data files' names, those that cannot be read included: a name that has one is a file's, not a hub id.
 DATA_FILE_ENDINGS = (
     *(".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".gz", ".zst"),
@@ -44,6 +48,23 @@ def flag(field_name: str) -> str:
 def split_list(listed: str) -> list[str]:
     """The parts of a comma-separated list, without blanks."""
     return [part.strip() for part in listed.split(",") if part.strip()]
+
+
+def read(text: str, hint: Any) -> Any:
+    """The value that a text spells, for an option of a type such as `int | None`: the opposite of `spell`.
+
+    Raises ValueError where it spells none; words that a type does not know are left as they are.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if text in UNSET and type(None) in kinds:
+        return None
+    if any(text in typing.get_args(kind) for kind in kinds):  # of a Literal
+        return text
+    if bool in kinds:
+        if (word := text.lower()) not in _TRUE | _FALSE:
+            raise ValueError(text)
+        return word in _TRUE
+    return next((kind(text) for kind in (int, float, Path) if kind in kinds), text)
 
 
 def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = str) -> str:
