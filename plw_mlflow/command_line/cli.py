@@ -22,7 +22,7 @@ import click
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, groups, options
 from plw_mlflow.config import SweepConfig
-from plw_mlflow.environment.processes import is_first_process, reports_interrupts
+from plw_mlflow.environment.processes import end_with_sweep, is_first_process, reports_interrupts
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import ExpectedError, PrintableStream, not_installed, printable, without_passwords
 
@@ -113,6 +113,7 @@ def _run(parsed: click.Command) -> NoReturn:
 
 def _prepare_process() -> None:
     """Set how this process ends, how it takes signals, and what it lets out: printable text without passwords."""
+    end_with_sweep()
     atexit.register(gc.freeze)  # or Python would search all modules for garbage as it ends, which takes 2 seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a scheduler interrupts
     # Processes that a library forks take SIGTERM as usual: a pool ends its workers by it, and one that is just about to

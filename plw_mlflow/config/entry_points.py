@@ -238,7 +238,7 @@ class EngineOptions(Options):
     dry_run: bool = False
     """Show the cells, and which of them are finished already; run nothing."""
     run_id: str | None = None
-    """MLflow run of the sweep to go on with (unset: the experiment's sweep of the same cells, or a new one)."""
+    """MLflow run of the sweep to go on with, or new (unset: the experiment's sweep of the same cells, if any)."""
 
     def faults(self) -> list[str]:
         return too_small(self, 1, "jobs", "gpus_per_cell", "cores_per_cell")

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,11 @@ from plw_mlflow.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
+# Those that decide what a cell's model and its scores are.
+CODE_OF_CELLS = (
+    *(f"plw_mlflow/{room}" for room in ("assets/toy", "data", "evaluation", "models", "toy", "training")),
+    *(f"plw_mlflow/{file}" for file in ("cell.py", "config/presets.py", "seeding.py")),
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "mlflow", "numpy", "scipy", "pandas")
 
 
@@ -49,10 +55,13 @@ def fingerprint() -> dict[str, str]:
     }
 
 
-def code_digest(root: Path) -> str:
-    """SHA-256 of the names and contents of all files below a project's folder that decide what runs."""
+def code_digest(root: Path, parts: Sequence[str] = CODE) -> str:
+    """SHA-256 of the names and contents of all files below a project's folder that decide what runs.
+
+    parts: the files and folders that count.
+    """
     digest = hashlib.sha256()
-    for part in CODE:
+    for part in parts:
         files = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*"))
         for file in files:
             if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):

@@ -24,20 +24,24 @@ from plw_mlflow.tracking.logged_models import (
     log_model,
     trained_in,
 )
-from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run, open_sweep
+from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run
 from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.tracking.score_table import generation_ratios, score_table
 from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
+from plw_mlflow.tracking.sweeps import Attempt, Sweep, finished_before, open_sweep
 
 __all__ = [
+    "Attempt",
     "Run",
     "StoredCheckpoints",
+    "Sweep",
     "begin_cell",
     "check_data",
     "child_environment",
     "fail",
+    "finished_before",
     "generation_ratios",
     "kill",
     "load_model",

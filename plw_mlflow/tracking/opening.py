@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,11 +31,13 @@ ERROR_CHARACTERS = 500  # of the tag that says why a run failed
 
 
 @contextmanager
-def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]:
+def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool = False) -> Iterator[Run]:
     """Open a run, join the one that `mlflow run` has begun, or reopen `run_id`. The run ends with the block.
 
+    goes_on: whether the work that the reopened run is of goes on; otherwise something is added to it.
+
     A run that fails is marked FAILED, with the reason as its tag plw.error. An interrupted one is marked KILLED. The
-    tag plw.status says the same. A reopened run keeps the status that it had when adding to it fails.
+    tag plw.status says the same. A run that something is added to keeps the status that it had when that fails.
 
     Raises Unreachable where the tracking server does not answer, and UserError where it refuses.
     """
@@ -43,7 +45,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     try:
         existing = run_id or os.environ.get("MLFLOW_RUN_ID")
         status = get_run(existing).info.status if existing else None  # raises if the run is unknown or was deleted
-        status_before = None if run_id is None else status
+        status_before = None if run_id is None or goes_on else status
         wrapper = None if run_id is None else _leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
         active = mlflow.start_run(run_id=run_id, run_name=None if run_id else short)
@@ -52,7 +54,7 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
     run = Run(active.info.run_id)
     try:
         _check_container(run.id, wrapper, config)
-        if run_id is None:
+        if run_id is None or (goes_on and run.read_tag("version") is None):
             run.tag(version=__version__, **_code_versions())
             run.log_config(config)
         with giving_signs_of_life(run.id):
@@ -73,33 +75,22 @@ def open_run(config: Any, name: str, run_id: str | None = None) -> Iterator[Run]
         patiently("ending the run", lambda: mlflow.MlflowClient().set_terminated(run.id, "FINISHED"))
 
 
-@contextmanager
-def open_sweep(config: Any) -> Iterator[tuple[Run, Callable[[str], str]]]:
-    """Open a sweep's parent run; yields it with a function that opens a child for a cell and returns the child's id."""
-    with open_run(config, "sweep") as parent:
-        client = mlflow.MlflowClient()
-        experiment = client.get_run(parent.id).info.experiment_id
-
-        def open_child(name: str) -> str:
-            tags = {"mlflow.parentRunId": parent.id}
-            child = patiently("opening a run", lambda: client.create_run(experiment, tags=tags, run_name=name))
-            return str(child.info.run_id)
-
-        yield parent, open_child
-
-
 def child_environment(run_id: str) -> dict[str, str]:
     """The environment of a process that is to log into `run_id`.
 
     The store's address may hold a password, so it is here rather than on a command line, which everybody can read.
     """
-    own = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), processes.PARENT_REPORTS: "true"}
+    own = {
+        "MLFLOW_RUN_ID": run_id,
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        processes.PARENT_REPORTS: str(os.getpid()),
+    }
     return os.environ | own
 
 
-def fail(run_id: str) -> None:
-    """Mark a run FAILED whose process has failed, unless the process has done so itself."""
-    patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless=("FAILED", "KILLED")))
+def fail(run_id: str, reason: str) -> None:
+    """Mark a run FAILED whose process has failed, and say why, unless the process has done so itself."""
+    patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless=("FAILED", "KILLED"), reason=reason))
 
 
 def kill(run_id: str) -> None:
@@ -109,9 +100,11 @@ def kill(run_id: str) -> None:
         _mark(run_id, "KILLED", unless=("FAILED", "KILLED", "FINISHED"))
 
 
-def _mark(run_id: str, status: str, unless: tuple[str, ...]) -> None:
+def _mark(run_id: str, status: str, unless: tuple[str, ...], reason: str = "") -> None:
     client = mlflow.MlflowClient()
     if client.get_run(run_id).info.status not in unless:
+        if reason:
+            client.set_tag(run_id, "plw.error", _cut(reason, ERROR_CHARACTERS))
         client.set_tag(run_id, "plw.status", status.lower())
         client.set_terminated(run_id, status)
 

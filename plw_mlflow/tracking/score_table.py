@@ -66,13 +66,14 @@ class ScoredCells:
             experiment_id = str(get_run(sweep).info.experiment_id)
             self._place, has_to_be_finished = f"sweep {sweep}", False
             filters = [f"tags.`mlflow.parentRunId` = '{sweep}'"]
+            adopted = _search(experiment_id, [f"tags.`plw.also_in.{sweep}` = 'true'", *([where] if where else [])])
         else:
             experiment_id = _experiment_id(str(experiment))
             self._place, has_to_be_finished = f"experiment {experiment}", True
-            filters = []
+            filters, adopted = [], []
         self.runs: list[mlflow.entities.Run] = []  # of scored cells, the newest first
         self._other_runs: list[mlflow.entities.Run] = []
-        for run in _search(experiment_id, [*filters, *([where] if where else [])]):
+        for run in [*_search(experiment_id, [*filters, *([where] if where else [])]), *adopted]:
             is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
             is_taken = is_scored and (run.info.status == "FINISHED" or not has_to_be_finished)
             (self.runs if is_taken else self._other_runs).append(run)

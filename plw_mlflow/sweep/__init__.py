@@ -1,0 +1,41 @@
+"""Sweep: a cell for every combination of values, each in a process of its own, and an account of all of them.
+
+`grid` says which cells there are and what identifies each; `account` which of them are finished, running, failed or
+left, by what the tracking store has; `local` runs them on this machine; `display` shows how far they are; and `ending`
+says what came out. A crash ends one cell only, and each cell finds the device's memory empty.
+"""
+
+from __future__ import annotations
+
+from plw_mlflow import tracking
+from plw_mlflow.config import SweepConfig
+from plw_mlflow.errors import RunError
+from plw_mlflow.models import adapters
+from plw_mlflow.sweep import display, ending, grid, local
+from plw_mlflow.sweep.account import Account, states
+from plw_mlflow.training import compilation, optimizers
+
+
+def run(config: SweepConfig) -> None:
+    """Run every cell that is not finished yet, and analyse those that are. Raises RunError naming those that failed."""
+    planned = grid.plan(config)
+    if config.dry_run:
+        print(display.plan(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        return
+    for method in {cell.config.method for cell in planned.cells}:
+        adapters.check(method)
+    for optimizer in {cell.config.optimizer for cell in planned.cells}:
+        optimizers.check(optimizer)
+    if config.compile:
+        compilation.check()
+    with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
+        account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
+        local.run(account, config, display.Lines(account))
+        account.adopt()
+        ending.end(config, account)
+        print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")
+        if account.failed:
+            raise RunError(
+                f"{len(account.failed)} of {len(planned.cells)} cells did not finish: "
+                f"{'; '.join(account.failure(cell) for cell in account.failed)}; --retry-failed runs them again"
+            )

@@ -1,0 +1,101 @@
+"""Grid: the cells of a sweep, and what identifies each of them.
+
+A cell's identity is a digest of the options that decide its model and its scores, with the contents of the files,
+models and data sets that they name in place of the names, and of the code that decides them. Two cells of one identity
+are one cell, whichever sweep they are of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from plw_mlflow.config import MainConfig, SweepConfig, digest, flag, spell
+from plw_mlflow.data import prepare, sources, templates
+from plw_mlflow.environment import provenance
+from plw_mlflow.models import location, pretrained
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a sweep."""
+
+    config: MainConfig
+    name: str
+    identity: str
+
+    def arguments(self) -> list[str]:
+        """The command-line arguments of entrypoints.main that give the cell."""
+        return [
+            part
+            for field in fields(self.config)
+            for part in ("--" + flag(field.name), spell(getattr(self.config, field.name)))
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep."""
+
+    cells: list[Cell]
+    identity: str  # of the options of all cells, whatever their order
+    contents: dict[str, str]  # what identifies the content of each file, model and data set that they name
+
+
+def plan(config: SweepConfig) -> Plan:
+    """The cells of a sweep. Files are read, and the hub is asked, for what identifies their contents."""
+    cells, listed = config.cells(), config.listed()
+    contents: dict[str, str] = {}
+    for cell in cells:
+        for name, of in _named(cell):
+            contents[name] = contents.get(name) or of()
+    code = provenance.code_digest(provenance.ROOT, provenance.CODE_OF_CELLS)
+    planned = []
+    for cell in cells:
+        named = {name: contents[name] for name, _ in _named(cell)}
+        values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
+        identity = digest(values | {"contents": sorted(named.values()), "code": code})
+        more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
+        planned.append(Cell(cell, cell.cell_name() + more, identity))
+    return Plan(planned, digest({"cells": sorted(digest(cell.definition()) for cell in cells)}), contents)
+
+
+_NAMING = ("dataset", "mix", "model", "tokenizer", "template")  # options whose contents count in place of their names
+
+
+def _named(cell: MainConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What a cell's options name, in words, each with a function that gives what identifies its content."""
+    cache = prepare.cache_dir(cell)
+    for dataset in filter(None, (cell.dataset, cell.mix)):
+        yield f"data set {dataset}", partial(_data, dataset, cache, cell.data_dir)
+    yield f"model {cell.model}", lambda: _model(cell.model)
+    if cell.tokenizer is not None:
+        yield f"tokenizer {cell.tokenizer}", lambda: _tokenizer(str(cell.tokenizer))
+    file = templates.file(cell.template)
+    yield f"template {cell.template}", lambda: cell.template if file is None else _digest([file])
+
+
+def _data(name: str, cache: Path, data_dir: Path | None) -> str:
+    return sources.find(name, cache, data_dir).sha256
+
+
+def _model(name: str) -> str:
+    if not location.locate(name).is_folder:
+        pretrained.load_config(name)  # after which its commit on the hub is known
+    return location.digest(name)
+
+
+def _tokenizer(name: str) -> str:
+    folder = Path(location.locate(name).path)
+    return _digest(sorted(folder.glob("*token*"))) if folder.is_dir() else name
+
+
+def _digest(files: list[Path]) -> str:
+    """SHA-256 of the names and contents of files."""
+    of_all = hashlib.sha256()
+    for file in files:
+        of_all.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return of_all.hexdigest()

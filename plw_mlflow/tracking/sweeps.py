@@ -1,0 +1,255 @@
+"""Sweeps: the run of a sweep, and the runs of its cells.
+
+A cell is known by its identity, a digest of everything that decides what comes out of it. Its runs have it as the tag
+plw.identity, whichever sweep they were made for. A sweep's own cells are its children. Those that an earlier sweep of
+the experiment has finished already become its cells too: a tag plw.also_in.SWEEP on them says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run as Entity
+from mlflow.exceptions import MlflowException
+
+from plw_mlflow.config import MainConfig, flag, spell
+from plw_mlflow.errors import UserError
+from plw_mlflow.tracking.cells import parameters
+from plw_mlflow.tracking.claims import Claims
+from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
+from plw_mlflow.tracking.opening import open_run
+from plw_mlflow.tracking.run import Run
+
+MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
+NEW = "new"  # in place of a run's id: go on with none
+WAIT_SECONDS = 2.0  # between two looks at a claim that another process holds
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run of a cell, as the store has it."""
+
+    run_id: str
+    status: str  # of MLflow: RUNNING, FINISHED, FAILED, KILLED, SCHEDULED
+    is_scored: bool
+    error: str  # why it has failed, in its own words; empty where it did not say
+    progress: str  # how far it was when it said so last
+    score: float | None
+    seconds: float | None  # from its start to its end
+    is_child: bool  # whether the sweep's run is its parent
+    is_adopted: bool  # whether it was made for another sweep, and is one of this sweep's cells too
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the cell needs no further run."""
+        return self.status == "FINISHED" and self.is_scored
+
+
+class Sweep:
+    """The run of a sweep that is open, and what the store has of its cells."""
+
+    def __init__(self, run: Run, claims: Claims) -> None:
+        self.run, self.claims = run, claims
+        self._client = mlflow.MlflowClient()
+        self._experiment = str(self._client.get_run(run.id).info.experiment_id)
+
+    def attempts(self) -> dict[str, list[Attempt]]:
+        """All runs of sweeps' cells in the experiment by the cell's identity, the newest first."""
+        return _attempts(self._experiment, self.run.id)
+
+    def claimed(self) -> set[str]:
+        """The identities of cells that other processes are at work on."""
+        return {name.rpartition("-")[2] for name in self.claims.of_others(f"{self._experiment}-")}
+
+    def claim(self, identity: str) -> bool:
+        """Whether no other process is at work on a cell, so that this one may be, until it releases the cell."""
+        return self.claims.take(self._claim_name(identity))
+
+    def release(self, identity: str) -> None:
+        """Let other processes see that this one is no longer at work on a cell."""
+        self.claims.release(self._claim_name(identity))
+
+    def open_cell(self, identity: str, name: str) -> str:
+        """A new run for a cell, below the sweep's; returns its id."""
+        tags = {"mlflow.parentRunId": self.run.id, "plw.identity": identity}
+        child = patiently("opening a run", lambda: self._client.create_run(self._experiment, tags=tags, run_name=name))
+        return str(child.info.run_id)
+
+    def adopt(self, attempt: Attempt) -> None:
+        """Make a cell that another sweep has finished one of this sweep's cells."""
+        if not attempt.is_child and not attempt.is_adopted:
+            patiently(
+                "adopting a cell", lambda: self._client.set_tag(attempt.run_id, f"plw.also_in.{self.run.id}", "true")
+            )
+
+    def progress(self, run_id: str) -> str:
+        """How far a cell's run was when it said so last."""
+        return str(self._client.get_run(run_id).data.tags.get("plw.progress", ""))
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Copy a file into the run of a cell."""
+        patiently("logging a file", lambda: self._client.log_artifact(run_id, str(path)))
+
+    def describe(self, text: str) -> None:
+        """Make a text the description of the sweep's run, which MLflow shows on its page."""
+        patiently(
+            "describing the sweep",
+            lambda: self._client.set_tag(self.run.id, "mlflow.note.content", f"```\n{text}\n```"),
+        )
+
+    def description(self) -> str:
+        """The text that describes the sweep's run; empty where there is none."""
+        text = str(self._client.get_run(self.run.id).data.tags.get("mlflow.note.content", ""))
+        return text.removeprefix("```\n").removesuffix("\n```")
+
+    @contextmanager
+    def sole(self, what: str) -> Iterator[None]:
+        """Within the block, no other process of the sweep does the same."""
+        with _sole(self.claims, f"{self.run.id}-{what}"):
+            yield
+
+    def _claim_name(self, identity: str) -> str:
+        return f"{self._experiment}-{identity}"
+
+
+@contextmanager
+def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[Sweep]:
+    """Open the run of a sweep: that of the same cells, if the experiment has one, or a new one.
+
+    grid: identifies the cells by their options. contents: what identifies the content of each file, model and data set
+    that they name, by its name.
+
+    Raises UserError where a content has changed since the sweep began, and where config.run_id names no such sweep.
+    """
+    check_reachable()
+    claims = Claims()
+    with claims.giving_signs_of_life():
+        experiment = experiment_id()
+        with _sole(claims, f"{experiment}-{grid}"):
+            earlier = _earlier(config, experiment, grid)
+            if earlier is not None:
+                _check_contents(Run(earlier), contents)
+            run_id = earlier or _new(experiment, grid, contents)
+        with open_run(config, "sweep", run_id, goes_on=True) as run:
+            yield Sweep(run, claims)
+
+
+def finished_before(config: Any) -> dict[str, list[Attempt]]:
+    """All runs of sweeps' cells in the experiment by the cell's identity, the newest first; no run is opened."""
+    check_reachable()
+    return _attempts(experiment_id(), "")
+
+
+def experiment_id() -> str:
+    """The id of the experiment that new runs belong to, which is made if it does not exist."""
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        return str(get_run(run_id).info.experiment_id)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if not name:
+        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+    client = mlflow.MlflowClient()
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:  # another process has made it meanwhile
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return experiment_id()
+    return str(found.experiment_id)
+
+
+@contextmanager
+def _sole(claims: Claims, name: str) -> Iterator[None]:
+    """Within the block, this process holds a claim; it waits for others that hold it."""
+    while not claims.take(name):
+        time.sleep(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        claims.release(name)
+
+
+def _earlier(config: Any, experiment: str, grid: str) -> str | None:
+    """The id of the sweep's run to go on with, if there is one."""
+    if config.run_id == NEW:
+        return None
+    if config.run_id is not None:
+        run = get_run(config.run_id)
+        if "plw.grid" not in run.data.tags:
+            raise UserError(f"run {config.run_id} is not the run of a sweep")
+        if run.data.tags["plw.grid"] != grid:
+            raise UserError(f"run {config.run_id} is of a sweep of other cells{_first_difference(config, run)}")
+        return str(run.info.run_id)
+    runs = mlflow.MlflowClient().search_runs(
+        [experiment], f"tags.`plw.grid` = '{grid}'", order_by=["attributes.start_time ASC"], max_results=1
+    )
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _first_difference(config: Any, run: Entity) -> str:
+    """The first option in which a sweep's run differs from a config, as the end of a sentence."""
+    params = parameters(run)
+    for field in fields(MainConfig):
+        here, there = spell(getattr(config, field.name)), params.get(field.name)
+        if there is not None and here != there and field.name not in ("output", "checkpoint_dir", "cache_dir"):
+            return f": {flag(field.name)} is {there or 'unset'} there, and {here or 'unset'} here"
+    return ""
+
+
+def _check_contents(earlier: Run, contents: Mapping[str, str]) -> None:
+    """Raise UserError where something that a sweep reads is no longer what it was when the sweep began."""
+    before = json.loads(earlier.read_tag("contents") or "{}")
+    for name, content in contents.items():
+        if before.get(name, content) != content:
+            raise UserError(
+                f"{name} has changed since the sweep {earlier.id} began (it was {before[name][:16]}, and is "
+                f"{content[:16]}); put it back, or begin a sweep anew: --run-id {NEW}"
+            )
+
+
+def _new(experiment: str, grid: str, contents: Mapping[str, str]) -> str:
+    """The id of a new run for a sweep: the one that `mlflow run` has begun, if there is one."""
+    client = mlflow.MlflowClient()
+    run_id = os.environ.get("MLFLOW_RUN_ID") or str(client.create_run(experiment, run_name="sweep").info.run_id)
+    Run(run_id).tag(grid=grid, contents=json.dumps(contents, sort_keys=True))
+    return run_id
+
+
+def _attempts(experiment: str, sweep: str) -> dict[str, list[Attempt]]:
+    found = patiently(
+        "looking for cells",
+        lambda: mlflow.MlflowClient().search_runs(
+            [experiment],
+            "tags.`plw.identity` LIKE '%'",
+            order_by=["attributes.start_time DESC"],
+            max_results=MAX_RUNS,
+        ),
+    )
+    by_identity: dict[str, list[Attempt]] = {}
+    for run in found:
+        by_identity.setdefault(run.data.tags["plw.identity"], []).append(_attempt(run, sweep))
+    return by_identity
+
+
+def _attempt(run: Entity, sweep: str) -> Attempt:
+    tags, info = run.data.tags, run.info
+    seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
+    return Attempt(
+        run_id=str(info.run_id),
+        status=str(info.status),
+        is_scored=tags.get("plw.status") == "scored",
+        error=tags.get("plw.error", ""),
+        progress=tags.get("plw.progress", ""),
+        score=run.data.metrics.get("score"),
+        seconds=seconds,
+        is_child=tags.get("mlflow.parentRunId") == sweep,
+        is_adopted=f"plw.also_in.{sweep}" in tags,
+    )
