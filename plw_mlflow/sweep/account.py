@@ -51,10 +51,11 @@ class Account:
         self.running: dict[str, Begun] = {}  # by identity, here
         self.elsewhere: set[str] = set()  # identities of cells that other processes are at work on
         self.attempts: dict[str, list[Attempt]] = {}  # by identity, as the store had them last
-        self._exits: dict[str, str] = {}  # by identity: how the process of a failed cell has ended
         self._looked_at = 0.0
+        self._retried: set[str] = (
+            set()
+        )  # runs that had failed before, whose cells are tried again; a new failure is final
         self.look()
-        # The failures of before, which are tried again; one that is newer is final.
         self._retried = {one[0].run_id for one in self.attempts.values() if retries_failed and state(one) == "failed"}
 
     @property

@@ -1,0 +1,103 @@
+"""Is each cell of a sweep run once, whoever works on it and whatever has ended before?"""
+
+import mlflow
+import pytest
+
+from plw_mlflow import tracking
+from plw_mlflow.config import MainConfig, SweepConfig
+from plw_mlflow.sweep.account import Account
+from plw_mlflow.sweep.grid import Cell
+from tests.stores import Place
+
+CELLS = [Cell(MainConfig(plw=plw), f"plw {plw}", f"cell{plw:g}") for plw in (0.0, 1.0)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    place = Place(tmp_path)
+    mlflow.set_tracking_uri(place.uri)
+    return place.client
+
+
+@pytest.fixture
+def open_account(store, monkeypatch):
+    """Opens an account of CELLS for a process of its own; `grid` tells sweeps apart."""
+    opened = []
+
+    def open_one(grid="grid", **options):
+        sweep = tracking.open_sweep(SweepConfig(), grid, {})
+        opened.append(sweep)
+        account = Account(CELLS, sweep.__enter__(), **{"retries_failed": False} | options)
+        mlflow.end_run()  # this test opens several runs in one process
+        return account
+
+    yield open_one
+    monkeypatch.setattr(mlflow, "end_run", lambda *_: None)
+    for sweep in reversed(opened):
+        sweep.__exit__(None, None, None)
+
+
+def finish(store, run_id):
+    store.set_tag(run_id, "plw.status", "scored")
+    store.set_terminated(run_id, "FINISHED")
+
+
+def test_a_cell_is_begun_by_one_process_alone(open_account):
+    one, other = open_account(), open_account()
+    assert one.sweep.run.id == other.sweep.run.id
+    first, second = one.begin_next(), other.begin_next()
+    assert [begun.cell.name for begun in (first, second)] == ["plw 0.0", "plw 1.0"]
+    assert one.begin_next() is None
+    other.look()
+    assert other.elsewhere == {"cell0"}
+    assert [cell.name for cell in other.left] == ["plw 0.0"]
+
+
+def test_a_finished_cell_is_not_run_again_and_one_that_was_cut_short_goes_on_in_its_run(store, open_account, tmp_path):
+    one = open_account()
+    first, second = one.begin_next(), one.begin_next()
+    finish(store, first.run_id)
+    one.end(first, 0, tmp_path / "none")
+    store.set_terminated(second.run_id, "KILLED")
+    one.end(second, 130, tmp_path / "none")
+    assert [cell.name for cell in one.finished] == ["plw 0.0"]
+    other = open_account()
+    begun = other.begin_next()
+    assert (begun.cell.name, begun.run_id) == ("plw 1.0", second.run_id)
+
+
+def test_a_failed_cell_is_run_again_only_where_that_is_asked_for(store, open_account, tmp_path):
+    one = open_account()
+    begun = one.begin_next()
+    log = tmp_path / "log.txt"
+    log.write_text("loading\nout of memory\n")
+    one.end(begun, -9, log)
+    assert [cell.name for cell in one.failed] == ["plw 0.0"]
+    assert "killed by signal 9; its last line: out of memory" in one.failure(begun.cell)
+    assert [item.path for item in store.list_artifacts(begun.run_id)] == ["log.txt"]
+    assert store.get_run(begun.run_id).info.status == "FAILED"
+    assert one.begin_next().cell.name == "plw 1.0"
+    again = open_account(retries_failed=True)
+    retried = again.begin_next()
+    assert retried.cell.name == "plw 0.0"
+    assert retried.run_id != begun.run_id
+    again.end(retried, 1, log)
+    assert again.begin_next() is None  # it has failed a second time
+    assert [cell.name for cell in again.failed] == ["plw 0.0"]
+
+
+def test_cells_that_another_sweep_has_finished_count(store, open_account, tmp_path):
+    one = open_account()
+    for _ in CELLS:
+        begun = one.begin_next()
+        finish(store, begun.run_id)
+        one.end(begun, 0, tmp_path / "none")
+    other = open_account("another grid")
+    assert other.sweep.run.id != one.sweep.run.id
+    assert other.begin_next() is None
+    assert other.finished == CELLS
+    other.adopt()
+    tags = store.get_run(begun.run_id).data.tags
+    assert tags[f"plw.also_in.{other.sweep.run.id}"] == "true"
+    assert not [tag for tag in tags if one.sweep.run.id in tag and "also_in" in tag]
+    assert store.search_registered_models() == []  # no claim is left behind

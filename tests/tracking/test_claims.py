@@ -1,0 +1,106 @@
+"""Does one process alone hold a claim, and is that of a dead one taken over by one alone?"""
+
+import subprocess
+import sys
+import threading
+
+import mlflow
+import pytest
+
+from plw_mlflow.environment import processes
+from plw_mlflow.tracking import claims
+from plw_mlflow.tracking.claims import Claims
+from tests.stores import Place
+
+
+@pytest.fixture
+def client(tmp_path):
+    place = Place(tmp_path)
+    mlflow.set_tracking_uri(place.uri)
+    return place.client
+
+
+def names(client):
+    return sorted(model.name for model in client.search_registered_models())
+
+
+@pytest.fixture
+def a_dead_process():
+    """The identity of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        identity = processes.identity(process.pid)
+        assert processes.has_ended(identity) is False
+        process.communicate(b"\n")
+    return identity
+
+
+def test_a_claim_is_held_by_one_until_it_is_released(client):
+    one, other = Claims(), Claims()
+    assert one.take("work")
+    assert not other.take("work")
+    assert other.of_others("wo") == {"work"}
+    assert one.of_others("wo") == set()
+    one.release("work")
+    assert names(client) == []
+    assert other.take("work")
+
+
+def test_a_claim_of_a_process_that_has_ended_is_taken_over(client, monkeypatch, a_dead_process):
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "identity", lambda pid=None: a_dead_process)
+        assert Claims().take("work")
+    one, other = Claims(), Claims()
+    assert one.take("work")
+    assert names(client) == ["plw-claim-work-1", "plw-claim-work-2"]
+    assert not other.take("work")
+    one.release("work")
+    assert names(client) == []
+
+
+def test_a_claim_of_another_machine_is_abandoned_after_silence_alone(client, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "identity", lambda pid=None: "another-boot/1/2/3")
+        assert Claims().take("work")
+    here = Claims()
+    for seconds in (0, claims.SILENT_SECONDS):
+        now[0] = seconds
+        assert not here.take("work")
+        client.set_registered_model_tag("plw-claim-work-1", "plw.alive", f"a sign at {seconds}")
+    now[0] += 1
+    assert not here.take("work")  # as it has given a sign
+    now[0] += claims.SILENT_SECONDS + 1
+    assert here.take("work")
+
+
+def test_who_comes_late_to_an_abandoned_claim_gives_way(client, monkeypatch, a_dead_process):
+    """Late: has seen the dead process' claim, which somebody else has taken over and released since."""
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "identity", lambda pid=None: a_dead_process)
+        assert Claims().take("work")
+    late, other, third = Claims(), Claims(), Claims()
+    seen = late._standing("work")
+    assert other.take("work")
+    other.release("work")
+    assert third.take("work")  # a new claim with the number of the dead one
+    assert not late._create("work", 2, seen)
+    assert names(client) == ["plw-claim-work-1"]
+    assert not late.take("work")
+
+
+def test_of_many_threads_one_takes_a_claim(client):
+    taken = []
+    barrier = threading.Barrier(8)
+
+    def take():
+        barrier.wait()
+        if Claims().take("work"):
+            taken.append(threading.get_ident())
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 1
