@@ -36,7 +36,7 @@ from plw_mlflow.config import (
     split_list,
 )
 from plw_mlflow.data import sources, templates
-from plw_mlflow.environment import outputs
+from plw_mlflow.environment import abilities, outputs, precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import Unreachable, UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
@@ -124,6 +124,7 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         for tokenizer in [config.tokenizer] if config.tokenizer else _listed(config, "model"):
             yield partial(_template, config.template, tokenizer)
     if isinstance(config, RecipeOptions):  # main, train and sweep
+        yield from _abilities(config)
         for model in _listed(config, "model"):
             yield partial(_model, model)
     if _reads_data(config) and config.tokenizer is None:
@@ -133,12 +134,28 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         yield partial(_model, config.model, is_scored=True)
     if (_reads_data(config) or isinstance(config, EvaluateConfig)) and config.tokenizer is not None:
         yield partial(_tokenizer, "tokenizer", config.tokenizer)
+    if "bfloat16" in (getattr(config, "precision", None), getattr(config, "eval_precision", None)):
+        yield _bfloat16
     if isinstance(config, ScoreOptions):
         yield partial(task_sets.check, config.tasks)
         if config.data_dir is not None:
             yield partial(_documents, config.tasks, config.data_dir)
     if isinstance(config, AnalyzeConfig | AdviseConfig) and config.scores is not None:
         yield partial(_table, config.scores)
+
+
+def _abilities(config: Any) -> Iterator[Callable[[], None]]:
+    """The checks of what this machine has to be able to do for a training."""
+    for method in _listed(config, "method"):
+        yield partial(abilities.check_method, method)
+    yield partial(abilities.check_optimizer, config.optimizer)
+    if config.compile:
+        yield abilities.check_compilers
+
+
+def _bfloat16() -> None:
+    if abilities.has_gpu():  # a CPU without it is slow at it, but right
+        precision.resolve("bfloat16", "")
 
 
 def _on_hub(config: Any) -> Iterator[Callable[[], None]]:
