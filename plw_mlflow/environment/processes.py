@@ -11,7 +11,9 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-PARENT_REPORTS = "PLW_PARENT_REPORTS"  # set in the environment of a sweep's cells: the process id of the sweep
+INTERRUPTED = 130  # exit status of a command that was interrupted
+PARENT_REPORTS = "PLW_PARENT_REPORTS"  # set in the environment of a sweep's cells, and of several processes of one
+SWEEP = "PLW_SWEEP"  # set in the environment of a sweep's cells: the process id of the sweep
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -31,7 +33,7 @@ def end_with_sweep() -> None:
     A sweep that is killed would leave its cells behind, and whoever goes on for it would train them a second time. Only
     Linux can do so. A process that torchrun has started ends with torchrun, which ends with the sweep.
     """
-    if (sweep := os.environ.get(PARENT_REPORTS)) is None:
+    if (sweep := os.environ.get(SWEEP)) is None:
         return
     with suppress(OSError, AttributeError):  # this is not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.models import adapters
 from plw_mlflow.sweep import display, ending, grid, local
 from plw_mlflow.sweep.account import Account, states
-from plw_mlflow.training import compilation, optimizers
+from plw_mlflow.training import optimizers
 
 
 def run(config: SweepConfig) -> None:
@@ -22,12 +21,8 @@ def run(config: SweepConfig) -> None:
     if config.dry_run:
         print(display.plan(planned.cells, states(planned.cells, tracking.finished_before(config))))
         return
-    for method in {cell.config.method for cell in planned.cells}:
-        adapters.check(method)
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
-    if config.compile:
-        compilation.check()
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
         local.run(account, config, display.Lines(account))

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from plw_mlflow import tracking
+from plw_mlflow.environment.processes import INTERRUPTED
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Attempt, Sweep
 
-INTERRUPTED = 130  # exit status of a cell that was interrupted
 State = Literal["finished", "failed", "cut short", "left"]
 
 
