@@ -173,7 +173,8 @@ def _on_hub(config: Any) -> Iterator[Callable[[], None]]:
     if not _reads_data(config) and not isinstance(config, EvaluateConfig):
         return
     if config.tokenizer is not None:
-        yield partial(hub.check, "tokenizer", config.tokenizer)
+        for tokenizer in filter(None, _listed(config, "tokenizer")):
+            yield partial(hub.check, "tokenizer", tokenizer)
     elif not isinstance(config, EvaluateConfig | RecipeOptions):  # prepare and advise, which need no more of a model
         for model in _listed(config, "model"):
             yield partial(hub.check, "tokenizer", model)
