@@ -46,6 +46,8 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         def parsed(**values: Any) -> None:
             config = config_type(**values)
             checks.check(config)
+            if is_first_process():  # which reports for all
+                checks.check_hub(config)
             with checks.reserved_output(config):
                 main(config)
 

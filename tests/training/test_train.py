@@ -277,7 +277,7 @@ def share_steps(folder: Path, spread: str, rank: str) -> None:
             assert model.config._attn_implementation == "sdpa"
             assert model(torch.arange(6).unsqueeze(0)).logits.isfinite().all()
     # A signal comes to one of them; both stop after the same step, which can be gone on from alone.
-    kill = functools.partial(signal_self, at=4, message=signal.SIGINT if spread == "fsdp2" else signal.SIGTERM)
+    kill = functools.partial(signal_self, at=5, message=signal.SIGINT if spread == "fsdp2" else signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         resumable(
             folder / "terminated", "full", parallel=spread, log=kill if rank == "0" else lambda metrics, step: None
@@ -350,7 +350,8 @@ def test_another_number_of_processes_can_go_on(spread, shared_training, tmp_path
     expected = resumable(tmp_path, "full").model.state_dict()
     assert_same_weights(torch.load(shared_training / spread / "gone on"), expected)
     again = resumable(shared_training / spread / "terminated", "full")
-    assert again.resumed_from == 5  # told in the fourth step's log, they stop after the next
+    # Told in the fifth step's log, they stop after the next, which is validated before it is saved.
+    assert again.resumed_from == 6
     assert_same_weights(again.model.state_dict(), expected)
 
 
