@@ -6,6 +6,11 @@ are then those of a training that nothing disturbed, to the bit, or they are not
 an undisturbed training takes from its first step on, from a seed; where that finds it is up to the machine. A full disk
 is a limit on the size of files (RLIMIT_FSIZE), which fails a write as a full disk does, and needs no special rights.
 
+The same is done with two processes, of which both or one of them is killed: with FSDP2, where each saves its shards,
+and with DDP. Gone on with by two processes, they have to end in the bits of an undisturbed training. Some are gone on
+with by one process and by two in turn. They may differ from a training by one process by as much as an undisturbed
+training by two differs from it, since two processes add up in another order. No checkpoint may be set aside as damaged.
+
 Then a training with an MLflow server: that is killed while the training goes on, the training is killed too, both are
 started again, and the server is lost once more. Every step has to be in every curve once.
 
@@ -14,7 +19,6 @@ One training costs little, as each is forked from a process that has imported ev
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -32,10 +36,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 from urllib.request import urlopen
 
 import click
@@ -46,20 +50,45 @@ from plw_mlflow.models import pretrained
 from plw_mlflow.training import checkpoints, train
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("full", "lora")
 STEPS_TO_FILL = (3, 6)  # the disk is full from the first of these steps to the second
+WEIGHTS = "weights.safetensors"  # of a training that is done
 FULL_BYTES = 20_000  # of a file that a full disk still takes: any metadata, no checkpoint
+PATIENCE_SECONDS = 60  # so long a process may outlive the first one of its training that has ended
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train."""
+
+    method: Literal["full", "lora"]
+    processes: int = 1
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    lora_dropout: float = 0.3
+
+
+ALONE = (Recipe("full"), Recipe("lora"))
+SHARED = (Recipe("full", 2, "fsdp2"), Recipe("lora", 2, "fsdp2"), Recipe("full", 2, "ddp"))
+# Processes draw dropout each for itself, so without it.
+IN_TURN = (Recipe("full", 2, "fsdp2"), Recipe("lora", 2, "fsdp2", lora_dropout=0.0), Recipe("full", 2, "ddp"))
+
+
+@dataclass
+class Training:
+    """The processes of a training, and the exit statuses of those that have ended (a signal's is negative)."""
+
+    pids: tuple[int, ...]
+    statuses: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How often something came out as it should."""
+    """How often something came out as it should, or how far from it; `whole` is what it is held against."""
 
     fault: str
     what: str
-    count: int
+    count: float
     of: str
-    whole: int
+    whole: float
 
     def row(self) -> dict[str, str | float]:
         """As all benchmarks write it; the ratio is 1 where nothing was lost."""
@@ -86,7 +115,6 @@ class Trainer:
             epochs=1,
             save_every=1,
             eval_every=1000,
-            lora_dropout=0.3,
             precision="float32",
             cache_dir=folder / "cache",
         )
@@ -111,14 +139,20 @@ class Trainer:
         folder.mkdir()
         return folder
 
-    def start(self, method: str, folder: Path, log: Callable[[int], None] = lambda step: None) -> int:
-        """Begin a training, or go on with the one in `folder`; gives the process's id.
+    def start(self, recipe: Recipe, folder: Path, log: Callable[[int], None] = lambda step: None) -> Training:
+        """Begin a training, or go on with the one in `folder`.
 
-        log: called in that process after each step.
+        log: called in its first process after each step.
         """
         self._shared[:] = bytes(2)
         sys.stdout.flush()
         sys.stderr.flush()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return Training(tuple(self._fork(recipe, rank, port, folder, log) for rank in range(recipe.processes)))
+
+    def _fork(self, recipe: Recipe, rank: int, port: int, folder: Path, log: Callable[[int], None]) -> int:
         if pid := os.fork():
             return pid
         status = 1
@@ -127,7 +161,11 @@ class Trainer:
             os.dup2(output, 1)
             os.dup2(output, 2)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as every entry point does
-            status = self._train(method, folder, log)
+            if recipe.processes > 1:  # as torchrun does
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(recipe.processes)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(recipe.processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            status = self._train(recipe, rank, folder, log)
         except KeyboardInterrupt:
             status = 130
         except BaseException:
@@ -139,11 +177,16 @@ class Trainer:
             finally:
                 os._exit(status)
 
-    def _train(self, method: str, folder: Path, log: Callable[[int], None]) -> int:
+    def _train(self, recipe: Recipe, rank: int, folder: Path, log: Callable[[int], None]) -> int:
         import torch
+        from safetensors.torch import save_file
 
         torch.set_num_threads(1)
-        config = replace(self.config, method=method)  # type: ignore[arg-type]
+        config = replace(self.config, method=recipe.method, parallel=recipe.parallel, lora_dropout=recipe.lora_dropout)
+        model = pretrained.load(config.model)
+        if rank > 0:
+            train.run(config, self._prepared, model, folder)
+            return 0
 
         def begin() -> None:
             self._shared[0] = 1
@@ -156,37 +199,44 @@ class Trainer:
             log(step)
 
         with checkpoints.reserve(folder):
-            model = pretrained.load(config.model)
             done = train.run(config, self._prepared, model, folder, tell, begin, end)
-        digest = hashlib.sha256()
-        for name, parameter in sorted(done.model.named_parameters()):
-            digest.update(name.encode() + parameter.detach().numpy().tobytes())
-        (folder / "unfinished.digest").write_text(digest.hexdigest())
-        os.replace(folder / "unfinished.digest", folder / "digest")
+        weights = {name: parameter.detach() for name, parameter in done.model.named_parameters()}
+        save_file(weights, folder / "unfinished.safetensors")
+        os.replace(folder / "unfinished.safetensors", folder / WEIGHTS)
         return 0
 
-    def wait(self, pid: int, seconds: float = float("inf")) -> int | None:
-        """A training's exit status (a signal's is negative), None where it still runs so many seconds after it began.
+    def wait(self, training: Training, seconds: float = float("inf")) -> int | None:
+        """The status of a training's end; None where it still runs so many seconds after it began.
 
-        It has begun when it has taken a step.
+        It has begun when it has taken a step. The status is 0, or that of the first of its processes that ended badly.
+
+        Raises RuntimeError where one process waits for ever for another one that has ended.
         """
-        deadline = float("inf")
+        deadline = patience = float("inf")
         while True:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                return os.waitstatus_to_exitcode(status)
+            for pid in set(training.pids).difference(training.statuses):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    training.statuses[pid] = os.waitstatus_to_exitcode(status)
+                    patience = min(patience, time.monotonic() + PATIENCE_SECONDS)
+            if len(training.statuses) == len(training.pids):
+                return next(filter(None, training.statuses.values()), 0)
             if self.has_begun and deadline == float("inf"):
                 deadline = time.monotonic() + seconds
             if time.monotonic() >= deadline:
                 return None
+            if time.monotonic() >= patience:
+                for pid in set(training.pids).difference(training.statuses):
+                    os.kill(pid, signal.SIGKILL)
+                raise RuntimeError(f"a process outlives another one of its training by {PATIENCE_SECONDS} s")
             time.sleep(0.0005)
 
-    def finish(self, method: str, folder: Path, log: Callable[[int], None] = lambda step: None) -> str:
-        """Start a training and see it to its end; a digest of the weights. Raises RuntimeError where it fails."""
-        status = self.wait(self.start(method, folder, log))
+    def finish(self, recipe: Recipe, folder: Path, log: Callable[[int], None] = lambda step: None) -> bytes:
+        """Start a training and see it to its end; the file of its weights. Raises RuntimeError where it fails."""
+        status = self.wait(self.start(recipe, folder, log))
         if status != 0:
             raise RuntimeError(f"a training ended with status {status}:\n{(folder / 'output').read_text()}")
-        return (folder / "digest").read_text()
+        return (folder / WEIGHTS).read_bytes()
 
 
 def fresh_process() -> ProcessPoolExecutor:
@@ -194,65 +244,135 @@ def fresh_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def disturb(folder: Path, kills: int, terms: int, seed: int, methods: Sequence[str] = METHODS) -> list[Outcome]:
+def disturb(folder: Path, kills: int, terms: int, seed: int, recipes: Sequence[Recipe] = ALONE) -> list[Outcome]:
     """SIGKILLs, SIGTERMs and full disks, in this process, a fresh one."""
     trainer, rng = Trainer(folder), random.Random(seed)
-    undisturbed, seconds = {}, {}
-    for method in methods:
-        pid = trainer.start(method, folder := trainer.new_folder())
-        begun = trainer.wait(pid, 0)
-        started = time.monotonic()
-        if begun is not None or trainer.wait(pid) != 0:
-            raise RuntimeError(f"an undisturbed training has failed:\n{(folder / 'output').read_text()}")
-        seconds[method] = time.monotonic() - started
-        undisturbed[method] = (folder / "digest").read_text()
+    undisturbed, seconds = _undisturbed(trainer, recipes)
     outcomes = []
     for number, name, message in ((kills, "SIGKILL", signal.SIGKILL), (terms, "SIGTERM", signal.SIGTERM)):
         count = _interrupt(trainer, undisturbed, seconds, number, message, rng)
-        fault = f"{number} {name}s"
-        outcomes.append(
-            Outcome(fault, "trainings that end in the undisturbed bits", count["same"], "trainings", count["all"])
-        )
-        outcomes.append(Outcome(fault, "sent while a checkpoint was written", count["saving"], name + "s", number))
+        outcomes += _report(f"{number} {name}s", count)
         if message == signal.SIGTERM:
             ended = count["130"] + count["0"]  # 0 where the training was done when the signal came
-            outcomes.append(Outcome(fault, "end with status 130, or were done", ended, name + "s", number))
-    same = [_fill_the_disk(trainer, method) == undisturbed[method] for method in methods]
+            outcomes.append(
+                Outcome(f"{number} {name}s", "end with status 130, or were done", ended, name + "s", number)
+            )
+    same = [_fill_the_disk(trainer, recipe) == undisturbed[recipe] for recipe in recipes]
     fault = f"disk full, steps {STEPS_TO_FILL[0]} to {STEPS_TO_FILL[1]}"
     outcomes.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
-    same = [_kill_on_a_full_disk(trainer, method) == undisturbed[method] for method in methods]
+    same = [_kill_on_a_full_disk(trainer, recipe) == undisturbed[recipe] for recipe in recipes]
     fault = "disk full to the end, then SIGKILL"
     outcomes.append(Outcome(fault, "trainings that end in the undisturbed bits", sum(same), "trainings", len(same)))
     return outcomes
 
 
+def disturb_shared(
+    folder: Path, kills: int, seed: int, shared: Sequence[Recipe] = SHARED, in_turn: Sequence[Recipe] = IN_TURN
+) -> list[Outcome]:
+    """SIGKILLs of trainings by several processes, in this process, a fresh one; `kills` for each way to train."""
+    trainer, rng = Trainer(folder), random.Random(seed)
+    undisturbed, seconds = _undisturbed(trainer, list(dict.fromkeys([*shared, *in_turn])))
+    outcomes = []
+    for recipe in shared:
+        count = _interrupt(trainer, {recipe: undisturbed[recipe]}, seconds, kills, signal.SIGKILL, rng)
+        outcomes += _report(f"{_name(recipe)}: {kills} SIGKILLs", count)
+    for recipe in in_turn:
+        alone = trainer.finish(replace(recipe, processes=1), trainer.new_folder())
+        found: list[bytes] = []
+        count = _interrupt(trainer, {recipe: b""}, seconds, kills, signal.SIGKILL, rng, found)
+        fault = f"{_name(recipe)}, then 1 and 2 in turn: {kills} SIGKILLs"
+        outcomes += _report(fault, count)[1:]
+        outcomes.append(
+            Outcome(
+                fault,
+                f"distance of {len(found)} from 1 process",
+                max(_distance(weights, alone) for weights in found),
+                "2 processes, undisturbed",
+                _distance(undisturbed[recipe], alone),
+            )
+        )
+    return outcomes
+
+
+def _name(recipe: Recipe) -> str:
+    return f"{recipe.processes} processes, {recipe.parallel}, {recipe.method}"
+
+
+def _distance(weights: bytes, expected: bytes) -> float:
+    """The relative distance of all weights of a training from those of another one."""
+    from safetensors.torch import load
+
+    found, true = load(weights), load(expected)
+    squares = {name: float((found[name].double() - true[name].double()).square().sum()) for name in true}
+    return float((sum(squares.values()) / sum(float(each.double().square().sum()) for each in true.values())) ** 0.5)
+
+
+def _undisturbed(trainer: Trainer, recipes: Sequence[Recipe]) -> tuple[dict[Recipe, bytes], dict[Recipe, float]]:
+    """The weights of trainings that nothing disturbs, and the seconds from their first step to their end."""
+    weights, seconds = {}, {}
+    for recipe in recipes:
+        training = trainer.start(recipe, folder := trainer.new_folder())
+        begun = trainer.wait(training, 0)
+        started = time.monotonic()
+        if begun is not None or trainer.wait(training) != 0:
+            raise RuntimeError(f"an undisturbed training has failed:\n{(folder / 'output').read_text()}")
+        seconds[recipe] = time.monotonic() - started
+        weights[recipe] = (folder / WEIGHTS).read_bytes()
+    return weights, seconds
+
+
+def _report(fault: str, count: Counter[str]) -> list[Outcome]:
+    """The outcomes that all interruptions have."""
+    return [
+        Outcome(fault, "trainings that end in the undisturbed bits", count["same"], "trainings", count["all"]),
+        Outcome(fault, "sent while a checkpoint was written", count["saving"], fault.split()[-1], count["sent"]),
+        Outcome(fault, "trainings that set no checkpoint aside", count["sound"], "trainings", count["all"]),
+    ]
+
+
 def _interrupt(
     trainer: Trainer,
-    undisturbed: dict[str, str],
-    seconds: dict[str, float],
+    undisturbed: dict[Recipe, bytes],
+    seconds: dict[Recipe, float],
     number: int,
     message: signal.Signals,
     rng: random.Random,
+    found: list[bytes] | None = None,
 ) -> Counter[str]:
-    """Send a signal so many times, over as many trainings as that takes, each started again until it is done."""
+    """Send a signal so many times, over as many trainings as that takes, each started again until it is done.
+
+    Of several processes, both or one of the two get it.
+
+    found: gets the weights of each training. With it, a training that is started again is so by one process and by as
+    many as its recipe has in turn.
+    """
     count: Counter[str] = Counter()
     while count["sent"] < number:
-        methods = list(undisturbed)
-        method = methods[count["all"] % len(methods)]
-        folder = trainer.new_folder()
-        while not (folder / "digest").exists():
-            pid = trainer.start(method, folder)
+        recipes = list(undisturbed)
+        recipe = recipes[count["all"] % len(recipes)]
+        folder, starts = trainer.new_folder(), 0
+        while not (folder / WEIGHTS).exists():
+            is_alone = found is not None and starts % 2 == 1
+            training = trainer.start(replace(recipe, processes=1) if is_alone else recipe, folder)
+            starts += 1
             is_last = count["sent"] == number
-            status = trainer.wait(pid, float("inf") if is_last else rng.uniform(0, seconds[method]))
+            status = trainer.wait(training, float("inf") if is_last else rng.uniform(0, seconds[recipe]))
             if status is None:
-                os.kill(pid, message)
+                pids = training.pids
+                for pid in pids if len(pids) == 1 else rng.choice([pids, pids[:1], pids[1:]]):
+                    if pid not in training.statuses:
+                        os.kill(pid, message)
                 count["sent"] += 1
                 count["saving"] += trainer.is_saving
-                count[str(trainer.wait(pid))] += 1
+                count[str(trainer.wait(training))] += 1
             elif status != 0:
                 raise RuntimeError(f"a training started again has failed:\n{(folder / 'output').read_text()}")
         count["all"] += 1
-        count["same"] += (folder / "digest").read_text() == undisturbed[method]
+        count["sound"] += not list(folder.glob("damaged-*"))
+        weights = (folder / WEIGHTS).read_bytes()
+        count["same"] += weights == undisturbed[recipe]
+        if found is not None:
+            found.append(weights)
     return count
 
 
@@ -261,7 +381,7 @@ def _limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def _fill_the_disk(trainer: Trainer, method: str) -> str:
+def _fill_the_disk(trainer: Trainer, recipe: Recipe) -> bytes:
     """A disk that is full for some steps, and has room again."""
 
     def log(step: int) -> None:
@@ -271,12 +391,12 @@ def _fill_the_disk(trainer: Trainer, method: str) -> str:
             _limit(resource.RLIM_INFINITY)
 
     folder = trainer.new_folder()
-    digest = trainer.finish(method, folder, log)
+    weights = trainer.finish(recipe, folder, log)
     _expect("cannot be written", folder)
-    return digest
+    return weights
 
 
-def _kill_on_a_full_disk(trainer: Trainer, method: str) -> str:
+def _kill_on_a_full_disk(trainer: Trainer, recipe: Recipe) -> bytes:
     """A disk that is full until the training is killed, and started again with room."""
 
     def log(step: int) -> None:
@@ -286,9 +406,9 @@ def _kill_on_a_full_disk(trainer: Trainer, method: str) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
     folder = trainer.new_folder()
-    trainer.wait(trainer.start(method, folder, log))
+    trainer.wait(trainer.start(recipe, folder, log))
     _expect("cannot be written", folder)
-    return trainer.finish(method, folder)
+    return trainer.finish(recipe, folder)
 
 
 def _expect(words: str, folder: Path) -> None:
@@ -421,15 +541,21 @@ def _await_step(folder: Path, step: int, training: subprocess.Popen[bytes]) -> N
 @click.command(help=__doc__)
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
 @click.option("--kills", default=50, show_default=True, help="SIGKILLs.")
+@click.option(
+    "--shared-kills", default=15, show_default=True, help="SIGKILLs of each kind of training by two processes."
+)
 @click.option("--terms", default=10, show_default=True, help="SIGTERMs.")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the moments.")
 @click.option("--server/--no-server", default=True, show_default=True, help="Lose a tracking server too.")
-def main(file: Path, kills: int, terms: int, seed: int, server: bool) -> None:
+def main(file: Path, kills: int, shared_kills: int, terms: int, seed: int, server: bool) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "trainings").mkdir()
         with fresh_process() as process:
             outcomes = process.submit(disturb, Path(scratch) / "trainings", kills, terms, seed).result()
+        (Path(scratch) / "shared").mkdir()
+        with fresh_process() as process:
+            outcomes += process.submit(disturb_shared, Path(scratch) / "shared", shared_kills, seed).result()
         if server:
             mlflow_server = MlflowServer(Path(scratch))
             try:
@@ -437,7 +563,7 @@ def main(file: Path, kills: int, terms: int, seed: int, server: bool) -> None:
             finally:
                 mlflow_server.kill()
     for outcome in outcomes:
-        print(f"{outcome.fault:<45}{outcome.what:<45}{outcome.count:>5} of {outcome.whole} {outcome.of}")
+        print(f"{outcome.fault:<60}{outcome.what:<45}{outcome.count:>5.4g} of {outcome.whole:.4g} {outcome.of}")
     print(f"{time.monotonic() - started:.0f} s")
     file.write_text(json.dumps([outcome.row() for outcome in outcomes], indent=2) + "\n")
 

@@ -41,7 +41,7 @@ from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, held, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
-from plw_mlflow.training import checkpoints, compilation, measured, optimizers, recomputation, train
+from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
 
 ENDS_FROM_EXAMPLES = 100  # training examples that are looked at to see how answers end
 
@@ -51,10 +51,7 @@ def run(config: TrainConfig) -> None:
 
     Every process that trains the cell calls this.
     """
-    adapters.check(config.method)
     optimizers.check(config.optimizer)
-    if config.compile:
-        compilation.check()
     if not is_first_process():
         assist(config)
         return

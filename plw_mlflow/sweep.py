@@ -19,8 +19,7 @@ from plw_mlflow.analysis import analyze, report, wording
 from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import RunError
-from plw_mlflow.models import adapters
-from plw_mlflow.training import compilation, optimizers
+from plw_mlflow.training import optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit status of a cell that was interrupted
@@ -39,11 +38,7 @@ class CellResult:
 def run(config: SweepConfig) -> None:
     """Run every cell, and analyse those that finished. Raises RunError naming those that did not."""
     configs = config.cells()
-    for method in {cell_config.method for cell_config in configs}:
-        adapters.check(method)
     optimizers.check(config.optimizer)
-    if config.compile:
-        compilation.check()
     with tracking.open_sweep(config) as (parent, open_child):
         results = []
         for number, cell_config in enumerate(configs, start=1):

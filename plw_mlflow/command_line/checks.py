@@ -1,15 +1,15 @@
 """Checks: do the files, folders, models and tasks that a command names exist on this machine?
 
 A config checks its values by itself. These checks come next, before anything heavy is imported or loaded, and take
-well under a second, so that a misspelt name costs no wait and leaves no failed run. Only names that the hub or a
-tracking server may know are looked up later.
+well under a second, so that a misspelt name costs no wait and leaves no failed run. The hub is asked last. Only names
+that a tracking server may know are looked up later.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,11 @@ from plw_mlflow.config import (
     split_list,
 )
 from plw_mlflow.data import sources, templates
-from plw_mlflow.environment import outputs
+from plw_mlflow.environment import abilities, outputs, precision
 from plw_mlflow.environment.processes import is_first_process
-from plw_mlflow.errors import UserError, did_you_mean
+from plw_mlflow.errors import Unreachable, UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
+from plw_mlflow.models import hub
 from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
@@ -67,17 +68,32 @@ def check(config: Config) -> None:
 
     If nothing it reads is missing, the folders that it writes to are made.
     """
-    for checks in (_references(config), _folders(config)):
-        faults = []
-        for check_one in checks:
-            try:
-                check_one()
-            except UserError as error:
-                faults.append(str(error))
-            except OSError as error:  # a name that is too long, or lies in a folder that may not be read
-                faults.append(f"{error.filename}: {error.strerror}")
-        if faults:
-            raise UserError("; ".join(dict.fromkeys(faults)))
+    _raise_all(_references(config))
+    _raise_all(_folders(config))
+
+
+def check_hub(config: Config) -> None:
+    """Raise UserError that lists the models and tokenizers that a config names and the hub does not have.
+
+    Raises Unreachable where it cannot be asked (`hub.check`).
+    """
+    _raise_all(_on_hub(config))
+
+
+def _raise_all(checks: Iterable[Callable[[], None]]) -> None:
+    """Make all checks, and raise UserError that lists what they have found."""
+    faults = []
+    for check_one in checks:
+        try:
+            check_one()
+        except UserError as error:
+            faults.append(str(error))
+        except Unreachable:
+            raise
+        except OSError as error:  # a name that is too long, or lies in a folder that may not be read
+            faults.append(f"{error.filename}: {error.strerror}")
+    if faults:
+        raise UserError("; ".join(dict.fromkeys(faults)))
 
 
 @contextmanager
@@ -108,6 +124,7 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         for tokenizer in [config.tokenizer] if config.tokenizer else _listed(config, "model"):
             yield partial(_template, config.template, tokenizer)
     if isinstance(config, RecipeOptions):  # main, train and sweep
+        yield from _abilities(config)
         for model in _listed(config, "model"):
             yield partial(_model, model)
     if _reads_data(config) and config.tokenizer is None:
@@ -117,12 +134,45 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         yield partial(_model, config.model, is_scored=True)
     if (_reads_data(config) or isinstance(config, EvaluateConfig)) and config.tokenizer is not None:
         yield partial(_tokenizer, "tokenizer", config.tokenizer)
+    if "bfloat16" in (getattr(config, "precision", None), getattr(config, "eval_precision", None)):
+        yield _bfloat16
     if isinstance(config, ScoreOptions):
         yield partial(task_sets.check, config.tasks)
         if config.data_dir is not None:
             yield partial(_documents, config.tasks, config.data_dir)
     if isinstance(config, AnalyzeConfig | AdviseConfig) and config.scores is not None:
         yield partial(_table, config.scores)
+
+
+def _abilities(config: Any) -> Iterator[Callable[[], None]]:
+    """The checks of what this machine has to be able to do for a training."""
+    for method in _listed(config, "method"):
+        yield partial(abilities.check_method, method)
+    yield partial(abilities.check_optimizer, config.optimizer)
+    if config.compile:
+        yield abilities.check_compilers
+
+
+def _bfloat16() -> None:
+    if abilities.has_gpu():  # a CPU without it is slow at it, but right
+        precision.resolve("bfloat16", "")
+
+
+def _on_hub(config: Any) -> Iterator[Callable[[], None]]:
+    """The checks of all that may be on the hub."""
+    is_scored = isinstance(config, EvaluateConfig) and config.endpoint is None and config.model is not None
+    if is_scored and not config.model.startswith("models:/"):
+        yield partial(hub.check, "model", config.model)
+    if isinstance(config, RecipeOptions):
+        for model in _listed(config, "model"):
+            yield partial(hub.check, "model", model)
+    if not _reads_data(config) and not isinstance(config, EvaluateConfig):
+        return
+    if config.tokenizer is not None:
+        yield partial(hub.check, "tokenizer", config.tokenizer)
+    elif not isinstance(config, EvaluateConfig | RecipeOptions):  # prepare and advise, which need no more of a model
+        for model in _listed(config, "model"):
+            yield partial(hub.check, "tokenizer", model)
 
 
 def _folders(config: Any) -> Iterator[Callable[[], None]]:

@@ -21,13 +21,13 @@ import click
 
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, groups, options
-from plw_mlflow.environment.processes import is_first_process, reports_interrupts
+from plw_mlflow.environment.processes import INTERRUPTED, is_first_process, reports_interrupts
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import ExpectedError, PrintableStream, not_installed, printable, without_passwords
 
 # Errors of the operating system that say enough by themselves; of others, the traceback says more.
 REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
-INTERRUPTED = "interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
+INTERRUPTION = "interrupted; the same command goes on from the last checkpoint of a model it was training, if any"
 
 
 def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[], NoReturn]]:
@@ -46,12 +46,14 @@ def command(config_type: type[Any]) -> Callable[[Callable[[Any], None]], Callabl
         def parsed(**values: Any) -> None:
             config = config_type(**values)
             checks.check(config)
+            if is_first_process():  # which reports for all
+                checks.check_hub(config)
             with checks.reserved_output(config):
                 main(config)
 
         for option in options(config_type):
             parsed = option(parsed)
-        return lambda: _run(parsed)
+        return lambda: finish(lambda: parsed.main(standalone_mode=False))
 
     return decorate
 
@@ -65,7 +67,8 @@ def restart_in_processes(processes: int) -> None:
         return
     module = sys.modules["__main__"].__spec__  # None where the command was run as a file, not by python -m
     name = f"entrypoints.{Path(sys.argv[0]).stem}" if module is None else module.name
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [sys.executable, "-m", "plw_mlflow.command_line.torchrun"]
+    torchrun += ["--standalone", f"--nproc-per-node={processes}"]
     torchrun.append("--shutdown-timeout=3600")  # its own 30 s are less than a large checkpoint takes after SIGTERM
     sys.stdout.flush()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -85,19 +88,19 @@ def importing() -> Iterator[None]:
     gc.enable()
 
 
-def _run(parsed: click.Command) -> NoReturn:
-    """Parse the command line, do the work, and exit."""
+def finish(work: Callable[[], Any]) -> NoReturn:
+    """Do the work of a command in this process, and exit with the status that says how it ended (see `command`)."""
     _prepare_process()
     try:
-        parsed.main(standalone_mode=False)
+        work()
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
         if reports_interrupts():
-            _stop(INTERRUPTED, 130)
-        sys.exit(130)
+            _stop(INTERRUPTION, INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except ExpectedError as error:
         _stop(" ".join(str(error).split()), error.status)
     except ModuleNotFoundError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-PARENT_REPORTS = "PLW_PARENT_REPORTS"  # set in the environment of a sweep's cells
+INTERRUPTED = 130  # exit status of a command that was interrupted
+PARENT_REPORTS = "PLW_PARENT_REPORTS"  # set in the environment of a sweep's cells, and of several processes of one
 
 
 def is_first_process() -> bool:

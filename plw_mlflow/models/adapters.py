@@ -6,7 +6,6 @@ on a base whose linear layers are held in 4 bits (`pretrained.load`).
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,6 @@ from plw_mlflow.models import held, stored
 # Layers of a state-space mixer whose weights its kernels read directly. Adapters on them would be passed over,
 # always or where the fast kernels are installed.
 READ_BY_KERNELS = {"x_proj", "dt_proj", "out_proj"}
-
-
-def check(method: Method) -> None:
-    """Raise UserError where this machine cannot train by a method. To be called before anything is loaded."""
-    if method != "qlora":
-        return
-    if not torch.cuda.is_available():
-        raise UserError(
-            "method qlora holds the base model in 4 bits on an NVIDIA GPU, and this machine has none; use --method lora"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("method qlora needs the package bitsandbytes, in the version of conda.yaml")
 
 
 # README.md in the folder of adapters with an added token, which peft cannot load on the base as it is.

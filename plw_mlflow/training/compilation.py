@@ -10,11 +10,8 @@ The kernel for packed rows on a GPU is inside.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,21 +19,6 @@ import torch
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import causal
 from plw_mlflow.training import attention
-
-
-def check() -> None:
-    """Raise UserError where this machine cannot compile. To be called before anything is loaded."""
-    if torch.cuda.is_available():
-        if find_spec("triton") is None:
-            raise UserError("compile needs the package triton on a GPU, which is not installed; leave --compile out")
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise UserError(
-                "compile needs a C compiler, and there is none; install gcc, set CC, or leave --compile out"
-            )
-    elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            f"compile needs a C++ compiler, and there is no {compiler}; install g++, set CXX, or leave --compile out"
-        )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ tensors with fewer than 4,096 numbers stay float32. Its steps are approximate, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from logging import ERROR, getLogger
 from typing import Any, Literal
 
@@ -21,8 +20,6 @@ def check(optimizer: Literal["adamw", "adamw8bit"]) -> None:
     """Raise UserError where this machine cannot train by an optimiser. To be called before anything is loaded."""
     if optimizer == "adamw":
         return
-    if find_spec("bitsandbytes") is None:
-        raise UserError("optimizer adamw8bit needs the package bitsandbytes, in the version of conda.yaml")
     # Whether it has a kernel for this device shows in a step alone. Fewer than 4,096 numbers would stay float32.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))

@@ -92,6 +92,16 @@ def wrap(learner: nn.Module, kind: Literal["ddp", "fsdp2"], joined: Accelerator)
     return learner
 
 
+def let_go(learner: nn.Module) -> None:
+    """Have a learner of fsdp2 hold nothing but shards again after a forward pass that no backward pass has followed.
+
+    The outermost module would keep its parameters gathered (embedding, last norm and head), which the optimiser and
+    checkpoints would take for other parameters.
+    """
+    if isinstance(learner, FSDPModule):
+        learner.reshard()
+
+
 @torch.no_grad()
 def _receive(part: nn.Module, device: torch.device) -> None:
     """Put the first process's parameters of a part on each process's device, but for those that are shards already."""
@@ -148,7 +158,9 @@ def is_first() -> bool:
 
 def is_sharded(parameters: Mapping[str, Tensor]) -> bool:
     """Whether the processes share these parameters, so that each holds shards of them."""
-    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    kinds = {isinstance(parameter, DTensor) for parameter in parameters.values()}
+    assert len(kinds) <= 1, "some parameters are shards and others are gathered"
+    return True in kinds
 
 
 def own_part(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

@@ -69,7 +69,8 @@ def run(
 
     Raises RunError at the first loss or gradient that is not finite, naming the step, and where memory runs out; the
     last checkpoint stays as it was. On SIGTERM to any process, the current step is finished and saved, and
-    KeyboardInterrupt raised.
+    KeyboardInterrupt raised. Several processes do so on SIGINT, too: if one of them left at once, the others would wait
+    for it in the middle of a step.
     """
     kind = precision.resolve(config.precision, config.model)
     accelerator = parallel.accelerator(kind)
@@ -97,7 +98,7 @@ def run(
         begin(first_step)
         writer = checkpoints.Writer(folder, cell, config.keep, after_save, writers)
         stack.callback(writer.wait)
-        is_asked_to_stop = stack.enter_context(_noting_sigterm())
+        is_asked_to_stop = stack.enter_context(_noting_signals(has_company=accelerator.num_processes > 1))
         started, tokens_seen = time.monotonic(), 0
         if first_step == 0:
             log(trainer.evaluate(), 0)
@@ -121,7 +122,7 @@ def run(
             is_saving = trainer.step % config.save_every == 0 or trainer.step == total_steps
             if is_saving or trainer.step % config.eval_every == 0:
                 # Before each checkpoint too, as the step's own loss says nothing of the weights that the step has made.
-                # Only before that of SIGTERM there may be no time.
+                # Only before that of a signal there may be no time.
                 metrics |= trainer.evaluate()
                 check_finite(metrics, trainer.step)
             log(metrics, trainer.step)
@@ -164,14 +165,19 @@ def _packing(model: Any) -> Iterator[bool]:
 
 
 @contextmanager
-def _noting_sigterm() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGTERM ends nothing; gives a function that says whether it has come."""
-    signals: list[int] = []
+def _noting_signals(*, has_company: bool) -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGTERM, and in company SIGINT, end nothing; gives a function that says whether one has come.
+
+    has_company: whether other processes train with this one.
+    """
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
         yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    wanted = (signal.SIGTERM, signal.SIGINT) if has_company else (signal.SIGTERM,)
+    before = {each: signal.signal(each, lambda number, frame: noted.append(number)) for each in wanted}
     try:
-        yield lambda: bool(signals)
+        yield lambda: bool(noted)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)

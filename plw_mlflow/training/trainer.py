@@ -229,6 +229,7 @@ class Trainer:
                 _, nll = self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)
                 sums += _by_side(nll, batch)
         self._learner.train()
+        parallel.let_go(self._learner)
         return _means("eval", self._accelerator.reduce(sums, "sum").tolist())
 
     def checkpoint(self) -> Checkpoint:

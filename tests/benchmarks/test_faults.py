@@ -19,7 +19,7 @@ def complete(outcomes, *but):
 @pytest.mark.slow
 def test_killed_and_starved_trainings_end_in_the_undisturbed_bits(tmp_path):
     with faults.fresh_process() as process:
-        outcomes = process.submit(faults.disturb, tmp_path, kills=2, terms=1, seed=1, methods=["lora"]).result()
+        outcomes = process.submit(faults.disturb, tmp_path, kills=2, terms=1, seed=1, recipes=faults.ALONE[1:]).result()
     assert {outcome.fault for outcome in outcomes} >= {"2 SIGKILLs", "1 SIGTERMs", "disk full to the end, then SIGKILL"}
     assert complete(outcomes, "sent while a checkpoint was written")
 

@@ -132,23 +132,10 @@ def test_what_a_state_space_models_kernels_read_themselves_gets_no_adapter():
     assert "model.decoder.layers.0.self_attn.out_proj" in adapters.targets(tiny("opt"), "all-linear")
 
 
-def test_qlora_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        ValueError, match="qlora holds the base model in 4 bits on an NVIDIA GPU, and this machine has none"
-    ):
-        adapters.check("qlora")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package bitsandbytes"):
-        adapters.check("qlora")
-    adapters.check("lora")
-
-
 def test_qlora_trains_on_a_base_in_4_bits_and_merges_into_a_plain_model(tmp_path, monkeypatch):
     """On whatever device there is: bitsandbytes has slow kernels for CPUs, too.
 
-    For some CPUs it has faster ones besides, which give no gradients; nobody trains there (`adapters.check`).
+    For some CPUs it has faster ones besides, which give no gradients; nobody trains there (`abilities.check_method`).
     """
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)

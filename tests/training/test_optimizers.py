@@ -61,13 +61,6 @@ def test_its_steps_are_those_of_adamw_but_for_rounding():
     assert held == 128 * 64 * (2 + 8 / 256) + tables
 
 
-def test_it_is_refused_where_the_package_is_missing(monkeypatch):
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="adamw8bit needs the package bitsandbytes"):
-        optimizers.check("adamw8bit")
-    optimizers.check("adamw")
-
-
 @pytest.mark.parametrize(
     "step",
     [

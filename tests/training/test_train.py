@@ -276,8 +276,8 @@ def share_steps(folder: Path, spread: str, rank: str) -> None:
         if model is not None:  # it is as it was before, but for its weights
             assert model.config._attn_implementation == "sdpa"
             assert model(torch.arange(6).unsqueeze(0)).logits.isfinite().all()
-    # SIGTERM comes to one of them; both stop after the same step, which can be gone on from alone.
-    kill = functools.partial(terminate_self, at=4)
+    # A signal comes to one of them; both stop after the same step, which can be gone on from alone.
+    kill = functools.partial(signal_self, at=5, message=signal.SIGINT if spread == "fsdp2" else signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         resumable(
             folder / "terminated", "full", parallel=spread, log=kill if rank == "0" else lambda metrics, step: None
@@ -290,16 +290,16 @@ def share_steps(folder: Path, spread: str, rank: str) -> None:
         torch.save(done.model.state_dict(), folder / "gone on")
 
 
-def terminate_self(metrics, step, at):
+def signal_self(metrics, step, at, message=signal.SIGTERM):
     if step == at:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), message)
 
 
 @pytest.fixture(scope="module")
 def shared_training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     with pytest.raises(KeyboardInterrupt):
-        resumable(folder / "begun", "full", log=functools.partial(terminate_self, at=3))
+        resumable(folder / "begun", "full", log=functools.partial(signal_self, at=3))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -350,7 +350,8 @@ def test_another_number_of_processes_can_go_on(spread, shared_training, tmp_path
     expected = resumable(tmp_path, "full").model.state_dict()
     assert_same_weights(torch.load(shared_training / spread / "gone on"), expected)
     again = resumable(shared_training / spread / "terminated", "full")
-    assert again.resumed_from == 5  # told in the fourth step's log, they stop after the next
+    # Told in the fifth step's log, they stop after the next, which is validated before it is saved.
+    assert again.resumed_from == 6
     assert_same_weights(again.model.state_dict(), expected)
 
 
