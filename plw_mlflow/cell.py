@@ -76,7 +76,7 @@ def lead(config: TrainConfig, run: Run) -> None:
     if isinstance(config, MainConfig):  # unknown tasks, and arithmetic that the device has not, fail before training
         tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
-    tracking.log_data(run, prepared.sources, prepared.profile)
+    tracking.log_data(run, prepared)
     prepare.write(prepared, config.output)
     print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
