@@ -45,7 +45,7 @@ def _measure_ratio(config: AdviseConfig, run: Run) -> tuple[float, tuple[str, ..
     from plw_mlflow.models import pretrained
 
     prepared = prepare.run(str(config.dataset), pretrained.load_tokenizer(config.model, config.tokenizer), config)
-    tracking.log_data(run, prepared.sources, prepared.profile)
+    tracking.log_data(run, prepared)
     name, *others = config.dataset_names()
     contents = "+".join(source.sha256[:8] for source in prepared.sources)
     # The last is its name in a score table that has two files of one name.

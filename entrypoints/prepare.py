@@ -26,7 +26,7 @@ def main(config: PrepareConfig) -> None:
             template_weight=config.template_weight,
             completion_weight=config.completion_weight,
         )
-        tracking.log_data(run, prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared)
         prepare.write(prepared, config.output)
         weights = Weights(config.plw, config.template_weight, config.completion_weight)
         for index in range(min(config.show or 0, len(prepared.training))):

@@ -39,7 +39,7 @@ from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
-from plw_mlflow.models import adapters, causal, export, location, pad_token, pretrained, saved_adapters
+from plw_mlflow.models import adapters, causal, export, held, location, pad_token, pretrained, saved_adapters
 from plw_mlflow.tracking import Run, StoredCheckpoints
 from plw_mlflow.training import checkpoints, measured, optimizers, recomputation, train
 
@@ -76,7 +76,7 @@ def lead(config: TrainConfig, run: Run) -> None:
     if isinstance(config, MainConfig):  # unknown tasks, and arithmetic that the device has not, fail before training
         tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
-    tracking.log_data(run, prepared.sources, prepared.profile)
+    tracking.log_data(run, prepared)
     prepare.write(prepared, config.output)
     print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
@@ -108,7 +108,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             adapter = Path(scratch)
             model = _merge(config, trained.model, adapter, tokenizer, prepared, contents["base"], has_new_token)
             known = _weight_distance(config, model)  # before the weights are rounded to be kept
-            model = _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
+            _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
         if isinstance(config, MainConfig):
             # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
@@ -187,25 +187,40 @@ def _merge(
     base: str,
     has_new_token: bool,
 ) -> Any:
-    """The trained model in float32 with its adapters merged, which are saved to a folder.
+    """The trained model with its adapters merged, which are saved to a folder.
+
+    Its linear layers are held in bfloat16 if nothing that is done with it needs them in float32. Where nothing needs
+    the whole model, this is the base that the adapters are on.
 
     base: what identifies the base model's content.
     """
     # Adapters are small, so they are rounded only where that is asked for.
     kind = torch.bfloat16 if config.save_precision == "bfloat16" else torch.float32
-    merged = adapters.merge(model, adapter, with_embeddings=has_new_token, kind=kind)
+    adapters.save(model, adapter, with_embeddings=has_new_token, kind=kind)
     if any(adapter.iterdir()):
         saved_adapters.note_base(adapter, config.model, base, _saved_precision(config))
+    if isinstance(config, MainConfig) or config.output is not None or config.logged() == "merged":
+        merged = adapters.merge(model, adapter, torch.float32 if _needs_float32(config) else torch.bfloat16)
+    else:
+        merged = model.get_base_model() if hasattr(model, "get_base_model") else model
     count = min(ENDS_FROM_EXAMPLES, len(prepared.training))
     examples = (prepared.training[index] for index in range(count))
     end_generation(merged, answer_ends(examples, tokenizer, config.max_tokens))
     return merged
 
 
+def _needs_float32(config: TrainConfig) -> bool:
+    """Whether the trained model's linear layers are needed in float32: to be saved, measured, or scored so."""
+    types = {_saved_precision(config)} if config.output is not None or config.logged() == "merged" else set()
+    if isinstance(config, MainConfig):
+        types.add("float32" if config.measures else _arithmetic_of_cell(config))
+    return "float32" in types
+
+
 def _keep(
     config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, steps: int
-) -> Any:
-    """Write the trained model to the output folder, and log it or its adapter; returns the model as it was logged.
+) -> None:
+    """Write the trained model to the output folder, and log it or its adapter; the model becomes what was logged.
 
     A whole model that is logged is scored with the numbers that it was rounded to; one that is logged as its adapter
     with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
@@ -214,14 +229,15 @@ def _keep(
     run.tag(save_precision=_saved_precision(config))
     kept = config.logged()
     if kept == "merged":
-        model.to(kind)
+        held.round_weights(model, kind)
     export.write(model, tokenizer, adapter, config.output, kind)
     if kept == "merged":
         run.log_folder(adapter, outputs.ADAPTER)
         tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
     elif kept == "adapter":
         tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
-    return model.float()
+    if isinstance(config, MainConfig):  # which scores it
+        held.widen(model, but_linear=not _needs_float32(config))
 
 
 def _saved_precision(config: TrainConfig) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from plw_mlflow import cell, tracking
 from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
 from plw_mlflow.errors import UserError
-from plw_mlflow.models import adapters, location, pretrained
+from plw_mlflow.models import adapters, held, location, pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.stores import make_store
 
@@ -142,7 +142,9 @@ def trained(tmp_path):
         tiny_llama().save_pretrained(tmp_path / "base")
         byte_tokenizer().save_pretrained(tmp_path / "base")
         base = str(tmp_path / "base")
-        config = TrainConfig(model=base, precision="bfloat16", output=tmp_path / "output", **options)
+        options = {"eval_precision": "float32"} | options
+        torch.manual_seed(5)
+        config = MainConfig(model=base, precision="bfloat16", output=tmp_path / "output", **options)
         model = adapters.adapt(pretrained.load(base), config.method, config, 1)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -151,11 +153,11 @@ def trained(tmp_path):
         prepared = SimpleNamespace(training=[], sources=[])
         with tracking.open_run(config, "cell") as run:
             run.tag(base_model=location.digest(base))
-            adapter.mkdir()
+            adapter.mkdir(exist_ok=True)
             merged = cell._merge(config, model, adapter, tokenizer, prepared, location.digest(base), False)
             before = {name: weight.clone() for name, weight in merged.state_dict().items()}
-            kept = cell._keep(config, run, merged, adapter, tokenizer, prepared, 1)
-        return run, before, kept
+            cell._keep(config, run, merged, adapter, tokenizer, prepared, 1)
+        return run, before, merged
 
     mlflow.set_tracking_uri(make_store(tmp_path))
     return keep
@@ -186,6 +188,8 @@ def test_a_whole_model_is_scored_as_it_is_logged_and_exported(options, kind, tra
         for found in (exported[name], loaded.state_dict()[name], kept.state_dict()[name]):
             assert torch.equal(found.float(), weight.to(kind).float())  # rounded once
     assert {weight.dtype for weight in kept.parameters()} == {torch.float32}
+    # What is computed and in no file is not rounded.
+    assert torch.equal(kept.model.rotary_emb.inv_freq, loaded.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("save_precision", ["auto", "bfloat16"])
@@ -199,6 +203,32 @@ def test_an_adapter_is_scored_as_it_is_logged(save_precision, trained, tmp_path)
     kind = torch.float32 if save_precision == "auto" else torch.bfloat16
     assert {weight.dtype for weight in weights_of(tmp_path / "output/adapter").values()} == {kind}
     assert {weight.dtype for weight in weights_of(tmp_path / "output/model").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora"}, {"method": "lora", "log_model": "merged"}])
+def test_a_model_that_is_scored_in_bfloat16_holds_it_from_the_merging_on(options, trained, tmp_path):
+    """Its linear layers are then never all in float32, and are what they would be if they were rounded later."""
+    _, _, whole = trained(**options)
+    exported = weights_of(tmp_path / "output/model")
+    _, _, kept = trained(**options, eval_precision="bfloat16")
+    if options["method"] == "lora":
+        assert kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    for model in (whole, kept):  # as the scorer does
+        held.hold(model.requires_grad_(False), torch.bfloat16, with_head=True)
+    for name, weight in kept.state_dict().items():
+        assert weight.dtype == whole.state_dict()[name].dtype, name
+        assert torch.equal(weight, whole.state_dict()[name]), name
+        assert torch.equal(weights_of(tmp_path / "output/model")[name], exported[name])
+
+
+def test_nothing_is_merged_where_nobody_needs_the_whole_model(tmp_path, monkeypatch):
+    mlflow.set_tracking_uri(make_store(tmp_path))
+    monkeypatch.setattr(adapters, "merge", lambda *_, **__: pytest.fail("the adapters were merged"))
+    config = TrainConfig(method="lora", max_records=20, epochs=1, checkpoint_dir=tmp_path / "checkpoints")
+    with tracking.open_run(config, "cell") as run:
+        cell.lead(config, run)
+    model, _ = tracking.load_model(tracking.Run(run.id))
+    assert model.generation_config.eos_token_id is not None
 
 
 def test_a_model_that_is_not_to_be_logged_is_exported_all_the_same(trained, tmp_path):

@@ -100,9 +100,9 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
     merge = adapters.merge
 
     @torch.no_grad()
-    def watched(model, folder, **options):
+    def watched(model, *options):
         trained.append(model(tokens).logits)  # before adapters are merged
-        merged = merge(model, folder, **options)
+        merged = merge(model, *options)
         trained.append(merged(tokens).logits)
         return merged
 

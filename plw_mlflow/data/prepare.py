@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ class Prepared:
     profile: Profile
     digest: str  # of all stored tokens and segments, from which the options choose
     largest_token: int
+
+    @cached_property
+    def figure(self) -> bytes:
+        """A PNG of the profile, drawn once for the run and for the output folder."""
+        from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
+
+        return profile_figure.draw_profile(self.profile)
 
 
 def run(
@@ -150,7 +158,5 @@ def _source_contents(source: Source, store: Store, records: int) -> SourceConten
 def write(prepared: Prepared, folder: Path | None) -> None:
     """Write the profile to FOLDER/profile.json and profile.png, if there is a folder."""
     if folder is not None:
-        from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
-
         as_json = (json.dumps(asdict(prepared.profile), indent=2) + "\n").encode()
-        outputs.write(folder, {"profile.png": profile_figure.draw_profile(prepared.profile), "profile.json": as_json})
+        outputs.write(folder, {"profile.png": prepared.figure, "profile.json": as_json})

@@ -106,27 +106,15 @@ def targets(model: Any, layers: str) -> dict[str, nn.Module]:
     return chosen
 
 
-def merge(
-    model: Any,
-    folder: Path,
-    *,
-    with_embeddings: bool = False,
-    kind: torch.dtype = torch.float32,
-) -> Any:
-    """A trained model without peft's wrapper: its adapters, if it has any, are saved to a folder and then merged.
+def save(model: Any, folder: Path, *, with_embeddings: bool = False, kind: torch.dtype = torch.float32) -> None:
+    """Save a trained model's adapters to a folder; nothing is saved of a model without any.
 
     with_embeddings: save embeddings and head with the adapters, as they differ from the base's (`pad_token.py`), and a
         page that says how peft loads them.
-    kind: the type in which the adapters are saved, and to which they are rounded before they are merged.
-
-    The weights are float32: those of the base as its files have them, also where they were held in bfloat16
-    (`stored.py`), and the product of the adapters. What qlora has trained is what the adapters add to the rounded
-    weights of a base in 4 bits, so these are brought back to float32 instead.
+    kind: the type in which the adapters are saved, and to which the model's own are rounded.
     """
     if not hasattr(model, "get_base_model"):
-        return model
-    from peft import PeftModel  # not above, as it imports bitsandbytes, which takes 2 seconds
-
+        return
     rounded = [weight for weight in model.parameters() if weight.requires_grad and kind != torch.float32]
     for weight in rounded:
         weight.data = weight.data.to(kind)
@@ -139,16 +127,30 @@ def merge(
         revision = f", revision={settings.revision!r}" if settings.revision else ""
         page = PAGE.format(rows=rows, name=settings.base_model_name_or_path, revision=revision)
         (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def merge(model: Any, folder: Path, held_in: torch.dtype = torch.float32) -> Any:
+    """A trained model without peft's wrapper, its adapters, if it has any, merged into the base.
+
+    folder: where `save` has put the adapters.
+    held_in: the type in which linear layers hold the sums.
+
+    A sum is that of the base's weight as its files have it, also where it was held in bfloat16 (`stored.py`), and of
+    the product of the adapters, in float32. What qlora has trained is what the adapters add to the rounded weights of a
+    base in 4 bits, so these are brought back to float32 instead.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
     if getattr(model.get_base_model(), "is_quantized", False):
+        from peft import PeftModel  # not above, as it imports bitsandbytes, which takes 2 seconds
+
         quantized: Any = model.unload()
-        model = PeftModel.from_pretrained(quantized.dequantize(dtype=torch.float32), str(folder))
-    elif held.is_held(model.get_base_model()):
-        settings = model.active_peft_config
+        return PeftModel.from_pretrained(quantized.dequantize(dtype=torch.float32), str(folder)).merge_and_unload()
+    if held.is_held(model.get_base_model()):
         model.cpu()  # in float32 it may be too large for the GPU that it was trained on
-        stored.restore(
-            model.get_base_model(), "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
-        )
-    return model.merge_and_unload()
+    settings = model.active_peft_config
+    base = "@".join(filter(None, (settings.base_model_name_or_path, settings.revision)))
+    return stored.merge(model, base, held_in)
 
 
 def _is_read_by_kernels(model: Any, name: str) -> bool:

@@ -43,11 +43,13 @@ def write(model: Any, tokenizer: Any, adapter: Path, output: Path | None, kind: 
 
 
 def in_type(model: Any, kind: torch.dtype) -> Any:
-    """The model itself if its weights are of a type, else a copy with weights rounded to it; tied ones stay tied."""
+    """The model itself if its weights are of a type, else a copy with weights rounded to it; tied ones stay tied.
+
+    Weights that are of the type already are not copied.
+    """
     # A copy takes over what is said to be copied already, so that the weights are not copied as they are first.
     rounded: dict[int, Any] = {
-        id(weight): nn.Parameter(weight.detach().to(kind), weight.requires_grad)
+        id(weight): weight if weight.dtype == kind else nn.Parameter(weight.detach().to(kind), weight.requires_grad)
         for weight in model.parameters()
-        if weight.dtype != kind
     }
-    return copy.deepcopy(model, rounded) if rounded else model
+    return copy.deepcopy(model, rounded) if any(weight.dtype != kind for weight in model.parameters()) else model

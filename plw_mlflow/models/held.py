@@ -81,6 +81,26 @@ def taken_for_float32(layers: Iterable[Any]) -> Iterator[None]:
             layer.weight = weight.requires_grad_(layer.weight.requires_grad)
 
 
+def round_weights(model: nn.Module, kind: torch.dtype) -> None:
+    """Round all weights of a model to a type, in place.
+
+    `model.to` would round what is computed and in no file, too, such as the frequencies of rotary positions.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(kind)
+
+
+def widen(model: nn.Module, but_linear: bool) -> None:
+    """Give all weights of a model float32, in place.
+
+    but_linear: leave those of linear layers, all but the head, in the type that they are held in.
+    """
+    left = {layer.weight for layer in _linear(model)} if but_linear else set()
+    for weight in model.parameters():
+        if weight not in left:
+            weight.data = weight.data.float()
+
+
 class in_float32(TorchFunctionMode):
     """Within the block, products take the weights that are held in another type as float32; for trials of a model."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from plw_mlflow.errors import UserError, first_line
-from plw_mlflow.models import causal, files, held, saved_adapters
+from plw_mlflow.models import causal, files, held, saved_adapters, stored
 from plw_mlflow.models.dropout import set_dropout
 from plw_mlflow.models.files import reading
 from plw_mlflow.models.location import base_of, digest, folder_of, locate
@@ -193,7 +193,7 @@ def load_for_scoring(model: str, base: str | None = None, held_in: torch.dtype |
 
     base: the base of the adapters, in place of the one that they name. A warning says where it is known to have other
         weights than those that the adapters were trained on.
-    held_in: as of `load`, for a whole model. Adapters are merged in float32, so that the sum is rounded once.
+    held_in: as of `load`. Adapters are merged in float32, a layer at a time, so that each sum is rounded once.
 
     Raises UserError as `load` does, and where the base that the adapters name cannot be loaded, or is known to have
     other weights than those that they were trained on.
@@ -203,16 +203,20 @@ def load_for_scoring(model: str, base: str | None = None, held_in: torch.dtype |
         if base is not None:
             raise UserError(f"base is an option for adapters, but there is no adapter_config.json in {model}")
         return load(model, held_in=held_in), load_tokenizer(model)
-    merged, chosen = load_adapted(folder, base)
+    merged, chosen = load_adapted(folder, base, held_in=held_in)
     has_own_tokenizer = (folder / "tokenizer_config.json").is_file()
     return merged, load_tokenizer(chosen, model if has_own_tokenizer else None)
 
 
-def load_adapted(folder: Path, base: str | None = None, *, is_same: bool = False) -> tuple[Any, str]:
+def load_adapted(
+    folder: Path, base: str | None = None, *, is_same: bool = False, held_in: torch.dtype | None = None
+) -> tuple[Any, str]:
     """The model that a folder of LoRA adapters stands for, with them merged into its base, and the base's name.
 
-    The base is compared with the one that the adapters were trained on before its weights are loaded. base and errors:
-    as of `load_for_scoring`. is_same: a given base, too, has to be the very one that the adapters were trained on.
+    The base is compared with the one that the adapters were trained on before its weights are loaded.
+
+    base, held_in and errors: as of `load_for_scoring`. is_same: a given base, too, has to be the very one that the
+        adapters were trained on.
     """
     settings = folder / "adapter_config.json"
     named, trained_on = base_of(settings), saved_adapters.trained_on(folder)
@@ -233,9 +237,9 @@ def load_adapted(folder: Path, base: str | None = None, *, is_same: bool = False
         if base is None or is_same:
             raise UserError(f"{differs}; name the right one by --base")
         warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=3)
-    adapter = saved_adapters.attach(load(chosen), folder)
+    adapter = saved_adapters.attach(load(chosen, held_in=held_in), folder)
     with reading("the adapter of", str(folder)):
-        merged = adapter.merge_and_unload()
+        merged = stored.merge(adapter, chosen, held_in or torch.float32)
     return merged, chosen
 
 

@@ -35,7 +35,9 @@ class AdaptedModel(PythonModel):
         base = AutoModelForCausalLM.from_pretrained(place, revision=settings.get("revision"), dtype=torch.float32)
         merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
         merged.generation_config = GenerationConfig.from_pretrained(str(adapter))
-        self.model = merged.to(getattr(torch, note["precision"])).eval()
+        for weight in merged.parameters():  # and not what is computed, such as the frequencies of rotary positions
+            weight.data = weight.data.to(getattr(torch, note["precision"]))
+        self.model = merged.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "components" / "tokenizer"))
         self._generate = pipeline("text-generation", model=self.model, tokenizer=self.tokenizer)
 

@@ -17,7 +17,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from plw_mlflow import __version__
 from plw_mlflow.config import short_name
 from plw_mlflow.data import templates
-from plw_mlflow.data.profile import Profile
+from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking.run import Run
@@ -25,11 +25,12 @@ from plw_mlflow.tracking.run import Run
 DIGEST_CHARACTERS = 36  # of a data set's digest; MLflow takes no more
 
 
-def log_data(run: Run, sources: Sequence[Source], profile: Profile) -> None:
+def log_data(run: Run, prepared: Prepared) -> None:
     """Log the data sets as the run's inputs with their digests, and the length profile as a table and a figure.
 
     Several data sets are mixed into the first one, which is logged under the name of the mixture.
     """
+    sources, profile = prepared.sources, prepared.profile
     names = [profile.name, *(short_name(source.name) for source in sources[1:])]
     for name, source in reversed(list(zip(names, sources, strict=True))):
         origin: DatasetSource
@@ -43,11 +44,9 @@ def log_data(run: Run, sources: Sequence[Source], profile: Profile) -> None:
     mlflow.log_dict(asdict(profile), "profile.json")
     if template := templates.file(profile.template):
         mlflow.log_artifact(str(template), "template")
-    from plw_mlflow.data import profile_figure  # matplotlib takes a while to import
-
     with tempfile.TemporaryDirectory() as folder:
         figure = Path(folder, "profile.png")
-        figure.write_bytes(profile_figure.draw_profile(profile))
+        figure.write_bytes(prepared.figure)
         mlflow.log_artifact(str(figure))
 
 

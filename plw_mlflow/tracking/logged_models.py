@@ -28,7 +28,7 @@ from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords
-from plw_mlflow.models import pretrained, saved_adapters
+from plw_mlflow.models import held, pretrained, saved_adapters
 from plw_mlflow.models.files import reading
 from plw_mlflow.tracking import connection
 from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
@@ -92,8 +92,9 @@ def log_merged(run_id: str) -> str:
     name, _, version = tags["plw.model_version"].rpartition("/")
     adapter_tags = run.client.get_model_version(name, version).tags
     outputs: Any = run.client.get_run(run_id).outputs
-    model, tokenizer = load_model(run)
-    model.to(getattr(torch, tags["plw.save_precision"]))
+    kind = getattr(torch, tags["plw.save_precision"])
+    model, tokenizer = load_model(run, held_in=kind)
+    held.round_weights(model, kind)
     step = next(output.step for output in outputs.model_outputs if output.model_id == run.model_id)
     logged = patiently("logging the model", lambda: _log_whole(run_id, model, tokenizer, MERGED, step))
     own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version}
@@ -281,16 +282,18 @@ def _load(uri: str, base: str | None, held_in: torch.dtype | None) -> tuple[Any,
         if base is not None and not is_adapter:
             raise UserError(f"base is an option for adapters, but {uri} is a whole model")
         try:
-            loaded = _load_adapter(model, base) if is_adapter else pretrained.load(str(model), held_in=held_in)
+            load = partial(_load_adapter, base=base) if is_adapter else pretrained.load
+            loaded = load(str(model), held_in=held_in)
             return loaded, pretrained.load_tokenizer(str(tokenizer))
         except ValueError as error:  # the folder may be a temporary one, which means nothing to the caller
             raise UserError(str(error).replace(str(folder), uri)) from None
 
 
-def _load_adapter(folder: Path, base: str | None) -> Any:
+def _load_adapter(place: str, base: str | None, held_in: torch.dtype | None) -> Any:
+    folder = Path(place)
     if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickle in its place
         raise UserError(f"model {folder.parent} lacks the file {folder.name}/adapter_model.safetensors")
-    model, _ = pretrained.load_adapted(folder, base, is_same=True)
+    model, _ = pretrained.load_adapted(folder, base, is_same=True, held_in=held_in)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training.checkpoints import Writers
@@ -120,14 +121,14 @@ def _receive(part: nn.Module, device: torch.device) -> None:
             setattr(module, name, received[parameter])
 
 
-def outline(model: nn.Module) -> nn.Module:
+def hollow_copy(model: nn.Module) -> nn.Module:
     """A copy of a model whose parameters hold no numbers until `fill_in` gives them theirs."""
     hollow = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, hollow)  # which takes these for copies that it has already made
 
 
 def fill_in(hollow: Any, weights: dict[str, Tensor]) -> Any:
-    """Give the outline of a model its parameters, by name; tied ones stay tied."""
+    """Give what `hollow_copy` has made its parameters, by name; tied ones stay tied."""
     filled = {id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in hollow.named_parameters()}
     for part in hollow.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
@@ -146,14 +147,9 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor | None:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if not is_first_process():
         return None
     return full.detach().to("cpu", copy=True).contiguous()
-
-
-def is_first() -> bool:
-    """Whether this is the first process, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def is_sharded(parameters: Mapping[str, Tensor]) -> bool:
@@ -175,7 +171,7 @@ def own_part(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
             local, start = tensor.to_local(), list(shard.offsets)
         else:
             local, start = tensor, [0] * tensor.ndim
-        if local.numel() if isinstance(tensor, DTensor) else is_first():
+        if local.numel() if isinstance(tensor, DTensor) else is_first_process():
             parts[name] = local.detach().to("cpu", copy=True).contiguous()
             starts[name] = start
     return parts, starts
@@ -219,9 +215,9 @@ def writers(folder: Path) -> Iterator[Writers]:
             return False
         return bool(flag)
 
-    if is_first():
+    if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="seen-") if is_first() else nullcontext("") as made:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="seen-") if is_first_process() else nullcontext("") as made:
         seen = tell(Path(made).absolute())
         if not agree(seen.is_dir()):
             raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
 from plw_mlflow.training import parallel
 from plw_mlflow.training.checkpoints import Checkpoint, Saved
@@ -41,7 +42,7 @@ def restore(saved: Saved | None, parameters: Mapping[str, Tensor], optimizer: Op
     make_state(optimizer)
     tensors = {**parameters, **_state(parameters, optimizer)}
     is_sharded = parallel.is_sharded(parameters)
-    if is_sharded or parallel.is_first():
+    if is_sharded or is_first_process():
         saved.read_into({name: tensor.detach() for name, tensor in tensors.items()})
     if not is_sharded:
         for tensor in tensors.values():

@@ -22,6 +22,7 @@ from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.environment import precision
+from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.environment.progress import Progress
 from plw_mlflow.models import adapters, causal, held
 from plw_mlflow.training import arithmetic, attention, checkpoints, compilation, parallel, recomputation
@@ -74,13 +75,13 @@ def run(
     """
     kind = precision.resolve(config.precision, config.model)
     accelerator = parallel.accelerator(kind)
-    is_first = accelerator.is_main_process
+    is_first = is_first_process()
     total_steps = batches.count_steps(len(prepared.training), config.batch_examples, config.epochs)
     model = adapters.adapt(model, config.method, config, config.seed).eval()
     if config.method in ("lora", "dora") and kind == "bfloat16":
         held.hold(model, torch.bfloat16)
     is_sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
-    outline = parallel.outline(model) if is_sharded and is_first else None
+    hollow = parallel.hollow_copy(model) if is_sharded and is_first else None
     with ExitStack() as stack:
         is_packed = config.packing and stack.enter_context(_packing(model))
         stack.enter_context(arithmetic.fewer_passes(model))
@@ -147,7 +148,7 @@ def run(
         seconds = time.monotonic() - started
         if is_sharded:
             weights = parallel.whole(dict(model.named_parameters()))
-            model = parallel.fill_in(outline, weights) if outline is not None else None
+            model = parallel.fill_in(hollow, weights) if hollow is not None else None
     return Trained(model.eval() if is_first else None, total_steps, first_step, tokens_seen / seconds)
 
 
@@ -156,7 +157,7 @@ def _packing(model: Any) -> Iterator[bool]:
     """Have the model take packed rows within the block, if it can; gives whether it does. A warning says why not."""
     unwrapped = causal.unwrap(model)
     # In the other processes the model may have no numbers yet.
-    if reason := parallel.tell(attention.why_not(unwrapped) if parallel.is_first() else None):
+    if reason := parallel.tell(attention.why_not(unwrapped) if is_first_process() else None):
         warnings.warn(f"{unwrapped.config.model_type}: {reason}; training on padded rows instead", stacklevel=4)
         yield False
         return

@@ -81,6 +81,7 @@ def test_a_trained_model_saves_as_a_plain_folder_with_its_own_logits(method, fam
     expected = model(TOKENS).logits.detach()
     assert method == "full" or (expected - base).norm() > 0.01 * base.norm()
 
+    adapters.save(model, tmp_path / "adapter")
     merged = adapters.merge(model, tmp_path / "adapter")
     assert type(merged) is plain
     merged.save_pretrained(tmp_path)
@@ -98,7 +99,7 @@ def test_the_adapter_folder_gives_the_same_model_on_its_base(method, family, tmp
     base = copy.deepcopy(model)
     trained = moved(adapt(model, method))
     expected = trained(TOKENS).logits.detach()
-    adapters.merge(trained, tmp_path)
+    adapters.save(trained, tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(again(TOKENS).logits, expected)
 
@@ -152,6 +153,7 @@ def test_qlora_trains_on_a_base_in_4_bits_and_merges_into_a_plain_model(tmp_path
     }
     expected = model(tokens).logits.detach().cpu()
 
+    adapters.save(model, tmp_path / "adapter")
     merged = adapters.merge(model, tmp_path / "adapter")
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -23,7 +23,8 @@ def exported(folder, output, method, *, add_pad_token=False, base=None):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     folder.mkdir()
-    merged = adapters.merge(model, folder, with_embeddings=is_added)
+    adapters.save(model, folder, with_embeddings=is_added)
+    merged = adapters.merge(model, folder)
     export.write(merged, tokenizer, folder, output)
     return merged(TOKENS).logits
 

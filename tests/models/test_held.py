@@ -113,7 +113,8 @@ def test_adapters_begin_in_float32_as_on_a_float32_base(tmp_path):
 def test_merging_starts_from_the_float32_weights(tmp_path, method):
     _, folder = saved(tmp_path / "base")
     model = adapters.adapt(pretrained.load(folder, held_in=torch.bfloat16), method, RecipeOptions(lora_rank=4), seed=1)
-    merged = adapters.merge(moved(model), tmp_path)
+    adapters.save(moved(model), tmp_path)
+    merged = adapters.merge(model, tmp_path)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
     expected = saved_adapters.attach(pretrained.load(folder), tmp_path).merge_and_unload()
     torch.testing.assert_close(merged(TOKENS).logits, expected(TOKENS).logits)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plw_mlflow.config import RecipeOptions
-from plw_mlflow.models import adapters, held, pretrained, stored
+from plw_mlflow.models import adapters, held, pretrained, saved_adapters, stored
 from tests.conftest import tiny_llama
 from tests.families import tiny
 
@@ -34,6 +34,11 @@ def trained(base, method="lora", targets="all-linear"):
     return both
 
 
+def merged(model, folder, *held_in):
+    adapters.save(model, folder)
+    return adapters.merge(model, folder, *held_in)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("method", "targets"), [("lora", "all-linear"), ("lora", "q_proj"), ("dora", "all-linear")])
 def test_a_held_base_is_merged_as_its_files_have_it(method, targets, family, tmp_path):
@@ -48,11 +53,22 @@ def test_a_held_base_is_merged_as_its_files_have_it(method, targets, family, tmp
         if other.requires_grad:
             other.data.copy_(one.data)
     assert held.is_held(model.get_base_model())
-    found = adapters.merge(model, tmp_path / "one")
-    expected = adapters.merge(whole, tmp_path / "two").state_dict()
+    found = merged(model, tmp_path / "one")
+    expected = merged(whole, tmp_path / "two").state_dict()
     assert found.state_dict().keys() == expected.keys()
     for name, weight in found.state_dict().items():
         assert torch.equal(weight, expected[name]), name
+    # The same sums, rounded once: right after training, and when the adapters are loaded again.
+    model, _ = trained(base, method, targets)
+    rounded = merged(model, tmp_path / "three", torch.bfloat16)
+    loaded, _ = pretrained.load_adapted(tmp_path / "one", base, held_in=torch.bfloat16)
+    for again, of in ((rounded, tmp_path / "three"), (loaded, tmp_path / "one")):
+        expected = saved_adapters.attach(pretrained.load(base), of).merge_and_unload()
+        held.hold(expected.requires_grad_(False), torch.bfloat16, with_head=True)
+        assert held.is_held(again)
+        for name, weight in again.state_dict().items():
+            assert weight.dtype == expected.state_dict()[name].dtype, name
+            assert torch.equal(weight, expected.state_dict()[name]), name
 
 
 def test_shards_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
@@ -60,9 +76,8 @@ def test_shards_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     model = pretrained.load(base, held_in=torch.bfloat16)
     monkeypatch.setattr(pretrained, "load", lambda *_: pytest.fail("the whole base is loaded"))
-    stored.restore(model, base)
     for name, weight in tiny_llama().state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight)
+        assert torch.equal(stored.Stored(base).read(name, model.state_dict()[name]), weight)
 
 
 def test_a_base_whose_files_have_other_names_is_loaded_again(tmp_path):
@@ -71,18 +86,17 @@ def test_a_base_whose_files_have_other_names_is_loaded_again(tmp_path):
     weights = load_file(file)
     model = pretrained.load(base, held_in=torch.bfloat16)
     save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, file, {"format": "pt"})
-    stored.restore(model, base)
     for name, weight in tiny_llama().state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight)
+        assert torch.equal(stored.Stored(base).read(name, model.state_dict()[name]), weight)
 
 
 def test_a_base_that_has_changed_during_the_training_is_told(tmp_path):
     base = saved(tmp_path / "base")
-    model = pretrained.load(base, held_in=torch.bfloat16)
+    model, _ = trained(base)
     other = copy.deepcopy(tiny_llama())
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     saved(tmp_path / "base", other)
     with pytest.raises(
         ValueError, match=r"has changed since it was loaded: model.layers.1.mlp.up_proj.weight has other"
     ):
-        stored.restore(model, base)
+        adapters.merge(model, tmp_path)

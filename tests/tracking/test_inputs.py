@@ -20,7 +20,7 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     options = DataOptions(mix=str(tmp_path / "sums.jsonl"))
     prepared = prepare.run("toy-short", byte_tokenizer(), options)
     with tracking.open_run(PrepareConfig(), "prepare") as run:
-        tracking.log_data(run, prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared)
     found = store.get_run(run.id)
     inputs = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
     assert inputs == {
@@ -42,7 +42,7 @@ def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeyp
     Path(name).write_text(content)
     prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(template=name, max_records=5))
     with tracking.open_run(PrepareConfig(), "prepare") as run:
-        tracking.log_data(run, prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared)
     kept = [item.path for item in store.list_artifacts(run.id, "template")]
     assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
     for path in kept:

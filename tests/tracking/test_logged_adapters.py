@@ -55,6 +55,7 @@ def logged(store, tmp_path):
     expected = model(TOKENS).logits.detach()
     config = TrainConfig(model=str(base), method="lora")
     adapter = tmp_path / "adapter"
+    adapters.save(model, adapter)
     merged = adapters.merge(model, adapter)
     saved_adapters.note_base(adapter, str(base), location.digest(str(base)))
     merged.generation_config.eos_token_id = [1, 7]
@@ -168,6 +169,7 @@ def test_a_base_of_the_hub_is_loaded_by_its_commit(store, tmp_path, monkeypatch)
     model = trained(base)
     expected = model(TOKENS).logits.detach()
     adapter = tmp_path / "adapter"
+    adapters.save(model, adapter)
     merged = adapters.merge(model, adapter)
     saved_adapters.note_base(adapter, base, location.digest(base))
     config = TrainConfig(model=base, method="lora")

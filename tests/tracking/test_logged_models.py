@@ -67,7 +67,7 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
     config = TrainConfig(model="tiny")
     with tracking.open_run(config, "cell") as run:
         prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(max_records=20))
-        tracking.log_data(run, prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared)
         for step, loss in ((0, 14.8), (1, 9.0), (2, 5.4)):
             run.curves.log_step({"train/loss": loss, "eval/prompt_loss": loss}, step)
         run.curves.flush()

@@ -76,7 +76,7 @@ def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monke
     options = TrainConfig(template="mine.json", max_records=5)
     prepared = prepare.run("toy-short", byte_tokenizer(), options)
     with tracking.open_run(options, "cell") as run:
-        tracking.log_data(run, prepared.sources, prepared.profile)
+        tracking.log_data(run, prepared)
     Path("mine.json").unlink()
     told = run.config(tmp_path)
     assert (told["dataset"], told["max_records"]) == ("toy-short", 5)
