@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis.answers import Analysis, Answer, Refusal, Variant
@@ -172,6 +173,22 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
         + "; nor does it count a run's luck" * (lead.tasks > 1)
     )
     return replace(lead, notes=[f"{lead.model} leads, as {why}{meaning}.", *lead.notes])
+
+
+def lead_fit(grid: design.Grid, scale: str = "none") -> Fit:
+    """The fit that leads the report of a data set's scores, without the others. Raises UserError where there is none."""
+    fits, reasons = [], []
+    for model in LEADS:
+        try:
+            fits.append(fitting.fit(model, grid, scale))
+        except ValueError as error:
+            reasons.append(f"{model}: {error}")
+        else:
+            if fits[-1].converged and fits[-1].n >= ENOUGH * int((~np.isnan(grid.scores)).sum()):
+                return fits[-1]
+    if not fits:
+        raise UserError("; ".join(reasons))
+    return next((fit for fit in fits if fit.converged), fits[0])
 
 
 class _Attempts:

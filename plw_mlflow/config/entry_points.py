@@ -245,7 +245,29 @@ class EngineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SweepAxes, EngineOptions, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
+class AdaptiveOptions(Options):
+    """A sweep that runs only the cells that narrow the interval of the best PLW most."""
+
+    adaptive: bool = False
+    """Begin with 4 PLWs, and run of the other cells only those that narrow the interval of the best PLW most."""
+    width: float = 0.2
+    """Width of the optimum's 95 % interval, in PLW, at which adaptive ends."""
+    budget: int | None = None
+    """Cells that adaptive runs at most, in all (unset: those of all combinations)."""
+
+    def faults(self) -> list[str]:
+        faults = too_small(self, 1, "budget")
+        if not 0 < self.width < math.inf:
+            faults.append(f"width must be a number above 0, got {self.width}")
+        if not self.adaptive:
+            for name in ("width", "budget"):
+                if (value := getattr(self, name)) != getattr(AdaptiveOptions, name):
+                    faults.append(f"{name} is {spell(value)}, but that is for adaptive: give --adaptive true")
+        return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweepAxes, EngineOptions, AdaptiveOptions, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
     """Run every combination of the listed values as a cell, then analyse their scores.
 
     Each option of LISTABLE may be a text that lists several values. Those that do not are values of their own type.
@@ -254,7 +276,7 @@ class SweepConfig(SweepAxes, EngineOptions, PresetOptions, DataOptions, RecipeOp
     def __post_init__(self) -> None:
         """Raise UserError with all that is wrong with the values, before the first cell."""
         Options.__post_init__(self)
-        faults = EngineOptions.faults(self)
+        faults = EngineOptions.faults(self) + AdaptiveOptions.faults(self)
         faults += self._unknown_words(name for name in typing.get_type_hints(SweepConfig) if name not in LISTABLE)
         for name in LISTABLE:
             try:
@@ -264,6 +286,8 @@ class SweepConfig(SweepAxes, EngineOptions, PresetOptions, DataOptions, RecipeOp
             else:
                 if len(values) == 1 and name not in _AXES:
                     object.__setattr__(self, name, values[0])
+        if not faults and self.adaptive and len(self.values("plw")) <= 4:
+            faults.append(f"adaptive chooses among more than 4 values of plw, got {self.plw}")
         if not faults:
             for combination in self._combinations():
                 try:

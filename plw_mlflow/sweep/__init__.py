@@ -24,8 +24,13 @@ def run(config: SweepConfig) -> None:
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
-        account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
-        local.run(account, config, display.Lines(account))
+        chooser = adaptive.Chooser(config, planned.cells, sweep) if config.adaptive else None
+        account = Account(chooser.cells if chooser else planned.cells, sweep, retries_failed=config.retry_failed)
+        shown = display.Lines(account)
+        local.run(account, config, shown)
+        while chooser and (further := chooser.go_on(account)):
+            account.add(further)
+            local.run(account, config, shown)
         account.adopt()
         ending.end(config, account)
         print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")

@@ -73,6 +73,11 @@ class Account:
         """The cells that are neither finished nor failed, nor running here."""
         return [cell for cell in self.cells if self._is_open(cell) and cell.identity not in self.running]
 
+    def add(self, cells: Sequence[Cell]) -> None:
+        """Take further cells into the account."""
+        self.cells = [*self.cells, *cells]
+        self.look()
+
     def look(self) -> None:
         """Ask the store what has become of the cells, and which other processes are at work on some."""
         claimed = self.sweep.claimed()

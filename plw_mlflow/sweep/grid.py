@@ -60,7 +60,10 @@ def plan(config: SweepConfig) -> Plan:
         identity = digest(values | {"contents": sorted(named.values()), "code": code})
         more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
         planned.append(Cell(cell, cell.cell_name() + more, identity))
-    return Plan(planned, digest({"cells": sorted(digest(cell.definition()) for cell in cells)}), contents)
+    of_all: dict[str, object] = {"cells": sorted(digest(cell.definition()) for cell in cells)}
+    if config.adaptive:  # some of the cells are then never run, so it is another sweep than that of all of them
+        of_all["adaptive"] = True
+    return Plan(planned, digest(of_all), contents)
 
 
 _NAMING = ("dataset", "mix", "model", "tokenizer", "template")  # options whose contents count in place of their names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import mlflow
@@ -19,17 +19,22 @@ MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
 
 
 def score_table(
-    *, sweep: str | None = None, experiment: str | None = None, also: tuple[str, ...] = (), where: str | None = None
+    *,
+    sweep: str | None = None,
+    experiment: str | None = None,
+    also: tuple[str, ...] = (),
+    where: str | None = None,
+    only: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
     also: parameters of runs that become columns, and tell cells apart. where: a search filter of MLflow, which runs
-    have to pass. With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of
+    have to pass. only: ids of runs, beside which no others count. With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of
     cells that have no scores, or are not finished, `attrs["notes"]` what else differs between the cells.
 
     Raises UserError where there is no scored cell, and where the cells are not comparable (`comparable.py`).
     """
-    return ScoredCells(sweep=sweep, experiment=experiment, also=also, where=where).table()
+    return ScoredCells(sweep=sweep, experiment=experiment, also=also, where=where, only=only).table()
 
 
 def generation_ratios(experiment: str, where: str | None = None) -> dict[str, float]:
@@ -58,6 +63,7 @@ class ScoredCells:
         experiment: str | None = None,
         also: tuple[str, ...] = (),
         where: str | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
         """Raises UserError where there is no scored cell, and where one model or data set had two contents."""
         check_reachable()
@@ -74,6 +80,8 @@ class ScoredCells:
         self.runs: list[mlflow.entities.Run] = []  # of scored cells, the newest first
         self._other_runs: list[mlflow.entities.Run] = []
         for run in [*_search(experiment_id, [*filters, *([where] if where else [])]), *adopted]:
+            if only is not None and run.info.run_id not in only:
+                continue
             is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
             is_taken = is_scored and (run.info.status == "FINISHED" or not has_to_be_finished)
             (self.runs if is_taken else self._other_runs).append(run)

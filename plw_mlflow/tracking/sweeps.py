@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ class Sweep:
     def log_file(self, run_id: str, path: Path) -> None:
         """Copy a file into the run of a cell."""
         patiently("logging a file", lambda: self._client.log_artifact(run_id, str(path)))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Make a file of the sweep's run, or replace it."""
+        text = json.dumps(content, indent=1) + "\n"
+        patiently(f"logging {name}", lambda: self._client.log_text(self.run.id, text, name))
+
+    def read_json(self, name: str) -> Any:
+        """What a file of the sweep's run holds; None where there is none, or where it was cut short."""
+
+        def read() -> Any:
+            if name not in {item.path for item in self._client.list_artifacts(self.run.id)}:
+                return None
+            with tempfile.TemporaryDirectory() as folder:
+                return json.loads(Path(self._client.download_artifacts(self.run.id, name, folder)).read_text())
+
+        with suppress(json.JSONDecodeError):
+            return patiently(f"reading {name}", read)
+        return None
 
     def describe(self, text: str) -> None:
         """Make a text the description of the sweep's run, which MLflow shows on its page."""
