@@ -39,7 +39,7 @@ from plw_mlflow.environment import processes
 from plw_mlflow.tracking.claims import PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
-PLWS = ("0", "0.1", "0.25", "0.5", "0.75", "1")
+PLWS = ("0", "0.1", "0.5", "1")
 TINY = ("--dataset", "toy-short", "--max-records", "60", "--epochs", "1", "--limit", "4")
 LONG = ("--dataset", "toy-short", "--limit", "4", "--save-every", "2")  # long enough to be interrupted while it trains
 AWAY_SECONDS = (2.0, 8.0)  # for which a server is away
@@ -115,7 +115,7 @@ class Sweep:
         return self.output.read_text(errors="replace")
 
     def wait(self, status: int | None = 0) -> float:
-        """Return when it has ended, with how many seconds that took. Raises RuntimeError where the status is another."""
+        """Return when it has ended, with the seconds that took. Raises RuntimeError where the status is another."""
         started = time.monotonic()
         found = self.process.wait(PATIENCE_SECONDS)
         if status is not None and found != status:
@@ -288,27 +288,33 @@ def _is_whole(client: mlflow.MlflowClient, run: Run) -> bool:
     return sorted(steps) == list(range(1, len(steps) + 1)) and len(steps) > 0
 
 
-def interrupt(folder: Path) -> list[Outcome]:
-    """A sweep with two cells at work that is killed alone, or interrupted in one of three ways."""
-    outcomes = []
-    for name, message, to_all in (
-        ("SIGKILL of the sweep alone", signal.SIGKILL, False),
-        ("Ctrl-C: SIGINT to all", signal.SIGINT, True),
-        ("SIGINT to the sweep alone", signal.SIGINT, False),
-        ("SIGTERM to the sweep alone", signal.SIGTERM, False),
-    ):
-        outcomes += _interrupt(Place(folder / name.replace(" ", "-").replace(":", "")), name, message, to_all)
-    return outcomes
+@dataclass(frozen=True)
+class Way:
+    """A way to end a sweep."""
+
+    name: str
+    message: signal.Signals
+    to_all: bool = False  # to its cells too, as a terminal sends it
 
 
-def _interrupt(place: Place, name: str, message: signal.Signals, to_all: bool) -> list[Outcome]:
+WAYS = (
+    Way("SIGKILL of the sweep alone", signal.SIGKILL),
+    Way("Ctrl-C: SIGINT to all", signal.SIGINT, to_all=True),
+    Way("SIGINT to the sweep alone", signal.SIGINT),
+    Way("SIGTERM to the sweep alone", signal.SIGTERM),
+)
+
+
+def interrupt(folder: Path, way: Way) -> list[Outcome]:
+    """A sweep that is killed or interrupted while two cells are at work."""
+    place, name, message = Place(folder), way.name, way.message
     checkpoints = place.folder / "checkpoints"
     sweep = place.start(("0", "1"), *LONG, "--jobs", "2", "--checkpoint-dir", str(checkpoints))
     try:
         sweep.await_that(lambda: len({path.parent for path in checkpoints.glob("*/step-*")}) == 2)
         cells = {pid: processes.identity(pid) for pid in sweep.cells().values()}
         started = time.monotonic()
-        (os.killpg if to_all else os.kill)(sweep.process.pid, message)
+        (os.killpg if way.to_all else os.kill)(sweep.process.pid, message)
         status = sweep.process.wait(PATIENCE_SECONDS)
         at_end = [pid for pid, identity in cells.items() if processes.identity(pid) == identity]
         while any(processes.identity(pid) == identity for pid, identity in cells.items()):
@@ -338,7 +344,7 @@ def _interrupt(place: Place, name: str, message: signal.Signals, to_all: bool) -
 
 
 def fail(folder: Path, plws: Sequence[str] = PLWS[:3]) -> list[Outcome]:
-    """A cell that is killed, as one that needs too much memory is; the sweep goes on, and runs it again when asked to."""
+    """A cell that is killed, as one that needs too much memory is; the sweep goes on, and runs it again if asked to."""
     place, fault = Place(folder), "a cell killed by SIGKILL"
     sweep = place.start(plws, *TINY, "--jobs", "2")
     try:
@@ -479,7 +485,8 @@ def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str
                     uri = database.database(f"crowd{number}")
                     tell(crowd("PostgreSQL", Place(folder / f"postgresql-{number}", uri), number, scores))
         if "interrupt" in chosen:
-            tell(interrupt(folder / "interrupt"))
+            for number, way in enumerate(WAYS):
+                tell(interrupt(folder / f"interrupt-{number}", way))
         if "fail" in chosen:
             tell(fail(folder / "fail"))
     print(f"{time.monotonic() - started:.0f} s")
