@@ -176,7 +176,7 @@ def _lead(fits: list[Fit], scores: int, refusals: list[Refusal]) -> Fit:
 
 
 def lead_fit(grid: design.Grid, scale: str = "none") -> Fit:
-    """The fit that leads the report of a data set's scores, without the others. Raises UserError where there is none."""
+    """The fit that leads the report of a data set's scores, alone. Raises UserError where there is none."""
     fits, reasons = [], []
     for model in LEADS:
         try:

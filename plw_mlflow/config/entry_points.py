@@ -267,7 +267,9 @@ class AdaptiveOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SweepAxes, EngineOptions, AdaptiveOptions, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config):
+class SweepConfig(
+    SweepAxes, EngineOptions, AdaptiveOptions, PresetOptions, DataOptions, RecipeOptions, ScoreOptions, Config
+):
     """Run every combination of the listed values as a cell, then analyse their scores.
 
     Each option of LISTABLE may be a text that lists several values. Those that do not are values of their own type.

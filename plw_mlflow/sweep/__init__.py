@@ -10,7 +10,7 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.sweep import display, ending, grid, local
+from plw_mlflow.sweep import adaptive, display, ending, grid, local
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.training import optimizers
 
@@ -18,6 +18,8 @@ from plw_mlflow.training import optimizers
 def run(config: SweepConfig) -> None:
     """Run every cell that is not finished yet, and analyse those that are. Raises RunError naming those that failed."""
     planned = grid.plan(config)
+    if config.adaptive:
+        adaptive.check(config, planned.cells)
     if config.dry_run:
         print(display.plan(planned.cells, states(planned.cells, tracking.finished_before(config))))
         return
@@ -31,11 +33,12 @@ def run(config: SweepConfig) -> None:
         while chooser and (further := chooser.go_on(account)):
             account.add(further)
             local.run(account, config, shown)
+        account.clear()
         account.adopt()
-        ending.end(config, account)
+        ending.end(config, account, chooser.lines() if chooser else [])
         print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")
         if account.failed:
             raise RunError(
-                f"{len(account.failed)} of {len(planned.cells)} cells did not finish: "
+                f"{len(account.failed)} of {len(account.cells)} cells did not finish: "
                 f"{'; '.join(account.failure(cell) for cell in account.failed)}; --retry-failed runs them again"
             )

@@ -14,7 +14,7 @@ sweep at the same time, for a second call after a crash, and for one with anothe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -60,9 +60,7 @@ class Decision:
 
     def line(self) -> str:
         """As the terminal shows it."""
-        runs = ", ".join(
-            f"{plw:g} (seed {seed})" for plw, seed in zip(self.choice.plws, self.seeds, strict=True)
-        )
+        runs = ", ".join(f"{plw:g} (seed {seed})" for plw, seed in zip(self.choice.plws, self.seeds, strict=True))
         what = f"PLW {runs}" if runs else "no more cells"
         return f"round {self.round}, {self.dataset}: {what}, as {self.choice.why}"
 
@@ -88,21 +86,25 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
     try:
         fit = analyze.lead_fit(grid)
     except ValueError as error:
-        return _fill(grid, left, number, f"the scores cannot be fitted yet ({error})")
+        return _fill(list(grid.runs["plw"]), left, number, f"the scores cannot be fitted yet ({error})")
     width, interval = _interval(fit, grid)
     known = f"{interval} by {fit.model}"
     if width <= wanted and not fit.has_too_few_runs:
         return Choice([], f"{known}, and {wanted:g} was wanted", fit.model, width)
     if number == 0:
-        return Choice([], f"every cell of the grid has been chosen; {known}, and {wanted:g} was wanted", fit.model, width)
+        return Choice(
+            [], f"every cell of the grid has been chosen; {known}, and {wanted:g} was wanted", fit.model, width
+        )
     try:
         proposal = propose(grid, number, left)
     except NoOptimumError as error:
         if fit.has_too_few_runs:
-            return _fill(grid, left, number, f"{fit.runs} runs are too few to rule a maximum out ({error})")
+            return _fill(
+                list(grid.runs["plw"]), left, number, f"{fit.runs} runs are too few to rule a maximum out ({error})"
+            )
         return Choice([], str(error), fit.model, width)
     except ValueError as error:
-        return _fill(grid, left, number, f"the scores do not say which PLWs are best ({error})")
+        return _fill(list(grid.runs["plw"]), left, number, f"the scores do not say which PLWs are best ({error})")
     too_few = f" of too few runs ({fit.runs} of {fit.fewest_runs})" * fit.has_too_few_runs
     return Choice(
         proposal.plws,
@@ -128,24 +130,17 @@ def _interval(fit: Fit, grid: Grid) -> tuple[float, str]:
     return high - low, f"the optimum's 95 % interval is PLW {low:.3g} to {high:.3g}, {high - low:.3g} wide"
 
 
-def _fill(grid: Grid, left: Mapping[float, int], number: int, reason: str) -> Choice:
-    """The PLWs that are farthest from those tried."""
-    if number == 0:
-        return Choice([], f"every cell of the grid has been chosen, and {reason}")
-    chosen = farthest(sorted(set(grid.runs["plw"])), left, number)
-    return Choice(chosen, f"{reason}: the farthest on w_p from those tried")
-
-
-def farthest(tried: Sequence[float], left: Mapping[float, int], number: int) -> list[float]:
-    """So many PLWs of those left, one after the other the farthest on w_p from those tried."""
-    transform = make_transform("power", [*tried, *left])
-    times, chosen = dict(left), list[float]()
-    for _ in range(number):
+def _fill(tried: Sequence[float], left: Mapping[float, int], number: int, reason: str) -> Choice:
+    """At most so many PLWs of those left, one after the other the farthest from those tried."""
+    transform, times, chosen = make_transform("power", tried), dict(left), list[float]()
+    for _ in range(min(number, sum(left.values()))):
         there = transform([*tried, *chosen])
-        open_ones = [plw for plw, count in times.items() if count > 0]
-        chosen.append(max(open_ones, key=lambda plw: (np.abs(there - transform(plw)).min(), times[plw])))
+        apart = {plw: float(np.abs(there - transform(plw)).min()) for plw, count in times.items() if count > 0}
+        chosen.append(max(apart, key=lambda plw: (apart[plw], times[plw])))
         times[chosen[-1]] -= 1
-    return chosen
+    if not chosen:
+        return Choice([], f"every cell of the grid has been chosen, and {reason}")
+    return Choice(chosen, f"{reason}: the farthest on w_p from those tried")
 
 
 class Chooser:
@@ -166,6 +161,10 @@ class Chooser:
         self._take_over_or(lambda: self._decide(account))
         return self.cells[before:]
 
+    def lines(self) -> list[str]:
+        """What was decided, in one text, if anything was."""
+        return ["\n".join(decision.line() for decision in self.decisions)]
+
     def _take_over_or(self, decide: Callable[[], list[Decision]]) -> None:
         """Follow what another process, or an earlier call, has decided beyond what is known here; or decide."""
         with self._sweep.sole("decide"):
@@ -178,7 +177,7 @@ class Chooser:
         for decision in new:
             print(decision.line(), flush=True)
             for plw, seed in zip(decision.choice.plws, decision.seeds, strict=True):
-                self.cells += self._curves[decision.dataset][plw][seed]
+                self.cells = [*self.cells, *self._curves[decision.dataset][plw][seed]]
         self.decisions = [*known, *new]
 
     def _begin(self) -> list[Decision]:
@@ -209,23 +208,24 @@ class Chooser:
             decisions.append(self._decision(name, choice))
         return decisions
 
-    def _choice(self, dataset: str, number: int, account: Account, finished: Collection[str]) -> Choice:
+    def _choice(self, dataset: str, number: int, account: Account, finished: set[str]) -> Choice:
         """The choice for a data set by the scores of its cells that were chosen before and are finished."""
         points, chosen = self._curves[dataset], {cell.identity for cell in self.cells}
         done = [cell for cell in self.cells if _dataset(cell) == dataset and cell.identity in finished]
         last = [decision for decision in self.decisions if decision.dataset == dataset][-1]
         of_last = {
-            cell.identity
-            for plw, seed in zip(last.choice.plws, last.seeds, strict=True)
-            for cell in points[plw][seed]
+            cell.identity for plw, seed in zip(last.choice.plws, last.seeds, strict=True) for cell in points[plw][seed]
         }
         if not of_last & finished:
             return Choice([], "all cells of its last round have failed")
         left = {plw: sum(group[0].identity not in chosen for group in seeds.values()) for plw, seeds in points.items()}
         runs = {account.finished_attempt(cell).run_id for cell in done}
         also = tuple(name for name in self._config.listed() if name not in IN_DATA_NAME)
-        table = tracking.score_table(sweep=self._sweep.run.id, also=also, only=runs)
-        (grid,) = analyze.grids(table, by=also)
+        try:
+            table = tracking.score_table(sweep=self._sweep.run.id, also=also, only=runs)
+            (grid,) = analyze.grids(table, by=also)
+        except ValueError as error:
+            return _fill([cell.config.plw for cell in done], left, number, f"the scores cannot be analysed ({error})")
         return choose(grid, left, number, self._config.width)
 
     def _decision(self, dataset: str, choice: Choice) -> Decision:
@@ -233,9 +233,7 @@ class Chooser:
         chosen, seeds = {cell.identity for cell in self.cells}, []
         for plw in choice.plws:
             seed, group = next(
-                (seed, group)
-                for seed, group in self._curves[dataset][plw].items()
-                if group[0].identity not in chosen
+                (seed, group) for seed, group in self._curves[dataset][plw].items() if group[0].identity not in chosen
             )
             chosen |= {cell.identity for cell in group}
             seeds.append(seed)

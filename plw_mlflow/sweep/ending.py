@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +18,12 @@ from plw_mlflow.sweep.account import Account
 IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # options that the data set's name contains
 
 
-def end(config: SweepConfig, account: Account) -> None:
+def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> None:
     """Analyse the finished cells, mark the best model, and print and log what came out.
 
     Where nothing has changed since the last analysis, which another process may have made, that one's words are shown.
+
+    decided: what the description is to tell of how the cells were chosen.
     """
     finished, failed = len(account.finished), len(account.failed)
     counts = f"{finished} of {len(account.cells)} cells finished" + (f", {failed} failed" if failed else "")
@@ -32,7 +35,7 @@ def end(config: SweepConfig, account: Account) -> None:
             print("\n" + account.sweep.description().partition("\n\n")[2])
         elif runs:
             print("\n".join(tracking.mark_best(run.id, len(account.cells))))
-            account.sweep.describe("\n\n".join([counts, *_analyse(config, account)]))
+            account.sweep.describe("\n\n".join([counts, *_analyse(config, account), *decided]))
             run.tag(analysed=of_runs)
         else:
             account.sweep.describe(counts)

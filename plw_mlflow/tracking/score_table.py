@@ -29,8 +29,9 @@ def score_table(
     """The score table of a sweep's cells, or of all cells of an experiment: scored runs only, the newest of each cell.
 
     also: parameters of runs that become columns, and tell cells apart. where: a search filter of MLflow, which runs
-    have to pass. only: ids of runs, beside which no others count. With several methods, a method counts as a model of its own. `attrs["left_out"]` lists the runs of
-    cells that have no scores, or are not finished, `attrs["notes"]` what else differs between the cells.
+    have to pass. only: ids of runs; others do not count. With several methods, a method counts as a model of its own.
+    `attrs["left_out"]` lists the runs of cells that have no scores, or are not finished, `attrs["notes"]` what else
+    differs between the cells.
 
     Raises UserError where there is no scored cell, and where the cells are not comparable (`comparable.py`).
     """

@@ -117,8 +117,8 @@ def propose(
     near 0); the mean log, which is more usual, chose worse after poor first PLWs. A run at a PLW already tried counts
     as any other.
 
-    Raises UserError where the scores allow no fit, or fewer can be chosen than asked for; NoOptimumError where a maximum
-    inside the range is all but ruled out.
+    Raises UserError where the scores allow no fit, or fewer can be chosen than asked for, and NoOptimumError where a
+    maximum inside the range is all but ruled out.
     """
     if number < 1:
         raise UserError(f"the number of next PLWs must be 1 or more, got {number}")
