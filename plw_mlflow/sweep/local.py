@@ -16,6 +16,7 @@ from typing import IO
 
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
+from plw_mlflow.environment import progress
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Account, Begun
@@ -23,6 +24,7 @@ from plw_mlflow.sweep.display import Lines
 
 PATIENCE_SECONDS = 10  # in which cells that were interrupted at the terminal may end by themselves
 POLL_SECONDS = 0.2
+PROGRESS = "progress.txt"  # beside a cell's log: how far it is
 LOOK_SECONDS = 3.0  # between two looks into the store while other processes are at work on cells
 
 
@@ -74,6 +76,7 @@ def run(account: Account, config: SweepConfig, shown: Lines) -> None:
                 shown.ended(one.begun)
                 running.remove(one)
                 free.append(one.place)
+            shown.progressed(_progress(running))
             if not running and not account.left:
                 return
             if free:
@@ -115,9 +118,19 @@ def _start(begun: Begun, place: Place, folder: Path) -> _Running:
         command = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *command]
     log = folder / begun.run_id / "log.txt"
     log.parent.mkdir()
+    environment[progress.FILE] = str(log.with_name(PROGRESS))
     stream = log.open("wb")
     process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     return _Running(begun, process, place, log, stream)
+
+
+def _progress(running: Sequence[_Running]) -> dict[str, str]:
+    """How far the cells that run are, by their identities, as their processes wrote last."""
+    texts = {}
+    for one in running:
+        with suppress(OSError):  # it has not begun to train
+            texts[one.begun.cell.identity] = one.log.with_name(PROGRESS).read_text(encoding="utf-8")
+    return texts
 
 
 @contextmanager
