@@ -27,6 +27,7 @@ def run(config: SweepConfig) -> None:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
         with display.shown(account) as shown:
             local.run(account, config, shown)
+        account.clear()
         account.adopt()
         ending.end(config, account)
         print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")

@@ -17,6 +17,7 @@ from typing import IO
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.environment import progress
+from plw_mlflow.environment.processes import SWEEP
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Account, Begun
@@ -111,7 +112,7 @@ def _gpus(config: SweepConfig) -> list[str]:
 
 
 def _start(begun: Begun, place: Place, folder: Path) -> _Running:
-    environment = tracking.child_environment(begun.run_id) | place.environment()
+    environment = tracking.child_environment(begun.run_id) | place.environment() | {SWEEP: str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "entrypoints.main", *begun.cell.arguments()]
     if place.cores is not None:
@@ -137,7 +138,8 @@ def _progress(running: Sequence[_Running]) -> dict[str, str]:
 def _interrupting(running: list[_Running], account: Account) -> Iterator[None]:
     """Within the block, an interrupt reaches the cells; it is raised once they have ended, and their runs are marked.
 
-    From the terminal, it has reached them already. SIGTERM comes to this process alone, and is passed on at once.
+    From the terminal, it has reached them already. SIGTERM comes to this process alone, and is passed on at once. So it
+    is after an error of the sweep itself.
     """
     was_terminated = False
 
@@ -149,9 +151,10 @@ def _interrupting(running: list[_Running], account: Account) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _end([one.process for one in running], 0 if was_terminated else PATIENCE_SECONDS)
+        came_from_terminal = isinstance(error, KeyboardInterrupt) and not was_terminated
+        _end([one.process for one in running], PATIENCE_SECONDS if came_from_terminal else 0)
         account.interrupt()
         raise
     finally:
