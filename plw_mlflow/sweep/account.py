@@ -101,9 +101,14 @@ class Account:
             self.sweep.release(cell.identity)
         return None
 
-    def end(self, begun: Begun, exit_status: int, log: Path) -> None:
-        """Take note of how the process of a cell has ended, and give the cell's claim back."""
-        if exit_status not in (0, INTERRUPTED):  # an interrupted cell has marked its run itself
+    def end(self, begun: Begun, exit_status: int | None, log: Path) -> None:
+        """Take note of how the process of a cell has ended, and give the cell's claim back.
+
+        exit_status: None where the process was lost with its machine, so that the cell is to be run again.
+        """
+        if exit_status is None:
+            tracking.kill(begun.run_id)
+        elif exit_status not in (0, INTERRUPTED):  # an interrupted cell has marked its run itself
             tracking.fail(begun.run_id, _reason(exit_status, log))
         if log.exists():
             self.sweep.log_file(begun.run_id, log)
