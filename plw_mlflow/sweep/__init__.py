@@ -28,6 +28,7 @@ def run(config: SweepConfig) -> None:
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
         running.run(account, engine, display.Lines(account))
+        account.clear()
         account.adopt()
         ending.end(config, account)
         print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")

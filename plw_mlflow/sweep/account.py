@@ -106,20 +106,37 @@ class Account:
 
         exit_status: None where the process was lost with its machine, so that the cell is to be run again.
         """
-        if exit_status is None:
-            tracking.kill(begun.run_id)
-        elif exit_status not in (0, INTERRUPTED):  # an interrupted cell has marked its run itself
-            tracking.fail(begun.run_id, _reason(exit_status, log))
         if log.exists():
             self.sweep.log_file(begun.run_id, log)
         self.look()
+        if exit_status != INTERRUPTED and begun.cell not in self.finished:  # an interrupted one can go on
+            if exit_status is None:
+                tracking.kill(begun.run_id)
+            else:
+                tracking.fail(begun.run_id, _reason(exit_status, log))
+            self.look()
         del self.running[begun.cell.identity]
         self.sweep.release(begun.cell.identity)
 
     def interrupt(self) -> None:
         """Mark the runs of the cells that this process was at work on, unless they have done so themselves."""
         for begun in self.running.values():
-            tracking.kill(begun.run_id)
+            tracking.kill(begun.run_id, in_haste=True)
+
+    def clear(self) -> None:
+        """Remove what killed processes have left behind of cells that are over: claims, and runs that look open."""
+        abandoned = self.sweep.abandoned()
+        for cell in self.cells:
+            is_suspect = cell.identity in abandoned or any(attempt.looks_open for attempt in self._attempts_of(cell))
+            if not is_suspect or not self.sweep.claim(cell.identity):
+                continue
+            self.look()
+            if not self._is_open(cell):  # nobody else is at work on it now
+                for attempt in self._attempts_of(cell):
+                    if attempt.looks_open:
+                        tracking.kill(attempt.run_id)
+            self.sweep.release(cell.identity)
+        self.look()
 
     def adopt(self) -> None:
         """Make the finished cells of other sweeps cells of this one."""
@@ -135,18 +152,21 @@ class Account:
         attempt = self.attempts[cell.identity][0]
         return f"{cell.name} ({attempt.error or 'it did not say why'}; run {attempt.run_id})"
 
+    def _attempts_of(self, cell: Cell) -> list[Attempt]:
+        return self.attempts.get(cell.identity, [])
+
     def _in_state(self, wanted: State) -> list[Cell]:
-        return [cell for cell in self.cells if state(self.attempts.get(cell.identity, [])) == wanted]
+        return [cell for cell in self.cells if state(self._attempts_of(cell)) == wanted]
 
     def _is_open(self, cell: Cell) -> bool:
         """Whether a cell is still to be run."""
-        attempts = self.attempts.get(cell.identity, [])
+        attempts = self._attempts_of(cell)
         now = state(attempts)
         return now in ("left", "cut short") or (now == "failed" and attempts[0].run_id in self._retried)
 
     def _run_of(self, cell: Cell) -> str:
         """The run in which a cell is to be run: the one that was cut short, or a new one."""
-        attempts = self.attempts.get(cell.identity, [])
+        attempts = self._attempts_of(cell)
         if state(attempts) == "cut short" and attempts[0].is_child:
             return attempts[0].run_id
         return self.sweep.open_cell(cell.identity, cell.name)
@@ -156,4 +176,6 @@ def _reason(exit_status: int, log: Path) -> str:
     """Why a cell has failed that did not say so itself: the last line that it has printed, and how it has ended."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     ended = f"killed by signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+    if exit_status == 0:
+        return "it has ended without a score"
     return f"{ended}; its last line: {lines[-1]}" if lines else ended

@@ -14,6 +14,7 @@ from typing import IO
 
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
+from plw_mlflow.environment.processes import SWEEP
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Begun
@@ -123,7 +124,7 @@ def _gpus(config: SweepConfig) -> list[str]:
 
 
 def _start(begun: Begun, place: Place, folder: Path) -> _Running:
-    environment = tracking.child_environment(begun.run_id) | place.environment()
+    environment = tracking.child_environment(begun.run_id) | place.environment() | {SWEEP: str(os.getpid())}
     environment["PYTHONPATH"] = python_path(environment.get("PYTHONPATH"))
     words = command(begun)
     if place.cores is not None:

@@ -9,9 +9,12 @@ SILENT_SECONDS is taken for abandoned. That is long enough for a machine that is
 different machines are never compared.
 
 An abandoned claim is not removed but outbid: whoever wants it creates the name with the next number, which again only
-one can do. The claim with the highest number counts. Someone who has looked long ago may come too late for that: so
-whoever has created a name looks once more, and gives way where a higher number is there, or where the claim that it
-has outbid is no longer the abandoned one.
+one can do. Someone who has looked long ago may come too late for that: so whoever has created a name looks once more,
+and gives way where there is any other claim but the abandoned ones that it has seen. Of two that are at it together,
+the one that creates its name later sees the other's, so that both may give way, but never both go on.
+
+A holder removes a claim only where it is still its own, and sends that request once, since one that is sent again
+after its answer was lost might remove the claim that somebody else has made meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from plw_mlflow.environment import processes
-from plw_mlflow.tracking.connection import patiently
+from plw_mlflow.errors import Refused
+from plw_mlflow.tracking.connection import hurried, patiently
 
 SIGN_SECONDS = 15.0  # between two signs of life of a holder
 SILENT_SECONDS = 180.0  # after which a claim without a sign of life is taken for abandoned
@@ -42,6 +46,13 @@ class Claim:
 
     name: str
     number: int
+    holder: str  # who holds it: unique to this claim
+    outbid: frozenset[str]  # holders of the abandoned claims with lower numbers
+
+    @property
+    def full_name(self) -> str:
+        """The name of the registered model."""
+        return _full_name(self.name, self.number)
 
 
 @dataclass
@@ -50,36 +61,43 @@ class Claims:
 
     _held: dict[str, Claim] = field(default_factory=dict)  # by name
     _seen: dict[str, tuple[str, float]] = field(default_factory=dict)  # others' last sign, and when it was first seen
+    _given_back: set[str] = field(default_factory=set)  # holders of claims that this process has held
 
     def take(self, name: str) -> bool:
         """Take the claim of a name, unless another process holds it. Returns whether this process holds it now."""
-        standing = self._standing(name)
-        if standing is None:
-            return self._create(name, 1, None)
-        number = _number(standing)
-        return self._is_abandoned(standing) and self._create(name, number + 1, standing)
+        others = _search_patiently(f"{name}-")
+        if not all([self._is_abandoned(claim) for claim in others]):  # each is looked at, and its signs remembered
+            return False
+        number = max(map(_number, others), default=0) + 1
+        return self._create(name, number, frozenset(map(_holder, others)))
 
     def of_others(self, beginning: str) -> set[str]:
         """The names with a beginning whose claims other processes hold."""
-        standing: dict[str, RegisteredModel] = {}
-        for claim in patiently("looking at claims", lambda: _search(beginning)):
-            name = claim.name.removeprefix(f"{PREFIX}-").rpartition("-")[0]
-            if name not in standing or _number(standing[name]) < _number(claim):
-                standing[name] = claim
-        return {name for name, claim in standing.items() if name not in self._held and not self._is_abandoned(claim)}
+        standing = [claim for claim in _search_patiently(beginning) if not self._is_abandoned(claim)]
+        return set(map(_name, standing)) - self._held.keys()
+
+    def abandoned(self, beginning: str) -> set[str]:
+        """The names with a beginning that have claims of processes that have ended, which only `take` removes."""
+        claims = _search_patiently(beginning)
+        return {_name(claim) for claim in claims if self._is_abandoned(claim)} - self._held.keys()
 
     def release(self, name: str) -> None:
-        """Give a claim back, when the work has ended and its outcome can be seen by all."""
+        """Give a claim back, when the work has ended and its outcome can be seen by all.
+
+        It waits for a store that is away. Where the store refuses to remove the claim, this process may take it again,
+        and others may when this process has ended.
+        """
         claim = self._held.pop(name)
-        with suppress(MlflowException, OSError):  # another process outbids what is left behind
-            for number in range(1, claim.number + 1):
-                _remove(name, number)
+        self._given_back.add(claim.holder)
+        with suppress(Refused, MlflowException, OSError):
+            patiently("giving a claim back", lambda: _remove(claim))
 
     @contextmanager
     def giving_signs_of_life(self) -> Iterator[None]:
         """Within the block, a thread changes the tag plw.alive of all held claims every few seconds.
 
-        Afterwards, those that are still held are released.
+        Afterwards, those that are still held are removed, unless the store is away; this process is about to end, after
+        which others outbid them.
         """
         ended = threading.Event()
 
@@ -88,7 +106,7 @@ class Claims:
             while not ended.wait(SIGN_SECONDS):
                 for claim in list(self._held.values()):
                     with suppress(Exception):  # a store that is away for a while does not end this thread
-                        client.set_registered_model_tag(_full_name(claim.name, claim.number), "plw.alive", _sign())
+                        client.set_registered_model_tag(claim.full_name, "plw.alive", _sign())
 
         thread = threading.Thread(target=give_signs, daemon=True)
         thread.start()
@@ -97,53 +115,51 @@ class Claims:
         finally:
             ended.set()
             thread.join(SIGN_SECONDS)
-            for name in list(self._held):
-                self.release(name)
-
-    def _standing(self, name: str) -> RegisteredModel | None:
-        """The claim of a name that counts, if there is one."""
-        claims = patiently("looking at claims", lambda: _search(f"{name}-"))
-        return max(claims, key=_number, default=None)
+            with suppress(Exception), hurried():
+                while self._held:
+                    _remove(self._held.popitem()[1])
 
     def _is_abandoned(self, claim: RegisteredModel) -> bool:
+        if _holder(claim) in self._given_back:
+            return True
         ended = processes.has_ended(claim.tags.get("plw.process", ""))
         if ended is not None:
             return ended
-        sign = claim.tags.get("plw.alive", "") + claim.tags.get("plw.holder", "")
+        sign = claim.tags.get("plw.alive", "") + _holder(claim)
         seen, since = self._seen.get(claim.name, (None, 0.0))
         if sign != seen:
             self._seen[claim.name] = (sign, time.monotonic())
             return False
         return time.monotonic() - since > SILENT_SECONDS
 
-    def _create(self, name: str, number: int, outbid: RegisteredModel | None) -> bool:
-        holder = uuid.uuid4().hex
-        tags = {"plw.holder": holder, "plw.process": processes.identity(), "plw.alive": _sign()}
-        client, full = mlflow.MlflowClient(), _full_name(name, number)
+    def _create(self, name: str, number: int, outbid: frozenset[str]) -> bool:
+        claim = Claim(name, number, uuid.uuid4().hex, outbid)
+        tags = {"plw.holder": claim.holder, "plw.process": processes.identity(), "plw.alive": _sign()}
+        client = mlflow.MlflowClient()
 
         def create() -> bool:
             try:
-                client.create_registered_model(full, tags, DESCRIPTION)
+                client.create_registered_model(claim.full_name, tags, DESCRIPTION)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                return _holder(full) == holder  # the answer to an earlier attempt may have been lost
+                return _is_held_by(claim.full_name, claim.holder)  # the answer to an earlier attempt may have been lost
             return True
 
-        if not patiently("claiming work", create):
-            return False
-        claims = {_number(claim): claim for claim in patiently("looking at claims", lambda: _search(f"{name}-"))}
-        is_late = max(claims, default=0) > number or (
-            outbid is not None
-            and claims.get(number - 1) is not None
-            and claims[number - 1].tags.get("plw.holder") != outbid.tags.get("plw.holder")
-        )
-        self._held[name] = Claim(name, number)
-        if is_late:
+        self._held[name] = claim  # first, so that it is removed if this process is interrupted here
+        try:
+            is_created = patiently("claiming work", create)
+            others = set(map(_holder, _search_patiently(f"{name}-"))) - {claim.holder} if is_created else set()
+        except MlflowException:
             del self._held[name]
-            with suppress(MlflowException, OSError):
-                _remove(name, number)
-        return not is_late
+            raise
+        if is_created and others <= outbid:
+            return True
+        del self._held[name]
+        if is_created:
+            with suppress(Refused, MlflowException, OSError):
+                patiently("giving a claim back", lambda: _remove(claim, alone=True))
+        return False
 
 
 def _full_name(name: str, number: int) -> str:
@@ -154,21 +170,46 @@ def _number(claim: RegisteredModel) -> int:
     return int(claim.name.rpartition("-")[2])
 
 
-def _search(beginning: str) -> list[RegisteredModel]:
+def _name(claim: RegisteredModel) -> str:
+    return str(claim.name.removeprefix(f"{PREFIX}-").rpartition("-")[0])
+
+
+def _holder(claim: RegisteredModel) -> str:
+    return str(claim.tags.get("plw.holder", ""))
+
+
+def _search_patiently(beginning: str) -> list[RegisteredModel]:
     """All claims whose names begin so."""
-    return list(mlflow.MlflowClient().search_registered_models(f"name LIKE '{PREFIX}-{beginning}%'", max_results=1000))
+    query = f"name LIKE '{PREFIX}-{beginning}%'"
+    client = mlflow.MlflowClient()
+    return list(patiently("looking at claims", lambda: client.search_registered_models(query, max_results=1000)))
 
 
-def _holder(full_name: str) -> str | None:
-    with suppress(MlflowException):  # it has been removed meanwhile
-        return str(mlflow.MlflowClient().get_registered_model(full_name).tags.get("plw.holder"))
-    return None
-
-
-def _remove(name: str, number: int) -> None:
-    """Remove a claim, if it is there."""
+def _is_held_by(full_name: str, holder: str) -> bool:
+    """Whether there is a claim of that name and holder."""
     try:
-        mlflow.MlflowClient().delete_registered_model(_full_name(name, number))
+        return _holder(mlflow.MlflowClient().get_registered_model(full_name)) == holder
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def _remove(claim: Claim, *, alone: bool = False) -> None:
+    """Remove a claim where it is still there and the holder's own, and, unless alone, those that it has outbid."""
+    client = mlflow.MlflowClient()
+    if not alone:
+        for outbid in client.search_registered_models(f"name LIKE '{PREFIX}-{claim.name}-%'", max_results=1000):
+            if _holder(outbid) in claim.outbid:
+                _delete(outbid.name)
+    if _is_held_by(claim.full_name, claim.holder):
+        _delete(claim.full_name)
+
+
+def _delete(full_name: str) -> None:
+    try:
+        with hurried(retries=0):
+            mlflow.MlflowClient().delete_registered_model(full_name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise

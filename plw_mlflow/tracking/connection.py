@@ -66,9 +66,15 @@ def check_reachable() -> None:
 
 
 @contextmanager
-def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
-    """Within the block, MLflow sends a request twice at most, and waits so many seconds for each answer."""
-    changed = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds)))}
+def hurried(seconds: float = ANSWER_SECONDS, retries: int = 1) -> Iterator[None]:
+    """Within the block, MLflow sends a request twice at most, and waits so many seconds for each answer.
+
+    retries: how often it sends a request again that has failed.
+    """
+    changed = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(seconds))),
+    }
     before = {name: os.environ.get(name) for name in changed}
     os.environ |= changed
     try:
@@ -76,7 +82,7 @@ def hurried(seconds: float = ANSWER_SECONDS) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -237,6 +243,14 @@ def patiently(doing: str, call: Callable[[], Result]) -> Result:
             if is_second and not was_away:
                 raise
             is_second = not was_away
+
+
+def await_reachable(doing: str) -> None:
+    """Like `check_reachable`, but a store that is away is waited for, as `patiently` does it."""
+    try:
+        check_reachable()
+    except Unreachable as error:
+        _await_store(doing, error)
 
 
 def _await_store(doing: str, error: Exception) -> bool:

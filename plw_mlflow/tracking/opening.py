@@ -19,9 +19,9 @@ from mlflow.exceptions import MlflowException
 
 from plw_mlflow import __version__
 from plw_mlflow.environment import container, processes, provenance
-from plw_mlflow.errors import without_passwords
+from plw_mlflow.errors import Refused, without_passwords
 from plw_mlflow.tracking import connection
-from plw_mlflow.tracking.connection import check_reachable, explained, get_run, hurried, patiently
+from plw_mlflow.tracking.connection import await_reachable, check_reachable, explained, get_run, hurried, patiently
 from plw_mlflow.tracking.resumption import giving_signs_of_life
 from plw_mlflow.tracking.run import Run
 
@@ -39,9 +39,13 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
     A run that fails is marked FAILED, with the reason as its tag plw.error. An interrupted one is marked KILLED. The
     tag plw.status says the same. A run that something is added to keeps the status that it had when that fails.
 
-    Raises Unreachable where the tracking server does not answer, and UserError where it refuses.
+    Raises Unreachable where the tracking server does not answer, and UserError where it refuses. The cell of a sweep
+    waits for a server that is away, as it would be marked as failed otherwise.
     """
-    check_reachable()
+    if processes.SWEEP in os.environ:
+        await_reachable("opening a run")
+    else:
+        check_reachable()
     try:
         existing = run_id or os.environ.get("MLFLOW_RUN_ID")
         status = get_run(existing).info.status if existing else None  # raises if the run is unknown or was deleted
@@ -84,21 +88,32 @@ def child_environment(run_id: str) -> dict[str, str]:
         "MLFLOW_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         processes.PARENT_REPORTS: "true",
-        processes.SWEEP: str(os.getpid()),
     }
     return os.environ | own
 
 
 def fail(run_id: str, reason: str) -> None:
-    """Mark a run FAILED whose process has failed, and say why, unless the process has done so itself."""
-    patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless=("FAILED", "KILLED"), reason=reason))
+    """Mark a run FAILED whose process has failed, and say why, unless the process has done so itself.
+
+    A run that somebody has deleted stays as it is.
+    """
+    with suppress(Refused):
+        patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless=("FAILED", "KILLED"), reason=reason))
 
 
-def kill(run_id: str) -> None:
-    """Mark a run KILLED whose process was interrupted, unless the process has done so itself, or the store is away."""
+def kill(run_id: str, *, in_haste: bool = False) -> None:
+    """Mark a run KILLED whose process was interrupted or killed, unless the process has done so itself.
+
+    in_haste: whether a store that is away is not waited for.
+    """
+    unless = ("FAILED", "KILLED", "FINISHED")
+    if not in_haste:
+        with suppress(Refused):
+            patiently("marking a killed run", lambda: _mark(run_id, "KILLED", unless))
+        return
     with suppress(Exception), hurried():
         check_reachable()
-        _mark(run_id, "KILLED", unless=("FAILED", "KILLED", "FINISHED"))
+        _mark(run_id, "KILLED", unless)
 
 
 def _mark(run_id: str, status: str, unless: tuple[str, ...], reason: str = "") -> None:

@@ -48,6 +48,11 @@ class Attempt:
     is_adopted: bool  # whether it was made for another sweep, and is one of this sweep's cells too
 
     @property
+    def looks_open(self) -> bool:
+        """Whether its process has not ended it: it is at work on the cell, or was killed."""
+        return self.status in ("RUNNING", "SCHEDULED")
+
+    @property
     def is_finished(self) -> bool:
         """Whether the cell needs no further run."""
         return self.status == "FINISHED" and self.is_scored
@@ -68,6 +73,10 @@ class Sweep:
     def claimed(self) -> set[str]:
         """The identities of cells that other processes are at work on."""
         return {name.rpartition("-")[2] for name in self.claims.of_others(f"{self._experiment}-")}
+
+    def abandoned(self) -> set[str]:
+        """The identities of cells that processes which were killed have left claims of."""
+        return {name.rpartition("-")[2] for name in self.claims.abandoned(f"{self._experiment}-")}
 
     def claim(self, identity: str) -> bool:
         """Whether no other process is at work on a cell, so that this one may be, until it releases the cell."""
@@ -135,11 +144,11 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
         experiment = experiment_id()
         with _sole(claims, f"{experiment}-{grid}"):
             earlier = _earlier(config, experiment, grid)
-            if earlier is not None:
-                _check_contents(Run(earlier), contents)
-            run_id = earlier or _new(experiment, grid, contents)
+            run_id = earlier or _new(experiment, grid)
+            _check_contents(Run(run_id), contents)
         with open_run(config, "sweep", run_id, goes_on=True) as run:
             yield Sweep(run, claims)
+            run.untag("status")  # of an earlier process that was interrupted or has failed
 
 
 def finished_before(config: Any) -> dict[str, list[Attempt]]:
@@ -171,10 +180,8 @@ def _sole(claims: Claims, name: str) -> Iterator[None]:
     """Within the block, this process holds a claim; it waits for others that hold it."""
     while not claims.take(name):
         time.sleep(WAIT_SECONDS)
-    try:
-        yield
-    finally:
-        claims.release(name)
+    yield
+    claims.release(name)  # after an error, all claims are removed by `giving_signs_of_life`
 
 
 def _earlier(config: Any, experiment: str, grid: str) -> str | None:
@@ -205,8 +212,14 @@ def _first_difference(config: Any, run: Entity) -> str:
 
 
 def _check_contents(earlier: Run, contents: Mapping[str, str]) -> None:
-    """Raise UserError where something that a sweep reads is no longer what it was when the sweep began."""
-    before = json.loads(earlier.read_tag("contents") or "{}")
+    """Raise UserError where something that a sweep reads is no longer what it was when the sweep began.
+
+    The run of a sweep that begins gets the contents as its tag.
+    """
+    if (tag := earlier.read_tag("contents")) is None:
+        earlier.tag(contents=json.dumps(contents, sort_keys=True))
+        return
+    before = json.loads(tag)
     for name, content in contents.items():
         if before.get(name, content) != content:
             raise UserError(
@@ -215,12 +228,14 @@ def _check_contents(earlier: Run, contents: Mapping[str, str]) -> None:
             )
 
 
-def _new(experiment: str, grid: str, contents: Mapping[str, str]) -> str:
+def _new(experiment: str, grid: str) -> str:
     """The id of a new run for a sweep: the one that `mlflow run` has begun, if there is one."""
-    client = mlflow.MlflowClient()
-    run_id = os.environ.get("MLFLOW_RUN_ID") or str(client.create_run(experiment, run_name="sweep").info.run_id)
-    Run(run_id).tag(grid=grid, contents=json.dumps(contents, sort_keys=True))
-    return run_id
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        Run(run_id).tag(grid=grid)
+        return run_id
+    # With its tag from the start, so that it is found again whenever this process is killed.
+    run = mlflow.MlflowClient().create_run(experiment, tags={"plw.grid": grid}, run_name="sweep")
+    return str(run.info.run_id)
 
 
 def _attempts(experiment: str, sweep: str) -> dict[str, list[Attempt]]:

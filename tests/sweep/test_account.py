@@ -5,6 +5,7 @@ import pytest
 
 from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, SweepConfig
+from plw_mlflow.environment import processes
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.sweep.grid import Cell
 from tests.stores import Place
@@ -101,3 +102,56 @@ def test_cells_that_another_sweep_has_finished_count(store, open_account, tmp_pa
     assert tags[f"plw.also_in.{other.sweep.run.id}"] == "true"
     assert not [tag for tag in tags if one.sweep.run.id in tag and "also_in" in tag]
     assert store.search_registered_models() == []  # no claim is left behind
+
+
+def test_what_killed_sweeps_have_left_of_finished_cells_is_cleared(store, open_account, monkeypatch, tmp_path):
+    killed = open_account()
+    for _ in CELLS:
+        begun = killed.begin_next()
+        finish(store, begun.run_id)
+    stray = killed.sweep.open_cell("cell0", "plw 0.0")  # by a request that was sent twice
+    monkeypatch.setattr(processes, "has_ended", lambda process: True)
+    account = open_account()
+    assert account.begin_next() is None
+    assert account.sweep.abandoned() == {"cell0", "cell1"}
+    account.clear()
+    assert store.search_registered_models() == []
+    assert store.get_run(stray).info.status == "KILLED"
+    assert account.finished == CELLS
+
+
+def test_a_cell_at_work_elsewhere_is_not_cleared(store, open_account):
+    at_work = open_account()
+    begun = at_work.begin_next()
+    open_account("another grid").clear()
+    assert store.get_run(begun.run_id).info.status == "RUNNING"
+    assert len(store.search_registered_models()) == 1
+
+
+def test_a_cell_that_ends_well_without_a_score_has_failed(store, open_account, tmp_path):
+    """Or it would be begun again for ever."""
+    account = open_account()
+    begun = account.begin_next()
+    store.set_terminated(begun.run_id, "FINISHED")
+    account.end(begun, 0, tmp_path / "none")
+    assert account.failed == [begun.cell]
+    assert "it has ended without a score" in account.failure(begun.cell)
+
+
+def test_a_cell_that_is_finished_has_not_failed_however_its_process_ends(store, open_account, tmp_path):
+    account = open_account()
+    begun = account.begin_next()
+    finish(store, begun.run_id)
+    account.end(begun, -9, tmp_path / "none")
+    assert account.finished == [begun.cell]
+    assert store.get_run(begun.run_id).info.status == "FINISHED"
+
+
+def test_a_cell_whose_run_somebody_deletes_is_run_in_a_new_one(store, open_account, tmp_path):
+    account = open_account()
+    begun = account.begin_next()
+    store.delete_run(begun.run_id)
+    account.end(begun, 1, tmp_path / "none")
+    again = account.begin_next()
+    assert again.cell == begun.cell
+    assert again.run_id != begun.run_id

@@ -6,6 +6,8 @@ import threading
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from plw_mlflow.environment import processes
 from plw_mlflow.tracking import claims
@@ -46,9 +48,7 @@ def test_a_claim_is_held_by_one_until_it_is_released(client):
 
 
 def test_a_claim_of_a_process_that_has_ended_is_taken_over(client, monkeypatch, a_dead_process):
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "identity", lambda pid=None: a_dead_process)
-        assert Claims().take("work")
+    take_as(a_dead_process, monkeypatch)
     one, other = Claims(), Claims()
     assert one.take("work")
     assert names(client) == ["plw-claim-work-1", "plw-claim-work-2"]
@@ -60,9 +60,7 @@ def test_a_claim_of_a_process_that_has_ended_is_taken_over(client, monkeypatch, 
 def test_a_claim_of_another_machine_is_abandoned_after_silence_alone(client, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "identity", lambda pid=None: "another-boot/1/2/3")
-        assert Claims().take("work")
+    take_as("another-boot/1/2/3", monkeypatch)
     here = Claims()
     for seconds in (0, claims.SILENT_SECONDS):
         now[0] = seconds
@@ -74,19 +72,76 @@ def test_a_claim_of_another_machine_is_abandoned_after_silence_alone(client, mon
     assert here.take("work")
 
 
+def take_as(identity, monkeypatch, name="work"):
+    """Take a claim as another process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "identity", lambda pid=None: identity)
+        taker = Claims()
+        assert taker.take(name)
+    return taker
+
+
 def test_who_comes_late_to_an_abandoned_claim_gives_way(client, monkeypatch, a_dead_process):
     """Late: has seen the dead process' claim, which somebody else has taken over and released since."""
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "identity", lambda pid=None: a_dead_process)
-        assert Claims().take("work")
+    take_as(a_dead_process, monkeypatch)
     late, other, third = Claims(), Claims(), Claims()
-    seen = late._standing("work")
+    seen = frozenset({client.get_registered_model("plw-claim-work-1").tags["plw.holder"]})
     assert other.take("work")
     other.release("work")
     assert third.take("work")  # a new claim with the number of the dead one
     assert not late._create("work", 2, seen)
     assert names(client) == ["plw-claim-work-1"]
     assert not late.take("work")
+
+
+def test_a_dead_claim_above_that_of_a_living_process_frees_nothing(client, a_dead_process):
+    """It is of a process that came late, and died before it could give way."""
+    assert Claims().take("work")
+    tags = {"plw.holder": "late", "plw.process": a_dead_process, "plw.alive": "once"}
+    client.create_registered_model("plw-claim-work-2", tags)
+    one = Claims()
+    assert not one.take("work")
+    assert one.of_others("work") == {"work"}
+
+
+def test_a_claim_that_could_not_be_removed_can_be_taken_again_by_its_holder(client, monkeypatch):
+    one = Claims()
+    assert one.take("work")
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_remove", refuse)
+        one.release("work")
+    assert names(client) == ["plw-claim-work-1"]
+    assert not Claims().take("work")
+    assert one.take("work")
+    one.release("work")
+    assert names(client) == []
+
+
+def refuse(claim):
+    raise MlflowException("no", error_code=PERMISSION_DENIED)
+
+
+def test_a_claim_of_somebody_else_is_not_removed(client):
+    one = Claims()
+    assert one.take("work")
+    client.delete_registered_model("plw-claim-work-1")
+    other = Claims()
+    assert other.take("work")
+    one.release("work")
+    assert names(client) == ["plw-claim-work-1"]
+    other.release("work")
+    assert names(client) == []
+
+
+def test_what_dead_processes_have_left_is_known_and_is_removed_by_who_takes_it(client, monkeypatch, a_dead_process):
+    take_as(a_dead_process, monkeypatch, "one")
+    take_as(a_dead_process, monkeypatch, "other")
+    here = Claims()
+    assert here.take("one")
+    assert here.abandoned("o") == {"other"}
+    with here.giving_signs_of_life():
+        assert here.take("other")
+    assert names(client) == []  # at the end of the block, both are given back
 
 
 def test_of_many_threads_one_takes_a_claim(client):
