@@ -1,8 +1,9 @@
 """Sweep: a cell for every combination of values, each in a process of its own, and an account of all of them.
 
-`grid` says which cells there are and what identifies each; `account` which of them are finished, running, failed or
-left, by what the tracking store has; `local` runs them on this machine; `display` shows how far they are; and `ending`
-says what came out. A crash ends one cell only, and each cell finds the device's memory empty.
+`grid` says which cells there are and what identifies each; `adaptive` chooses some of them, where that is asked for;
+`account` says which are finished, running, failed or left, by what the tracking store has; `running` has an engine run
+them (`local`: on this machine); `display` shows how far they are; and `ending` says what came out. A crash ends one
+cell only, and each cell finds the device's memory empty.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.sweep import adaptive, display, ending, grid, local
+from plw_mlflow.sweep import adaptive, display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.training import optimizers
 
@@ -21,18 +22,21 @@ def run(config: SweepConfig) -> None:
     if config.adaptive:
         adaptive.check(config, planned.cells)
     if config.dry_run:
-        print(display.plan(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        print(dry_run.text(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        if config.adaptive:
+            print(adaptive.foretell(config, planned.cells))
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
+    engine = local.Local(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         chooser = adaptive.Chooser(config, planned.cells, sweep) if config.adaptive else None
         account = Account(chooser.cells if chooser else planned.cells, sweep, retries_failed=config.retry_failed)
-        shown = display.Lines(account)
-        local.run(account, config, shown)
-        while chooser and (further := chooser.go_on(account)):
-            account.add(further)
-            local.run(account, config, shown)
+        with display.shown(account) as shown:
+            running.run(account, engine, shown)
+            while chooser and (further := chooser.go_on(account)):
+                account.add(further)
+                running.run(account, engine, shown)
         account.clear()
         account.adopt()
         ending.end(config, account, chooser.lines() if chooser else [])

@@ -62,7 +62,7 @@ class Decision:
         """As the terminal shows it."""
         runs = ", ".join(f"{plw:g} (seed {seed})" for plw, seed in zip(self.choice.plws, self.seeds, strict=True))
         what = f"PLW {runs}" if runs else "no more cells"
-        return f"round {self.round}, {self.dataset}: {what}, as {self.choice.why}"
+        return f"round {self.round}, {self.dataset}: {what}, because {self.choice.why}"
 
 
 def first_plws(plws: Sequence[float]) -> list[float]:
@@ -82,34 +82,29 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
     left: how many runs can still be chosen at each PLW. wanted: width of the optimum's 95 % interval, in PLW.
     """
     left = {plw: times for plw, times in left.items() if times > 0}
-    number = min(number, sum(left.values()))
+    tried, number = list(grid.runs["plw"]), min(number, sum(left.values()))
     try:
         fit = analyze.lead_fit(grid)
     except ValueError as error:
-        return _fill(list(grid.runs["plw"]), left, number, f"the scores cannot be fitted yet ({error})")
-    width, interval = _interval(fit, grid)
-    known = f"{interval} by {fit.model}"
+        return _fill(tried, left, number, f"the scores cannot be fitted ({error})")
+    width, known = _interval(fit, grid)
     if width <= wanted and not fit.has_too_few_runs:
-        return Choice([], f"{known}, and {wanted:g} was wanted", fit.model, width)
+        return Choice([], f"{known}; {wanted:g} was wanted", fit.model, width)
     if number == 0:
-        return Choice(
-            [], f"every cell of the grid has been chosen; {known}, and {wanted:g} was wanted", fit.model, width
-        )
+        return Choice([], f"every cell of the grid has been chosen; {known}", fit.model, width)
     try:
         proposal = propose(grid, number, left)
     except NoOptimumError as error:
         if fit.has_too_few_runs:
-            return _fill(
-                list(grid.runs["plw"]), left, number, f"{fit.runs} runs are too few to rule a maximum out ({error})"
-            )
+            return _fill(tried, left, number, f"{known}; {error}, but {fit.runs} runs are too few to rule it out")
         return Choice([], str(error), fit.model, width)
     except ValueError as error:
-        return _fill(list(grid.runs["plw"]), left, number, f"the scores do not say which PLWs are best ({error})")
-    too_few = f" of too few runs ({fit.runs} of {fit.fewest_runs})" * fit.has_too_few_runs
+        return _fill(tried, left, number, f"{known}; which PLWs are best cannot be said ({error})")
     return Choice(
         proposal.plws,
-        f"{known}{too_few}, and of all cells left this lowers the expected standard error of the optimum on w_p the "
-        f"most, from {proposal.error_now:.3g} to {proposal.error_then:.3g}; expected width {proposal.width_then:.3g}",
+        f"{known}; of the cells left, these lower the expected standard error of the optimum on w_p the most: from "
+        f"{proposal.error_now:.3g} to {proposal.error_then:.3g}, and the width to {proposal.width_then:.3g} if the "
+        "curve stays as it is",
         fit.model,
         width,
         proposal.width_then,
@@ -119,15 +114,16 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
 
 
 def _interval(fit: Fit, grid: Grid) -> tuple[float, str]:
-    """The width of the optimum's 95 % interval in PLW, and the interval in words.
+    """The width of the optimum's 95 % interval in PLW, and what is known of the optimum, in words.
 
-    That of the range where the scores do not locate it.
+    Where the scores do not locate the optimum, the width is that of the range.
     """
+    by = f"by {fit.model} on {fit.runs} runs" + f" (too few to be sure: {fit.fewest_runs})" * fit.has_too_few_runs
     if not fit.has_interior_optimum or fit.optimum_set_is_unbounded or not fit.optimum_set:
         low, high = grid.transform.back(grid.transform.ends)
-        return float(high - low), f"the optimum is not located within PLW {low:g} to {high:g}"
+        return float(high - low), f"the optimum is not located {by}"
     low, high = fit.optimum_set[0][0], fit.optimum_set[-1][1]
-    return high - low, f"the optimum's 95 % interval is PLW {low:.3g} to {high:.3g}, {high - low:.3g} wide"
+    return high - low, f"the optimum's 95 % interval {by} is PLW {low:.3g} to {high:.3g}, {high - low:.3g} wide"
 
 
 def _fill(tried: Sequence[float], left: Mapping[float, int], number: int, reason: str) -> Choice:
@@ -139,8 +135,8 @@ def _fill(tried: Sequence[float], left: Mapping[float, int], number: int, reason
         chosen.append(max(apart, key=lambda plw: (apart[plw], times[plw])))
         times[chosen[-1]] -= 1
     if not chosen:
-        return Choice([], f"every cell of the grid has been chosen, and {reason}")
-    return Choice(chosen, f"{reason}: the farthest on w_p from those tried")
+        return Choice([], f"every cell of the grid has been chosen; {reason}")
+    return Choice(chosen, f"{reason}; these are the farthest on w_p from those tried")
 
 
 class Chooser:
@@ -166,25 +162,27 @@ class Chooser:
         return ["\n".join(decision.line() for decision in self.decisions)]
 
     def _take_over_or(self, decide: Callable[[], list[Decision]]) -> None:
-        """Follow what another process, or an earlier call, has decided beyond what is known here; or decide."""
+        """Follow what another process, or an earlier call, has decided beyond what is known here; or decide.
+
+        The end of a data set is not followed, as width and budget may be others here.
+        """
         with self._sweep.sole("decide"):
-            logged = [decision for decision in _read(self._sweep) if decision.choice.plws]
-            known = [decision for decision in self.decisions if decision.choice.plws]
-            new = logged[len(known) :]
+            known = sum(bool(decision.choice.plws) for decision in self.decisions)
+            new = [decision for decision in _read(self._sweep) if decision.choice.plws][known:]
             if not new:
                 new = decide()
-                self._sweep.write_json(FILE, [asdict(decision) for decision in [*known, *new]])
+                self._sweep.write_json(FILE, [asdict(decision) for decision in [*self.decisions, *new]])
+        self.decisions = [*self.decisions, *new]
         for decision in new:
             print(decision.line(), flush=True)
             for plw, seed in zip(decision.choice.plws, decision.seeds, strict=True):
                 self.cells = [*self.cells, *self._curves[decision.dataset][plw][seed]]
-        self.decisions = [*known, *new]
 
     def _begin(self) -> list[Decision]:
         """The first round."""
         decisions = []
         for dataset, points in self._curves.items():
-            why = f"the first {FIRST} PLWs, spread over w_p = PLW^0.30103"
+            why = f"a sweep begins with {FIRST} PLWs, spread over w_p = PLW^0.30103"
             decisions.append(self._decision(dataset, Choice(first_plws(list(points)), why)))
         return decisions
 
@@ -202,7 +200,9 @@ class Chooser:
                 affordable = min(affordable, (self._config.budget - cost) // self._cost(name))
             if choice.plws and not affordable:
                 known = f", and the interval was {choice.width:.3g} wide" if choice.width is not None else ""
-                choice = replace(choice, plws=[], why=f"the budget is spent ({cost} of {self._config.budget}){known}")
+                choice = replace(
+                    choice, plws=[], why=f"the budget is spent, {cost} of {self._config.budget} cells{known}"
+                )
             choice = replace(choice, plws=choice.plws[:affordable])
             cost += len(choice.plws) * self._cost(name)
             decisions.append(self._decision(name, choice))
@@ -248,11 +248,26 @@ class Chooser:
 Points = Mapping[float, Mapping[int, list[Cell]]]  # the cells of a data set by PLW and seed, as they are listed
 
 
+def foretell(config: SweepConfig, cells: Sequence[Cell]) -> str:
+    """What an adaptive sweep of a grid will do, for whoever has not begun it yet."""
+    plws = ", ".join(f"{plw:g}" for plw in first_plws(list(dict.fromkeys(cell.config.plw for cell in cells))))
+    budget = "" if config.budget is None else f" or {config.budget} cells have been run"
+    return (
+        f"adaptive begins with {_first_round(cells)} of them, those of the first seed at PLW {plws}, and goes on until "
+        f"the interval of each data set's best PLW is at most {config.width:g} wide{budget}"
+    )
+
+
 def check(config: SweepConfig, cells: Sequence[Cell]) -> None:
     """Raise UserError where the budget does not reach for the first round."""
-    first = sum(FIRST * _cost(points) for points in _by_dataset(cells).values())
+    first = _first_round(cells)
     if config.budget is not None and config.budget < first:
         raise UserError(f"budget is {config.budget} cells, but the first round of adaptive takes {first}")
+
+
+def _first_round(cells: Sequence[Cell]) -> int:
+    """How many cells the first round takes."""
+    return sum(FIRST * _cost(points) for points in _by_dataset(cells).values())
 
 
 def _by_dataset(cells: Sequence[Cell]) -> dict[str, dict[float, dict[int, list[Cell]]]]:
