@@ -321,14 +321,14 @@ def interrupt(folder: Path, way: Way) -> list[Outcome]:
             if time.monotonic() > started + PATIENCE_SECONDS:
                 raise RuntimeError(f"a cell outlives its sweep:\n{sweep.said()}")
             time.sleep(0.01)
-        seconds = time.monotonic() - started
+        seconds = round(time.monotonic() - started, 2)
     finally:
         sweep.kill_all()
     kept = len({path.parent for path in checkpoints.glob("*/step-*")})
     outcomes = [
         Outcome(name, "cells that were at work", len(cells), "cells", 2),
         Outcome(name, "cells with checkpoints afterwards", kept, "cells", 2),
-        Outcome(name, "seconds until all had ended", round(seconds, 2), "seconds (no goal)", seconds),
+        Outcome(name, "seconds until all had ended", seconds, "seconds (no goal)", seconds),
     ]
     if message == signal.SIGKILL:
         return [*outcomes, Outcome(name, "cells that have ended", 2, "cells", 2)]  # or the wait above had failed
