@@ -1,8 +1,9 @@
 """Sweep: a cell for every combination of values, each in a process of its own, and an account of all of them.
 
 `grid` says which cells there are and what identifies each; `account` which of them are finished, running, failed or
-left, by what the tracking store has; `local` runs them on this machine; `display` shows how far they are; and `ending`
-says what came out. A crash ends one cell only, and each cell finds the device's memory empty.
+left, by what the tracking store has; `running` has an engine run them (`local`: on this machine); `display` shows how
+far they are; and `ending` says what came out. A crash ends one cell only, and each cell finds the device's memory
+empty.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.sweep import display, ending, grid, local
+from plw_mlflow.sweep import display, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.training import optimizers
 
@@ -23,9 +24,10 @@ def run(config: SweepConfig) -> None:
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
+    engine = local.Local(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
-        local.run(account, config, display.Lines(account))
+        running.run(account, engine, display.Lines(account))
         account.clear()
         account.adopt()
         ending.end(config, account)

@@ -101,13 +101,19 @@ class Account:
             self.sweep.release(cell.identity)
         return None
 
-    def end(self, begun: Begun, exit_status: int, log: Path) -> None:
-        """Take note of how the process of a cell has ended, and give the cell's claim back."""
+    def end(self, begun: Begun, exit_status: int | None, log: Path) -> None:
+        """Take note of how the process of a cell has ended, and give the cell's claim back.
+
+        exit_status: None where the process was lost with its machine, so that the cell is to be run again.
+        """
         if log.exists():
             self.sweep.log_file(begun.run_id, log)
         self.look()
         if exit_status != INTERRUPTED and begun.cell not in self.finished:  # an interrupted one can go on
-            tracking.fail(begun.run_id, _reason(exit_status, log))
+            if exit_status is None:
+                tracking.kill(begun.run_id)
+            else:
+                tracking.fail(begun.run_id, _reason(exit_status, log))
             self.look()
         del self.running[begun.cell.identity]
         self.sweep.release(begun.cell.identity)

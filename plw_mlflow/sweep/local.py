@@ -1,15 +1,13 @@
-"""Local: the cells of a sweep on this machine, as many at a time as are asked for, each in a process of its own."""
+"""Local: the engine that runs cells on this machine, as many at a time as are asked for, each in its own process."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,12 +17,8 @@ from plw_mlflow.config import SweepConfig
 from plw_mlflow.environment.processes import SWEEP
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
-from plw_mlflow.sweep.account import Account, Begun
-from plw_mlflow.sweep.display import Lines
-
-PATIENCE_SECONDS = 10  # in which cells that were interrupted at the terminal may end by themselves
-POLL_SECONDS = 0.2
-LOOK_SECONDS = 3.0  # between two looks into the store while other processes are at work on cells
+from plw_mlflow.sweep.account import Begun
+from plw_mlflow.sweep.running import Ended
 
 
 @dataclass(frozen=True)
@@ -53,33 +47,44 @@ class _Running:
     stream: IO[bytes]
 
 
-def run(account: Account, config: SweepConfig, shown: Lines) -> None:
-    """Run cells until none is left. Raises KeyboardInterrupt where that was asked for, once the cells have ended.
+class Local:
+    """Runs cells on this machine. Raises UserError where it has fewer GPUs or cores than the cells are to have."""
 
-    Raises UserError where the machine has fewer GPUs or cores than the cells are to have.
-    """
-    free = places(config)
-    running: list[_Running] = []
-    with tempfile.TemporaryDirectory() as folder, _interrupting(running, account):
-        while True:
-            while free:
-                if (begun := account.begin_next()) is None:
-                    if account.left and not running:
-                        shown.waiting()
-                    break
-                running.append(_start(begun, free.pop(), Path(folder)))
-                shown.begun(begun)
-            for one in [one for one in running if one.process.poll() is not None]:
-                one.stream.close()
-                account.end(one.begun, one.process.returncode, one.log)
-                shown.ended(one.begun)
-                running.remove(one)
-                free.append(one.place)
-            if not running and not account.left:
+    poll_seconds = 0.2
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._free = places(config)
+        self._running: list[_Running] = []
+
+    def room(self, running: int) -> int:
+        """How many cells may be started: one for each place that is free."""
+        return len(self._free)
+
+    def start(self, cells: Sequence[Begun], folder: Path) -> None:
+        """Start a process for each cell, in a place of its own."""
+        self._running += [_start(begun, self._free.pop(), folder) for begun in cells]
+
+    def ended(self) -> list[Ended]:
+        """The cells whose processes have ended since the last call; their places are free again."""
+        gone = [one for one in self._running if one.process.poll() is not None]
+        for one in gone:
+            one.stream.close()
+            self._running.remove(one)
+            self._free.append(one.place)
+        return [Ended(one.begun, one.process.returncode, one.log) for one in gone]
+
+    def end(self, patience: float) -> None:
+        """Return when all processes have ended; they are asked to after so many seconds, and may save a checkpoint."""
+        processes, until = [one.process for one in self._running], time.monotonic() + patience
+        while processes:
+            with suppress(KeyboardInterrupt):  # a second one changes nothing
+                while any(process.poll() is None for process in processes) and time.monotonic() < until:
+                    time.sleep(self.poll_seconds)
+                for process in processes:
+                    process.terminate()
+                for process in processes:
+                    process.wait()
                 return
-            if free:
-                account.look_again(LOOK_SECONDS)
-            time.sleep(POLL_SECONDS)
 
 
 def places(config: SweepConfig) -> list[Place]:
@@ -98,6 +103,16 @@ def places(config: SweepConfig) -> list[Place]:
     ]
 
 
+def command(begun: Begun) -> list[str]:
+    """The command of a cell's process."""
+    return [sys.executable, "-m", "entrypoints.main", *begun.cell.arguments()]
+
+
+def python_path(before: str | None) -> str:
+    """The environment variable PYTHONPATH with which a process finds this package. before: what it was."""
+    return os.pathsep.join(filter(None, [str(ROOT), before]))
+
+
 def _gpus(config: SweepConfig) -> list[str]:
     if config.gpus_per_cell is None:
         return []
@@ -110,53 +125,12 @@ def _gpus(config: SweepConfig) -> list[str]:
 
 def _start(begun: Begun, place: Place, folder: Path) -> _Running:
     environment = tracking.child_environment(begun.run_id) | place.environment() | {SWEEP: str(os.getpid())}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "entrypoints.main", *begun.cell.arguments()]
+    environment["PYTHONPATH"] = python_path(environment.get("PYTHONPATH"))
+    words = command(begun)
     if place.cores is not None:
-        command = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *command]
+        words = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *words]
     log = folder / begun.run_id / "log.txt"
-    log.parent.mkdir()
+    log.parent.mkdir(exist_ok=True)
     stream = log.open("wb")
-    process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     return _Running(begun, process, place, log, stream)
-
-
-@contextmanager
-def _interrupting(running: list[_Running], account: Account) -> Iterator[None]:
-    """Within the block, an interrupt reaches the cells; it is raised once they have ended, and their runs are marked.
-
-    From the terminal, it has reached them already. SIGTERM comes to this process alone, and is passed on at once. So it
-    is after an error of the sweep itself.
-    """
-    was_terminated = False
-
-    def terminate(*_: object) -> None:
-        nonlocal was_terminated
-        was_terminated = True
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        came_from_terminal = isinstance(error, KeyboardInterrupt) and not was_terminated
-        _end([one.process for one in running], PATIENCE_SECONDS if came_from_terminal else 0)
-        account.interrupt()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
-    """Return when processes have ended; they are asked to after so many seconds, and may save a checkpoint then."""
-    until = time.monotonic() + patience
-    while processes:
-        with suppress(KeyboardInterrupt):  # a second one changes nothing
-            while any(process.poll() is None for process in processes) and time.monotonic() < until:
-                time.sleep(POLL_SECONDS)
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
-            return

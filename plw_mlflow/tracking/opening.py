@@ -87,7 +87,7 @@ def child_environment(run_id: str) -> dict[str, str]:
     own = {
         "MLFLOW_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
-        processes.PARENT_REPORTS: str(os.getpid()),
+        processes.PARENT_REPORTS: "true",
     }
     return os.environ | own
 
