@@ -9,7 +9,7 @@ import pytest
 
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.environment import processes
-from plw_mlflow.sweep import local
+from plw_mlflow.sweep import local, running
 from plw_mlflow.sweep.account import Begun
 
 BUSY = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -19,16 +19,19 @@ class OneCell:
     """An account of a cell that never ends."""
 
     def __init__(self, raising=None):
-        self.left, self.killed, self.raising = ["cell"], [], raising
+        self.left, self.killed, self.raising, self.running = ["cell"], [], raising, {}
         self.begun = Begun(SimpleNamespace(arguments=list, name="cell"), "a-run", 0.0)
 
     def begin_next(self):
-        if self.raising is not None and not self.left:
-            raise self.raising
-        return self.begun if self.left and not self.left.clear() else None
+        if not self.left:
+            return None
+        self.running = {"cell": self.begun}
+        self.left = []
+        return self.begun
 
     def look_again(self, seconds):
-        pass
+        if self.raising is not None:
+            raise self.raising
 
     def interrupt(self):
         self.killed.append(self.begun.run_id)
@@ -51,7 +54,7 @@ def test_cells_end_and_are_marked_where_the_sweep_itself_fails(started):
     account = OneCell(raising=RuntimeError("the store is gone"))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="the store is gone"):
-        local.run(account, SweepConfig(jobs=2), SimpleNamespace(begun=lambda begun: None))
+        running.run(account, local.Local(SweepConfig(jobs=2)), SimpleNamespace(begun=lambda begun: None))
     ((process, environment),) = started
     assert process.returncode == -signal.SIGTERM
     assert account.killed == ["a-run"]
