@@ -90,13 +90,13 @@ class PrintableStream:
     """A text stream that writes texts as `printable` returns them, but for this package's own colours."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.unfiltered = stream
 
     def write(self, text: str) -> int:
         """Write a text."""
         parts = _COLOURS.split(text)  # texts and colours in turn
         cleaned = (part if number % 2 else printable(part) for number, part in enumerate(parts))
-        return self._stream.write("".join(cleaned))
+        return self.unfiltered.write("".join(cleaned))
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write several texts."""
@@ -104,7 +104,7 @@ class PrintableStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.unfiltered, name)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.sweep import display, ending, grid, local, running
+from plw_mlflow.sweep import display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.training import optimizers
 
@@ -20,14 +20,15 @@ def run(config: SweepConfig) -> None:
     """Run every cell that is not finished yet, and analyse those that are. Raises RunError naming those that failed."""
     planned = grid.plan(config)
     if config.dry_run:
-        print(display.plan(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        print(dry_run.text(planned.cells, states(planned.cells, tracking.finished_before(config))))
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
     engine = local.Local(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
-        running.run(account, engine, display.Lines(account))
+        with display.shown(account) as shown:
+            running.run(account, engine, shown)
         account.clear()
         account.adopt()
         ending.end(config, account)

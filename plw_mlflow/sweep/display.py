@@ -1,21 +1,51 @@
-"""Display: how far a sweep is."""
+"""Display: how far a sweep is, as a table that changes in a terminal, or as lines in a log file."""
 
 from __future__ import annotations
 
+import statistics
+import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import MappingProxyType
+from typing import Any, TextIO, cast
 
-from plw_mlflow.sweep.account import Account, Begun, State
+from rich.console import Console, Group
+from rich.file_proxy import FileProxy
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from plw_mlflow.errors import PrintableStream, printable
+from plw_mlflow.sweep.account import Account, Begun
 from plw_mlflow.sweep.grid import Cell
 
+REFRESHES_PER_SECOND = 2  # of the table
 
-def plan(cells: Sequence[Cell], states: Mapping[str, State]) -> str:
-    """The cells of a sweep, a line each with what has become of it, and how many there are of each kind."""
-    width = max(len(cell.name) for cell in cells)
-    lines = [f"{cell.name:<{width}}  {states[cell.identity]}" for cell in cells]
-    counts = Counter(states[cell.identity] for cell in cells)
-    return "\n".join([*lines, f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counts.items())])
+
+@contextmanager
+def shown(account: Account) -> Iterator[Lines]:
+    """What shows on standard output how far a sweep is, within the block."""
+    # The table moves the cursor, which printable text cannot do. All else that is printed meanwhile stays printable.
+    console = Console(file=getattr(sys.stdout, "unfiltered", sys.stdout), highlight=False)
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        yield Lines(account)
+        return
+    table = LiveTable(account)
+    above: Any = PrintableStream(cast(TextIO, FileProxy(console, console.file)))
+    with (
+        Live(
+            get_renderable=table.picture,
+            console=console,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ),
+        redirect_stdout(above),
+        redirect_stderr(above if sys.stderr.isatty() else sys.stderr),
+    ):
+        yield table
 
 
 class Lines:
@@ -25,6 +55,8 @@ class Lines:
         self._account = account
         self._number = {cell.identity: number for number, cell in enumerate(account.cells, start=1)}
         self._is_waiting = False
+        self._seconds: list[float] = []  # of each cell that has finished here
+        self._at_a_time = 1  # the most cells that have run here at the same time
         finished, failed = len(account.finished), len(account.failed)
         before = f", and {failed} have failed before (--retry-failed runs them again)" if failed else ""
         print(f"{finished} of {len(account.cells)} cells are finished already{before}", flush=True)
@@ -32,43 +64,122 @@ class Lines:
     def begun(self, begun: Begun) -> None:
         """A cell's process has been started."""
         self._is_waiting = False
-        self._print(f"{self._name(begun)} begins (run {begun.run_id})")
+        self._at_a_time = max(self._at_a_time, len(self._account.running))
+        self._tell(f"{self._name(begun.cell)}: begins (run {begun.run_id})")
+
+    def progressed(self, progress: Mapping[str, str]) -> None:
+        """How far cells that run here are, by their identities. Those of which that is not known are left out."""
 
     def ended(self, begun: Begun) -> None:
         """A cell's process has ended, and the account says how."""
         account, cell = self._account, begun.cell
         seconds = time.monotonic() - begun.since
+        has_failed = cell in account.failed
         if cell in account.finished:
+            self._seconds.append(seconds)
             score = account.finished_attempt(cell).score
-            how = f"finished in {_duration(seconds)}" + (f", score {score:.4g}" if score is not None else "")
-        elif cell in account.failed:
-            how = f"FAILED after {_duration(seconds)}: {account.attempts[cell.identity][0].error}"
+            how = f"finished in {duration(seconds)}" + (f", score {score:.4g}" if score is not None else "")
+        elif has_failed:
+            how = f"FAILED after {duration(seconds)}: {account.attempts[cell.identity][0].error}"
         else:
-            how = f"was cut short after {_duration(seconds)}"
-        counts = f"{len(account.finished)} finished, {len(account.running)} running, {len(account.failed)} failed"
-        self._print(f"{self._name(begun)} {how}; {counts}, {len(account.left)} left{self._time_left()}")
+            how = f"was cut short after {duration(seconds)}"
+        self._tell_end(f"{self._name(cell)}: {how}", has_failed=has_failed)
 
     def waiting(self) -> None:
         """Nothing is left to be begun here, and other processes are at work on some cells."""
         if not self._is_waiting:
             self._is_waiting = True
-            self._print(f"waiting for {len(self._account.left)} cells that other processes are at work on")
+            self._tell(f"waiting for {len(self._account.left)} cells that other processes are at work on")
 
-    def close(self) -> None:
-        """Nothing more will happen."""
+    def seconds_left(self) -> float | None:
+        """About how long the rest takes, by the median of the cells that have finished here; None before the first.
 
-    def _time_left(self) -> str:
-        """About how long the cells that are left will take, if those that ended here say so."""
-        return ""
+        As many cells go on at a time as have run here at a time, and as other processes are at work on now.
+        """
+        if not self._seconds:
+            return None
+        each, now = statistics.median(self._seconds), time.monotonic()
+        of_running = [max(0.0, each - (now - begun.since)) for begun in list(self._account.running.values())]
+        total = sum(of_running) + each * len(self._account.left)
+        return total / (self._at_a_time + len(self._account.elsewhere))
 
-    def _name(self, begun: Begun) -> str:
-        return f"cell {self._number[begun.cell.identity]} of {len(self._account.cells)}, {begun.cell.name}:"
+    def _counts(self) -> str:
+        """How many cells there are of each kind, and the time left."""
+        account = self._account
+        elsewhere = len(account.elsewhere)
+        counts = {"finished": len(account.finished), "running": len(account.running), "elsewhere": elsewhere}
+        counts |= {"failed": len(account.failed), "left": len(account.left) - elsewhere}
+        text = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n or kind not in ("elsewhere", "failed"))
+        seconds = self.seconds_left() if account.running or account.left else None
+        return text if seconds is None else f"{text}, about {duration(seconds)} to go"
 
-    def _print(self, text: str) -> None:
+    def _name(self, cell: Cell) -> str:
+        return f"cell {self._number[cell.identity]} of {len(self._account.cells)}, {cell.name}"
+
+    def _tell(self, text: str) -> None:
+        """Show that something has happened."""
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
+    def _tell_end(self, text: str, *, has_failed: bool) -> None:
+        """Show that a cell has ended."""
+        del has_failed
+        self._tell(f"{text}; {self._counts()}")
 
-def _duration(seconds: float) -> str:
+
+class LiveTable(Lines):
+    """A table of the cells that are being run, below the counts of all. Failures alone stay, as lines above it."""
+
+    def __init__(self, account: Account) -> None:
+        super().__init__(account)
+        self._progress: Mapping[str, str] = MappingProxyType({})
+
+    def progressed(self, progress: Mapping[str, str]) -> None:
+        """How far cells that run here are, by their identities. Those of which that is not known are left out."""
+        self._progress = progress
+
+    def picture(self) -> Group:
+        """The table as it is now. Called by another thread, too."""
+        account, now = self._account, time.monotonic()
+        rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        rows.add_column("cell")
+        rows.add_column("how far", min_width=30)
+        rows.add_column("since", min_width=9)
+        for begun in list(account.running.values()):
+            progress = self._progress.get(begun.cell.identity) or self._sign(begun.cell) or "starting"
+            rows.add_row(_text(begun.cell.name), _text(progress), duration(now - begun.since))
+        for cell in account.cells:
+            if cell.identity in account.elsewhere:
+                rows.add_row(_text(cell.name), _text(self._sign(cell) or "starting"), "elsewhere")
+        head = [_text(f"{len(account.cells)} cells: {self._counts()}"), *self._best()]
+        return Group(*head, *([rows] if rows.row_count else []))
+
+    def _sign(self, cell: Cell) -> str:
+        """How far a cell that runs somewhere was by the store's last answer; empty where that is not known."""
+        attempts = self._account.attempts.get(cell.identity)
+        return attempts[0].progress if attempts and attempts[0].status == "RUNNING" else ""
+
+    def _best(self) -> list[Text]:
+        """A line on the finished cell with the highest score, if there is one."""
+        scores = {cell.name: self._account.finished_attempt(cell).score for cell in self._account.finished}
+        known = {name: score for name, score in scores.items() if score is not None}
+        if not known:
+            return []
+        best = max(known, key=known.__getitem__)
+        return [_text(f"best so far: score {known[best]:.4g}, {best}")]
+
+    def _tell(self, text: str) -> None:
+        """The table shows it."""
+
+    def _tell_end(self, text: str, *, has_failed: bool) -> None:
+        if has_failed:
+            super()._tell(text)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
+
+
+def duration(seconds: float) -> str:
     """Seconds as a person says them: 41 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -14,11 +14,12 @@ from typing import IO
 
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
+from plw_mlflow.environment import progress
 from plw_mlflow.environment.processes import SWEEP
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Begun
-from plw_mlflow.sweep.running import Ended
+from plw_mlflow.sweep.running import PROGRESS, Ended
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _start(begun: Begun, place: Place, folder: Path) -> _Running:
     if place.cores is not None:
         words = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *words]
     log = folder / begun.run_id / "log.txt"
+    environment[progress.FILE] = str(log.with_name(PROGRESS))
     log.parent.mkdir(exist_ok=True)
     stream = log.open("wb")
     process = subprocess.Popen(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from plw_mlflow.sweep.account import Account, Begun
 from plw_mlflow.sweep.display import Lines
 
 PATIENCE_SECONDS = 10  # in which cells that were interrupted at the terminal may end by themselves
+PROGRESS = "progress.txt"  # in the folder of a cell that runs on this machine: how far it is
 LOOK_SECONDS = 3.0  # between two looks into the store while other processes are at work on cells
 
 
@@ -60,6 +61,7 @@ def run(account: Account, engine: Engine, shown: Lines) -> None:
             for one in engine.ended():
                 account.end(one.begun, one.exit_status, one.log)
                 shown.ended(one.begun)
+            shown.progressed(_progress(account, Path(name)))
             if not account.running and not account.left:
                 return
             if engine.room(len(account.running)) != 0:
@@ -80,6 +82,15 @@ def _start(account: Account, engine: Engine, shown: Lines, folder: Path) -> None
         engine.start(cells, folder)
         for begun in cells:
             shown.begun(begun)
+
+
+def _progress(account: Account, folder: Path) -> dict[str, str]:
+    """How far the cells of this machine are, by their identities, as their processes wrote last."""
+    texts = {}
+    for begun in account.running.values():
+        with suppress(OSError):  # it has not begun to train, or it runs on another machine
+            texts[begun.cell.identity] = (folder / begun.run_id / PROGRESS).read_text(encoding="utf-8")
+    return texts
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import RunStatus
+from mlflow.entities import RunStatus, RunTag
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from plw_mlflow.environment import progress
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.tracking.connection import get_run
 from plw_mlflow.tracking.run import Run
@@ -160,14 +161,18 @@ def _warn_not_stored(saved: Path, why: str) -> None:
 
 @contextmanager
 def giving_signs_of_life(run_id: str) -> Iterator[None]:
-    """Within the block, a thread changes the run's tag plw.alive every few seconds, whatever else goes on."""
+    """Within the block, a thread changes the run's tag plw.alive every few seconds, whatever else goes on.
+
+    The tag plw.progress then says how far the run's work is.
+    """
     ended = threading.Event()
 
     def give_signs() -> None:
         client = mlflow.MlflowClient()
         while not ended.wait(SIGN_SECONDS):
             with suppress(Exception):  # a store that is away for a while does not end this thread
-                client.set_tag(run_id, "plw.alive", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                sign = {"alive": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "progress": progress.latest}
+                client.log_batch(run_id, tags=[RunTag(f"plw.{name}", text) for name, text in sign.items() if text])
 
     thread = threading.Thread(target=give_signs, daemon=True)
     thread.start()
