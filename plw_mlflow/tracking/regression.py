@@ -16,6 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from plw_mlflow.environment import provenance
+from plw_mlflow.tracking.connection import without_notes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODEL = "tracking/regression_model.py"
@@ -32,7 +33,8 @@ def log_regression(fit: Path) -> None:
     rows += [(answer["dataset"], 0.1, task["task"]) for answer in answers for task in answer["by_task"][:1]]
     inputs = [ColSpec("string", "dataset"), ColSpec("double", "plw"), ColSpec("string", "task", required=False)]
     outputs = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
-    with tempfile.TemporaryDirectory() as folder, _importable_from(folder):  # MLflow runs the model's file right away
+    # MLflow runs the model's file right away.
+    with tempfile.TemporaryDirectory() as folder, _importable_from(folder), without_notes():
         model, code = _copy_code(Path(folder))
         versions = provenance.fingerprint()
         mlflow.pyfunc.log_model(
