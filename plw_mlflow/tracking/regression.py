@@ -33,11 +33,10 @@ def log_regression(fit: Path) -> None:
     rows += [(answer["dataset"], 0.1, task["task"]) for answer in answers for task in answer["by_task"][:1]]
     inputs = [ColSpec("string", "dataset"), ColSpec("double", "plw"), ColSpec("string", "task", required=False)]
     outputs = [ColSpec("double", name) for name in ("score", "low", "high", "optimum_plw")]
-    # MLflow runs the model's file right away.
-    with tempfile.TemporaryDirectory() as folder, _importable_from(folder), without_notes():
+    with tempfile.TemporaryDirectory() as folder, _importable_from(folder):  # MLflow runs the model's file right away
         model, code = _copy_code(Path(folder))
         versions = provenance.fingerprint()
-        mlflow.pyfunc.log_model(
+        logged = mlflow.pyfunc.log_model(
             name="regression",
             python_model=str(model),
             artifacts={"fit": str(fit)},
@@ -45,8 +44,9 @@ def log_regression(fit: Path) -> None:
             pip_requirements=[f"{name}=={versions[name]}" for name in ("mlflow", "numpy", "scipy", "pandas")],
             signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
             input_example=pd.DataFrame(rows, columns=["dataset", "plw", "task"]),
-            registered_model_name="plw-regression",
         )
+    with without_notes():
+        mlflow.register_model(logged.model_uri, "plw-regression")
 
 
 @contextmanager
