@@ -20,7 +20,8 @@ def run(config: SweepConfig) -> None:
     """Run every cell that is not finished yet, and analyse those that are. Raises RunError naming those that failed."""
     planned = grid.plan(config)
     if config.dry_run:
-        print(dry_run.text(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        before = states(planned.cells, tracking.finished_before())
+        print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
@@ -32,7 +33,6 @@ def run(config: SweepConfig) -> None:
         account.clear()
         account.adopt()
         ending.end(config, account)
-        print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")
         if account.failed:
             raise RunError(
                 f"{len(account.failed)} of {len(planned.cells)} cells did not finish: "

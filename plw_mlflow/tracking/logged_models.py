@@ -22,7 +22,6 @@ from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
-from mlflow.utils import logging_utils
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
@@ -261,11 +260,8 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     for version in run.client.search_model_versions(f"name = '{name}'"):
         if version.source == source:
             return str(version.version)
-    logging_utils.disable_logging()  # MLflow prints two lines that say no more than the one below
-    try:
+    with connection.without_notes():  # which say no more than the line below
         registered = mlflow.register_model(source, name, tags=tags)
-    finally:
-        logging_utils.enable_logging()
     print(f"registered the model as {name}, version {registered.version}")
     return str(registered.version)
 
