@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_cells_end_and_are_marked_where_the_sweep_itself_fails(started):
     account = OneCell(raising=RuntimeError("the store is gone"))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="the store is gone"):
-        running.run(account, local.Local(SweepConfig(jobs=2)), SimpleNamespace(begun=lambda begun: None))
+        running.run(account, local.Local(SweepConfig(jobs=2)), Mock())
     ((process, environment),) = started
     assert process.returncode == -signal.SIGTERM
     assert account.killed == ["a-run"]
