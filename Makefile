@@ -34,7 +34,10 @@ study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 bench: setup ## benchmarks that need nothing but this machine, in under 30 minutes on two cores
 	mkdir -p output
 	test -d output/trl || $(PIP) --no-deps --target output/trl trl==1.16.0 || echo "TRL cannot be had; going on without it"
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --json output/training.json --shapes 15M --lengths alpaca
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --json output/training_15M.json --shapes 15M \
+		--lengths alpaca --plw 0.1 --steps 1 --rounds 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --json output/training_135M.json --shapes 135M \
+		--methods lora --lengths alpaca --plw 0.1 --examples 8 --steps 1 --rounds 1
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
 	$(BIN)/python -m benchmarks.exactness --json output/exactness.json

@@ -5,6 +5,11 @@ padded, in one process or in two (DDP, FSDP2), at each divisor and scope. Its gr
 an oracle: computed an example at a time, with all logits, in float64. The figure is the norm of the difference over the
 norm of the gradient, the largest over the PLWs. Beside it stands the error that float32 makes in any case: that of the
 same oracle computed in float32.
+
+A second table has what may be added to the loop (`PARTS`), in one process with packed rows, in full and by LoRA. Each
+figure is the root mean square over the PLWs and several steps, since in bfloat16 a single one may be near or far by
+chance. Adapters begin with random numbers, as with zeros most gradients would be 0. For bfloat16, "plain" is the oracle
+as transformers and peft compute it under autocast, on a base in bfloat16 for LoRA.
 """
 
 from __future__ import annotations
@@ -15,10 +20,13 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -31,13 +39,25 @@ from plw_mlflow.data import batches, prepare
 from plw_mlflow.data.batches import Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
-from plw_mlflow.models import pretrained
+from plw_mlflow.models import adapters, held, pretrained
 from plw_mlflow.training import train
 
+_adapt = adapters.adapt
+
 EXAMPLES = 16
+STEPS = 4  # over which the errors of parts are taken
 PLWS = (0.0, 0.0005, 0.242, 1.0)
 ACCUMULATIONS = (1, 2, 8)
 SPREADS = ("1 process", "2, ddp", "2, fsdp2")
+# What may be added to the loop: a method, and options of TrainConfig.
+PARTS: list[tuple[str, dict[str, Any]]] = [
+    *(("full", options) for options in ({}, {"activation_checkpointing": True}, {"compile": True})),
+    ("full", {"precision": "bfloat16"}),
+    ("full", {"precision": "bfloat16", "compile": True}),
+    *(("lora", options) for options in ({}, {"activation_checkpointing": True}, {"compile": True})),
+    ("lora", {"precision": "bfloat16"}),
+    ("lora", {"precision": "bfloat16", "compile": True}),
+]
 
 
 @dataclass(frozen=True)
@@ -66,9 +86,13 @@ def cases() -> list[Case]:
 
 def inputs(model: str, dataset: str, data_options: dict[str, Any]) -> Prepared:
     """The examples of the step, and one for validation."""
-    options: dict[str, Any] = {"model": model, "dataset": dataset, "max_records": 60} | data_options
-    prepared = prepare.run(dataset, pretrained.load_tokenizer(model), TrainConfig(**options))
-    training = [prepared.training[index] for index in range(EXAMPLES)]
+    return _inputs(model, dataset, data_options, EXAMPLES)
+
+
+def _inputs(model: str, dataset: str, data_options: dict[str, Any], count: int) -> Prepared:
+    options: dict[str, Any] = {"model": model, "dataset": dataset, "max_records": 60 + 2 * (count - EXAMPLES)}
+    prepared = prepare.run(dataset, pretrained.load_tokenizer(model), TrainConfig(**options | data_options))
+    training = [prepared.training[index] for index in range(count)]
     return Prepared((), training, training[:1], {}, "", 0)  # type: ignore[arg-type]
 
 
@@ -82,16 +106,16 @@ def ours(
     plw: float,
     load: Callable[[], Any],
     prepared: Prepared,
-    precision: str = "float32",
-    *,
-    is_compiled: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """The gradient with which the optimiser takes the step."""
+    """The gradient with which the optimiser takes the step.
+
+    options: of TrainConfig, beside those of the case; in float32 if they do not say otherwise.
+    """
     config = TrainConfig(
         plw=plw,
-        precision=precision,  # type: ignore[arg-type]
+        **{"precision": "float32"} | options,
         packing=case.packing,
-        compile=is_compiled,
         loss_divisor=case.divisor,  # type: ignore[arg-type]
         divisor_scope=case.scope,  # type: ignore[arg-type]
         parallel="fsdp2" if case.spread == SPREADS[2] else "ddp",
@@ -106,16 +130,27 @@ def ours(
 
     def record(optimizer: Any, *_: Any) -> None:
         # In the model's order, not the optimiser's, which keeps vectors apart.
-        gradients.append(flat([parameter.grad for parameter in model.parameters()]))
+        gradients.append(flat([parameter.grad for parameter in model.parameters() if parameter.requires_grad]))
 
     model = load()
     hook = register_optimizer_step_pre_hook(record)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(adapters, "adapt", adapt):
             train.run(config, prepared, model, Path(folder))
     finally:
         hook.remove()
     return gradients[0]
+
+
+def adapt(model: Any, method: Any, config: TrainConfig, seed: int) -> Any:
+    """The model as a method trains it, with adapters that do not begin with zeros."""
+    adapted = _adapt(model, method, config, seed)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return adapted
 
 
 def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
@@ -144,7 +179,7 @@ def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> T
             logits = model(tokens.unsqueeze(0)).logits[0, :-1]
             nll = nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
             (nll @ (weight / divisor / len(groups)).to(nll.dtype)).backward()
-    return flat([parameter.grad for parameter in model.parameters()])
+    return flat([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
 
 
 def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared) -> list[tuple[Case, float, float]]:
@@ -172,6 +207,33 @@ def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared)
     return rows
 
 
+def measure_part(method: str, options: dict[str, Any], model: str, prepared: Prepared) -> list[float]:
+    """A part's error, that of the plain computation, and the part's distance from the loop without it (in float32)."""
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+    kind = getattr(torch, options.get("precision", "float32"))
+    case = Case(SPREADS[0], 2, True, "weights", "step")
+    load = partial(pretrained.load, model)
+    exact, plain = (adapt(load(), method, TrainConfig(), TrainConfig().seed).eval() for _ in range(2))
+    if method == "lora" and kind == torch.bfloat16:
+        held.hold(plain, kind)
+    exact = exact.double()
+    # Compiling takes a good part of a minute each time.
+    plws, steps = ((0.242,), 1) if "compile" in options else (PLWS, STEPS)
+    errors = []
+    for plw, start in itertools.product(plws, range(0, steps * EXAMPLES, EXAMPLES)):
+        examples: Any = [prepared.training[start + index] for index in range(EXAMPLES)]
+        step = replace(prepared, training=examples)
+        found = ours(case, plw, load, step, method=method, **options)
+        true = oracle(case, plw, exact, step.training)
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            theirs = oracle(case, plw, plain, step.training)
+        without = ours(case, plw, load, step, method=method) if kind == torch.float32 and options else found
+        compared = ((found, true), (theirs, true), (found, without))
+        errors.append([float((left - right).norm() / true.norm()) for left, right in compared])
+    return torch.tensor(errors).square().mean(0).sqrt().tolist()
+
+
 def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepared, file: str) -> None:
     torch.set_num_threads(1)
     if spread != SPREADS[0]:
@@ -187,11 +249,12 @@ def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepar
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
 @click.option("--model", default="toy", show_default=True)
 @click.option("--dataset", default="toy-short", show_default=True)
-def main(file: Path, model: str, dataset: str) -> None:
+@click.option("--spreads", default=";".join(SPREADS), show_default=True, help="Separated by semicolons; may be empty.")
+def main(file: Path, model: str, dataset: str, spreads: str) -> None:
     prepared = inputs(model, dataset, {"on_bad_record": "skip"})
     rows = []
     print(f"{'step taken by':<52}{'relative error of the gradient':>31}{'float32, plain':>16}")
-    for spread in SPREADS:
+    for spread in filter(None, spreads.split(";")):
         with socket.socket() as free, tempfile.NamedTemporaryFile() as answer:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -202,6 +265,21 @@ def main(file: Path, model: str, dataset: str) -> None:
                 print(f"{case!s:<52}{error:>31.1e}{floor:>16.1e}", flush=True)
                 row = {"case": str(case), "metric": "relative error of the gradient", "ours": error}
                 rows.append(row | {"peer": "the oracle in float32", "peer_value": floor, "ratio": floor / error})
+    several = _inputs(model, dataset, {"on_bad_record": "skip"}, STEPS * EXAMPLES)
+    processes = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    print(f"\n{'part of the loop, 1 process, packed':<52}{'error':>9}{'plain':>9}{'from the loop without it':>26}")
+    for method, options in PARTS:
+        name = ", ".join(
+            [method, "float32"][: 1 if "precision" in options else 2]
+            + [value if name == "precision" else name for name, value in options.items()]
+        )
+        error, plain, distance = processes.submit(measure_part, method, options, model, several).result()
+        print(f"{name:<52}{error:>9.1e}{plain:>9.1e}{distance:>26.1e}", flush=True)
+        row = {"case": name, "metric": "relative error of the gradient", "ours": error}
+        rows.append(row | {"peer": "plain computation", "peer_value": plain, "ratio": plain / error})
+        if "precision" not in options and options:
+            row |= {"metric": "relative difference of the gradient", "ours": distance, "peer": "the loop without it"}
+            rows.append(row | {"peer_value": 0.0, "ratio": None})
     file.write_text(json.dumps(rows, indent=2) + "\n")
 
 

@@ -302,7 +302,7 @@ def exact(report: Callable[..., None], precision: str, *, is_compiled: bool = Fa
         for plw in (0.242,) if is_compiled else exactness.PLWS:
             true = exactness.oracle(case, plw, true_model, prepared.training)
             own = exactness.ours(
-                case, plw, lambda: pretrained.load("toy"), prepared, precision, is_compiled=is_compiled
+                case, plw, lambda: pretrained.load("toy"), prepared, precision=precision, compile=is_compiled
             ).cpu()
             single = exactness.oracle(case, plw, plain, prepared.training)
             errors.append(float((own - true).norm() / true.norm()))
