@@ -304,7 +304,7 @@ class Trainer:
         # Under divisor-scope micro-batch, what is in one is part of the recipe.
         harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
         lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
-        if config.activation_checkpointing:
+        if config.activation_checkpointing or config.compile:  # of which one alone can be had
             return lower
         return f"give --activation-checkpointing, which changes no result; or {lower}"
 
