@@ -29,7 +29,8 @@ def resolve(precision: str, model: str) -> Precision:
 
     if torch.cuda.is_available() and not _gpu_has_bfloat16():
         raise UserError(
-            f"precision bfloat16 is not to be had on this GPU ({torch.cuda.get_device_name()}); use --precision float32"
+            f"bfloat16 is not to be had on this GPU ({torch.cuda.get_device_name()}); use float32 for --precision and "
+            f"--eval-precision"
         )
     return "bfloat16"
 
