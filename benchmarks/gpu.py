@@ -68,7 +68,6 @@ AIMS = {"8B lora": 16000, "8B full": 11500, "1.1B full": 70000}  # tokens a seco
 # Hidden size, inner size, layers, heads, key heads, vocabulary.
 SHAPES = {
     "1.1B": (2048, 5632, 22, 32, 4, 32000),
-    "7B": (4096, 11008, 32, 32, 32, 32000),
     "8B": (4096, 14336, 32, 32, 8, 128256),
 }
 TINY_SHAPE = (64, 128, 2, 4, 2, 500)

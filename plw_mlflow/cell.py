@@ -238,6 +238,8 @@ def _keep(
         tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
     elif kept == "adapter":
         tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
+    else:
+        run.tag(status="trained")
     if isinstance(config, MainConfig):  # which scores it
         held.widen(model, but_linear=not _needs_float32(config))
 

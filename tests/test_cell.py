@@ -244,6 +244,7 @@ def test_nothing_is_merged_where_nobody_needs_the_whole_model(tmp_path, monkeypa
 def test_a_model_that_is_not_to_be_logged_is_exported_all_the_same(trained, tmp_path):
     run, _, _ = trained(method="lora", log_model="none")
     assert not mlflow.get_run(run.id).outputs.model_outputs
+    assert mlflow.get_run(run.id).data.tags["plw.status"] == "trained"
     assert run.client.list_artifacts(run.id, "adapter") == []
     assert (tmp_path / "output/model/model.safetensors").is_file()
     assert (tmp_path / "output/adapter/plw-base.json").is_file()

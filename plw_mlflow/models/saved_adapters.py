@@ -71,6 +71,12 @@ def _embedding_rows(base: Any, folder: Path) -> int | None:
     return None if own is None else len(own)
 
 
+def changes_base(folder: Path) -> bool:
+    """Whether peft changes the base's weights when it puts the adapters of a folder on it, as it does for PiSSA's."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("init_lora_weights", True) not in (True, False, "gaussian")
+
+
 def note_base(folder: Path, base: str, digest: str, precision: str = "float32") -> None:
     """Write beside an adapter which model it was trained on, by name and digest; `load_adapted` compares them.
 
