@@ -16,7 +16,7 @@ from pathlib import Path
 
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze, report, wording
-from plw_mlflow.config import MainConfig, SweepConfig, spell
+from plw_mlflow.config import MainConfig, SweepConfig, spell, split_list
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import RunError
 from plw_mlflow.training import optimizers
@@ -39,6 +39,12 @@ def run(config: SweepConfig) -> None:
     """Run every cell, and analyse those that finished. Raises RunError naming those that did not."""
     configs = config.cells()
     optimizers.check(config.optimizer)
+    if config.activation_checkpointing:
+        from plw_mlflow.models import pretrained  # these import transformers, which a sweep needs for nothing else
+        from plw_mlflow.training import recomputation
+
+        for model in split_list(config.model):
+            recomputation.check(pretrained.load_config(model))
     with tracking.open_sweep(config) as (parent, open_child):
         results = []
         for number, cell_config in enumerate(configs, start=1):

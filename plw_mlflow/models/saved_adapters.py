@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def attach(base: Any, folder: Path) -> Any:
     with reading("the adapter of", str(folder)):
         if rows is not None and rows != base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(rows, mean_resizing=False)
-        adapter = PeftModel.from_pretrained(base, str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
+            adapter = PeftModel.from_pretrained(base, str(folder)).eval()
         report = adapter.load_adapter(str(folder), "default")  # loaded again, as only this says what did not fit
     for names, fault in (
         (report.missing_keys, "lacks"),
