@@ -418,6 +418,8 @@ class Postgres:
             check=True,
             cwd="/",
             user=self._user,
+            group=self._user,
+            extra_groups=None if self._user is None else (),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
@@ -426,7 +428,7 @@ class Postgres:
 def _programs() -> list[Path]:
     """The programs initdb of the PostgreSQLs that are installed, the newest last."""
     found = shutil.which("initdb")
-    return [Path(found)] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return [Path(found).resolve()] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
 @contextmanager
