@@ -241,8 +241,9 @@ def crowd(
 
 def _result(said: str, complete: str) -> str:
     """The tables and verdicts that a sweep has shown."""
+    by_one_alone = ("best:", "the alias", "note:", "Successfully registered", "Created version")  # who analyses
     lines = said.partition(complete)[2].splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("best:", "the alias", "note:", "run ")) and line)
+    return "\n".join(line for line in lines if line and not line.startswith(by_one_alone))
 
 
 def _once(fault: str, place: Place) -> list[Outcome]:
@@ -321,14 +322,14 @@ def interrupt(folder: Path, way: Way) -> list[Outcome]:
             if time.monotonic() > started + PATIENCE_SECONDS:
                 raise RuntimeError(f"a cell outlives its sweep:\n{sweep.said()}")
             time.sleep(0.01)
-        seconds = time.monotonic() - started
+        seconds = round(time.monotonic() - started, 2)
     finally:
         sweep.kill_all()
     kept = len({path.parent for path in checkpoints.glob("*/step-*")})
     outcomes = [
         Outcome(name, "cells that were at work", len(cells), "cells", 2),
         Outcome(name, "cells with checkpoints afterwards", kept, "cells", 2),
-        Outcome(name, "seconds until all had ended", round(seconds, 2), "seconds (no goal)", seconds),
+        Outcome(name, "seconds until all had ended", seconds, "seconds (no goal)", seconds),
     ]
     if message == signal.SIGKILL:
         return [*outcomes, Outcome(name, "cells that have ended", 2, "cells", 2)]  # or the wait above had failed
@@ -451,6 +452,7 @@ PARTS = ("kill", "server", "sqlite", "postgresql", "interrupt", "fail")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the moments.")
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="What is done.")
 def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and theirs, ignore
     chosen, outcomes = parts.split(","), list[Outcome]()
 
     def tell(new: list[Outcome]) -> None:

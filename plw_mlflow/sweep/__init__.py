@@ -11,9 +11,10 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
+from plw_mlflow.models import pretrained
 from plw_mlflow.sweep import display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
-from plw_mlflow.training import optimizers
+from plw_mlflow.training import optimizers, recomputation
 
 
 def run(config: SweepConfig) -> None:
@@ -25,6 +26,9 @@ def run(config: SweepConfig) -> None:
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
+    if config.activation_checkpointing:
+        for model in config.values("model"):
+            recomputation.check(pretrained.load_config(model))
     engine = local.Local(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
