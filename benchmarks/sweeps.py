@@ -7,8 +7,8 @@ that dies. Afterwards the store is read: each cell has to be finished by one run
 claim may be left, and the scores have to be those of a sweep that nothing disturbed, to the bit. Moments are drawn from
 a seed, evenly over what an undisturbed sweep takes; where they find the sweep is up to the machine.
 
-PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg or psycopg2). Where they are
-not there, a line says so, and the rest is done.
+PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg or psycopg2). Where
+they are not there, a line says so, and the rest is done.
 """
 
 from __future__ import annotations
