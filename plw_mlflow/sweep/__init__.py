@@ -11,9 +11,10 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
+from plw_mlflow.models import pretrained
 from plw_mlflow.sweep import adaptive, display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
-from plw_mlflow.training import optimizers
+from plw_mlflow.training import optimizers, recomputation
 
 
 def run(config: SweepConfig) -> None:
@@ -22,12 +23,16 @@ def run(config: SweepConfig) -> None:
     if config.adaptive:
         adaptive.check(config, planned.cells)
     if config.dry_run:
-        print(dry_run.text(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        before = states(planned.cells, tracking.finished_before())
+        print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
         if config.adaptive:
             print(adaptive.foretell(config, planned.cells))
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
+    if config.activation_checkpointing:
+        for model in config.values("model"):
+            recomputation.check(pretrained.load_config(model))
     engine = local.Local(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         chooser = adaptive.Chooser(config, planned.cells, sweep) if config.adaptive else None
@@ -39,8 +44,7 @@ def run(config: SweepConfig) -> None:
                 running.run(account, engine, shown)
         account.clear()
         account.adopt()
-        ending.end(config, account, chooser.lines() if chooser else [])
-        print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")
+        ending.end(config, account, chooser.told() if chooser else [])
         if account.failed:
             raise RunError(
                 f"{len(account.failed)} of {len(account.cells)} cells did not finish: "

@@ -64,6 +64,13 @@ class Decision:
         what = f"PLW {runs}" if runs else "no more cells"
         return f"round {self.round}, {self.dataset}: {what}, because {self.choice.why}"
 
+    def short(self) -> str:
+        """As the sweep's description shows it."""
+        if not self.choice.plws:
+            return self.line()
+        width = "" if self.choice.width is None else f"; before, the interval was {self.choice.width:.3g} wide"
+        return f"round {self.round}, {self.dataset}: PLW {', '.join(f'{plw:g}' for plw in self.choice.plws)}{width}"
+
 
 def first_plws(plws: Sequence[float]) -> list[float]:
     """FIRST of these PLWs, as equally spaced on w_p as they allow, with both ends."""
@@ -157,9 +164,9 @@ class Chooser:
         self._take_over_or(lambda: self._decide(account))
         return self.cells[before:]
 
-    def lines(self) -> list[str]:
-        """What was decided, in one text, if anything was."""
-        return ["\n".join(decision.line() for decision in self.decisions)]
+    def told(self) -> list[str]:
+        """What was decided, in short, for the sweep's description in Markdown."""
+        return [f"Chosen round by round, as {FILE} says:\n" + "\n".join(f"- {one.short()}" for one in self.decisions)]
 
     def _take_over_or(self, decide: Callable[[], list[Decision]]) -> None:
         """Follow what another process, or an earlier call, has decided beyond what is known here; or decide.
