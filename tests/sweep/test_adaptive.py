@@ -168,7 +168,7 @@ class Memory:
     """A sweep and its account without a store: cells that are run are finished at once."""
 
     def __init__(self, monkeypatch, **options):
-        values = {"dataset": "toy-short", "seed": "1,2,3", "width": 0.03, "adaptive": True} | options
+        values = {"dataset": "toy-short", "seed": "1,2,3", "width": 0.02, "adaptive": True} | options
         self.config = SweepConfig(**values)
         self.whole = [
             Cell(config, config.cell_name(), f"{config.dataset} {config.plw:g} {config.seed}")
@@ -240,7 +240,7 @@ def test_processes_on_one_sweep_come_to_the_same_cells(monkeypatch):
 def test_another_width_goes_on_with_the_same_sweep(monkeypatch):
     memory = Memory(monkeypatch, width=0.05)
     wide = memory.run_all(memory.chooser())
-    narrow = memory.run_all(memory.chooser(width=0.03))
+    narrow = memory.run_all(memory.chooser(width=0.02))
     assert narrow[: len(wide)] == wide
     assert len(narrow) > len(wide)
     assert memory.run_all(memory.chooser(width=0.05)) == narrow
