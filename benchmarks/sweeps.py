@@ -7,8 +7,8 @@ that dies. Afterwards the store is read: each cell has to be finished by one run
 claim may be left, and the scores have to be those of a sweep that nothing disturbed, to the bit. Moments are drawn from
 a seed, evenly over what an undisturbed sweep takes; where they find the sweep is up to the machine.
 
-PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg2). Where they are
-not there, a line says so, and the rest is done.
+PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg or psycopg2). Where
+they are not there, a line says so, and the rest is done.
 """
 
 from __future__ import annotations
@@ -399,14 +399,14 @@ class Postgres:
     @staticmethod
     def missing() -> str | None:
         """What is not there of what it needs; None where all is there."""
-        if importlib.util.find_spec("psycopg2") is None:
-            return "the driver psycopg2 is not installed"
+        if not _drivers():
+            return "neither driver of it is installed, psycopg or psycopg2"
         return None if _programs() else "PostgreSQL is not installed"
 
     def database(self, name: str) -> str:
         """The address of a new database without a table."""
         self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", name)
-        return f"postgresql://postgres@127.0.0.1:{self._port}/{name}"
+        return f"postgresql+{_drivers()[0]}://postgres@127.0.0.1:{self._port}/{name}"
 
     def close(self) -> None:
         """End it."""
@@ -418,15 +418,22 @@ class Postgres:
             check=True,
             cwd="/",
             user=self._user,
+            group=self._user,
+            extra_groups=None if self._user is None else (),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
 
 
+def _drivers() -> list[str]:
+    """The drivers that Python finds."""
+    return [name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name) is not None]
+
+
 def _programs() -> list[Path]:
     """The programs initdb of the PostgreSQLs that are installed, the newest last."""
     found = shutil.which("initdb")
-    return [Path(found)] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return [Path(found).resolve()] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
 @contextmanager
