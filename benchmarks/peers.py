@@ -1,7 +1,7 @@
 """Other trainers as benchmarks.training runs them: transformers' Trainer with a weighted loss, and TRL's SFTTrainer.
 
-Both are given what they need to be fast on a CPU, as far as it could be found by trying; `best` has the settings. The
-base of a LoRA is loaded in the type of the arithmetic, so that they need not cast it for each product.
+Both are given what they need to be fast on a CPU, as far as it could be found by trying; `training.TRAINERS` has the
+settings. The base of a LoRA is loaded in the type of the arithmetic, so that they need not cast it for each product.
 
 TRL's packing fills rows across the whole data set. Here the examples of each step are put into rows of their own, and
 these rows handed to it as already packed, so that its steps have the examples of everybody else's. Rows need not be
@@ -43,8 +43,6 @@ class Settings:
 
     micro_batch_examples: int = 1  # padded to the longest of them
     row_tokens: int = 512  # of TRL's packed rows, at most
-    attention: str = "sdpa"
-    base: str = "arithmetic"  # the type that LoRA's base is held in: float32, or that of the arithmetic
 
 
 def trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: Settings, report: Report) -> None:
@@ -69,7 +67,7 @@ def trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: 
             per_device_train_batch_size=settings.micro_batch_examples,
             gradient_accumulation_steps=config.batch_examples // settings.micro_batch_examples,
         )
-        peer = WeightedTrainer(_model(folder, config, settings), arguments, data_collator=collate, train_dataset=rows)
+        peer = WeightedTrainer(_model(folder, config), arguments, data_collator=collate, train_dataset=rows)
         _train(peer, report)
 
 
@@ -115,7 +113,7 @@ def trl_packed(folder: Path, config: TrainConfig, steps: Sequence[Step], setting
         tokens, labels = ([token for e in examples for token in part(e)] for part in (_tokens, _labels(config.plw)))
         rows.append({"input_ids": tokens, "labels": labels, "seq_lengths": [len(e.tokens) for e in examples]})
     _trl(
-        _model(folder, config, settings),
+        _model(folder, config),
         config,
         rows,
         report,
@@ -132,7 +130,7 @@ def trl_padded(folder: Path, config: TrainConfig, steps: Sequence[Step], setting
     labels = _labels(config.plw)
     rows = [{"input_ids": _tokens(e), "labels": labels(e)} for e in itertools.chain.from_iterable(steps)]
     _trl(
-        _model(folder, config, settings),
+        _model(folder, config),
         config,
         rows,
         report,
@@ -178,10 +176,10 @@ def _trl(
         _train(peer, report)
 
 
-def _model(folder: Path, config: TrainConfig, settings: Settings) -> Any:
+def _model(folder: Path, config: TrainConfig) -> Any:
     is_lora = config.method == "lora"
-    kind = getattr(torch, config.precision if is_lora and settings.base == "arithmetic" else "float32")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation=settings.attention)
+    kind = getattr(torch, config.precision if is_lora else "float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
     if not is_lora:
         return model
     adapters = LoraConfig(

@@ -107,6 +107,9 @@ def measure(projects: Sequence[Path], repeats: int, cases: Sequence[str]) -> dic
     costs: dict[str, list[list[Cost]]] = {case: [[] for _ in projects] for case in cases}
     for _ in range(repeats):
         folders = [Path(tempfile.mkdtemp(prefix="startup-")) for _ in projects]
+        if "toy cell, store exists" in cases and "toy cell, new store" not in cases:
+            for project, folder in zip(projects, folders, strict=True):
+                run(project, CELL, 0, folder, address)
         for case in cases:
             arguments, status = CASES[case]
             for project, folder, found in zip(projects, folders, costs[case], strict=True):

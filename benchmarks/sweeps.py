@@ -7,8 +7,8 @@ that dies. Afterwards the store is read: each cell has to be finished by one run
 claim may be left, and the scores have to be those of a sweep that nothing disturbed, to the bit. Moments are drawn from
 a seed, evenly over what an undisturbed sweep takes; where they find the sweep is up to the machine.
 
-PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg2). Where they are
-not there, a line says so, and the rest is done.
+PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg or psycopg2). Where
+they are not there, a line says so, and the rest is done.
 """
 
 from __future__ import annotations
@@ -241,8 +241,9 @@ def crowd(
 
 def _result(said: str, complete: str) -> str:
     """The tables and verdicts that a sweep has shown."""
+    by_one_alone = ("best:", "the alias", "note:", "Successfully registered", "Created version")  # who analyses
     lines = said.partition(complete)[2].splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("best:", "the alias", "note:", "run ")) and line)
+    return "\n".join(line for line in lines if line and not line.startswith(by_one_alone))
 
 
 def _once(fault: str, place: Place) -> list[Outcome]:
@@ -321,14 +322,14 @@ def interrupt(folder: Path, way: Way) -> list[Outcome]:
             if time.monotonic() > started + PATIENCE_SECONDS:
                 raise RuntimeError(f"a cell outlives its sweep:\n{sweep.said()}")
             time.sleep(0.01)
-        seconds = time.monotonic() - started
+        seconds = round(time.monotonic() - started, 2)
     finally:
         sweep.kill_all()
     kept = len({path.parent for path in checkpoints.glob("*/step-*")})
     outcomes = [
         Outcome(name, "cells that were at work", len(cells), "cells", 2),
         Outcome(name, "cells with checkpoints afterwards", kept, "cells", 2),
-        Outcome(name, "seconds until all had ended", round(seconds, 2), "seconds (no goal)", seconds),
+        Outcome(name, "seconds until all had ended", seconds, "seconds (no goal)", seconds),
     ]
     if message == signal.SIGKILL:
         return [*outcomes, Outcome(name, "cells that have ended", 2, "cells", 2)]  # or the wait above had failed
@@ -398,14 +399,14 @@ class Postgres:
     @staticmethod
     def missing() -> str | None:
         """What is not there of what it needs; None where all is there."""
-        if importlib.util.find_spec("psycopg2") is None:
-            return "the driver psycopg2 is not installed"
+        if not _drivers():
+            return "neither driver of it is installed, psycopg or psycopg2"
         return None if _programs() else "PostgreSQL is not installed"
 
     def database(self, name: str) -> str:
         """The address of a new database without a table."""
         self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", name)
-        return f"postgresql://postgres@127.0.0.1:{self._port}/{name}"
+        return f"postgresql+{_drivers()[0]}://postgres@127.0.0.1:{self._port}/{name}"
 
     def close(self) -> None:
         """End it."""
@@ -417,15 +418,22 @@ class Postgres:
             check=True,
             cwd="/",
             user=self._user,
+            group=self._user,
+            extra_groups=None if self._user is None else (),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
 
 
+def _drivers() -> list[str]:
+    """The drivers that Python finds."""
+    return [name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name) is not None]
+
+
 def _programs() -> list[Path]:
     """The programs initdb of the PostgreSQLs that are installed, the newest last."""
     found = shutil.which("initdb")
-    return [Path(found)] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return [Path(found).resolve()] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
 @contextmanager
@@ -451,6 +459,7 @@ PARTS = ("kill", "server", "sqlite", "postgresql", "interrupt", "fail")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the moments.")
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="What is done.")
 def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and theirs, ignore
     chosen, outcomes = parts.split(","), list[Outcome]()
 
     def tell(new: list[Outcome]) -> None:

@@ -52,6 +52,8 @@ def run(config: TrainConfig) -> None:
     Every process that trains the cell calls this.
     """
     optimizers.check(config.optimizer)
+    if config.activation_checkpointing:  # said before a run is opened
+        recomputation.check(pretrained.load_config(config.model))
     if not is_first_process():
         assist(config)
         return
@@ -236,6 +238,8 @@ def _keep(
         tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
     elif kept == "adapter":
         tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
+    else:
+        run.tag(status="trained")
     if isinstance(config, MainConfig):  # which scores it
         held.widen(model, but_linear=not _needs_float32(config))
 
@@ -411,8 +415,6 @@ def _check_recipe(settings: Any, config: TrainConfig) -> None:
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"max-tokens is {config.max_tokens}, but {config.model} has {positions} positions")
-    if config.activation_checkpointing:
-        recomputation.check(settings)
     stored = getattr(settings, "quantization_config", None)
     if stored is not None and config.method == "full":
         kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

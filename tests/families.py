@@ -27,9 +27,11 @@ SETTINGS = {
     "granite": {"logits_scaling": 4.0},
     "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2},
     "mamba": {"state_size": 4, "intermediate_size": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "chunk_size": 4},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
+    "qwen3_next": {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
 }
 
 # Families that differ in how they make logits of hidden states.

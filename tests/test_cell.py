@@ -10,9 +10,10 @@ import mlflow
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from plw_mlflow import cell, tracking
-from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
+from plw_mlflow import cell, sweep, tracking
+from plw_mlflow.config import EvaluateConfig, MainConfig, SweepConfig, TrainConfig
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import adapters, held, location, pretrained
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -66,6 +67,15 @@ def test_a_base_in_fewer_bits_is_refused_by_method_full(folder):
         train(folder, method="full")
     with pytest.raises(pytest.fail.Exception, match="the weights were asked for"):
         train(folder, method="lora")
+
+
+@pytest.mark.parametrize(("run", "config"), [(cell.run, TrainConfig), (sweep.run, SweepConfig)])
+def test_layers_that_cannot_be_computed_again_are_refused_before_a_run_is_opened(run, config, tmp_path, monkeypatch):
+    AutoConfig.for_model("openai-gpt").save_pretrained(tmp_path)
+    for name in ("open_run", "open_sweep"):
+        monkeypatch.setattr(tracking, name, lambda *_: pytest.fail("a run was opened"))
+    with pytest.raises(UserError, match=r"^activation-checkpointing is not to be had with a model of type openai-gpt"):
+        run(config(model=str(tmp_path), activation_checkpointing=True))
 
 
 def test_processes_other_than_the_first_take_part_in_the_training_and_open_no_run(tmp_path, monkeypatch):
@@ -234,6 +244,7 @@ def test_nothing_is_merged_where_nobody_needs_the_whole_model(tmp_path, monkeypa
 def test_a_model_that_is_not_to_be_logged_is_exported_all_the_same(trained, tmp_path):
     run, _, _ = trained(method="lora", log_model="none")
     assert not mlflow.get_run(run.id).outputs.model_outputs
+    assert mlflow.get_run(run.id).data.tags["plw.status"] == "trained"
     assert run.client.list_artifacts(run.id, "adapter") == []
     assert (tmp_path / "output/model/model.safetensors").is_file()
     assert (tmp_path / "output/adapter/plw-base.json").is_file()

@@ -82,13 +82,27 @@ def table_text(analysis: Analysis) -> str:
         lines += [f"  {note}" for note in answer.lead.notes]
         if answer.holm_p != answer.lead.joint_p and not answer.lead.has_too_few_runs:
             lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
-    for difference in analysis.differences:
-        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
-        conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
-        lines += ["", f"Does the curve differ by {difference.by}? {conclusion}."]
+    for question in _differences(analysis):
+        lines += ["", question]
     for (what, reason), datasets in analysis.refusals_by_reason.items():
         lines.append(f"not done: {what} of {', '.join(datasets)}: {reason}")
     return "\n".join(lines)
+
+
+def verdicts(analysis: Analysis) -> str:
+    """What the analysis says in short: a line for each data set, and one for each comparison of curves."""
+    lines = [f"{answer.dataset}: {answer.verdict}" for answer in analysis.answers]
+    return "\n".join([*lines, *_differences(analysis)])
+
+
+def _differences(analysis: Analysis) -> list[str]:
+    """Whether curves differ, a line for each column by which they were compared."""
+    lines = []
+    for difference in analysis.differences:
+        tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
+        conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
+        lines.append(f"Does the curve differ by {difference.by}? {conclusion}.")
+    return lines
 
 
 SCALE_WORDS = {

@@ -96,6 +96,8 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         if self.optimizer == "adamw8bit" and self.parallel == "fsdp2":
             faults.append("the blocks of optimizer adamw8bit cannot be sharded; use optimizer adamw or parallel ddp")
+        if self.compile and self.activation_checkpointing:
+            faults.append("compile does nothing for layers that activation-checkpointing computes again; choose one")
         if self.log_model == "adapter" and (reason := self._why_no_adapter()):
             faults.append(f"log-model adapter cannot be had: {reason}; use --log-model merged, or none")
         heaviest = max(self.plw, self.template_weight or 0, self.completion_weight)

@@ -133,8 +133,10 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
         _list(folder, {}, unfinished=[path.name for path in (*unfinished.values(), *earlier.values())])
         for name, path in unfinished.items():
             path.mkdir()
+            mode = path.stat().st_mode & 0o777
             if (build := builders[name]) is not None:
                 build(path)
+            _share(path, mode)
         digests = {
             f"{name}/{file.relative_to(path).as_posix()}": _digest(file)
             for name, path in unfinished.items()
@@ -154,6 +156,16 @@ def write_folders(folder: Path, builders: Mapping[str, Callable[[Path], Any] | N
         raise RunError(f"output {folder} cannot be written to: {error.strerror or error}") from None
     finally:
         _remove_unfinished(folder)
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Let others read a folder and what is in it as far as the mode of a new folder lets them.
+
+    What a library has written as a temporary file or folder first can be read by its owner alone.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def table(frame: Any) -> bytes:

@@ -28,9 +28,7 @@ def resolve(precision: str, model: str) -> Precision:
     import torch
 
     if torch.cuda.is_available() and not _gpu_has_bfloat16():
-        raise UserError(
-            f"precision bfloat16 is not to be had on this GPU ({torch.cuda.get_device_name()}); use --precision float32"
-        )
+        raise UserError(f"bfloat16 is not to be had on this GPU ({torch.cuda.get_device_name()}); choose float32")
     return "bfloat16"
 
 

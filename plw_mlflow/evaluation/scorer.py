@@ -5,8 +5,8 @@
 - Logits are computed only where a target is looked up.
 - Generation drops the texts of a batch that have ended.
 
-In bfloat16 the products of the layers are computed in it, as in training, and all else in float32: norms, sums over
-layers, logits and their softmax.
+In bfloat16 the products of the layers and attention are computed in it, and norms, sums over layers, logits and their
+softmax in float32. HFLM's own code has its logits in bfloat16, too.
 
 Not every model computes on prefix trees what it computes on single sequences: state-space models do not, nor do models
 that count positions instead of taking them. Each model is tried when it is loaded. For those that fail, HFLM's own code

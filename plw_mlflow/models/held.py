@@ -1,8 +1,8 @@
 """Linear layers held in bfloat16: frozen weights in the type of the arithmetic take half the memory and no casts.
 
 Under autocast a product rounds its float32 weights to bfloat16 each time. Weights that nothing changes may as well be
-rounded once, and every product gives the same bits. Embeddings, norms, biases and the head stay float32, as they take
-part in sums too, or hardly count. What is rounded is gone: `stored.py` reads it again.
+rounded once, and every product gives the same bits. Embeddings (and a head that is tied to them), norms and biases stay
+float32, as they take part in sums too, or hardly count. What is rounded is gone: `stored.py` reads it again.
 """
 
 from __future__ import annotations

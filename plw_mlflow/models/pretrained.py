@@ -237,7 +237,8 @@ def load_adapted(
         if base is None or is_same:
             raise UserError(f"{differs}; name the right one by --base")
         warnings.warn(f"{differs}, so the scores may be of a model that nobody has trained", stacklevel=3)
-    adapter = saved_adapters.attach(load(chosen, held_in=held_in), folder)
+    loaded = load(chosen, held_in=None if saved_adapters.changes_base(folder) else held_in)
+    adapter = saved_adapters.attach(loaded, folder)
     with reading("the adapter of", str(folder)):
         merged = stored.merge(adapter, chosen, held_in or torch.float32)
     return merged, chosen

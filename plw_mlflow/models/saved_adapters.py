@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def attach(base: Any, folder: Path) -> Any:
     with reading("the adapter of", str(folder)):
         if rows is not None and rows != base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(rows, mean_resizing=False)
-        adapter = PeftModel.from_pretrained(base, str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
+            adapter = PeftModel.from_pretrained(base, str(folder)).eval()
         report = adapter.load_adapter(str(folder), "default")  # loaded again, as only this says what did not fit
     for names, fault in (
         (report.missing_keys, "lacks"),
@@ -66,6 +69,12 @@ def _embedding_rows(base: Any, folder: Path) -> int | None:
     (name,) = (name for name, parameter in base.named_parameters() if parameter is embedding)
     own = weights.get(f"base_model.model.{name}")
     return None if own is None else len(own)
+
+
+def changes_base(folder: Path) -> bool:
+    """Whether peft changes the base's weights when it puts the adapters of a folder on it, as it does for PiSSA's."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("init_lora_weights", True) not in (True, False, "gaussian")
 
 
 def note_base(folder: Path, base: str, digest: str, precision: str = "float32") -> None:

@@ -11,20 +11,25 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
+from plw_mlflow.models import pretrained
 from plw_mlflow.sweep import display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.sweep.running import Engine
-from plw_mlflow.training import optimizers
+from plw_mlflow.training import optimizers, recomputation
 
 
 def run(config: SweepConfig) -> None:
     """Run every cell that is not finished yet, and analyse those that are. Raises RunError naming those that failed."""
     planned = grid.plan(config)
     if config.dry_run:
-        print(dry_run.text(planned.cells, states(planned.cells, tracking.finished_before(config))))
+        before = states(planned.cells, tracking.finished_before())
+        print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
         return
     for optimizer in {cell.config.optimizer for cell in planned.cells}:
         optimizers.check(optimizer)
+    if config.activation_checkpointing:
+        for model in config.values("model"):
+            recomputation.check(pretrained.load_config(model))
     engine = _engine(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         account = Account(planned.cells, sweep, retries_failed=config.retry_failed)
@@ -33,7 +38,6 @@ def run(config: SweepConfig) -> None:
         account.clear()
         account.adopt()
         ending.end(config, account)
-        print(f"\nrun {sweep.run.id}\n{sweep.run.address()}")
         if account.failed:
             raise RunError(
                 f"{len(account.failed)} of {len(planned.cells)} cells did not finish: "

@@ -14,6 +14,9 @@ from plw_mlflow.config import SweepConfig, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
 
+FENCE = "```"  # around a table in Markdown
+MAX_LISTED = 10  # failed cells in the run's description, which has a limit
+FAILURE_CHARACTERS = 200  # of the reason of each there
 IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # options that the data set's name contains
 
 
@@ -22,24 +25,40 @@ def end(config: SweepConfig, account: Account) -> None:
 
     Where nothing has changed since the last analysis, which another process may have made, that one's words are shown.
     """
-    finished, failed = len(account.finished), len(account.failed)
-    counts = f"{finished} of {len(account.cells)} cells finished" + (f", {failed} failed" if failed else "")
-    print(f"\n{counts}", flush=True)
+    run = account.sweep.run
     runs = {cell.identity: account.finished_attempt(cell).run_id for cell in account.finished}
-    run, of_runs = account.sweep.run, digest(runs)
     with account.sweep.sole("end"):
-        if run.read_tag("analysed") == of_runs and config.output is None:
-            print("\n" + account.sweep.description().partition("\n\n")[2])
-        elif runs:
-            print("\n".join(tracking.mark_best(run.id, len(account.cells))))
-            account.sweep.describe("\n\n".join([counts, *_analyse(config, account)]))
-            run.tag(analysed=of_runs)
-        else:
-            account.sweep.describe(counts)
+        said = (
+            run.read_tag("conclusion") if run.read_tag("analysed") == digest(runs) and config.output is None else None
+        )
+        if said is None and runs:
+            said = "\n\n".join([*_analyse(config, account), *tracking.mark_best(run.id, len(account.cells))])
+            run.tag(conclusion=said, analysed=digest(runs))
+        print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
+        account.sweep.describe("\n\n".join([_counts(account), *_failures(account), *([said] if said else [])]))
+    print(f"\n{_counts(account)}")
+    if said is not None:
+        print(f"report: {config.output / 'report.html' if config.output else f'report.html of run {run.id}'}")
+    print(f"run {run.id}\n{run.address()}")
+
+
+def _counts(account: Account) -> str:
+    finished, failed = len(account.finished), len(account.failed)
+    return f"{finished} of {len(account.cells)} cells finished" + (f", {failed} failed" if failed else "")
+
+
+def _failures(account: Account) -> list[str]:
+    """The cells that have failed, with the reason of each, as a list in Markdown."""
+    failed = [account.failure(cell) for cell in account.failed]
+    lines = [
+        f"- {text if len(text) <= FAILURE_CHARACTERS else text[: FAILURE_CHARACTERS - 2] + ' …'}" for text in failed
+    ]
+    more = [f"- and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return ["Failed:\n" + "\n".join(lines[:MAX_LISTED] + more)] if lines else []
 
 
 def _analyse(config: SweepConfig, account: Account) -> list[str]:
-    """Fit the scores of the finished cells, log the report, and print and give the tables and the verdicts.
+    """Fit the scores of the finished cells and log the report; gives the table and the verdicts, in Markdown.
 
     If they cannot be fitted (with two PLWs, say), a line says why.
     """
@@ -48,26 +67,20 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
     try:
         table = tracking.score_table(sweep=run.id, also=also)
     except ValueError as error:
-        print(f"the scores are not analysed: {error}")
-        return []
-    for note in table.attrs["notes"]:
-        print(f"note: {note}")
-    text = means(table, also)
-    print(f"\n{text}")
+        return [f"The scores are not analysed: {error}"]
+    said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
         run.log_files(outputs.write(folder, {"scores.csv": outputs.table(table)}))
         try:
             analysis = analyze.analyze(table, by=also)
         except ValueError as error:
-            print(f"the scores are not analysed: {error}")
-            return [text]
+            notes = [f"Note: {note}" for note in table.attrs["notes"]]  # which otherwise are in the report
+            return [*said, *notes, f"The scores are not analysed: {error}"]
         command = f"python -m entrypoints.analyze --run-id {run.id}" + (f" --by {','.join(also)}" if also else "")
         run.log_files(report.write(analysis, table, folder, command))
         tracking.log_regression(folder / "fit.json")
-        verdicts = wording.table_text(analysis)
-        print(f"\n{verdicts}")
-        return [text, verdicts]
+    return [*said, wording.verdicts(analysis)]
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

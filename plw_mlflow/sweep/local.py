@@ -68,7 +68,8 @@ class Local:
 
     def start(self, cells: Sequence[Begun], folder: Path) -> None:
         """Start a process for each cell, in a place of its own."""
-        self._running += [_start(begun, self._free.pop(), folder) for begun in cells]
+        for begun in cells:  # one by one, so that an interrupt finds those that were started
+            self._running.append(_start(begun, self._free.pop(), folder))
 
     def ended(self) -> list[Ended]:
         """The cells whose processes have ended since the last call; their places are free again."""

@@ -31,11 +31,12 @@ from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.tracking.score_table import generation_ratios, score_table
 from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
-from plw_mlflow.tracking.sweeps import Attempt, Sweep, finished_before, open_sweep
+from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before, measured_before, open_sweep
 
 __all__ = [
     "CLAIM",
     "Attempt",
+    "Measured",
     "Run",
     "StoredCheckpoints",
     "Sweep",
@@ -57,6 +58,7 @@ __all__ = [
     "log_regression",
     "log_scores",
     "mark_best",
+    "measured_before",
     "open_run",
     "open_sweep",
     "read_scores",

@@ -18,6 +18,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+from mlflow.utils import logging_utils
 
 from plw_mlflow.errors import Refused, Unreachable, UserError, reason, without_passwords
 
@@ -284,6 +285,16 @@ def get_run(run_id: str, *, even_deleted: bool = False) -> mlflow.entities.Run:
     if run.info.lifecycle_stage != "active" and not even_deleted:
         raise UserError(f"run {run_id} in {address()} was deleted; restore it by {_restore_command(run_id)}")
     return run
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Within the block, MLflow prints no notes, such as those on what it has registered."""
+    logging_utils.disable_logging()
+    try:
+        yield
+    finally:
+        logging_utils.enable_logging()
 
 
 def _quiet_mlflow() -> None:

@@ -22,7 +22,6 @@ from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
-from mlflow.utils import logging_utils
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
@@ -214,7 +213,9 @@ def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = 
 
 
 def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of models:/NAME/VERSION or models:/NAME@ALIAS; an adapter is merged into its base.
+    """Model and tokenizer of models:/NAME/VERSION, models:/NAME@ALIAS or models:/ID.
+
+    An adapter is merged into its base.
 
     base, held_in: as of `load_model`.
 
@@ -226,15 +227,18 @@ def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | No
 
 
 def trained_in(model: str) -> str | None:
-    """The type of the arithmetic in which the cell that a registered model is of was trained; None for other models."""
+    """The type of the arithmetic in which the cell of a model in MLflow was trained; None for other models."""
     if not model.startswith("models:/"):
         return None
     check_reachable()
     client = mlflow.MlflowClient()
     try:
-        version = client.get_model_version(*get_model_name_and_version(client, model))
-        return client.get_run(version.run_id).data.tags.get("plw.precision") if version.run_id else None
-    except MlflowException:  # there is no such version, which loading it will say, or its run is gone
+        name, *version = get_model_name_and_version(client, model)  # of models:/ID, which is not registered, the id
+        run_id = (
+            client.get_model_version(name, *version).run_id if version else client.get_logged_model(name).source_run_id
+        )
+        return client.get_run(run_id).data.tags.get("plw.precision") if run_id else None
+    except MlflowException:  # there is no such model, which loading it will say, or its run is gone
         return None
 
 
@@ -261,11 +265,8 @@ def _register(run: Run, source: str, name: str, tags: dict[str, str]) -> str:
     for version in run.client.search_model_versions(f"name = '{name}'"):
         if version.source == source:
             return str(version.version)
-    logging_utils.disable_logging()  # MLflow prints two lines that say no more than the one below
-    try:
+    with connection.without_notes():  # which say no more than the line below
         registered = mlflow.register_model(source, name, tags=tags)
-    finally:
-        logging_utils.enable_logging()
     print(f"registered the model as {name}, version {registered.version}")
     return str(registered.version)
 

@@ -59,8 +59,8 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
     try:
         _check_container(run.id, wrapper, config)
         if run_id is None or (goes_on and run.read_tag("version") is None):
-            run.tag(version=__version__, **_code_versions())
             run.log_config(config)
+            run.tag(version=__version__, **_code_versions())  # last, as it says that all this is there
         with giving_signs_of_life(run.id):
             yield run
         run.curves.flush()

@@ -16,6 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from plw_mlflow.environment import provenance
+from plw_mlflow.tracking.connection import without_notes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODEL = "tracking/regression_model.py"
@@ -35,7 +36,7 @@ def log_regression(fit: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, _importable_from(folder):  # MLflow runs the model's file right away
         model, code = _copy_code(Path(folder))
         versions = provenance.fingerprint()
-        mlflow.pyfunc.log_model(
+        logged = mlflow.pyfunc.log_model(
             name="regression",
             python_model=str(model),
             artifacts={"fit": str(fit)},
@@ -43,8 +44,9 @@ def log_regression(fit: Path) -> None:
             pip_requirements=[f"{name}=={versions[name]}" for name in ("mlflow", "numpy", "scipy", "pandas")],
             signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
             input_example=pd.DataFrame(rows, columns=["dataset", "plw", "task"]),
-            registered_model_name="plw-regression",
         )
+    with without_notes():
+        mlflow.register_model(logged.model_uri, "plw-regression")
 
 
 @contextmanager

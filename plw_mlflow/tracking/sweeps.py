@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.entities import FileInfo
 from mlflow.entities import Run as Entity
 from mlflow.exceptions import MlflowException
 
@@ -26,7 +28,7 @@ from plw_mlflow.tracking.cells import parameters
 from plw_mlflow.tracking.claims import Claims
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.opening import open_run
-from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.run import TAG_CHARACTERS, Run
 
 MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
 NEW = "new"  # in place of a run's id: go on with none
@@ -116,16 +118,9 @@ class Sweep:
         patiently("logging a file", lambda: self._client.log_artifact(run_id, str(path)))
 
     def describe(self, text: str) -> None:
-        """Make a text the description of the sweep's run, which MLflow shows on its page."""
-        patiently(
-            "describing the sweep",
-            lambda: self._client.set_tag(self.run.id, "mlflow.note.content", f"```\n{text}\n```"),
-        )
-
-    def description(self) -> str:
-        """The text that describes the sweep's run; empty where there is none."""
-        text = str(self._client.get_run(self.run.id).data.tags.get("mlflow.note.content", ""))
-        return text.removeprefix("```\n").removesuffix("\n```")
+        """Make a text in Markdown the description of the sweep's run, which MLflow shows on its page."""
+        shown = text if len(text) <= TAG_CHARACTERS else text[: TAG_CHARACTERS - 2] + " …"
+        patiently("describing the sweep", lambda: self._client.set_tag(self.run.id, "mlflow.note.content", shown))
 
     @contextmanager
     def sole(self, what: str) -> Iterator[None]:
@@ -159,10 +154,61 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
             run.untag("status")  # of an earlier process that was interrupted or has failed
 
 
-def finished_before(config: Any) -> dict[str, list[Attempt]]:
-    """All runs of sweeps' cells in the experiment by the cell's identity, the newest first; no run is opened."""
+def finished_before() -> dict[str, list[Attempt]]:
+    """All runs of sweeps' cells in the experiment by the cell's identity, newest first; nothing is opened."""
     check_reachable()
-    return _attempts(experiment_id(), "")
+    experiment = _known_experiment_id()
+    return {} if experiment is None else _attempts(experiment, "")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished cell has taken."""
+
+    run_id: str
+    options: dict[str, str] = field(hash=False)  # as MLflow has them
+    seconds: float  # from the start of its run to its end
+
+    def stored_bytes(self) -> int:
+        """The size of all that the store has of it: its model and its other artifacts."""
+        client = mlflow.MlflowClient()
+        outputs = client.get_run(self.run_id).outputs
+        models = [output.model_id for output in outputs.model_outputs] if outputs else []
+        listings = [partial(client.list_artifacts, self.run_id)]
+        listings += [partial(client.list_logged_model_artifacts, model) for model in models]
+        return sum(map(_bytes, listings))
+
+
+def measured_before() -> list[Measured]:
+    """What each finished and scored cell of the experiment has taken, the newest first."""
+    check_reachable()
+    experiment = _known_experiment_id()
+    runs = [] if experiment is None else _scored_runs(experiment)
+    return [
+        Measured(str(run.info.run_id), parameters(run), (run.info.end_time - run.info.start_time) / 1000)
+        for run in runs
+        if run.info.end_time
+    ]
+
+
+def _scored_runs(experiment: str) -> list[Entity]:
+    filters = "tags.`plw.status` = 'scored' and attributes.status = 'FINISHED'"
+    search = partial(mlflow.MlflowClient().search_runs, [experiment], filters, max_results=MAX_RUNS)
+    return list(patiently("looking for cells", search))
+
+
+def _bytes(listing: Callable[[str | None], Sequence[FileInfo]], path: str | None = None) -> int:
+    """The size of the files that a store lists under a path."""
+    return sum(_bytes(listing, item.path) if item.is_dir else item.file_size or 0 for item in listing(path))
+
+
+def _known_experiment_id() -> str | None:
+    """The id of the experiment that new runs belong to; None where it does not exist yet."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if os.environ.get("MLFLOW_RUN_ID") or not name:
+        return experiment_id()
+    found = mlflow.MlflowClient().get_experiment_by_name(name)
+    return None if found is None else str(found.experiment_id)
 
 
 def experiment_id() -> str:
@@ -212,10 +258,10 @@ def _earlier(config: Any, experiment: str, grid: str) -> str | None:
 def _first_difference(config: Any, run: Entity) -> str:
     """The first option in which a sweep's run differs from a config, as the end of a sentence."""
     params = parameters(run)
-    for field in fields(MainConfig):
-        here, there = spell(getattr(config, field.name)), params.get(field.name)
-        if there is not None and here != there and field.name not in ("output", "checkpoint_dir", "cache_dir"):
-            return f": {flag(field.name)} is {there or 'unset'} there, and {here or 'unset'} here"
+    for option in fields(MainConfig):
+        here, there = spell(getattr(config, option.name)), params.get(option.name)
+        if there is not None and here != there and option.name not in ("output", "checkpoint_dir", "cache_dir"):
+            return f": {flag(option.name)} is {there or 'unset'} there, and {here or 'unset'} here"
     return ""
 
 

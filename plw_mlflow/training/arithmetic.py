@@ -12,6 +12,7 @@ the same to the bit. Everything else (DoRA, dropout, GPT-2's transposed layers, 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -101,7 +102,7 @@ def _norm(layer: Any) -> Forward | None:
     weight, epsilon = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
         return None
-    if any(True for _ in layer.buffers()):
+    if any(True for _ in layer.buffers()) or len(inspect.signature(layer.forward).parameters) > 1:  # such as a gate
         return None
     # Tried with other weights, since those of the processes that assist in a training may have no numbers yet.
     trial, alike = torch.linspace(-2, 3, 3 * len(weight)).view(1, 3, -1), copy.deepcopy(layer).to_empty(device="cpu")

@@ -29,12 +29,13 @@ from plw_mlflow.data.batches import Batch
 from plw_mlflow.models import causal
 
 # TFLOP/s of dense products (without sparsity) in bfloat16 and in float32 without TF32, as NVIDIA's data sheets have
-# them, and the white papers of Ampere GA102 and Ada. The names are those by which torch knows the devices.
+# them, and the white papers of Ampere GA102 and Ada. The names are the whole of those by which torch knows the devices,
+# as what has a longer one is slower (H200 NVL, a laptop's RTX 4090, or a part of a device by MIG).
 GPU_PEAKS = {
     r"H200": (989.4, 66.9),
-    r"H100 (80GB HBM3|SXM)": (989.4, 66.9),
+    r"H100 80GB HBM3": (989.4, 66.9),
     r"H100 PCIe": (756.0, 51.2),
-    r"A100": (312.0, 19.5),
+    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": (312.0, 19.5),
     r"L40S": (362.05, 91.6),
     r"L4": (121.0, 30.3),
     r"RTX A6000": (154.8, 38.7),
@@ -119,7 +120,9 @@ def find_peak(model: Any, arithmetic: str, max_tokens: int) -> Peak:
         return Peak(None, f"none: {reason}")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        known = [peaks for pattern, peaks in GPU_PEAKS.items() if re.search(rf"\b{pattern}\b", name)]
+        known = [
+            peaks for pattern, peaks in GPU_PEAKS.items() if re.fullmatch(rf"(NVIDIA )?(GeForce )?({pattern})", name)
+        ]
         if not known:
             return Peak(None, f"none: the peak of {name} is not known")
         tera = known[0][arithmetic == "float32"]

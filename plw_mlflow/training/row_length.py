@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from accelerate import Accelerator
 from plw_mlflow.config import TrainConfig, cache_folder, digest
 from plw_mlflow.environment import disk
 from plw_mlflow.environment.precision import Precision
+from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal
 
 # Bytes that the backward pass needs of a token in one decoder layer, for each number of its hidden state. Measured on
@@ -32,7 +35,7 @@ LEAST_TOKENS = 1024
 SPARE_SHARE = 0.1  # of a GPU's memory, for what falls between its allocator's blocks
 DECIDE_MEMORY = (  # options on which the memory of a step depends, beside those of the model
     *("method", "precision", "activation_checkpointing", "optimizer", "lora_rank", "lora_targets", "lora_dropout"),
-    *("parallel", "base_penalty", "max_tokens", "batch_examples"),
+    *("parallel", "base_penalty", "max_tokens", "batch_examples", "compile"),
 )
 
 
@@ -63,11 +66,13 @@ def choose(config: TrainConfig, model: Any, accelerator: Accelerator, peak_bytes
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    file = cache_folder(config) / f"row_lengths_{accelerator.process_index}.json"
-    own = remembered(file, circumstances, lambda: _find(config, accelerator, peak_bytes))
-    gathered = accelerator.gather(torch.tensor([own], device=accelerator.device))
-    assert isinstance(gathered, torch.Tensor)
-    return int(gathered.min())
+    file = cache_folder(config) / "row_lengths.json"
+    # All processes make the trial or none does, as they may have to wait for one another in it.
+    if known := _least(recall(file, circumstances), accelerator):
+        return known
+    tokens = _least(_find(config, accelerator, peak_bytes), accelerator)
+    remember(file, circumstances, tokens)
+    return tokens
 
 
 def on_cpu(settings: Any, precision: Precision, *, is_computed_again: bool, longest: int, most: int) -> int:
@@ -106,19 +111,38 @@ def found(peak_bytes: Callable[[int], int | None], total_bytes: int, *, longest:
     return tokens
 
 
-def remembered(file: Path, circumstances: Mapping[str, Any], find: Callable[[], int]) -> int:
-    """What `find` has found under these circumstances before, which `file` remembers, or what it finds now."""
-    key = digest(dict(circumstances))
-    with disk.locked(file.with_suffix(".lock")):
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            known = {}
-        if not isinstance(known, dict) or not isinstance(known.get(key), int):
-            known = (known if isinstance(known, dict) else {}) | {key: find()}
-            with disk.writing(file.parent):
-                file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        return int(known[key])
+def recall(file: Path, circumstances: Mapping[str, Any]) -> int:
+    """What `remember` was last told for these circumstances; 0 for nothing."""
+    tokens = _read(file).get(digest(dict(circumstances)))
+    return tokens if isinstance(tokens, int) else 0
+
+
+def remember(file: Path, circumstances: Mapping[str, Any], tokens: int) -> None:
+    """Have a file hold what was found under these circumstances. A warning says that it cannot be written to."""
+    try:
+        with disk.locked(file.with_suffix(".lock")), disk.writing(file.parent):
+            content = _read(file) | {digest(dict(circumstances)): tokens}
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            unfinished.replace(file)
+    except UserError as error:
+        warnings.warn(f"{error}; the longest packed row will be looked for again", stacklevel=2)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The content of the file; empty where there is none, or a damaged one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _least(tokens: int, accelerator: Accelerator) -> int:
+    """The least number that any process has; every process has to call this."""
+    gathered = accelerator.gather(torch.tensor([tokens], device=accelerator.device))
+    assert isinstance(gathered, torch.Tensor)
+    return int(gathered.min())
 
 
 def _find(config: TrainConfig, accelerator: Accelerator, peak_bytes: Callable[[int], int | None]) -> int:

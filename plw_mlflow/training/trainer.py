@@ -254,10 +254,11 @@ class Trainer:
         The compiler looks at sizes. If they were those of the step that training goes on from, a resumed training would
         end in other bits.
         """
-        length = min(self._config.max_tokens, 2048)
+        longest = self._config.max_tokens
+        length = max(2, min(longest, 2048) // 2)  # so that two make no longer row than those that are to come
         collate = batches.pack if self._is_packed else batches.collate
         batch = collate([_completion(length)] * 2, Weights(plw=1.0)).to(self._accelerator.device)
-        with self._explaining_memory():
+        with self._explaining_memory(f"lower --max-tokens (now {longest}), or leave --compile out"):
             self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)[0].backward()
         self._optimizer.zero_grad()
 
@@ -267,9 +268,11 @@ class Trainer:
         For `row_length.choose`, on a GPU.
         """
         longest, device = self._config.max_tokens, self._accelerator.device
-        batch = batches.pack([_completion(longest)] * (tokens // longest), Weights(plw=1.0)).to(device)
+        lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        batch = batches.pack([_completion(length) for length in lengths], Weights(plw=1.0)).to(device)
         learner = self._accelerator.unwrap_model(self._learner)  # with ddp, a process may fail alone
-        state.make_state(self._optimizer)  # which is there in all steps but the first
+        with self._explaining_memory(self._less_for_averages()):
+            state.make_state(self._optimizer)  # which is there in all steps but the first
         torch.cuda.reset_peak_memory_stats()
         try:
             for _ in range(2):  # the second row of a step finds the gradients of the first
@@ -282,31 +285,40 @@ class Trainer:
         return torch.cuda.max_memory_allocated()
 
     def _less_for_averages(self) -> str:
-        """What to do where memory runs out in the optimiser."""
-        others = ["--method lora", "--parallel fsdp2 with more --processes"]
-        if self._config.optimizer == "adamw":
-            others.insert(0, "--optimizer adamw8bit")
-        return f"{', or '.join(others)}, needs less for AdamW's averages"
+        """What to do where memory runs out in the optimiser; empty where no other option has smaller averages."""
+        config, others = self._config, []
+        if config.optimizer == "adamw" and config.parallel == "ddp":
+            others.append("--optimizer adamw8bit")
+        if config.method == "full":
+            others.append("--method lora")
+        if config.optimizer == "adamw" and config.method != "qlora":
+            others.append("--parallel fsdp2 with more --processes")
+        return f"{' or '.join(others)} needs less for AdamW's averages" if others else ""
+
+    def _less_for_activations(self) -> str:
+        """What to do where memory runs out in a forward or backward pass."""
+        config = self._config
+        option, value = "--micro-batch-examples", config.micro_batch_examples
+        if self._is_packed and config.divisor_scope == "step":
+            option, value = "--micro-batch-tokens", self._row_tokens
+        # Under divisor-scope micro-batch, what is in one is part of the recipe.
+        harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
+        lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
+        if config.activation_checkpointing or config.compile:  # of which one alone can be had
+            return lower
+        return f"give --activation-checkpointing, which changes no result; or {lower}"
 
     @contextmanager
     def _explaining_memory(self, remedy: str = "") -> Iterator[None]:
-        """Where memory runs out in the block, raise RunError that says what to do: `remedy`, or what to lower."""
+        """Where memory runs out in the block, raise RunError that says what to do: by default, for activations."""
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no name of its own
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            config = self._config
-            option, value = "--micro-batch-examples", config.micro_batch_examples
-            if self._is_packed and config.divisor_scope == "step":
-                option, value = "--micro-batch-tokens", self._row_tokens
-            # Under divisor-scope micro-batch, what is in one is part of the recipe.
-            harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
-            lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
-            if not config.activation_checkpointing:
-                lower = f"give --activation-checkpointing, which changes no result; or {lower}"
+            remedy = remedy or self._less_for_activations()
             raise RunError(
-                f"out of memory after step {self.step}; {remedy or lower}. What the device says: {first_line(error)}"
+                f"out of memory after step {self.step}; {remedy}. What the device says: {first_line(error)}"
             ) from error
 
 

@@ -54,7 +54,7 @@ def test_two_sweeps_at_once_on_an_empty_postgresql_run_each_cell_once(tmp_path, 
         complete(sweeps.crowd("PostgreSQL", place, 2, undisturbed[0], PLWS))
 
 
-@pytest.mark.parametrize("way", sweeps.WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", sweeps.WAYS[:2], ids=lambda way: way.name)
 def test_a_sweep_that_is_killed_alone_or_interrupted_leaves_no_cell_at_work(tmp_path, way):
     make_store(tmp_path)
     complete(sweeps.interrupt(tmp_path, way))

@@ -309,3 +309,17 @@ def test_an_interrupt_between_two_renames_leaves_a_model(replaced, tmp_path, mon
     monkeypatch.undo()
     with outputs.reserve(tmp_path, ["model", "adapter"], []):
         assert {(tmp_path / name / "config").read_text() for name in ("model", "adapter")} <= {"1", "2"}
+
+
+def test_what_others_may_read_of_a_new_folder_they_may_read_of_all_in_it(tmp_path):
+    def build(folder):
+        (folder / "weights").touch(0o600)
+        (folder / "more").mkdir(0o700)
+        folder.chmod(0o700)
+
+    (tmp_path / "new").mkdir()
+    outputs.write_folders(tmp_path / "out", {"model": build})
+    new, model = ((tmp_path / name).stat().st_mode for name in ("new", "out/model"))
+    assert model == new
+    assert (tmp_path / "out/model/more").stat().st_mode == new
+    assert (tmp_path / "out/model/weights").stat().st_mode & 0o777 == new & 0o666

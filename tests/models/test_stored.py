@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from plw_mlflow.config import RecipeOptions
@@ -69,6 +70,25 @@ def test_a_held_base_is_merged_as_its_files_have_it(method, targets, family, tmp
         for name, weight in again.state_dict().items():
             assert weight.dtype == expected.state_dict()[name].dtype, name
             assert torch.equal(weight, expected.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("beginning", ["pissa", "olora", "gaussian"])
+def test_adapters_that_begin_by_changing_their_base_are_merged_into_what_they_make_of_it(beginning, tmp_path):
+    base = saved(tmp_path / "base")
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=beginning)
+    model = get_peft_model(pretrained.load(base), settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    expected = model.merge_and_unload().state_dict()
+    for held_in in (None, torch.bfloat16):
+        loaded, _ = pretrained.load_adapted(tmp_path / "adapter", base, held_in=held_in)
+        for name, weight in loaded.state_dict().items():
+            torch.testing.assert_close(
+                weight, expected[name].to(weight.dtype), rtol=1e-2 if held_in else 1e-4, atol=1e-5
+            )
+        assert held.is_held(loaded) == (held_in is not None)
 
 
 def test_shards_are_read_one_weight_at_a_time(tmp_path, monkeypatch):

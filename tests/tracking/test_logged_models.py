@@ -72,16 +72,19 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
             run.curves.log_step({"train/loss": loss, "eval/prompt_loss": loss}, step)
         run.curves.flush()
         tracking.log_model(run, model, byte_tokenizer(), config, prepared.sources, step=2)
-        run.tag(cell="c")
+        run.tag(cell="c", precision="bfloat16")
         add_scores(run, ("a", 0.25))
     check_page_of_logged_model(store, run.id)
     store.set_registered_model_alias("plw-tiny-toy-short", "best", "1")
-    for uri in ("models:/plw-tiny-toy-short/1", "models:/plw-tiny-toy-short@best"):
+    for uri in ("models:/plw-tiny-toy-short/1", "models:/plw-tiny-toy-short@best", f"models:/{run.model_id}"):
+        assert tracking.trained_in(uri) == "bfloat16"
         loaded, tokenizer = tracking.load_registered(uri)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids
-    with pytest.raises(ValueError, match=r"model models:/plw-tiny-toy-short/7 cannot be loaded: .*not found"):
-        tracking.load_registered("models:/plw-tiny-toy-short/7")
+    for unknown in ("models:/plw-tiny-toy-short/7", "models:/plw-tiny-toy-short"):
+        assert tracking.trained_in(unknown) is None
+        with pytest.raises(ValueError, match=rf"model {unknown} cannot be loaded: .*not found"):
+            tracking.load_registered(unknown)
 
 
 def check_page_of_logged_model(store, run_id):

@@ -1,6 +1,7 @@
 """A tracking server that is killed, or a line to it that breaks: is every step in the curve once, and nothing lost?"""
 
 import sqlite3
+import threading
 from contextlib import closing
 
 import mlflow
@@ -8,6 +9,7 @@ import pytest
 
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
+from plw_mlflow.environment import processes
 from plw_mlflow.evaluation.scores import Evaluation, Score, table
 from plw_mlflow.tracking import StoredCheckpoints, connection, outbox, resumption
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -42,6 +44,17 @@ def server(one_server, monkeypatch):
     monkeypatch.setattr(resumption, "CURVE_SECONDS", 0.1)
     mlflow.set_tracking_uri(one_server.uri)
     return one_server
+
+
+def test_a_cell_of_a_sweep_waits_for_a_server_that_is_away_when_it_begins(server, monkeypatch):
+    monkeypatch.setattr(connection, "ASK_SECONDS", 0.1)
+    monkeypatch.setenv(processes.SWEEP, "1")
+    server.kill()
+    back = threading.Timer(0.5, server.start)
+    back.start()
+    with tracking.open_run(TrainConfig(), "cell") as run:
+        back.join()
+    assert run.client.get_run(run.id).info.status == "FINISHED"
 
 
 @pytest.fixture

@@ -91,3 +91,12 @@ def test_float32_outputs_of_norms_stay_float32():
         attention = causal.body(model).layers[0].self_attn
         assert attention.q_norm(torch.ones(1, 3, 2, 8, dtype=torch.bfloat16)).dtype == torch.float32
         assert causal.body(model).norm(torch.ones(1, 3, 16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+def test_norms_that_take_a_gate_beside_their_input_are_left_to_their_own_modules(family):
+    model = tiny(family)
+    expected = gradients(model)
+    assert any("RMSNormGated" in type(layer).__name__ for layer in model.modules())
+    for found, of_modules in zip(in_block(model), expected, strict=True):
+        torch.testing.assert_close(found, of_modules)

@@ -115,3 +115,8 @@ def test_a_resumed_training_of_compiled_layers_ends_in_the_bits_of_an_undisturbe
         torch.testing.assert_close(plain.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
     assert all(layer._compiled_call_impl is None for layer in undisturbed.modules())
     assert undisturbed.config._attn_implementation == "sdpa"
+
+
+def test_layers_that_are_computed_again_are_not_to_be_compiled():
+    with pytest.raises(UserError, match="compile does nothing for layers that activation-checkpointing"):
+        TrainConfig(compile=True, activation_checkpointing=True)

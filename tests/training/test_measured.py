@@ -107,10 +107,15 @@ def test_the_peak_of_a_cpu_is_measured_and_named():
         ("NVIDIA H100 80GB HBM3", "float32", 66.9),
         ("NVIDIA H100 PCIe", "bfloat16", 756.0),
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312.0),
+        ("NVIDIA A100 80GB PCIe", "bfloat16", 312.0),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("NVIDIA L4", "bfloat16", 121.0),
         ("NVIDIA L40S", "bfloat16", 362.05),
         ("NVIDIA L40", "bfloat16", None),
         ("NVIDIA H100 NVL", "bfloat16", None),
+        ("NVIDIA H200 NVL", "bfloat16", None),
+        ("NVIDIA H200 MIG 1g.18gb", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
     ],
 )
 def test_the_peak_of_a_known_gpu_is_from_the_table(monkeypatch, name, arithmetic, expected):

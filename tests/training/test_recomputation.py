@@ -51,7 +51,7 @@ def test_a_step_has_the_same_gradients_to_the_bit_in_many_families(family, tmp_p
 
 
 @pytest.mark.parametrize(("again", "passes"), [(False, 1), (True, 2)])
-def test_each_layer_is_computed_twice_and_keeps_its_input_alone(again, passes, tmp_path):
+def test_each_layer_is_computed_twice(again, passes, tmp_path):
     model = tiny_llama()
     computed = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: computed.append(torch.is_grad_enabled()))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,19 +122,35 @@ def test_a_row_that_does_not_fit_after_all_is_shortened_until_one_does():
 
 
 def test_what_was_found_is_remembered_for_the_same_circumstances_alone(tmp_path):
-    file, calls = tmp_path / "cache" / "rows.json", []
-
-    def find():
-        calls.append(1)
-        return 1000 * len(calls)
-
-    assert [row_length.remembered(file, {"method": "lora"}, find) for _ in range(2)] == [1000, 1000]
-    assert row_length.remembered(file, {"method": "full"}, find) == 2000
-    assert row_length.remembered(file, {"method": "lora"}, find) == 1000
+    file = tmp_path / "cache" / "rows.json"
+    assert row_length.recall(file, {"method": "lora"}) == 0
+    row_length.remember(file, {"method": "lora"}, 1000)
+    row_length.remember(file, {"method": "full"}, 2000)
+    assert [row_length.recall(file, {"method": name}) for name in ("lora", "full", "dora")] == [1000, 2000, 0]
     for damaged in ("{", "[]", json.dumps(dict.fromkeys(json.loads(file.read_text()), "1000"))):
         file.write_text(damaged)
-        assert row_length.remembered(file, {"method": "lora"}, find) == 1000 * len(calls)
-    assert len(calls) == 5
+        assert row_length.recall(file, {"method": "lora"}) == 0
+        row_length.remember(file, {"method": "lora"}, 3000)
+        assert row_length.recall(file, {"method": "lora"}) == 3000
+    (tmp_path / "taken").write_text("a file")
+    with pytest.warns(UserWarning, match=r"cannot be written to .* will be looked for again"):
+        row_length.remember(tmp_path / "taken" / "rows.json", {}, 1000)
+
+
+@pytest.mark.parametrize(("others", "trials"), [([1500], 0), ([0, 1500], 2)])
+def test_processes_try_together_where_one_of_them_remembers_nothing(others, trials, tmp_path, monkeypatch):
+    """One of fsdp2 that tried alone would wait for the others for ever. The shortest row of all counts."""
+    joined = SimpleNamespace(device=SimpleNamespace(type="cuda"), num_processes=2)
+    monkeypatch.setattr(row_length, "_least", lambda own, _: min(own, others.pop(0)))
+    monkeypatch.setattr(row_length, "recall", lambda *_: 2000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    config = TrainConfig(micro_batch_tokens="auto", parallel="fsdp2", cache_dir=tmp_path, batch_examples=64)
+    device = Device(80 * GIB, 0, 2**20)
+    assert row_length.choose(config, tiny_llama(), joined, device.peak_bytes) == 1500
+    assert len(device.asked) == trials
+    assert not others
 
 
 def test_a_trial_is_a_step_on_a_row_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -149,7 +166,9 @@ def test_a_trial_is_a_step_on_a_row_and_leaves_nothing_behind(tmp_path, monkeypa
         trainer = Trainer(
             config, Prepared((), EXAMPLES, EXAMPLES[:1], {}, "", 0), model, True, 1, parallel.accelerator("float32")
         )
-        assert trainer._peak_bytes(96) == 2 * 96  # a second row of the step finds the gradients of the first
+        for row in (96, 110):  # the latter ends with a short example
+            assert trainer._peak_bytes(row) == 2 * row  # a second row of the step finds the gradients of the first
+            tokens.clear()
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", math.nan)
         model.model.norm.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
         assert trainer._peak_bytes(96) is None

@@ -1,4 +1,7 @@
-"""Does a step read nothing from the device before AdamW is queued, and does AdamW leave all as it was where it must?"""
+"""Does a step read nothing from the device before AdamW is queued, and does AdamW leave all as it was where it must?
+
+And is what is said where memory runs out of use?
+"""
 
 from contextlib import nullcontext
 
@@ -14,6 +17,7 @@ from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.errors import RunError
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, checkpoints, trainer
+from plw_mlflow.training.learner import Learner
 from plw_mlflow.training.trainer import Trainer
 from tests.conftest import make_example, tiny_llama
 
@@ -118,3 +122,40 @@ def test_a_fused_optimizers_state_is_restored_to_the_bit(tmp_path, monkeypatch):
     assert resumed.load(checkpoints.load(tmp_path, "", resumed.check_fit)) == 3
     take(resumed, 2)
     assert all(map(torch.equal, resumed._trained.values(), undisturbed._trained.values()))
+
+
+def make_trainer(**options):
+    config = TrainConfig(batch_examples=4, micro_batch_examples=4, max_tokens=9, **options)
+    model = adapters.adapt(tiny_llama(), config.method, config, 0)
+    return Trainer(config, Prepared((), EXAMPLES, [], {}, "", 0), model, False, 10, Alone("cpu"))
+
+
+def test_memory_that_runs_out_while_layers_are_compiled_is_told_of_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Learner, "forward", fail)
+    with pytest.raises(
+        RunError, match=r"^out of memory after step 0; lower --max-tokens \(now 9\), or leave --compile"
+    ):
+        make_trainer(compile=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "--optimizer adamw8bit or --method lora or --parallel fsdp2 with more --processes needs less for"),
+        ({"parallel": "fsdp2"}, "--method lora or --parallel fsdp2 with more --processes needs less for"),
+        ({"method": "lora"}, "--optimizer adamw8bit or --parallel fsdp2 with more --processes needs less for"),
+        ({"optimizer": "adamw8bit"}, "--method lora needs less for AdamW's averages"),
+        ({"optimizer": "adamw8bit", "method": "lora"}, "give --activation-checkpointing"),
+    ],
+)
+def test_memory_that_runs_out_in_the_optimizer_recommends_what_can_be_given(options, told, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training = make_trainer(packing=False, **options)
+    monkeypatch.setattr(training._optimizer, "step", fail)
+    with pytest.raises(RunError, match=f"^out of memory after step 0; {told}"):
+        training.begin_step(training.prepare(EXAMPLES))

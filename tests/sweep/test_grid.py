@@ -1,0 +1,68 @@
+"""Is a cell known by what decides it, and by nothing else?"""
+
+import json
+
+import pytest
+
+from plw_mlflow.config import SweepConfig
+from plw_mlflow.errors import UserError
+from plw_mlflow.sweep import grid
+
+
+@pytest.fixture
+def data(tmp_path):
+    def write(name, answer="4"):
+        file = tmp_path / name
+        file.write_text(json.dumps({"instruction": "2 + 2", "input": "", "output": answer}) + "\n")
+        return str(file)
+
+    return write
+
+
+def plan(tmp_path, **options):
+    return grid.plan(SweepConfig(**{"cache_dir": tmp_path / "cache", "dataset": "toy-short"} | options))
+
+
+def identities(planned):
+    return [cell.identity for cell in planned.cells]
+
+
+def test_every_combination_is_a_cell_of_its_own(tmp_path):
+    planned = plan(tmp_path, plw="0,0.1", seed="1,2", learning_rate="0.001,0.002")
+    assert len(set(identities(planned))) == 8
+    assert planned.cells[0].name == "plw 0 toy-short toy full seed 1, learning-rate 0.001"
+
+
+def test_a_grid_is_the_same_in_another_order_and_what_does_not_decide_does_not_count(tmp_path):
+    one = plan(tmp_path, plw="0,0.1", seed="1,2")
+    other = plan(tmp_path, plw="0.1,0", seed="2,1", jobs=3, output=tmp_path / "out", save_every=5)
+    assert one.identity == other.identity
+    assert set(identities(one)) == set(identities(other))
+    assert plan(tmp_path, plw="0,0.1", seed="1,3").identity != one.identity
+
+
+def test_files_count_by_what_is_in_them(tmp_path, data):
+    first = plan(tmp_path, dataset=data("a.jsonl"), plw="0")
+    assert identities(plan(tmp_path, dataset=data("b.jsonl"), plw="0")) == identities(first)
+    changed = plan(tmp_path, dataset=data("a.jsonl", answer="5"), plw="0")
+    assert identities(changed) != identities(first)
+    assert changed.identity == first.identity  # so that the sweep is found again, and says what has changed
+    name = f"data set {tmp_path / 'a.jsonl'}"
+    assert changed.contents[name] != first.contents[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"plw": ","}, "plw names nothing"),
+        ({"plw": "0,0.1,-1"}, "plw must be a number of 0 or more, got -1"),
+        ({"learning_rate": "0.1,0"}, "learning-rate must be a number above 0, got 0"),
+        ({"seed": "1,a"}, "seed must be whole numbers, got 1, a"),
+        ({"method": "full,nope"}, "method must be full or lora or dora or qlora, got nope"),
+        ({"plw": "0,0"}, "plw names a value twice: 0, 0"),
+    ],
+)
+def test_a_fault_in_one_place_of_a_list_is_named(options, fault):
+    with pytest.raises(UserError) as raised:
+        SweepConfig(**options)
+    assert fault in str(raised.value)
