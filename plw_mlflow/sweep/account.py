@@ -30,7 +30,7 @@ class Begun:
     cell: Cell
     run_id: str
     since: float  # by time.monotonic
-    claim: str  # the claim's name and its holder
+    claim: str = ""  # the claim's name and its holder, for a cell on another machine
 
 
 def state(attempts: Sequence[Attempt]) -> State:
