@@ -137,7 +137,7 @@ class Sweep:
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             if "--plw" in words:
-                found[words[words.index("--plw") + 1]] = int(pid)
+                found[f"{float(words[words.index('--plw') + 1]):g}"] = int(pid)  # it is given as 0.0, say
         return found
 
     def kill_all(self) -> None:
