@@ -57,7 +57,7 @@ def run(config: TrainConfig) -> None:
     if not is_first_process():
         assist(config)
         return
-    with tracking.open_run(config, config.cell_name()) as opened:
+    with tracking.holding_lease(), tracking.open_run(config, config.cell_name()) as opened:
         lead(config, opened)
     print(f"\nrun {opened.id}\n{opened.address()}")
 

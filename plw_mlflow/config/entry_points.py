@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -229,12 +230,18 @@ class SweepAxes(Options):
 class EngineOptions(Options):
     """How the cells are run; options of data, training and scoring may be comma-separated lists, too."""
 
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """Where cells run: on this machine, as tasks of a Ray cluster, or as an array of SLURM jobs (docs/cloud.md)."""
+    ray_address: str | None = None
+    """Ray cluster, as HOST:PORT or auto (unset: RAY_ADDRESS, or else a Ray of this machine alone)."""
+    slurm: str | None = None
+    """Options of sbatch as key=value, comma-separated: partition=gpu,time=2:00:00; cluster=local: without SLURM."""
     jobs: int = 1
     """Cells that run at the same time."""
     gpus_per_cell: int | None = None
-    """GPUs of this machine that each cell has for itself (unset: all cells see all of them)."""
+    """GPUs that each cell has for itself (unset: all cells see all of this machine's; none on a cluster)."""
     cores_per_cell: int | None = None
-    """Processor cores of this machine that each cell has for itself (unset: all cells share all of them)."""
+    """Processor cores that each cell has for itself (unset: all cells share all of this machine's; 1 on a cluster)."""
     retry_failed: bool = False
     """Run again the cells that have failed; without it, the same command runs only what is missing."""
     dry_run: bool = False
@@ -243,7 +250,23 @@ class EngineOptions(Options):
     """MLflow run of the sweep to go on with, or new (unset: the experiment's sweep of the same cells, if any)."""
 
     def faults(self) -> list[str]:
-        return too_small(self, 1, "jobs", "gpus_per_cell", "cores_per_cell")
+        faults = too_small(self, 1, "jobs", "gpus_per_cell", "cores_per_cell")
+        for name, engine in (("ray_address", "ray"), ("slurm", "slurm")):
+            if getattr(self, name) is not None and self.engine != engine:
+                faults.append(f"{flag(name)} is for another engine: give --engine {engine}")
+        if not all(map(re.compile(r"[a-z][a-z_-]*=.+").fullmatch, self._slurm_pairs())):
+            faults.append(f"slurm must be like partition=gpu,time=2:00:00, got {self.slurm}")
+        elif self.slurm_options().get("cluster", "slurm") not in ("slurm", "local"):
+            faults.append(f"the cluster of slurm must be slurm or local, got {self.slurm_options()['cluster']}")
+        return faults
+
+    def slurm_options(self) -> dict[str, Any]:
+        """The values of `slurm` by name, which has underscores. A comma that no key= follows belongs to the value."""
+        pairs = (pair.partition("=") for pair in self._slurm_pairs())
+        return {key.replace("-", "_"): value for key, _, value in pairs}
+
+    def _slurm_pairs(self) -> list[str]:
+        return [pair.strip() for pair in re.split(r",(?=\s*[\w-]+=)", self.slurm or "") if pair.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)

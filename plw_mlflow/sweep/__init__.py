@@ -2,8 +2,8 @@
 
 `grid` says which cells there are and what identifies each; `adaptive` chooses some of them, where that is asked for;
 `account` says which are finished, running, failed or left, by what the tracking store has; `running` has an engine run
-them (`local`: on this machine); `display` shows how far they are; and `ending` says what came out. A crash ends one
-cell only, and each cell finds the device's memory empty.
+them (`local`: on this machine, `ray_tasks` or `slurm_jobs`: on a cluster); `display` shows how far they are; and
+`ending` says what came out. A crash ends one cell only, and each cell finds the device's memory empty.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from plw_mlflow.errors import RunError
 from plw_mlflow.models import pretrained
 from plw_mlflow.sweep import adaptive, display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
+from plw_mlflow.sweep.running import Engine
 from plw_mlflow.training import optimizers, recomputation
 
 
@@ -33,7 +34,7 @@ def run(config: SweepConfig) -> None:
     if config.activation_checkpointing:
         for model in config.values("model"):
             recomputation.check(pretrained.load_config(model))
-    engine = local.Local(config)
+    engine = _engine(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         chooser = adaptive.Chooser(config, planned.cells, sweep) if config.adaptive else None
         account = Account(chooser.cells if chooser else planned.cells, sweep, retries_failed=config.retry_failed)
@@ -50,3 +51,16 @@ def run(config: SweepConfig) -> None:
                 f"{len(account.failed)} of {len(account.cells)} cells did not finish: "
                 f"{'; '.join(account.failure(cell) for cell in account.failed)}; --retry-failed runs them again"
             )
+
+
+def _engine(config: SweepConfig) -> Engine:
+    """The engine that a config names. Raises UserError where it cannot run cells as they are asked for."""
+    if config.engine == "ray":
+        from plw_mlflow.sweep.ray_tasks import Ray
+
+        return Ray(config)
+    if config.engine == "slurm":
+        from plw_mlflow.sweep.slurm_jobs import Slurm
+
+        return Slurm(config)
+    return local.Local(config)

@@ -7,6 +7,7 @@ looks once more whether the cell is still to be run, and releases the claim when
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from plw_mlflow import tracking
 from plw_mlflow.environment.processes import INTERRUPTED
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Attempt, Sweep
+
+MOST_LOST = 5  # how often a cell is begun here whose process is lost each time: it may be what ends the machine
 
 State = Literal["finished", "failed", "cut short", "left"]
 
@@ -27,6 +30,7 @@ class Begun:
     cell: Cell
     run_id: str
     since: float  # by time.monotonic
+    claim: str = ""  # the claim's name and its holder, for a cell on another machine
 
 
 def state(attempts: Sequence[Attempt]) -> State:
@@ -52,6 +56,7 @@ class Account:
         self.elsewhere: set[str] = set()  # identities of cells that other processes are at work on
         self.attempts: dict[str, list[Attempt]] = {}  # by identity, as the store had them last
         self._looked_at = 0.0
+        self._lost = Counter[str]()  # how often the process of a cell was lost with its machine, by identity
         self._retried: set[str] = (
             set()
         )  # runs that had failed before, whose cells are tried again; a new failure is final
@@ -100,7 +105,7 @@ class Account:
                 continue
             self.look()  # as another process may have finished it just before the claim was free
             if self._is_open(cell):
-                begun = Begun(cell, self._run_of(cell), time.monotonic())
+                begun = Begun(cell, self._run_of(cell), time.monotonic(), self.sweep.held(cell.identity))
                 self.running[cell.identity] = begun
                 return begun
             self.sweep.release(cell.identity)
@@ -116,7 +121,11 @@ class Account:
         self.look()
         if exit_status != INTERRUPTED and begun.cell not in self.finished:  # an interrupted one can go on
             if exit_status is None:
+                self._lost[begun.cell.identity] += 1
+            if exit_status is None and self._lost[begun.cell.identity] < MOST_LOST:
                 tracking.kill(begun.run_id)
+            elif exit_status is None:
+                tracking.fail(begun.run_id, f"its machine was lost {MOST_LOST} times")
             else:
                 tracking.fail(begun.run_id, _reason(exit_status, log))
             self.look()

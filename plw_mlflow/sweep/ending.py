@@ -31,9 +31,9 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
     run = account.sweep.run
     runs = {cell.identity: account.finished_attempt(cell).run_id for cell in account.finished}
     with account.sweep.sole("end"):
-        said = (
-            run.read_tag("conclusion") if run.read_tag("analysed") == digest(runs) and config.output is None else None
-        )
+        said = run.read_tag("conclusion") if run.read_tag("analysed") == digest(runs) else None
+        if said is not None and config.output is not None:
+            outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             said = "\n\n".join([*_analyse(config, account), *tracking.mark_best(run.id, len(account.cells))])
             run.tag(conclusion=said, analysed=digest(runs))
@@ -42,9 +42,14 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             "\n\n".join([_counts(account), *_failures(account), *([said] if said else []), *decided])
         )
     print(f"\n{_counts(account)}")
-    if said is not None:
+    if "report.html" in _report_files(run):
         print(f"report: {config.output / 'report.html' if config.output else f'report.html of run {run.id}'}")
     print(f"run {run.id}\n{run.address()}")
+
+
+def _report_files(run: tracking.Run) -> list[str]:
+    """The names of the files that the last analysis has logged."""
+    return (run.read_tag("report_files") or "").split()
 
 
 def _counts(account: Account) -> str:
@@ -76,16 +81,20 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
     said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
-        run.log_files(outputs.write(folder, {"scores.csv": outputs.table(table)}))
+        files = outputs.write(folder, {"scores.csv": outputs.table(table)})
         try:
             analysis = analyze.analyze(table, by=also)
         except ValueError as error:
-            notes = [f"Note: {note}" for note in table.attrs["notes"]]  # which otherwise are in the report
-            return [*said, *notes, f"The scores are not analysed: {error}"]
-        command = f"python -m entrypoints.analyze --run-id {run.id}" + (f" --by {','.join(also)}" if also else "")
-        run.log_files(report.write(analysis, table, folder, command))
-        tracking.log_regression(folder / "fit.json")
-    return [*said, wording.verdicts(analysis)]
+            said += [f"Note: {note}" for note in table.attrs["notes"]]  # which otherwise are in the report
+            said.append(f"The scores are not analysed: {error}")
+        else:
+            command = f"python -m entrypoints.analyze --run-id {run.id}" + (f" --by {','.join(also)}" if also else "")
+            files += report.write(analysis, table, folder, command)
+            tracking.log_regression(folder / "fit.json")
+            said.append(wording.verdicts(analysis))
+        run.log_files(files)
+        run.tag(report_files=" ".join(sorted(file.name for file in files)))
+    return said
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

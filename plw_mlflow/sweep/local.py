@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
@@ -20,6 +22,9 @@ from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Begun
 from plw_mlflow.sweep.running import PROGRESS, Ended
+
+# Beginnings of the names of environment variables that cells on other machines get: addresses, keys, and our own.
+CARRIED = ("MLFLOW_", "PLW_", "HF_", "AWS_", "AZURE_", "GOOGLE_")
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,26 @@ def command(begun: Begun) -> list[str]:
 def python_path(before: str | None) -> str:
     """The environment variable PYTHONPATH with which a process finds this package. before: what it was."""
     return os.pathsep.join(filter(None, [str(ROOT), before]))
+
+
+def carried(begun: Begun) -> dict[str, str]:
+    """The environment variables that a cell's process on another machine gets from this one."""
+    environment = tracking.child_environment(begun.run_id) | {tracking.CLAIM: begun.claim}
+    return {name: value for name, value in environment.items() if name.startswith(CARRIED)} | {
+        "PYTHONPATH": python_path(environment.get("PYTHONPATH"))
+    }
+
+
+def extra(name: str) -> Any:
+    """An optional package. Raises UserError that says how to get it where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        version = re.search(rf"^# *- ({name}==\S+)$", (ROOT / "conda.yaml").read_text(), re.MULTILINE)
+        wanted = version[1] if version else name
+        raise UserError(f"the package {name} is missing; get it with: pip install {wanted}") from None
 
 
 def _gpus(config: SweepConfig) -> list[str]:

@@ -16,6 +16,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.inputs import check_data, log_data
+from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
     load_model,
     load_registered,
@@ -33,6 +34,7 @@ from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
 from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before, measured_before, open_sweep
 
 __all__ = [
+    "CLAIM",
     "Attempt",
     "Measured",
     "Run",
@@ -44,6 +46,7 @@ __all__ = [
     "fail",
     "finished_before",
     "generation_ratios",
+    "holding_lease",
     "kill",
     "load_model",
     "load_registered",

@@ -36,6 +36,7 @@ from plw_mlflow.tracking.connection import hurried, patiently
 
 SIGN_SECONDS = 15.0  # between two signs of life of a holder
 SILENT_SECONDS = 180.0  # after which a claim without a sign of life is taken for abandoned
+UNSEEN_SECONDS = 60.0  # after which silence is counted anew: while nobody looked, the store may have been away for all
 PREFIX = "plw-claim"
 DESCRIPTION = "A process is at work on this; the name is removed when it ends (plw_mlflow/tracking/claims.py)."
 
@@ -60,16 +61,25 @@ class Claims:
     """The claims of one process: those that it holds, and what it has seen of others'."""
 
     _held: dict[str, Claim] = field(default_factory=dict)  # by name
-    _seen: dict[str, tuple[str, float]] = field(default_factory=dict)  # others' last sign, and when it was first seen
+    # Others' last signs, and when each was seen first and last.
+    _seen: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     _given_back: set[str] = field(default_factory=set)  # holders of claims that this process has held
 
-    def take(self, name: str) -> bool:
-        """Take the claim of a name, unless another process holds it. Returns whether this process holds it now."""
+    def take(self, name: str, *, is_here: bool = True) -> bool:
+        """Take the claim of a name, unless another process holds it. Returns whether this process holds it now.
+
+        is_here: whether the work ends with this process, so that the end of this process is the end of the claim.
+        """
         others = _search_patiently(f"{name}-")
         if not all([self._is_abandoned(claim) for claim in others]):  # each is looked at, and its signs remembered
             return False
         number = max(map(_number, others), default=0) + 1
-        return self._create(name, number, frozenset(map(_holder, others)))
+        return self._create(name, number, frozenset(map(_holder, others)), processes.identity() if is_here else "")
+
+    def held(self, name: str) -> str:
+        """What a claim that this process holds is called, and its holder (`leases`)."""
+        claim = self._held[name]
+        return f"{claim.full_name} {claim.holder}"
 
     def of_others(self, beginning: str) -> set[str]:
         """The names with a beginning whose claims other processes hold."""
@@ -126,15 +136,16 @@ class Claims:
         if ended is not None:
             return ended
         sign = claim.tags.get("plw.alive", "") + _holder(claim)
-        seen, since = self._seen.get(claim.name, (None, 0.0))
-        if sign != seen:
-            self._seen[claim.name] = (sign, time.monotonic())
-            return False
-        return time.monotonic() - since > SILENT_SECONDS
+        now = time.monotonic()
+        seen, first, last = self._seen.get(claim.name, (None, now, now))
+        if sign != seen or now - last > UNSEEN_SECONDS:
+            first = now
+        self._seen[claim.name] = (sign, first, now)
+        return now - first > SILENT_SECONDS
 
-    def _create(self, name: str, number: int, outbid: frozenset[str]) -> bool:
+    def _create(self, name: str, number: int, outbid: frozenset[str], process: str) -> bool:
         claim = Claim(name, number, uuid.uuid4().hex, outbid)
-        tags = {"plw.holder": claim.holder, "plw.process": processes.identity(), "plw.alive": _sign()}
+        tags = {"plw.holder": claim.holder, "plw.process": process, "plw.alive": _sign()}
         client = mlflow.MlflowClient()
 
         def create() -> bool:

@@ -32,6 +32,7 @@ _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RE
 _NO_PERMISSION = frozenset({"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 _REFUSING_STATUS = (401, 403, 413)  # of a server of artifacts. 404 may come from a proxy while the server restarts.
 
+_POSTGRESQL_LOCK = 0x706C77  # any number that nobody else uses: "plw"
 _ANSWERED: set[str] = set()  # addresses of stores that have answered this process
 
 Result = TypeVar("Result")
@@ -54,7 +55,8 @@ def check_reachable() -> None:
     try:
         with hurried(), _first_request_lock(uri):
             _check_address(uri)
-            mlflow.MlflowClient().search_experiments(max_results=1)
+            with _first_request_to_postgresql(uri):
+                mlflow.MlflowClient().search_experiments(max_results=1)
     except UnsupportedModelRegistryStoreURIException as error:
         schemes = ", ".join(scheme for scheme in error.supported_uri_schemes if scheme)
         raise UserError(f"{cannot}: MLflow knows no such kind of address; it knows {schemes}") from None
@@ -105,6 +107,25 @@ def _first_request_lock(uri: str) -> Iterator[None]:
             lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             stack.callback(os.close, lock)
             _await_lock(lock)
+        yield
+        _ANSWERED.add(uri)
+
+
+@contextmanager
+def _first_request_to_postgresql(uri: str) -> Iterator[None]:
+    """The same for PostgreSQL, where the lock is the database's own, and keeps out processes of other machines too."""
+    if uri.partition(":")[0].partition("+")[0] not in ("postgresql", "postgres") or uri in _ANSWERED:
+        yield
+        return
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:  # the lock ends with it
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            if connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_POSTGRESQL_LOCK})").scalar():
+                break
+            time.sleep(0.1)
         yield
         _ANSWERED.add(uri)
 

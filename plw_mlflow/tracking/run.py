@@ -123,6 +123,11 @@ class Run:
         for file in files:
             mlflow.log_artifact(str(file))
 
+    def files(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The contents of files that were logged under these names."""
+        with tempfile.TemporaryDirectory() as folder:
+            return {name: Path(self.client.download_artifacts(self.id, name, folder)).read_bytes() for name in names}
+
     def cell(self) -> dict[str, Any]:
         """The columns of the score table that tell this run's cell from others.
 

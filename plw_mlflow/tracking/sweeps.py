@@ -64,8 +64,9 @@ class Attempt:
 class Sweep:
     """The run of a sweep that is open, and what the store has of its cells."""
 
-    def __init__(self, run: Run, claims: Claims) -> None:
-        self.run, self.claims = run, claims
+    def __init__(self, run: Run, claims: Claims, *, cells_are_here: bool) -> None:
+        """cells_are_here: whether all cells run on this machine, where they end with this process."""
+        self.run, self.claims, self._cells_are_here = run, claims, cells_are_here
         self._client = mlflow.MlflowClient()
         self._experiment = str(self._client.get_run(run.id).info.experiment_id)
 
@@ -83,7 +84,14 @@ class Sweep:
 
     def claim(self, identity: str) -> bool:
         """Whether no other process is at work on a cell, so that this one may be, until it releases the cell."""
-        return self.claims.take(self._claim_name(identity))
+        return self.claims.take(self._claim_name(identity), is_here=self._cells_are_here)
+
+    def held(self, identity: str) -> str:
+        """The claim of a cell that this process is at work on, by which the cell's process on another machine knows it.
+
+        It is empty where the cell runs on this machine, and ends with this process.
+        """
+        return "" if self._cells_are_here else self.claims.held(self._claim_name(identity))
 
     def release(self, identity: str) -> None:
         """Let other processes see that this one is no longer at work on a cell."""
@@ -101,10 +109,6 @@ class Sweep:
             patiently(
                 "adopting a cell", lambda: self._client.set_tag(attempt.run_id, f"plw.also_in.{self.run.id}", "true")
             )
-
-    def progress(self, run_id: str) -> str:
-        """How far a cell's run was when it said so last."""
-        return str(self._client.get_run(run_id).data.tags.get("plw.progress", ""))
 
     def log_file(self, run_id: str, path: Path) -> None:
         """Copy a file into the run of a cell."""
@@ -161,7 +165,7 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
             run_id = earlier or _new(experiment, grid)
             _check_contents(Run(run_id), contents)
         with open_run(config, "sweep", run_id, goes_on=True) as run:
-            yield Sweep(run, claims)
+            yield Sweep(run, claims, cells_are_here=config.engine == "local")
             run.untag("status")  # of an earlier process that was interrupted or has failed
 
 

@@ -66,10 +66,22 @@ def test_a_claim_of_another_machine_is_abandoned_after_silence_alone(client, mon
         now[0] = seconds
         assert not here.take("work")
         client.set_registered_model_tag("plw-claim-work-1", "plw.alive", f"a sign at {seconds}")
+    for _ in range(4):
+        now[0] += claims.UNSEEN_SECONDS
+        assert not here.take("work")  # as it has given a sign
     now[0] += 1
-    assert not here.take("work")  # as it has given a sign
-    now[0] += claims.SILENT_SECONDS + 1
     assert here.take("work")
+
+
+def test_silence_that_nobody_has_heard_does_not_count(client, monkeypatch):
+    """While the store was away, the holder could not give a sign either."""
+    now = [0.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    take_as("another-boot/1/2/3", monkeypatch)
+    here = Claims()
+    assert not here.take("work")
+    now[0] += claims.SILENT_SECONDS + 1
+    assert not here.take("work")
 
 
 def take_as(identity, monkeypatch, name="work"):
@@ -89,7 +101,7 @@ def test_who_comes_late_to_an_abandoned_claim_gives_way(client, monkeypatch, a_d
     assert other.take("work")
     other.release("work")
     assert third.take("work")  # a new claim with the number of the dead one
-    assert not late._create("work", 2, seen)
+    assert not late._create("work", 2, seen, process="")
     assert names(client) == ["plw-claim-work-1"]
     assert not late.take("work")
 
