@@ -41,7 +41,7 @@ bench: setup ## benchmarks that need nothing but this machine, in under 30 minut
 	$(BIN)/python -m benchmarks.loss_head --json output/loss_head.json
 	$(BIN)/python -m benchmarks.data --json output/data.json
 	$(BIN)/python -m benchmarks.exactness --json output/exactness.json
-	$(BIN)/python -m benchmarks.faults --json output/faults.json
+	$(BIN)/python -m benchmarks.faults --json output/faults.json --shared-kills 3
 	@echo "benchmarks.scoring needs ARC's questions: python -m benchmarks.scoring --json FILE --data-dir DIR"
 
 mlproject: setup ## write MLproject again, after a change of options in plw_mlflow/config

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -136,7 +137,7 @@ class Sweep:
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             if "--plw" in words:
-                found[words[words.index("--plw") + 1]] = int(pid)
+                found[f"{float(words[words.index('--plw') + 1]):g}"] = int(pid)  # it is given as 0.0, say
         return found
 
     def kill_all(self) -> None:
@@ -227,23 +228,24 @@ def crowd(
         if status != 0:
             print(sweep.said(), file=sys.stderr)
     complete = f"{len(plws)} of {len(plws)} cells finished"
-    results = {_result(sweep.said(), complete) for sweep in sweeps}
+    results = [_result(sweep.said()) for sweep in sweeps]
     fault = f"{number} sweeps at once, {name}"
-    shown = sum(complete in sweep.said() and "PLW" in _result(sweep.said(), complete) for sweep in sweeps)
+    shown = sum(complete in result and "PLW" in result for result in results)
     return [
         Outcome(fault, "ended with status 0", statuses.count(0), "sweeps", number),
         Outcome(fault, "showed the complete result", shown, "sweeps", number),
-        Outcome(fault, "results that differ", len(results), "result", 1),
+        Outcome(fault, "results that differ", len(set(results)), "result", 1),
         *check(fault, place, scores),
         *_once(fault, place),
     ]
 
 
-def _result(said: str, complete: str) -> str:
-    """The tables and verdicts that a sweep has shown."""
+def _result(said: str) -> str:
+    """The tables and verdicts that a sweep has shown when its cells had ended."""
     by_one_alone = ("best:", "the alias", "note:", "Successfully registered", "Created version")  # who analyses
-    lines = said.partition(complete)[2].splitlines()
-    return "\n".join(line for line in lines if line and not line.startswith(by_one_alone))
+    on_the_way = r"\d\d:\d\d:\d\d |sweep of |.* are finished already|🏃|🧪"
+    lines = [line for line in said.splitlines() if line and not re.match(on_the_way, line)]
+    return "\n".join(line for line in lines if not line.startswith(by_one_alone))
 
 
 def _once(fault: str, place: Place) -> list[Outcome]:

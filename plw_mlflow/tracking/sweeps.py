@@ -109,10 +109,6 @@ class Sweep:
                 "adopting a cell", lambda: self._client.set_tag(attempt.run_id, f"plw.also_in.{self.run.id}", "true")
             )
 
-    def progress(self, run_id: str) -> str:
-        """How far a cell's run was when it said so last."""
-        return str(self._client.get_run(run_id).data.tags.get("plw.progress", ""))
-
     def log_file(self, run_id: str, path: Path) -> None:
         """Copy a file into the run of a cell."""
         patiently("logging a file", lambda: self._client.log_artifact(run_id, str(path)))
