@@ -371,9 +371,9 @@ def fail(folder: Path, plws: Sequence[str] = PLWS[:3]) -> list[Outcome]:
         Outcome(fault, "runs FAILED", statuses["FAILED"], "run", 1),
         Outcome(fault, "with log.txt among its files", files.count("log.txt"), "file", 1),
         Outcome(fault, "said in a line with the reason", "FAILED after" in sweep.said(), "line", 1),
-        Outcome(fault, "cells begun by the same call again", again.said().count(" begins "), "cells (none)", 1),
+        Outcome(fault, "same call again begins no cell", " begins (" not in again.said(), "call", 1),
         Outcome(fault, "exit status of that call", refused, "status", 1),
-        Outcome(fault, "cells begun by --retry-failed", retried.said().count(" begins "), "cell", 1),
+        Outcome(fault, "cells begun by --retry-failed", retried.said().count(" begins ("), "cell", 1),
         Outcome(fault, "cells finished then", len(place.scores()), "cells", whole),
     ]
 

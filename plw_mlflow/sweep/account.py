@@ -125,7 +125,7 @@ class Account:
             if exit_status is None and self._lost[begun.cell.identity] < MOST_LOST:
                 tracking.kill(begun.run_id)
             elif exit_status is None:
-                tracking.fail(begun.run_id, f"its machine was lost {MOST_LOST} times")
+                tracking.fail(begun.run_id, f"its machine was lost {MOST_LOST} times", even_killed=True)
             else:
                 tracking.fail(begun.run_id, _reason(exit_status, log))
             self.look()
