@@ -107,7 +107,7 @@ def test_logged_model_loads_in_a_new_process_with_the_trained_logits(new_place, 
         return merged
 
     monkeypatch.setattr(adapters, "merge", watched)
-    config = TrainConfig(method=method, max_records=120, epochs=1)
+    config = TrainConfig(method=method, max_records=120, epochs=1, output=new_place.folder / "out")
     with tracking.open_run(config, "test") as run:
         cell.lead(config, run)
     script = (

@@ -331,9 +331,9 @@ class SweepConfig(
             return [given]
         hint, listed = _CELL_HINTS[name], split_list(given)
         if not listed:
-            if name in _AXES or given.strip():
+            if name in _AXES or given.strip() or type(None) not in typing.get_args(hint):
                 raise UserError(f"{flag(name)} names nothing")
-            return [read("", hint)]
+            return [None]
         try:
             values = [read(text, hint) for text in listed]
         except ValueError:
