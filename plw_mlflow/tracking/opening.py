@@ -52,7 +52,7 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
         status_before = None if run_id is None or goes_on else status
         wrapper = None if run_id is None else _leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
-        active = mlflow.start_run(run_id=run_id, run_name=None if run_id else short)
+        active = mlflow.start_run(run_id=run_id, run_name=short if run_id is None or goes_on else None)
     except MlflowException as error:
         raise explained("opening a run", error) from error
     run = Run(active.info.run_id)

@@ -155,3 +155,16 @@ def test_a_cell_whose_run_somebody_deletes_is_run_in_a_new_one(store, open_accou
     again = account.begin_next()
     assert again.cell == begun.cell
     assert again.run_id != begun.run_id
+
+
+def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_the_same_cells(
+    store, open_account, monkeypatch
+):
+    begun = [store.create_run("0", run_name=f"begun-{number}").info.run_id for number in (1, 2)]
+    for run_id in begun:
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        assert open_account().sweep.run.id == begun[0]
+    first, second = map(store.get_run, begun)
+    assert first.info.run_name == "sweep"
+    assert first.data.params["plw"] == SweepConfig().plw
+    assert second.data.tags["plw.for_run"] == begun[0]
