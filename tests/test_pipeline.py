@@ -417,7 +417,10 @@ def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
 def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):
     (new_place.folder / "broken.json").write_text("[{}]")
     _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,broken.json", *SMALL, status=1)
-    assert "1 of 2 cells did not finish: plw 0 broken toy full seed 1234 (exit status 2" in err.splitlines()[-1]
+    assert (
+        "1 of 2 cells did not finish: plw 0 broken toy full seed 1234 (UserError: broken.json has"
+        in err.splitlines()[-1]
+    )
     statuses = {run.data.params["dataset"]: run.info.status for run in new_place.runs()}
     assert statuses == {"toy-short": "FINISHED", "broken.json": "FAILED", "toy-short,broken.json": "FAILED"}
 
