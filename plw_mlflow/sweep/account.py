@@ -57,9 +57,8 @@ class Account:
         self.attempts: dict[str, list[Attempt]] = {}  # by identity, as the store had them last
         self._looked_at = 0.0
         self._lost = Counter[str]()  # how often the process of a cell was lost with its machine, by identity
-        self._retried: set[str] = (
-            set()
-        )  # runs that had failed before, whose cells are tried again; a new failure is final
+        # Runs that had failed before, whose cells are tried again; a new failure is final.
+        self._retried: set[str] = set()
         self.look()
         self._retried = {one[0].run_id for one in self.attempts.values() if retries_failed and state(one) == "failed"}
 

@@ -19,7 +19,6 @@ after its answer was lost might remove the claim that somebody else has made mea
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,9 +31,10 @@ from mlflow.exceptions import MlflowException
 
 from plw_mlflow.environment import processes
 from plw_mlflow.errors import Refused
+from plw_mlflow.tracking import signs
 from plw_mlflow.tracking.connection import hurried, patiently
+from plw_mlflow.tracking.signs import SIGN_SECONDS
 
-SIGN_SECONDS = 15.0  # between two signs of life of a holder
 SILENT_SECONDS = 180.0  # after which a claim without a sign of life is taken for abandoned
 UNSEEN_SECONDS = 60.0  # after which silence is counted anew: while nobody looked, the store may have been away for all
 PREFIX = "plw-claim"
@@ -109,22 +109,17 @@ class Claims:
         Afterwards, those that are still held are removed, unless the store is away; this process is about to end, after
         which others outbid them.
         """
-        ended = threading.Event()
+        client = mlflow.MlflowClient()
 
         def give_signs() -> None:
-            client = mlflow.MlflowClient()
-            while not ended.wait(SIGN_SECONDS):
-                for claim in list(self._held.values()):
-                    with suppress(Exception):  # a store that is away for a while does not end this thread
-                        client.set_registered_model_tag(claim.full_name, "plw.alive", _sign())
+            for claim in list(self._held.values()):
+                with suppress(Exception):  # of one claim, as the others need signs too
+                    client.set_registered_model_tag(claim.full_name, "plw.alive", _sign())
 
-        thread = threading.Thread(target=give_signs, daemon=True)
-        thread.start()
         try:
-            yield
+            with signs.giving(give_signs, SIGN_SECONDS):
+                yield
         finally:
-            ended.set()
-            thread.join(SIGN_SECONDS)
             with suppress(Exception), hurried():
                 while self._held:
                     _remove(self._held.popitem()[1])
@@ -227,4 +222,4 @@ def _delete(full_name: str) -> None:
 
 
 def _sign() -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {uuid.uuid4().hex[:4]}"
+    return f"{signs.now()} {uuid.uuid4().hex[:4]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,13 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from plw_mlflow.environment import progress
 from plw_mlflow.errors import UserError, first_line
+from plw_mlflow.tracking import signs
 from plw_mlflow.tracking.connection import get_run
 from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.signs import SIGN_SECONDS
 from plw_mlflow.training import checkpoints
 
 CURVE_SECONDS = 15.0  # in which the curves up to a checkpoint have to arrive before it is copied into the store
-SIGN_SECONDS = 15.0  # between two signs of life of a run
 SILENT_SECONDS = 60.0  # a run without a sign of life for so long is taken for dead
 CHECKPOINTS = "checkpoints"  # artifact folder of an unfinished cell
 
@@ -165,22 +165,14 @@ def giving_signs_of_life(run_id: str) -> Iterator[None]:
 
     The tag plw.progress then says how far the run's work is.
     """
-    ended = threading.Event()
+    client = mlflow.MlflowClient()
 
-    def give_signs() -> None:
-        client = mlflow.MlflowClient()
-        while not ended.wait(SIGN_SECONDS):
-            with suppress(Exception):  # a store that is away for a while does not end this thread
-                sign = {"alive": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "progress": progress.latest}
-                client.log_batch(run_id, tags=[RunTag(f"plw.{name}", text) for name, text in sign.items() if text])
+    def give_sign() -> None:
+        sign = {"alive": signs.now(), "progress": progress.latest}
+        client.log_batch(run_id, tags=[RunTag(f"plw.{name}", text) for name, text in sign.items() if text])
 
-    thread = threading.Thread(target=give_signs, daemon=True)
-    thread.start()
-    try:
+    with signs.giving(give_sign, SIGN_SECONDS):
         yield
-    finally:
-        ended.set()
-        thread.join(SIGN_SECONDS)
 
 
 def _await_silence(run_ids: Sequence[str]) -> None:

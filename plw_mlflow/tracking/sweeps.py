@@ -46,7 +46,6 @@ class Attempt:
     error: str  # why it has failed, in its own words; empty where it did not say
     progress: str  # how far it was when it said so last
     score: float | None
-    seconds: float | None  # from its start to its end
     is_child: bool  # whether the sweep's run is its parent
     is_adopted: bool  # whether it was made for another sweep, and is one of this sweep's cells too
 
@@ -325,7 +324,6 @@ def _attempts(experiment: str, sweep: str) -> dict[str, list[Attempt]]:
 
 def _attempt(run: Entity, sweep: str) -> Attempt:
     tags, info = run.data.tags, run.info
-    seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
     return Attempt(
         run_id=str(info.run_id),
         status=str(info.status),
@@ -333,7 +331,6 @@ def _attempt(run: Entity, sweep: str) -> Attempt:
         error=tags.get("plw.error", ""),
         progress=tags.get("plw.progress", ""),
         score=run.data.metrics.get("score"),
-        seconds=seconds,
         is_child=tags.get("mlflow.parentRunId") == sweep,
         is_adopted=f"plw.also_in.{sweep}" in tags,
     )
