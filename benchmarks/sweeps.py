@@ -134,9 +134,14 @@ class Sweep:
     def cells(self) -> dict[str, int]:
         """The process ids of its cells by their PLW."""
         found = {}
+        own = Path(f"/proc/{self.process.pid}/cmdline").read_bytes()
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            if "--plw" in words:
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:  # it has ended
+                continue
+            words = command.decode().split("\0")
+            if "--plw" in words and command != own:  # until it is a program of its own, it has the sweep's command
                 found[f"{float(words[words.index('--plw') + 1]):g}"] = int(pid)  # it is given as 0.0, say
         return found
 
