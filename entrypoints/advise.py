@@ -24,7 +24,10 @@ def main(config: AdviseConfig) -> None:
     from plw_mlflow.advice import advise, evidence, exports, wording
 
     task_types = advise.check_types(split_list(config.task_types or ""))
-    with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
+    with (
+        tracking.open_run(config, "advise", experiment=tracking.LOOKING) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         ratio, dataset = config.ratio, config.dataset_names()
         if ratio is None:
             ratio, dataset = _measure_ratio(config, run)

@@ -25,7 +25,10 @@ def main(config: AnalyzeConfig) -> None:
     from plw_mlflow.analysis import planning
 
     assumed = None if config.assume is None else planning.assume(config.assume, config.width)
-    with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
+    with (
+        tracking.open_run(config, "analyze", experiment=tracking.LOOKING) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         folder = config.output or Path(scratch)
         designs = assumed or _analyze(config, run, folder)
         run.log_files(designs.write(folder))

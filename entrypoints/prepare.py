@@ -17,7 +17,9 @@ def main(config: PrepareConfig) -> None:
     from plw_mlflow.data.batches import Weights
     from plw_mlflow.models import pretrained
 
-    with tracking.open_run(config, f"prepare {data_name(config.dataset, config, short_name)}") as run:
+    with tracking.open_run(
+        config, f"prepare {data_name(config.dataset, config, short_name)}", experiment=tracking.LOOKING
+    ) as run:
         tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
         prepared = prepare.run(
             config.dataset,

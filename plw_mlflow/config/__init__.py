@@ -6,6 +6,7 @@ and `values` how values are spelt and named.
 
 from plw_mlflow.config.entry_points import (
     CONFIGS,
+    IN_DATA_NAME,
     LISTABLE,
     AdviseConfig,
     AnalyzeConfig,

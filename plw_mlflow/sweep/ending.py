@@ -11,14 +11,15 @@ import pandas as pd
 
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze, report, wording
-from plw_mlflow.config import SweepConfig, digest
+from plw_mlflow.config import IN_DATA_NAME, SweepConfig, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
+from plw_mlflow.tracking import pages
 
 FENCE = "```"  # around a table in Markdown
 MAX_LISTED = 10  # failed cells in the run's description, which has a limit
+MAX_FIGURES = 3  # in the run's description
 FAILURE_CHARACTERS = 200  # of the reason of each there
-IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # options that the data set's name contains
 
 
 def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> None:
@@ -38,13 +39,27 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             said = "\n\n".join([*_analyse(config, account), *tracking.mark_best(run.id, len(account.cells))])
             run.tag(conclusion=said, analysed=digest(runs))
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
-        account.sweep.describe(
-            "\n\n".join([_counts(account), *_failures(account), *([said] if said else []), *decided])
-        )
+        cells = account.sweep.save_view(config.sweep_name(), (run.read_tag("tasks") or "").split(), config.differing())
+        run.describe("\n\n".join(_description(account, said or "", cells, decided)))
     print(f"\n{_counts(account)}")
     if "report.html" in _report_files(run):
         print(f"report: {config.output / 'report.html' if config.output else f'report.html of run {run.id}'}")
-    print(f"run {run.id}\n{run.address()}")
+    print(f"run {run.id}\n{run.address()}\nits cells: {pages.address(cells)}")
+
+
+def _description(account: Account, said: str, cells: str, decided: Sequence[str]) -> list[str]:
+    """What the sweep's page says first, in Markdown: the answer, links, curves, means, and what became of its cells.
+
+    cells: the page that lists these.
+    """
+    run, files = account.sweep.run, _report_files(account.sweep.run)
+    answer = sorted(said.split("\n\n"), key=lambda part: part.startswith(FENCE))  # the table of means last
+    links = [f"[its cells with PLW, prompt share and score]({cells})"]
+    if "report.html" in files:
+        links.append(f"[the report]({account.sweep.file_page('report.html')})")
+    curves = [name for name in files if name.startswith("curve-") and name.endswith(".png")]
+    figures = [pages.image(run.id, name, "score against PLW") for name in curves[:MAX_FIGURES]]
+    return [*answer[:1], " · ".join([*links, _counts(account)]), *figures, *answer[1:], *_failures(account), *decided]
 
 
 def _report_files(run: tracking.Run) -> list[str]:
@@ -79,6 +94,8 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
     except ValueError as error:
         return [f"The scores are not analysed: {error}"]
     said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]
+    run.log_metrics(_best(table, also))
+    run.tag(tasks=" ".join(dict.fromkeys(f"{row.task}/{row.metric}" for row in table.itertuples())))
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
         files = outputs.write(folder, {"scores.csv": outputs.table(table)})
@@ -92,9 +109,28 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
             files += report.write(analysis, table, folder, command)
             tracking.log_regression(folder / "fit.json")
             said.append(wording.verdicts(analysis))
+            run.log_metrics(_peaks(analysis))
         run.log_files(files)
         run.tag(report_files=" ".join(sorted(file.name for file in files)))
     return said
+
+
+def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
+    """The highest mean score of the cells that differ in nothing but their seed, and its PLW."""
+    scores = table.groupby([*by, "dataset", "model", "plw"], dropna=False)["score"].mean()
+    return {"best_score": float(scores.max()), "best_plw": float(scores.index.tolist()[int(scores.argmax())][-1])}
+
+
+def _peaks(analysis: analyze.Analysis) -> dict[str, float]:
+    """The p-value of each data set's answer, and where its curve peaks, as far as the runs are enough to tell."""
+    numbers: dict[str, float] = {}
+    for answer in analysis.answers:
+        before = f"{answer.dataset}/" if len(analysis.answers) > 1 else ""
+        if not answer.lead.has_too_few_runs:
+            numbers[f"{before}p"] = answer.lead.joint_p
+            if answer.lead.optimum_plw is not None:
+                numbers[f"{before}peak_plw"] = answer.lead.optimum_plw
+    return numbers
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

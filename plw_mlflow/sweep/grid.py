@@ -47,7 +47,7 @@ class Plan:
 
 def plan(config: SweepConfig) -> Plan:
     """The cells of a sweep. Files are read, and the hub is asked, for what identifies their contents."""
-    cells, listed = config.cells(), config.listed()
+    cells, differing = config.cells(), config.differing()
     contents: dict[str, str] = {}
     for cell in cells:
         for name, of in _named(cell):
@@ -58,8 +58,7 @@ def plan(config: SweepConfig) -> Plan:
         named = {name: contents[name] for name, _ in _named(cell)}
         values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
         identity = digest(values | {"contents": sorted(named.values()), "code": code})
-        more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
-        planned.append(Cell(cell, cell.cell_name() + more, identity))
+        planned.append(Cell(cell, cell.cell_name(differing), identity))
     of_all: dict[str, object] = {"cells": sorted(digest(cell.definition()) for cell in cells)}
     if config.adaptive:  # some of the cells are then never run, so it is another sweep than that of all of them
         of_all["adaptive"] = True

@@ -15,7 +15,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
-from plw_mlflow.tracking.inputs import check_data, log_data
+from plw_mlflow.tracking.descriptions import describe_cell
+from plw_mlflow.tracking.experiments import LOOKING
+from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
     load_model,
@@ -35,6 +37,7 @@ from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before
 
 __all__ = [
     "CLAIM",
+    "LOOKING",
     "Attempt",
     "Measured",
     "Run",
@@ -43,6 +46,7 @@ __all__ = [
     "begin_cell",
     "check_data",
     "child_environment",
+    "describe_cell",
     "fail",
     "finished_before",
     "generation_ratios",
@@ -55,6 +59,7 @@ __all__ = [
     "log_measures",
     "log_merged",
     "log_model",
+    "log_prompt_weight",
     "log_regression",
     "log_scores",
     "mark_best",
