@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plw_mlflow import tracking
+from plw_mlflow import drawing, tracking
 from plw_mlflow.analysis import analyze, report, wording
 from plw_mlflow.config import IN_DATA_NAME, SweepConfig, digest
 from plw_mlflow.environment import outputs
@@ -19,6 +19,8 @@ from plw_mlflow.tracking import pages
 FENCE = "```"  # around a table in Markdown
 MAX_LISTED = 10  # failed cells in the run's description, which has a limit
 MAX_FIGURES = 3  # in the run's description
+FIGURE_PIXELS = 760  # of width there, where MLflow shows figures in their own size
+SHOWN = "description"  # the folder of the files that the run's description shows
 FAILURE_CHARACTERS = 200  # of the reason of each there
 
 
@@ -32,12 +34,13 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
     run = account.sweep.run
     runs = {cell.identity: account.finished_attempt(cell).run_id for cell in account.finished}
     with account.sweep.sole("end"):
-        said = run.read_tag("conclusion") if run.read_tag("analysed") == digest(runs) else None
+        analysed = digest(runs | {"shown": SHOWN})  # analyses of earlier versions have left no figures for the page
+        said = run.read_tag("conclusion") if run.read_tag("analysed") == analysed else None
         if said is not None and config.output is not None:
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             said = "\n\n".join([*_analyse(config, account), *tracking.mark_best(run.id, len(account.cells))])
-            run.tag(conclusion=said, analysed=digest(runs))
+            run.tag(conclusion=said, analysed=analysed)
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
         cells = account.sweep.save_view(config.sweep_name(), (run.read_tag("tasks") or "").split(), config.differing())
         run.describe("\n\n".join(_description(account, said or "", cells, decided)))
@@ -54,12 +57,16 @@ def _description(account: Account, said: str, cells: str, decided: Sequence[str]
     """
     run, files = account.sweep.run, _report_files(account.sweep.run)
     answer = sorted(said.split("\n\n"), key=lambda part: part.startswith(FENCE))  # the table of means last
-    links = [f"[its cells with PLW, prompt share and score]({cells})"]
+    links = [f"[cells with PLW, prompt share and score]({cells})", f"[charts]({pages.charts(cells)})"]
     if "report.html" in files:
         links.append(f"[the report]({account.sweep.file_page('report.html')})")
-    curves = [name for name in files if name.startswith("curve-") and name.endswith(".png")]
-    figures = [pages.image(run.id, name, "score against PLW") for name in curves[:MAX_FIGURES]]
+    figures = [pages.image(run.id, f"{SHOWN}/{name}", "score against PLW") for name in _curves(files)]
     return [*answer[:1], " · ".join([*links, _counts(account)]), *figures, *answer[1:], *_failures(account), *decided]
+
+
+def _curves(files: Sequence[str]) -> list[str]:
+    """Those of a report's files that show score against PLW, as many as the run's description shows."""
+    return [name for name in files if name.startswith("curve-") and name.endswith(".png")][:MAX_FIGURES]
 
 
 def _report_files(run: tracking.Run) -> list[str]:
@@ -111,6 +118,8 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
             said.append(wording.verdicts(analysis))
             run.log_metrics(_peaks(analysis))
         run.log_files(files)
+        for name in _curves([file.name for file in files]):
+            run.log_bytes(f"{SHOWN}/{name}", drawing.smaller((folder / name).read_bytes(), FIGURE_PIXELS))
         run.tag(report_files=" ".join(sorted(file.name for file in files)))
     return said
 

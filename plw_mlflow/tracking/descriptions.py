@@ -31,7 +31,7 @@ def describe_cell(run: Run) -> None:
         _losses(entity.data.metrics),
         _loading(entity.data.tags),
         f"To repeat it:\n\n```sh\n{_command(parameters(entity))}\n```",
-        pages.image(run.id, "profile.png", "lengths of the training data"),
+        f"[The lengths of its data]({pages.file_page(entity.info.experiment_id, run.id, 'profile.png')})",
     ]
     run.describe("\n\n".join(filter(None, parts)))
 
@@ -66,23 +66,22 @@ def _of_sweep(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> str:
 
 
 def _scores(table: pd.DataFrame) -> str:
-    """The scores of a score table with their standard errors."""
-    lines = ["| task | score | questions |", "|---|---|---|"]
+    """The scores of a score table with their standard errors. MLflow sets a table's columns without space between."""
+    lines = []
     for row in table.to_dict("records"):
         error = f" ± {row['stderr']:.4f}" if pd.notna(row.get("stderr")) else ""
-        lines.append(f"| {code(row['task'])} {row['metric']} | {row['score']:.4f}{error} | {row['n']} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        lines.append(f"- {code(row['task'])} {row['metric']}: **{row['score']:.4f}{error}** ({row['n']} questions)")
+    return "\n".join(lines)
 
 
 def _losses(metrics: Mapping[str, float]) -> str:
     """The last losses of the training, on prompts and on completions."""
-    lines = ["| last loss | of prompts | of completions |", "|---|---|---|"]
-    for title, prefix in (("training", "train"), ("validation", "eval")):
-        values = [metrics.get(f"{prefix}/{part}_loss") for part in ("prompt", "completion")]
-        if any(value is not None for value in values):
-            shown = " | ".join("" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"| {title} | {shown} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    lines = []
+    for part, prefix in (("training", "train"), ("validation", "eval")):
+        values = [(of, metrics.get(f"{prefix}/{of}_loss")) for of in ("completion", "prompt")]
+        if shown := ", ".join(f"{value:.4f} of {of}s" for of, value in values if value is not None):
+            lines.append(f"- loss at the end, {part}: {shown}")
+    return "\n".join(lines)
 
 
 def _loading(tags: Mapping[str, str]) -> str:
@@ -98,9 +97,9 @@ def _command(params: Mapping[str, str]) -> str:
     kind: Any = MainConfig if "tasks" in params else TrainConfig
     default = kind(preset=params.get("preset") or "toy")
     words = ["python", "-m", f"entrypoints.{'main' if kind is MainConfig else 'train'}"]
-    for name, value in params.items():
-        if name in ALWAYS or (name not in PLACES and hasattr(default, name) and value != spell(getattr(default, name))):
-            words += [f"--{flag(name)}", value]
+    for name in (*ALWAYS, *(field for field in params if field not in (*ALWAYS, *PLACES))):
+        if name in ALWAYS or (hasattr(default, name) and params[name] != spell(getattr(default, name))):
+            words += [f"--{flag(name)}", params[name]]
     return shlex.join(words)
 
 

@@ -25,8 +25,8 @@ Which prompt loss weight (PLW) suits a model and its data?
 Each run is a *cell*: one model that was trained on one data set at one PLW with one seed, and scored on benchmarks. A
 *sweep* is a run with its cells below it. Its description has the answer, and its files have `report.html`.
 
-**[The list of cells with PLW, prompt share and score]({cells})** (also under *Views*). Select cells and press
-*Compare*: a scatter plot with `w_p` or `plw` on one axis and `score` on the other shows what the analysis fits.
+**[The list of cells with PLW, prompt share and score]({cells})** (also under *Views*) and
+**[their scores against the PLW]({charts})**. Select cells and press *Compare* to see all that differs between them.
 `prompt_share` is the prompts' share of the loss weight, and `w_p` is PLW^0.30103, on which scores are fitted.
 
 Runs are made by commands such as
@@ -42,6 +42,11 @@ has trained.
 Models that were trained at some prompt loss weight, and sweeps over them, are runs of the experiment `plw`.
 """,
 }
+
+
+def is_named() -> bool:
+    """Whether the environment names the experiment that new runs belong to, as MLflow reads it, too."""
+    return bool(os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID"))
 
 
 def experiment_id(default: str = CELLS) -> str:
@@ -99,7 +104,8 @@ def _missing_tags(experiment: Experiment, kind: str) -> dict[str, str]:
     if experiment.name != "Default":
         cells = pages.list_page(experiment.experiment_id, pages.ALL_CELLS)
         tags["mlflow.experimentKind"] = "custom_model_development"
-        tags["mlflow.note.content"] = _DESCRIPTIONS[kind].replace("{cells}", cells)
+        text = _DESCRIPTIONS[kind].replace("{cells}", cells).replace("{charts}", pages.charts(cells))
+        tags["mlflow.note.content"] = text
     return {name: value for name, value in tags.items() if name not in experiment.tags}
 
 

@@ -38,6 +38,11 @@ def list_page(experiment_id: str, view: str) -> str:
     return f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={view}"
 
 
+def charts(page: str) -> str:
+    """The page that shows the charts of a list's runs in place of its columns."""
+    return f"{page}&compareRunsMode=CHART"
+
+
 def image(run_id: str, file: str, title: str) -> str:
     """An image among a run's files, in the Markdown of a description."""
     return f"![{title}](get-artifact?path={quote(file)}&run_uuid={run_id})"
@@ -62,9 +67,10 @@ def opened(page: str) -> str:
 
 
 def all_cells_view() -> dict[str, Any]:
-    """The view of all cells of an experiment, the newest first."""
+    """The view of all cells of an experiment, the highest score first."""
     columns = [*_METRICS, "params.`plw`", "params.`dataset`", "params.`model`", "params.`seed`"]
-    return view("tags.`plw.cell` LIKE '%'", columns, ("attributes.start_time", False))
+    # In the order of their beginning, which is the usual one, MLflow would hide the cells of each sweep below it.
+    return view("tags.`plw.cell` LIKE '%'", columns, ("metrics.`score`", False))
 
 
 def sweep_view(sweep: str, tasks: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def view(search: str, columns: Sequence[str], order: tuple[str, bool]) -> dict[s
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [*columns],
-        "columnOrder": [],
+        "columnOrder": ["attributes.`Created`", "attributes.`Duration`", *columns],
         "columnWidths": {},
         "runsExpanded": {},
         "runsPinned": [],

@@ -118,6 +118,13 @@ class Run:
         if any(folder.iterdir()):
             patiently(f"logging {name}", lambda: mlflow.log_artifacts(str(folder), name))
 
+    def log_bytes(self, name: str, content: bytes) -> None:
+        """Log a file of this content under a path within the run's files."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, Path(name).name)
+            file.write_bytes(content)
+            mlflow.log_artifact(str(file), str(Path(name).parent))
+
     def log_files(self, files: Sequence[Path]) -> None:
         """Log files as artifacts, under their names."""
         for file in files:
