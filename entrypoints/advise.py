@@ -25,7 +25,7 @@ def main(config: AdviseConfig) -> None:
 
     task_types = advise.check_types(split_list(config.task_types or ""))
     with (
-        tracking.open_run(config, "advise", experiment=tracking.LOOKING) as run,
+        tracking.open_run(config, f"advise {config.dataset or config.ratio}", experiment=tracking.LOOKING) as run,
         tempfile.TemporaryDirectory() as scratch,
     ):
         ratio, dataset = config.ratio, config.dataset_names()
@@ -37,6 +37,7 @@ def main(config: AdviseConfig) -> None:
         advice = advise.advise(ratio, points, dataset=dataset, task_types=task_types)
         run.log_files(exports.write(advice, config.output or Path(scratch)))
         print(wording.text(advice))
+        run.describe("\n\n".join(wording.sentences(advice)))
         print(f"\nrun {run.id}\n{run.address()}")
 
 

@@ -26,7 +26,7 @@ def main(config: AnalyzeConfig) -> None:
 
     assumed = None if config.assume is None else planning.assume(config.assume, config.width)
     with (
-        tracking.open_run(config, "analyze", experiment=tracking.LOOKING) as run,
+        tracking.open_run(config, f"analyze {config.subject()}", experiment=tracking.LOOKING) as run,
         tempfile.TemporaryDirectory() as scratch,
     ):
         folder = config.output or Path(scratch)
@@ -62,6 +62,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     run.log_files(report.write(analysis, table, folder, command))
     tracking.log_regression(folder / "fit.json")
     print(wording.table_text(analysis))
+    run.describe(f"{wording.verdicts(analysis)}\n\n```sh\n{command}\n```")
     grids = analyze.grids(table, config.scale, config.transform, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
 

@@ -34,7 +34,8 @@ def main(config: PrepareConfig) -> None:
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
             print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))
-        print(profile.text(prepared.profile))
+        print(text := profile.text(prepared.profile))
+        run.describe(f"```\n{text}\n```")
 
 
 if __name__ == "__main__":

@@ -433,6 +433,11 @@ class AnalyzeConfig(Config):
     output: Path | None = None
     """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
 
+    def subject(self) -> str:
+        """What is analysed, in a word or two."""
+        sweep = None if self.run_id is None else f"sweep {self.run_id[:8]}"
+        return str(self.scores or sweep or self.experiment or "assumed scores")
+
     def faults(self) -> list[str]:
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
         faults = too_small(self, 0, "bootstrap", "parametric") + too_small(self, 1, "next")

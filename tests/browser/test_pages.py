@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import mlflow
@@ -45,11 +46,16 @@ def server():
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    with subprocess.Popen(command, cwd=STORE, env=environment, start_new_session=True) as process:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            command, cwd=STORE, env=environment, stdout=log, stderr=log, start_new_session=True
+        ) as process,
+    ):
         try:
             deadline = time.monotonic() + 2 * SECONDS
             while time.monotonic() < deadline:
-                assert process.poll() is None
+                assert process.poll() is None, "MLflow's pages could not be started"
                 try:
                     requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
                     break
@@ -173,10 +179,13 @@ def test_runs_are_compared_by_score_against_plw(page, server, store):
     for axis, name in (("x", "plw"), ("y", "score")):
         page.locator(f"#{axis}-axis-selector").click()
         page.get_by_role("option", name=name, exact=True).click()
-    points = page.locator(".js-plotly-plot .scatterlayer .point")
-    points.nth(CELLS - 1).wait_for()
-    titles = page.locator(".js-plotly-plot .g-xtitle, .js-plotly-plot .g-ytitle").all_inner_texts()
-    assert titles == ["plw", "score"]
+    page.locator(".js-plotly-plot .g-ytitle").get_by_text("score").wait_for()
+    drawn = page.evaluate(
+        "document.querySelector('.js-plotly-plot').data.flatMap(({x, y}) => x.map((_, i) => [x[i], y[i]]))"
+    )
+    cells = store.search_runs([experiment.experiment_id], "tags.`plw.cell` LIKE '%'")
+    expected = sorted((float(cell.data.params["plw"]), cell.data.metrics["score"]) for cell in cells)
+    assert sorted((float(plw), float(score)) for plw, score in drawn) == [pytest.approx(pair) for pair in expected]
 
 
 def test_a_run_says_what_it_is_and_shows_its_figure(page, server, sweep, store):

@@ -165,6 +165,6 @@ def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_
         monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
         assert open_account().sweep.run.id == begun[0]
     first, second = map(store.get_run, begun)
-    assert first.info.run_name == "toy-short,toy-long plw 0 to 1 (10)"
+    assert first.info.run_name == "toy-short, toy-long plw 0 to 1 (10)"
     assert first.data.params["plw"] == SweepConfig().plw
     assert second.data.tags["plw.for_run"] == begun[0]
