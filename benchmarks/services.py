@@ -133,23 +133,25 @@ class RayCluster:
     def __init__(self, folder: Path) -> None:
         self._folder, self._port = folder, _free_port()
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._address = f"127.0.0.1:{self._port}"
+        self.environment = dict[str, str]()  # that a sweep needs beside its own, here nothing
+        self.options = ("--engine", "ray", "--ray-address", self._address)  # of a sweep
 
     @classmethod
     def is_there(cls) -> bool:
         """Whether this machine has what it needs."""
         return importlib.util.find_spec("ray") is not None
 
-    @property
-    def address(self) -> str:
-        """Where it answers."""
-        return f"127.0.0.1:{self._port}"
-
     def start(self) -> None:
         """Start it; the nodes but for the head may come to it a little later."""
         self._node("--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder}")
         _await(lambda: _answers(self._port), self._nodes, self._folder)
         for _ in range(2):
-            self._node(f"--address={self.address}")
+            self._node(f"--address={self._address}")
+
+    def cells(self) -> list[int]:
+        """The process ids of cells at work."""
+        return [cell.pid for node in self._nodes for cell in _cells(_tree(node))]
 
     def at_work(self) -> list[int]:
         """The nodes but for the head that have a cell at work, by their numbers."""
@@ -173,7 +175,8 @@ class RayCluster:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
         size = ["--num-cpus=1", f"--object-store-memory={RAY_MEMORY}", "--disable-usage-stats"]
         log = self._folder / f"node-{len(self._nodes)}.log"
-        self._nodes.append(_start([*ray, *size, *options], log))
+        patience = {"RAY_raylet_start_wait_time_s": str(START_SECONDS)}
+        self._nodes.append(_start([*ray, *size, *options], log, patience))
 
 
 class Slurm:
@@ -185,6 +188,7 @@ class Slurm:
         self._folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {"SLURM_CONF": f"{folder}/slurm.conf"}  # by which its commands find it
+        self.options = ("--engine", "slurm", "--slurm", "partition=main")  # of a sweep
 
     @classmethod
     def is_there(cls) -> bool:
@@ -210,6 +214,10 @@ class Slurm:
         """What a command of SLURM's answers."""
         environment = os.environ | self.environment
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    def cells(self) -> list[int]:
+        """The process ids of cells at work."""
+        return [cell.pid for cell in _cells(self._processes())]
 
     def at_work(self) -> list[str]:
         """The jobs that have a cell at work."""

@@ -321,14 +321,20 @@ WAYS = (
 )
 
 
-def interrupt(folder: Path, way: Way) -> list[Outcome]:
-    """A sweep that is killed or interrupted while two cells are at work."""
-    place, name, message = Place(folder), way.name, way.message
+WAYS_ELSEWHERE = (WAYS[0], WAYS[1], WAYS[3])  # SIGINT to the sweep alone is the same there as to all
+
+
+def interrupt(folder: Path, way: Way, cluster: services.RayCluster | services.Slurm | None = None) -> list[Outcome]:
+    """A sweep that is killed or interrupted while two cells are at work, on this machine or on a cluster."""
+    place = Place(folder, variables=cluster.environment if cluster else {})
+    name, message = f"{type(cluster).__name__}: {way.name}" if cluster else way.name, way.message
     checkpoints = place.folder / "checkpoints"
-    sweep = place.start(("0", "1"), *LONG, "--jobs", "2", "--checkpoint-dir", str(checkpoints))
+    options = cluster.options if cluster else ()
+    sweep = place.start(("0", "1"), *LONG, *options, "--jobs", "2", "--checkpoint-dir", str(checkpoints))
     try:
         sweep.await_that(lambda: len({path.parent for path in checkpoints.glob("*/step-*")}) == 2)
-        cells = {pid: processes.identity(pid) for pid in sweep.cells().values()}
+        at_work = cluster.cells() if cluster else sweep.cells().values()
+        cells = {pid: processes.identity(pid) for pid in at_work}
         started = time.monotonic()
         (os.killpg if way.to_all else os.kill)(sweep.process.pid, message)
         status = sweep.process.wait(PATIENCE_SECONDS)
@@ -396,8 +402,7 @@ def lose_node(
 ) -> list[Outcome]:
     """A sweep on a Ray cluster, of which a node is killed while a cell is at work there."""
     place, fault = Place(folder), "Ray: a node of three killed"
-    engine = ("--engine", "ray", "--ray-address", cluster.address, "--jobs", "3")
-    sweep = place.start(plws, *TINY, *SAVING, *engine)
+    sweep = place.start(plws, *TINY, *SAVING, *cluster.options, "--jobs", "3")
     try:
         sweep.await_that(lambda: bool(cluster.at_work()) and place.trains())
         lost = cluster.kill_node(cluster.at_work()[0])
@@ -417,7 +422,7 @@ def lose_jobs(
 ) -> list[Outcome]:
     """A sweep as an array of SLURM jobs, of which one is killed, and one is cancelled to make way for another job."""
     place, fault = Place(folder, variables=cluster.environment), "SLURM: a job killed, a job preempted"
-    sweep = place.start(plws, *TINY, *SAVING, "--engine", "slurm", "--jobs", "2", "--slurm", "partition=main")
+    sweep = place.start(plws, *TINY, *SAVING, *cluster.options, "--jobs", "2")
     try:
         sweep.await_that(lambda: len(cluster.at_work()) == 2 and place.trains())
         killed = cluster.at_work()[0]
@@ -441,7 +446,9 @@ def lose_jobs(
 SERVICES: dict[str, type[services.Service]] = {
     "postgresql": services.Postgres,
     "ray": services.RayCluster,
+    "interrupt-ray": services.RayCluster,
     "slurm": services.Slurm,
+    "interrupt-slurm": services.Slurm,
 }
 BY_LUCK = ("sent while cells ran", "while the sweep ran")  # what need not be as often as it can be
 
@@ -459,7 +466,18 @@ def _chosen(parts: str | None) -> list[str]:
     return [part for part in chosen if part not in missing]
 
 
-PARTS = ("kill", "server", "sqlite", "postgresql", "interrupt", "fail", "ray", "slurm")
+PARTS = (
+    "kill",
+    "server",
+    "sqlite",
+    "postgresql",
+    "interrupt",
+    "fail",
+    "ray",
+    "interrupt-ray",
+    "slurm",
+    "interrupt-slurm",
+)
 
 
 @click.command(help=__doc__)
@@ -510,9 +528,17 @@ def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str
         if "ray" in chosen:
             with services.running(services.RayCluster) as ray:
                 tell(lose_node(folder / "ray", ray, scores))
+        if "interrupt-ray" in chosen:
+            for number, way in enumerate(WAYS_ELSEWHERE):
+                with services.running(services.RayCluster) as ray:
+                    tell(interrupt(folder / f"interrupt-ray-{number}", way, ray))
         if "slurm" in chosen:
             with services.running(services.Slurm) as slurm:
                 tell(lose_jobs(folder / "slurm", slurm, scores))
+        if "interrupt-slurm" in chosen:
+            for number, way in enumerate(WAYS_ELSEWHERE):
+                with services.running(services.Slurm) as slurm:
+                    tell(interrupt(folder / f"interrupt-slurm-{number}", way, slurm))
     print(f"{time.monotonic() - started:.0f} s")
     if any(outcome.count != outcome.whole and outcome.what not in BY_LUCK for outcome in outcomes):
         sys.exit(1)
