@@ -11,6 +11,7 @@ import pandas as pd
 
 from plw_mlflow import drawing, tracking
 from plw_mlflow.analysis import analyze, report, wording
+from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.config import IN_DATA_NAME, SweepConfig, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
@@ -130,16 +131,15 @@ def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
     return {"best_score": float(scores.max()), "best_plw": float(scores.index.tolist()[int(scores.argmax())][-1])}
 
 
-def _peaks(analysis: analyze.Analysis) -> dict[str, float]:
-    """The p-value of each data set's answer, and where its curve peaks, as far as the runs are enough to tell."""
-    numbers: dict[str, float] = {}
+def _peaks(analysis: Analysis) -> dict[str, float]:
+    """The p-values of each data set's two answers, and where its tasks' mean curve peaks, as far as the runs tell."""
+    numbers: dict[str, float | None] = {}
     for answer in analysis.answers:
         before = f"{answer.dataset}/" if len(analysis.answers) > 1 else ""
-        if not answer.lead.has_too_few_runs:
-            numbers[f"{before}p"] = answer.lead.joint_p
-            if answer.lead.optimum_plw is not None:
-                numbers[f"{before}peak_plw"] = answer.lead.optimum_plw
-    return numbers
+        numbers[f"{before}p"] = answer.these_tasks.p
+        numbers[f"{before}peak_plw"] = answer.these_tasks.peak_plw
+        numbers[f"{before}p_other_tasks"] = answer.other_tasks.p
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

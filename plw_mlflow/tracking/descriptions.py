@@ -97,6 +97,7 @@ def _command(params: Mapping[str, str]) -> str:
     kind: Any = MainConfig if "tasks" in params else TrainConfig
     default = kind(preset=params.get("preset") or "toy")
     words = ["python", "-m", f"entrypoints.{'main' if kind is MainConfig else 'train'}"]
+    words += ["--preset", default.preset] if default.preset != kind.preset else []
     for name in (*ALWAYS, *(field for field in params if field not in (*ALWAYS, *PLACES))):
         if name in ALWAYS or (hasattr(default, name) and params[name] != spell(getattr(default, name))):
             words += [f"--{flag(name)}", params[name]]

@@ -6,7 +6,8 @@ import typing
 import pytest
 
 from plw_mlflow import tracking
-from plw_mlflow.config import MainConfig, TrainConfig, read
+from plw_mlflow.config import MainConfig, TrainConfig
+from plw_mlflow.config.values import read
 from plw_mlflow.tracking import descriptions
 from tests.tracking.helpers import scored
 
