@@ -46,7 +46,15 @@ from plw_mlflow.toy import TOY_FOLDER
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
-FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
+FIGURES = (
+    "answer-*",
+    "curve-*",
+    "tasks-*",
+    "optimum-*",
+    "residuals-*",
+    "overview.*",
+    "no-effect.*",
+)  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
 OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
