@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -19,9 +20,11 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
+from mlflow.models.signature import ModelSignature
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
@@ -41,16 +44,39 @@ TASK = "text-generation"
 MODEL, MERGED = "model", "merged"  # names of a run's model, and of the whole one that an adapter was made into later
 WHOLE, ADAPTER = "whole model", "adapter"  # what a registered version is, by its tag plw.form
 PEFT = "peft"  # the folder of an adapter in a logged model, as MLflow names it
+EXAMPLE = "Write one sentence about a river."  # of what a model may be asked
+# Texts go in and come out, longer. The parameters have these values where a request does not give them.
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string)]),
+    outputs=Schema([ColSpec(DataType.string)]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", DataType.long, 256),
+            ParamSpec("do_sample", DataType.boolean, False),
+            ParamSpec("temperature", DataType.double, 1.0),
+            ParamSpec("top_p", DataType.double, 1.0),
+        ]
+    ),
+)
 NAME_CHARACTERS = 64  # of each name within a registered model's, which may have 256
 
 
-def log_model(run: Run, model: Any, tokenizer: Any, config: Any, sources: Sequence[Source] = (), step: int = 0) -> None:
+def log_model(
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    sources: Sequence[Source] = (),
+    step: int = 0,
+    example: str = EXAMPLE,
+) -> None:
     """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET.
 
     sources: of the data it was trained on. step: the last of the training. The model's page shows the run's metrics of
-        that step.
+        that step. example: a prompt, as the model reads prompts.
     """
-    _log(run, config, sources, {"form": WHOLE}, lambda: _log_whole(run.id, model, tokenizer, MODEL, step))
+    save = partial(_save_whole, model=model, tokenizer=tokenizer, example=example)
+    _log(run, config, sources, {"form": WHOLE}, save, step)
 
 
 def log_adapter(
@@ -61,6 +87,7 @@ def log_adapter(
     config: Any,
     sources: Sequence[Source] = (),
     step: int = 0,
+    example: str = EXAMPLE,
 ) -> None:
     """Log a folder of adapters as the run's model, without its base, and register it likewise.
 
@@ -72,9 +99,8 @@ def log_adapter(
     """
     note = saved_adapters.trained_on(adapter)
     assert note is not None  # it was just written
-    flavor = SimpleNamespace(save_model=partial(_save_adapter, adapter=adapter, model=model, tokenizer=tokenizer))
-    tags = {"form": ADAPTER, "base": note["base"], "base_digest": note["digest"]}
-    _log(run, config, sources, tags, lambda: Model.log(None, flavor, name=MODEL, run_id=run.id, step=step))
+    save = partial(_save_adapter, adapter=adapter, model=model, tokenizer=tokenizer, example=example)
+    _log(run, config, sources, {"form": ADAPTER, "base": note["base"], "base_digest": note["digest"]}, save, step)
 
 
 def log_merged(run_id: str) -> str:
@@ -95,39 +121,79 @@ def log_merged(run_id: str) -> str:
     model, tokenizer = load_model(run, held_in=kind)
     held.round_weights(model, kind)
     step = next(output.step for output in outputs.model_outputs if output.model_id == run.model_id)
-    logged = patiently("logging the model", lambda: _log_whole(run_id, model, tokenizer, MERGED, step))
-    own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version}
-    merged = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, own_tags))
+    save = partial(_save_whole, model=model, tokenizer=tokenizer, example=_example(f"models:/{run.model_id}"))
+    model_id, sha256 = patiently("logging the model", lambda: _log_files(run_id, save, MERGED, step))
+    own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version, "plw.sha256": sha256}
+    merged = patiently("registering the model", lambda: _register(run, f"models:/{model_id}", name, own_tags))
     patiently("tagging the run", lambda: run.tag(merged_version=f"{name}/{merged}"))
     return merged
 
 
 def _log(
-    run: Run, config: Any, sources: Sequence[Source], more_tags: Mapping[str, str], log: Callable[[], ModelInfo]
+    run: Run, config: Any, sources: Sequence[Source], more_tags: Mapping[str, str], save: Callable[..., None], step: int
 ) -> None:
-    """Log a model by a function, and register it; `more_tags` are of its version."""
+    """Log what a function saves as the run's model, and register it; `more_tags` are of its version."""
     name = _registered_name(run, config, sources)
-    tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags}
-    logged = patiently("logging the model", log)
-    run.model_id = logged.model_id
+    run.model_id, sha256 = patiently("logging the model", lambda: _log_files(run.id, save, MODEL, step))
+    tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags, "sha256": sha256}
     shown = {f"plw.{key}": without_passwords(value) for key, value in tags.items()}
-    version = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, shown))
-    patiently("tagging the run", lambda: run.tag(status="trained", model_version=f"{name}/{version}"))
+    version = patiently("registering the model", lambda: _register(run, f"models:/{run.model_id}", name, shown))
+    patiently(
+        "tagging the run",
+        lambda: run.tag(status="trained", model_version=f"{name}/{version}", model_sha256=sha256),
+    )
 
 
-def _log_whole(run_id: str, model: Any, tokenizer: Any, name: str, step: int) -> ModelInfo:
+def _log_files(run_id: str, save: Callable[..., None], name: str, step: int) -> tuple[str, str]:
+    """Log what a function saves as a model of a run; returns its id, and what identifies its files."""
+    sha256 = ""
+
+    def save_and_digest(path: str, mlflow_model: Model, **_: Any) -> None:
+        nonlocal sha256
+        save(path, mlflow_model)
+        sha256 = files_digest(Path(path))
+
+    flavor = SimpleNamespace(save_model=save_and_digest)
+    # The example is not tried out here, for which MLflow would load the model once more.
+    logged: ModelInfo = Model.log(None, flavor, name=name, run_id=run_id, step=step, validate_serving_input=False)
+    return str(logged.model_id), sha256
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files of a logged model."""
+    sha256 = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        sha256.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        with file.open("rb") as content:
+            sha256.update(hashlib.file_digest(content, "sha256").digest())
+    return sha256.hexdigest()
+
+
+def _save_whole(path: str, mlflow_model: Model, *, model: Any, tokenizer: Any, example: str) -> None:
+    """Write a whole model as MLflow's flavour transformers has it."""
     with _without_peft():
-        return Model.log(
-            None,
-            mlflow.transformers,
-            name=name,
-            run_id=run_id,
-            step=step,
+        mlflow.transformers.save_model(
+            path=path,
+            mlflow_model=mlflow_model,
             transformers_model={"model": model, "tokenizer": tokenizer},
             task=TASK,
+            signature=SIGNATURE,
+            input_example=_with_parameters(example),
             # Named here because MLflow would otherwise load the model in a process of its own to find out.
             pip_requirements=_requirements("torch", "transformers"),
         )
+
+
+def _with_parameters(example: str) -> tuple[list[str], dict[str, Any]]:
+    """A prompt as MLflow takes an example of what a model is given: with the parameters of the generation."""
+    return [example], {"max_new_tokens": 32}
+
+
+def _example(uri: str) -> str:
+    """The prompt that a model was logged with as an example."""
+    with _downloaded(uri) as folder:
+        saved: Any = Model.load(str(folder)).load_input_example(str(folder))
+    return str(saved[0] if isinstance(saved, list) else saved.iloc[0, 0]) if saved is not None else EXAMPLE
 
 
 @contextmanager
@@ -147,7 +213,7 @@ def _without_peft() -> Iterator[None]:
         del sys.modules["peft"]
 
 
-def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any) -> None:
+def _save_adapter(path: str, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any, example: str) -> None:
     """Write an adapter as MLflow's flavours have it; MLflow's own function would need peft's model of it, and the hub.
 
     MLflow then loads base and tokenizer of the hub by their commit. A base that is a folder it loads from where that
@@ -177,6 +243,8 @@ def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, 
         mlflow_model=mlflow_model,
         python_model=str(Path(__file__).with_name("adapter_model.py")),
         model_config={"base": ""},
+        signature=SIGNATURE,
+        input_example=_with_parameters(example),
         pip_requirements=_requirements("mlflow", "torch", "transformers", "peft"),
     )
     folder = Path(path)

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("store")
 )
 def test_registered_models_are_named_by_content(store, monkeypatch, options, files, expected):
     """By the names alone, two files of one name would share one registered model and its alias `best`."""
-    monkeypatch.setattr(logged_models, "_log_whole", lambda *_: SimpleNamespace(model_id="m-1"))
+    monkeypatch.setattr(logged_models, "_log_files", lambda *_: ("m-1", "0" * 64))
     monkeypatch.setattr(mlflow, "register_model", lambda *_, **__: SimpleNamespace(version=1))
     config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
     run = tracking.Run(store.create_run("0").info.run_id)
@@ -81,6 +81,13 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
         loaded, tokenizer = tracking.load_registered(uri)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids
+    served = mlflow.pyfunc.load_model("models:/plw-tiny-toy-short@best")
+    assert {"max_new_tokens", "do_sample", "temperature", "top_p"} == {
+        spec.name for spec in served.metadata.signature.params.params
+    }
+    short, long = (served.predict(["Who?"], params={"max_new_tokens": n})[0] for n in (2, 9))
+    assert len(short) < len(long)
+    assert served.input_example is not None
     for unknown in ("models:/plw-tiny-toy-short/7", "models:/plw-tiny-toy-short"):
         assert tracking.trained_in(unknown) is None
         with pytest.raises(ValueError, match=rf"model {unknown} cannot be loaded: .*not found"):
