@@ -119,6 +119,16 @@ def lead(config: TrainConfig, run: Run) -> None:
         shutil.rmtree(folder)
 
 
+def identify(config: TrainConfig) -> tuple[str, dict[str, str]]:
+    """What identifies a cell: a digest, and the contents that it is of, beside the options.
+
+    The data are read for it, and tokenised if they have not been.
+    """
+    tokenizer, prepared = _prepare(config)
+    contents = _contents(config, prepared, tokenizer)
+    return digest(config.identity() | contents), contents
+
+
 def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
     """The tokenizer and the prepared data of a cell. Raises UserError where the model cannot be trained on them."""
     settings = pretrained.load_config(config.model)

@@ -268,6 +268,19 @@ def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = 
 
     Raises UserError where there is no model, or it is damaged, or its base is another one now.
     """
+    run.model_id = _own_model(run)
+    return _load(f"models:/{run.model_id}", base, held_in)
+
+
+@contextmanager
+def folder_of(run: Run) -> Iterator[Path]:
+    """The files of the model that a run has logged, for the block. Raises UserError where there is none."""
+    with _downloaded(f"models:/{_own_model(run)}") as folder:
+        yield folder
+
+
+def _own_model(run: Run) -> str:
+    """The id of the model that a run has logged. Raises UserError where there is none."""
     found = run.client.get_run(run.id)
     outputs = found.outputs.model_outputs if found.outputs else []
     logged = [run.client.get_logged_model(output.model_id) for output in outputs]
@@ -276,8 +289,7 @@ def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = 
         if parameters(found).get("log_model") == "none":
             raise UserError(f"run {run.id} has logged no model, as it was told to (--log-model none)")
         raise UserError(f"run {run.id} has logged no model; train it first")
-    run.model_id = complete[-1]
-    return _load(f"models:/{run.model_id}", base, held_in)
+    return str(complete[-1])
 
 
 def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
