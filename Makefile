@@ -7,6 +7,8 @@ IMAGE := plw_mlflow:$(VERSION)
 BASE := python:3.11-slim
 # More for docker build, say --network host or a --secret (Dockerfile).
 BUILD :=
+# Cells of make study that run at the same time, each on a core of its own.
+JOBS := 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: help run test test-slow study image image-cpu test-image bench mlproject hashes setup
@@ -28,7 +30,7 @@ test-slow: setup ## tests that take minutes: killed trainings, lost servers, who
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
-	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --output output/study
+	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --jobs $(JOBS) --cores-per-cell 1 --output output/study
 
 # TRL is needed by one benchmark alone, which leaves it out where it is missing.
 bench: setup ## benchmarks that need nothing but this machine, in under 30 minutes on two cores

@@ -94,7 +94,7 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
         fit = analyze.lead_fit(grid)
     except ValueError as error:
         return _fill(tried, left, number, f"the scores cannot be fitted ({error})")
-    width, known = _interval(fit, grid)
+    width, known = interval(fit, grid)
     if width <= wanted and not fit.has_too_few_runs:
         return Choice([], f"{known}; {wanted:g} was wanted", fit.model, width)
     if number == 0:
@@ -120,7 +120,7 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
     )
 
 
-def _interval(fit: Fit, grid: Grid) -> tuple[float, str]:
+def interval(fit: Fit, grid: Grid) -> tuple[float, str]:
     """The width of the optimum's 95 % interval in PLW, and what is known of the optimum, in words.
 
     Where the scores do not locate the optimum, the width is that of the range.
