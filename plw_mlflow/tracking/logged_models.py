@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import pandas as pd
 import yaml
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
@@ -30,12 +31,13 @@ from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords
-from plw_mlflow.models import held, pretrained, saved_adapters
+from plw_mlflow.models import held, licences, pretrained, saved_adapters
 from plw_mlflow.models.files import reading
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import cards, connection
 from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
 from plw_mlflow.tracking.connection import check_reachable, patiently
 from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.scores import read_scores
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +128,7 @@ def log_merged(run_id: str) -> str:
     own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version, "plw.sha256": sha256}
     merged = patiently("registering the model", lambda: _register(run, f"models:/{model_id}", name, own_tags))
     patiently("tagging the run", lambda: run.tag(merged_version=f"{name}/{merged}"))
+    patiently("describing the model", lambda: cards.write(run, read_scores(run)))
     return merged
 
 
@@ -136,12 +139,16 @@ def _log(
     name = _registered_name(run, config, sources)
     run.model_id, sha256 = patiently("logging the model", lambda: _log_files(run.id, save, MODEL, step))
     tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags, "sha256": sha256}
+    known = {"base": licences.of_model(config.model), "data": ", ".join(filter(None, (one.licence for one in sources)))}
+    tags |= {f"{what}_licence": licence for what, licence in known.items() if licence}
+    tags["noncommercial"] = spell(any(map(licences.is_noncommercial, known.values())))
     shown = {f"plw.{key}": without_passwords(value) for key, value in tags.items()}
     version = patiently("registering the model", lambda: _register(run, f"models:/{run.model_id}", name, shown))
     patiently(
         "tagging the run",
         lambda: run.tag(status="trained", model_version=f"{name}/{version}", model_sha256=sha256),
     )
+    patiently("describing the model", lambda: cards.write(run, pd.DataFrame()))
 
 
 def _log_files(run_id: str, save: Callable[..., None], name: str, step: int) -> tuple[str, str]:

@@ -172,7 +172,7 @@ def _moved(folder: Path, beside: Path) -> tuple[Path, Path] | None:
     for count in range(1, len(folder.parts) if folder.is_absolute() else 1):
         before, rest = Path(*folder.parts[:count]), Path(*folder.parts[count:])
         if (beside / rest).is_dir():
-            return None if (beside / rest).samefile(folder) else (before, beside)
+            return None if folder.is_dir() and folder.samefile(beside / rest) else (before, beside)
     return None
 
 

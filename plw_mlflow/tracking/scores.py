@@ -14,6 +14,7 @@ from plw_mlflow.config import spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.evaluation import task_sets
 from plw_mlflow.evaluation.scores import Evaluation
+from plw_mlflow.tracking import cards
 from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.run import Run
 
@@ -34,6 +35,7 @@ def log_scores(
     if evaluation.samples:
         samples = pd.DataFrame(evaluation.samples).assign(evaluation=evaluation_id)
         patiently("logging the samples", lambda: _log_samples(run, samples, evaluation_id))
+    patiently("describing the model", lambda: cards.write(run, read_scores(run)))
 
 
 def read_scores(run: Run) -> pd.DataFrame:

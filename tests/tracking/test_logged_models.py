@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("store")
 def test_registered_models_are_named_by_content(store, monkeypatch, options, files, expected):
     """By the names alone, two files of one name would share one registered model and its alias `best`."""
     monkeypatch.setattr(logged_models, "_log_files", lambda *_: ("m-1", "0" * 64))
+    monkeypatch.setattr(logged_models.cards, "write", lambda *_: None)
     monkeypatch.setattr(mlflow, "register_model", lambda *_, **__: SimpleNamespace(version=1))
     config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
     run = tracking.Run(store.create_run("0").info.run_id)
