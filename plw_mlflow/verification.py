@@ -22,7 +22,16 @@ import torch
 from safetensors import safe_open
 
 from plw_mlflow import cell, tracking
-from plw_mlflow.config import MODELS, ScoreOptions, TrainConfig, VerifyConfig, cache_folder, flag, spell
+from plw_mlflow.config import (
+    DATA_FILE_ENDINGS,
+    MODELS,
+    ScoreOptions,
+    TrainConfig,
+    VerifyConfig,
+    cache_folder,
+    flag,
+    spell,
+)
 from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs, provenance
 from plw_mlflow.errors import RunError, UserError, did_you_mean
@@ -226,9 +235,8 @@ def _place_of_data(source: Mapping[str, Any], data_dir: Path | None, scratch: Pa
         return name
     beside = [data_dir / Path(name).name, *sorted(data_dir.iterdir())] if data_dir else []
     files = [path for path in (*beside, Path(name), Path(location)) if path.is_file()]
-    cache = Path(tempfile.gettempdir())  # which local files do not use
     for file in files:
-        if file.stat().st_size and sources.find(str(file), cache).sha256 == source.get("sha256"):
+        if _sha256(file) == source.get("sha256"):
             if file.name == Path(name).name:
                 return str(file)
             link = scratch / Path(name).name  # as the ids of records begin with the file's name
@@ -241,6 +249,16 @@ def _place_of_data(source: Mapping[str, Any], data_dir: Path | None, scratch: Pa
             "folder that holds it: --data-dir"
         )
     return str(same_name[0])
+
+
+def _sha256(file: Path) -> str:
+    """What identifies the content of a data file; empty for other files."""
+    if not file.name.lower().endswith(DATA_FILE_ENDINGS):
+        return ""
+    try:
+        return sources.find(str(file), Path()).sha256
+    except UserError:  # no data set
+        return ""
 
 
 def _data(record: Record, again: TrainConfig) -> Finding:
