@@ -18,6 +18,11 @@ Closed forms do all tables at once where there are any, and are compared with `f
 does the same for studies of 3 to 10 runs, of one model, by the methods that lead at each number of tasks: from how many
 runs on is a test's level near what it claims? `fitting.MIN_FREE` rests on it.
 
+    python -m benchmarks.analysis --these-tasks --json FILE
+
+does the same for the question about these very tasks: the tasks' curves then average to the mean curve exactly, and how
+they differ says nothing of it. By `fixed-tasks`, and by the other closed forms for comparison.
+
     python -m benchmarks.analysis --speed --json FILE
 
 measures instead how long fits take, beside the limits set for two cores.
@@ -49,6 +54,7 @@ from plw_mlflow.analysis.statistics import (
     bootstrap,
     design,
     fitting,
+    fixed_tasks,
     inference,
     over_tasks,
     parametric,
@@ -68,6 +74,7 @@ SD_RESIDUAL = 0.01
 SD_SLOPES = 0.06
 TIED = -0.95  # correlation of slope and bend in the study's scores
 UNEQUAL = 5.0  # largest residual SD of a task over the smallest
+RUN_SDS = (0.0, 0.001, 0.005)
 SEED = 1234
 CHUNK = 250  # tables at a time
 DRAWS = 199
@@ -88,10 +95,15 @@ class Setting:
     seeds: int = 1
     tried: int = len(PUBLISHED_PLWS)  # PLWs, spread over the published ones
     models: int = 2
+    centred: bool = False  # whether tasks' curves average to the mean curve exactly, not only on average over tables
 
     def __str__(self) -> str:
         words = [f"{self.tasks} tasks", f"slopes {self.slopes}", f"run SD {self.sd_run:g}"]
-        words += ["unequal residuals"] * self.unequal + [f"{self.seeds} seeds"] * (self.seeds > 1)
+        words += (
+            ["of these tasks"] * self.centred
+            + ["unequal residuals"] * self.unequal
+            + [f"{self.seeds} seeds"] * (self.seeds > 1)
+        )
         words += [f"{self.tried} PLWs"] * (self.tried < len(PUBLISHED_PLWS)) + ["1 model"] * (self.models == 1)
         return ", ".join(words)
 
@@ -118,6 +130,13 @@ def further_settings(tasks: Sequence[int]) -> list[Setting]:
     kinds: list[dict[str, Any]] = [{"slopes": "tied"}, {"unequal": True}, {"slopes": "small"}, {"tried": 4}]
     kinds.append({"tried": 4, "models": 1})
     return [Setting(t, sd_run=run, **kind) for t, kind, run in product(tasks, kinds, (0.0, 0.001, 0.005))]
+
+
+def settings_of_these(tasks: Sequence[int]) -> list[Setting]:
+    """Questions about these tasks: their curves average to the mean curve exactly; 20 runs and 40, and fewer."""
+    kinds: list[dict[str, Any]] = [{}, {"seeds": 2}, {"unequal": True}, *({"tried": n, "models": 1} for n in (5, 4))]
+    chosen = [Setting(t, "free", sd, centred=True, **kind) for kind, t, sd in product(kinds, tasks, RUN_SDS)]
+    return chosen + [Setting(t, "none", sd, seeds=seeds) for seeds, t, sd in product((1, 2), tasks, RUN_SDS)]
 
 
 def few_runs(method: str) -> list[Setting]:
@@ -158,6 +177,7 @@ def draw(setting: Setting, number: int) -> Array:
     sd = SD_SLOPES * {"none": 0, "small": 0.1}.get(setting.slopes, 1)
     root = np.linalg.cholesky([[1, correlation], [correlation, 1]]) * sd
     slopes = root @ random.normal(size=(2, tasks))
+    slopes -= slopes.mean(1, keepdims=True) * setting.centred
     spread = math.log(UNEQUAL) / 2 * np.linspace(-1, 1, tasks) * setting.unequal
     noise = random.normal(size=grid.scores.shape) * SD_RESIDUAL * np.exp(spread)
     run = random.normal(0, setting.sd_run, len(grid.scores))
@@ -308,11 +328,20 @@ def betas(setting: Setting, scores: Array) -> Estimates:
     )
 
 
+def fixed(setting: Setting, scores: Array) -> Estimates:
+    """`fixed-tasks`"""
+    grid = empty(setting)
+    means = fixed_tasks.fit(scores, grid.x, grid.contrasts)
+    p = {"F of runs' means": means.joint_test()[3]}
+    return _of_parts(means.coefficients[:, 1:3], means.covariance[None, :, 1:3, 1:3], np.array([means.free]), p)
+
+
 CLOSED: dict[str, Callable[[Setting, Array], Estimates]] = {
     "crossed": lambda setting, scores: over(setting, scores, runs_differ=True),
     "task-t": lambda setting, scores: over(setting, scores, runs_differ=False),
     "ols-task": ols,
     "lmm": lmm,
+    "fixed-tasks": fixed,
 }
 ESTIMATES = CLOSED | {"lmm-slopes": slopes, "beta": betas}
 BOOTSTRAPS: dict[str, bootstrap.Resampled] = {
@@ -564,7 +593,7 @@ def speed() -> Iterator[Timing]:
         case = "{} runs x {} tasks".format(*grid.scores.shape)
         one_by_one = [timed(case, model, limit, partial(fitting.fit, model, grid)) for model in fitting.FITS]
         yield from one_by_one
-        yield Timing(case, "all six models", sum(one.seconds for one in one_by_one), limit)
+        yield Timing(case, "all models", sum(one.seconds for one in one_by_one), limit)
         if limit > 2:
             table = _table(grid)
             yield timed(case, "a whole analysis, bootstraps among it", limit, partial(analyze.analyze, table))
@@ -592,11 +621,21 @@ def _table(grid: Grid) -> pd.DataFrame:
 @click.option("--json", "file", type=click.Path(path_type=Path), required=True, help="Where to write the rows.")
 @click.option("--speed", "is_speed", is_flag=True, help="Measure times instead.")
 @click.option("--few-runs", "is_few", is_flag=True, help="Studies of 3 to 10 runs, by the methods that lead there.")
+@click.option("--these-tasks", "is_of_these", is_flag=True, help="The question about these very tasks.")
 @click.option("--methods", "named", default=",".join(TABLES), show_default=True, help="Comma-separated.")
 @click.option("--tasks", "counts", default="8,13,40", show_default=True, help="Numbers of tasks, comma-separated.")
 @click.option("--tables", type=click.IntRange(1), help="At most so many of each setting (unset: as the report has it).")
 @click.option("--processes", default=2, show_default=True)
-def main(file: Path, is_speed: bool, is_few: bool, named: str, counts: str, tables: int | None, processes: int) -> None:
+def main(
+    file: Path,
+    is_speed: bool,
+    is_few: bool,
+    is_of_these: bool,
+    named: str,
+    counts: str,
+    tables: int | None,
+    processes: int,
+) -> None:
     rows: list[dict[str, Any]] = []
 
     def write(lines: Iterator[Row] | Iterator[Timing]) -> None:
@@ -610,7 +649,9 @@ def main(file: Path, is_speed: bool, is_few: bool, named: str, counts: str, tabl
     methods, tasks = named.split(","), [int(count) for count in counts.split(",")]
     if unknown := [method for method in methods if method not in TABLES]:
         raise click.UsageError(f"no method {unknown[0]}; there are {', '.join(TABLES)}")
-    if is_few:
+    if is_of_these:
+        tried = {method: settings_of_these(tasks) for method in methods if method in CLOSED}
+    elif is_few:
         tried = {method: few_runs(method) for method in methods if method in analyze.LEADS}
     else:
         tried = {method: settings(method, tasks) for method in methods}

@@ -2,39 +2,38 @@
 
 A small sweep (the toy model, two cells at a time) is killed at random moments with all its processes and started again;
 its tracking server is killed and started again while it runs; many sweeps of one grid are started at the same moment on
-a store that does not exist yet, with SQLite and with PostgreSQL; and it is interrupted, killed alone, and given a cell
-that dies. Afterwards the store is read: each cell has to be finished by one run, no run may look as if it went on, no
-claim may be left, and the scores have to be those of a sweep that nothing disturbed, to the bit. Moments are drawn from
-a seed, evenly over what an undisturbed sweep takes; where they find the sweep is up to the machine.
+a store that does not exist yet, with SQLite and with PostgreSQL; it is interrupted, killed alone, and given a cell that
+dies; a node of its Ray cluster is killed; and of its SLURM jobs, one is killed and one makes way for another job.
+Afterwards the store is read: each cell has to be finished by one run, no run may look as if it went on, no claim may be
+left, and the scores have to be those of a sweep that nothing disturbed, to the bit. Moments are drawn from a seed,
+evenly over what an undisturbed sweep takes; where they find the sweep is up to the machine.
 
-PostgreSQL needs its programs (Debian's package postgresql) and a driver that Python finds (psycopg or psycopg2). Where
-they are not there, a line says so, and the rest is done.
+`benchmarks.services` starts PostgreSQL, Ray and SLURM. Where one is not installed, a line says so, and the rest is
+done; a part that --parts names is an error then. The exit status is 1 where something is not as it has to be.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 import mlflow
 from mlflow.entities import Run
 
+from benchmarks import services
 from benchmarks.faults import MlflowServer, Outcome, Server
 from plw_mlflow.environment import processes
 from plw_mlflow.tracking.claims import PREFIX
@@ -43,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLWS = ("0", "0.1", "0.5", "1")
 TINY = ("--dataset", "toy-short", "--max-records", "60", "--epochs", "1", "--limit", "4")
 LONG = ("--dataset", "toy-short", "--limit", "4", "--save-every", "2")  # long enough to be interrupted while it trains
+SAVING = ("--save-every", "2")
 AWAY_SECONDS = (2.0, 8.0)  # for which a server is away
 PATIENCE_SECONDS = 900  # in which everything that is waited for has to come, on any machine
 
@@ -50,10 +50,13 @@ PATIENCE_SECONDS = 900  # in which everything that is waited for has to come, on
 class Place:
     """A folder with a tracking store in it, and sweeps that are run there in processes of their own."""
 
-    def __init__(self, folder: Path, uri: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, uri: str | None = None, variables: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.uri = uri or f"sqlite:///{folder}/mlflow.db"
+        self._variables = variables  # of the sweeps' environments
         self._started = 0
 
     @property
@@ -68,6 +71,7 @@ class Place:
         command = [sys.executable, "-m", "entrypoints.sweep", "--plw", ",".join(plws), *options]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment |= self._variables
         environment.pop("MLFLOW_RUN_ID", None)
         with output.open("wb") as stream:
             process = subprocess.Popen(
@@ -99,6 +103,10 @@ class Place:
             for run in runs
             if run.info.status == "FINISHED"
         }
+
+    def trains(self) -> bool:
+        """Whether a cell that saves checkpoints in this folder has saved one."""
+        return any(self.folder.glob("checkpoints/*/step-*"))
 
     def _runs(self) -> list[Run]:
         return list(self.client.search_runs(["0"], max_results=1000))
@@ -313,14 +321,20 @@ WAYS = (
 )
 
 
-def interrupt(folder: Path, way: Way) -> list[Outcome]:
-    """A sweep that is killed or interrupted while two cells are at work."""
-    place, name, message = Place(folder), way.name, way.message
+WAYS_ELSEWHERE = (WAYS[0], WAYS[1], WAYS[3])  # SIGINT to the sweep alone is the same there as to all
+
+
+def interrupt(folder: Path, way: Way, cluster: services.RayCluster | services.Slurm | None = None) -> list[Outcome]:
+    """A sweep that is killed or interrupted while two cells are at work, on this machine or on a cluster."""
+    place = Place(folder, variables=cluster.environment if cluster else {})
+    name, message = f"{type(cluster).__name__}: {way.name}" if cluster else way.name, way.message
     checkpoints = place.folder / "checkpoints"
-    sweep = place.start(("0", "1"), *LONG, "--jobs", "2", "--checkpoint-dir", str(checkpoints))
+    options = cluster.options if cluster else ()
+    sweep = place.start(("0", "1"), *LONG, *options, "--jobs", "2", "--checkpoint-dir", str(checkpoints))
     try:
         sweep.await_that(lambda: len({path.parent for path in checkpoints.glob("*/step-*")}) == 2)
-        cells = {pid: processes.identity(pid) for pid in sweep.cells().values()}
+        at_work = cluster.cells() if cluster else sweep.cells().values()
+        cells = {pid: processes.identity(pid) for pid in at_work}
         started = time.monotonic()
         (os.killpg if way.to_all else os.kill)(sweep.process.pid, message)
         status = sweep.process.wait(PATIENCE_SECONDS)
@@ -383,79 +397,87 @@ def fail(folder: Path, plws: Sequence[str] = PLWS[:3]) -> list[Outcome]:
     ]
 
 
-# PostgreSQL
+def lose_node(
+    folder: Path, cluster: services.RayCluster, scores: dict[str, tuple[float, ...]], plws: Sequence[str] = PLWS
+) -> list[Outcome]:
+    """A sweep on a Ray cluster, of which a node is killed while a cell is at work there."""
+    place, fault = Place(folder), "Ray: a node of three killed"
+    sweep = place.start(plws, *TINY, *SAVING, *cluster.options, "--jobs", "3")
+    try:
+        sweep.await_that(lambda: bool(cluster.at_work()) and place.trains())
+        lost = cluster.kill_node(cluster.at_work()[0])
+        sweep.wait()
+    finally:
+        sweep.kill_all()
+    return [
+        Outcome(fault, "cells that were lost with it", lost, "cell", 1),
+        Outcome(fault, "cells begun", sweep.said().count(" begins ("), "cells", len(plws) + lost),
+        *check(fault, place, scores),
+        *_once(fault, place),
+    ]
 
 
-class Postgres:
-    """A PostgreSQL of its own in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self._user = "postgres" if os.getuid() == 0 else None  # it refuses to be run by root
-        if self._user is not None:
-            shutil.chown(folder, self._user)
-        data = folder / "data"
-        self._run("initdb", "-D", str(data), "-U", "postgres", "--auth", "trust", "-E", "UTF8", "--no-sync")
-        settings = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        self._run("pg_ctl", "-D", str(data), "-o", settings, "-l", str(folder / "log"), "-w", "start")
-
-    @staticmethod
-    def missing() -> str | None:
-        """What is not there of what it needs; None where all is there."""
-        if not _drivers():
-            return "neither driver of it is installed, psycopg or psycopg2"
-        return None if _programs() else "PostgreSQL is not installed"
-
-    def database(self, name: str) -> str:
-        """The address of a new database without a table."""
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", name)
-        return f"postgresql+{_drivers()[0]}://postgres@127.0.0.1:{self._port}/{name}"
-
-    def close(self) -> None:
-        """End it."""
-        self._run("pg_ctl", "-D", str(self._folder / "data"), "-m", "immediate", "-w", "stop")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        subprocess.run(
-            [_programs()[-1].with_name(program), *arguments],
-            check=True,
-            cwd="/",
-            user=self._user,
-            group=self._user,
-            extra_groups=None if self._user is None else (),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+def lose_jobs(
+    folder: Path, cluster: services.Slurm, scores: dict[str, tuple[float, ...]], plws: Sequence[str] = PLWS
+) -> list[Outcome]:
+    """A sweep as an array of SLURM jobs, of which one is killed, and one is cancelled to make way for another job."""
+    place, fault = Place(folder, variables=cluster.environment), "SLURM: a job killed, a job preempted"
+    sweep = place.start(plws, *TINY, *SAVING, *cluster.options, "--jobs", "2")
+    try:
+        sweep.await_that(lambda: len(cluster.at_work()) == 2 and place.trains())
+        killed = cluster.at_work()[0]
+        cluster.ask("scancel", "--signal=KILL", "--full", killed)
+        sweep.await_that(lambda: len({*cluster.at_work()} - {killed}) == 2)
+        at_work = {*cluster.at_work()}
+        urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--output=/dev/null", "--wrap=sleep 1")
+        sweep.await_that(lambda: not cluster.ask("squeue", "--noheader", f"--jobs={urgent.strip()}"))
+        preempted = len(at_work - {*cluster.at_work()})
+        sweep.wait()
+    finally:
+        sweep.kill_all()
+    return [
+        Outcome(fault, "jobs that had to make way", preempted, "job", 1),
+        Outcome(fault, "cells begun", sweep.said().count(" begins ("), "cells", len(plws) + 2),
+        *check(fault, place, scores),
+        *_once(fault, place),
+    ]
 
 
-def _drivers() -> list[str]:
-    """The drivers that Python finds."""
-    return [name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name) is not None]
+SERVICES: dict[str, type[services.Service]] = {
+    "postgresql": services.Postgres,
+    "ray": services.RayCluster,
+    "interrupt-ray": services.RayCluster,
+    "slurm": services.Slurm,
+    "interrupt-slurm": services.Slurm,
+}
+BY_LUCK = ("sent while cells ran", "while the sweep ran")  # what need not be as often as it can be
 
 
-def _programs() -> list[Path]:
-    """The programs initdb of the PostgreSQLs that are installed, the newest last."""
-    found = shutil.which("initdb")
-    return [Path(found).resolve()] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+def _chosen(parts: str | None) -> list[str]:
+    """The parts that are done. Raises UsageError where one that is asked for cannot be done."""
+    chosen = [*PARTS] if parts is None else parts.split(",")
+    if unknown := {*chosen} - {*PARTS}:
+        raise click.UsageError(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    missing = {part: SERVICES[part].needs for part in chosen if part in SERVICES and not SERVICES[part].is_there()}
+    for part, needs in missing.items():
+        if parts is not None:
+            raise click.UsageError(f"part {part} cannot be done, as this machine has not got {needs}")
+        print(f"part {part} is left out, as this machine has not got {needs}", flush=True)
+    return [part for part in chosen if part not in missing]
 
 
-@contextmanager
-def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL that is there within the block."""
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chmod(scratch, 0o755)
-        server = Postgres(Path(scratch) / "postgresql")
-        try:
-            yield server
-        finally:
-            server.close()
-
-
-PARTS = ("kill", "server", "sqlite", "postgresql", "interrupt", "fail")
+PARTS = (
+    "kill",
+    "server",
+    "sqlite",
+    "postgresql",
+    "interrupt",
+    "fail",
+    "ray",
+    "interrupt-ray",
+    "slurm",
+    "interrupt-slurm",
+)
 
 
 @click.command(help=__doc__)
@@ -464,10 +486,10 @@ PARTS = ("kill", "server", "sqlite", "postgresql", "interrupt", "fail")
 @click.option("--losses", default=2, show_default=True, help="SIGKILLs of the server.")
 @click.option("--crowds", default="2,8", show_default=True, help="How many sweeps are started at once.")
 @click.option("--seed", default=1234, show_default=True, help="Seeds the moments.")
-@click.option("--parts", default=",".join(PARTS), show_default=True, help="What is done.")
-def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str) -> None:
+@click.option("--parts", help=f"What is done, of {','.join(PARTS)}; by default all that can be done here.")
+def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and theirs, ignore
-    chosen, outcomes = parts.split(","), list[Outcome]()
+    chosen, outcomes = _chosen(parts), list[Outcome]()
 
     def tell(new: list[Outcome]) -> None:
         outcomes.extend(new)
@@ -493,10 +515,8 @@ def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str
         numbers = [int(number) for number in crowds.split(",")]
         for number in numbers if "sqlite" in chosen else []:
             tell(crowd("SQLite", Place(folder / f"sqlite-{number}"), number, scores))
-        if "postgresql" in chosen and (missing := Postgres.missing()):
-            print(f"nothing is done with PostgreSQL: {missing}")
-        elif "postgresql" in chosen:
-            with postgres() as database:
+        if "postgresql" in chosen:
+            with services.running(services.Postgres) as database:
                 for number in numbers:
                     uri = database.database(f"crowd{number}")
                     tell(crowd("PostgreSQL", Place(folder / f"postgresql-{number}", uri), number, scores))
@@ -505,7 +525,23 @@ def main(file: Path, kills: int, losses: int, crowds: str, seed: int, parts: str
                 tell(interrupt(folder / f"interrupt-{number}", way))
         if "fail" in chosen:
             tell(fail(folder / "fail"))
+        if "ray" in chosen:
+            with services.running(services.RayCluster) as ray:
+                tell(lose_node(folder / "ray", ray, scores))
+        if "interrupt-ray" in chosen:
+            for number, way in enumerate(WAYS_ELSEWHERE):
+                with services.running(services.RayCluster) as ray:
+                    tell(interrupt(folder / f"interrupt-ray-{number}", way, ray))
+        if "slurm" in chosen:
+            with services.running(services.Slurm) as slurm:
+                tell(lose_jobs(folder / "slurm", slurm, scores))
+        if "interrupt-slurm" in chosen:
+            for number, way in enumerate(WAYS_ELSEWHERE):
+                with services.running(services.Slurm) as slurm:
+                    tell(interrupt(folder / f"interrupt-slurm-{number}", way, slurm))
     print(f"{time.monotonic() - started:.0f} s")
+    if any(outcome.count != outcome.whole and outcome.what not in BY_LUCK for outcome in outcomes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ fitted is listed with its reason, so that an analysis never stops at one model's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
+from plw_mlflow.analysis import findings
 from plw_mlflow.analysis.answers import Analysis, Answer, Refusal, Variant
 from plw_mlflow.analysis.score_table import (
     SCALES,
@@ -35,6 +35,7 @@ from plw_mlflow.analysis.statistics import (
     task_curves,
 )
 from plw_mlflow.analysis.statistics.differences import Difference
+from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.errors import UserError
@@ -76,38 +77,41 @@ def analyze(
             "give a margin on the scale of the scores"
         )
     types = task_types(checked)
+    unit = findings.Unit(widest, has_points=scale in ("none", "fraction"))
     fits: list[Fit] = []
     refusals: list[Refusal] = []
-    answers: list[Answer] = []
+    drafts: list[_Draft] = []
     for name, part in scaled.groupby("dataset"):
         dataset, attempts = str(name), _Attempts(str(name), refusals)
         grid = _grid(part, dataset, transform, also=by)
         fits_here = _fits(grid, scale, refits, seed, attempts)
         fits += fits_here
         lead = _lead(fits_here, len(part), refusals)
-        no_effect = attempts.results([("equivalence", partial(equivalence.assess_equivalence, grid, margin, widest))])
+        assess = partial(equivalence.assess_equivalence, grid, margin, widest)
+        over_tasks = next(iter(attempts.results([("equivalence", assess)])), None)
         resampled = attempts.results(
             (f"bootstrap over {over}", partial(bootstrap.bootstrap_optimum, grid, over, draws, seed))
             for over in BOOTSTRAPS
             if draws
         )
-        answer = Answer(
+        answer = partial(
+            Answer,
             dataset=dataset,
             lead=lead,
-            holm_p=math.nan,  # it and the verdict depend on all data sets' p-values, and follow below
-            verdict="",
-            equivalence=no_effect[0] if no_effect else None,
+            equivalence=over_tasks,
             bootstraps=resampled,
             by_task=task_curves.fit_task_curves(grid, types),
             by_type=_by_type(part, types, attempts, transform, scale, by),
             scales=[_variant(checked, lead, other, transform, other, by) for other in SCALES],
             transforms=[_variant(checked, lead, scale, other, other, by) for other in TRANSFORMS],
         )
-        answers.append(answer)
+        fixed = next((fit for fit in fits_here if fit.model == findings.ON_THESE), None)
+        of_these = None if fixed is None else assess(tasks_are_fixed=True)
+        drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, dict(attempts.refused)))
     return Analysis(
         fits=fits,
         refusals=refusals,
-        answers=_concluded(answers),
+        answers=_concluded(drafts, unit, margin),
         differences=_differences(scaled, by, transform, refusals),
         scale=scale,
         transform=transform,
@@ -116,12 +120,39 @@ def analyze(
     )
 
 
-def _concluded(answers: list[Answer]) -> list[Answer]:
+@dataclass(frozen=True)
+class _Draft:
+    """An answer before its p-values are corrected for the other data sets."""
+
+    answer: Callable[..., Answer]  # which lacks what depends on the corrected ones
+    grid: design.Grid
+    lead: Fit
+    over_tasks: Equivalence | None
+    fixed: Fit | None  # by findings.ON_THESE
+    of_these: Equivalence | None  # of the mean of these tasks
+    refused: dict[str, str]  # reasons, by what was refused
+
+    def concluded(self, holm_p: float, fixed_holm_p: float | None, unit: findings.Unit, margin: float | None) -> Answer:
+        """The answer, by the p-values corrected for the other data sets."""
+        reason = self.refused.get(findings.ON_THESE, "")
+        these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, reason)
+        reason = self.refused.get(findings.ON_OTHERS[0], "")
+        return self.answer(
+            holm_p=holm_p,
+            verdict=verdict(self.lead, self.over_tasks, holm_p),
+            these_tasks=these,
+            other_tasks=findings.about_others(self.lead, holm_p, self.over_tasks, unit, reason),
+            advice=findings.advise(these, self.fixed, self.grid, unit, margin),
+        )
+
+
+def _concluded(drafts: list[_Draft], unit: findings.Unit, margin: float | None) -> list[Answer]:
     """The answers with their p-values corrected for each other, and the verdicts these lead to."""
-    adjusted = multiple_testing.adjust_by_holm({answer.dataset: answer.lead.joint_p for answer in answers})
+    by_lead = multiple_testing.adjust_by_holm({draft.lead.dataset: draft.lead.joint_p for draft in drafts})
+    fixed = {draft.lead.dataset: draft.fixed.joint_p for draft in drafts if draft.fixed is not None}
+    by_fixed = multiple_testing.adjust_by_holm(fixed)
     return [
-        replace(answer, holm_p=holm_p, verdict=verdict(answer.lead, answer.equivalence, holm_p))
-        for answer, holm_p in zip(answers, adjusted.values(), strict=True)
+        draft.concluded(by_lead[draft.lead.dataset], by_fixed.get(draft.lead.dataset), unit, margin) for draft in drafts
     ]
 
 

@@ -33,6 +33,22 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one data set's scores answer to one question. What they do not tell is None."""
+
+    question: str  # in words
+    verdict: str  # the answer in words
+    kind: str = "untold"  # yes, perhaps (not when corrected for the number of data sets), not shown, or untold
+    model: str | None = None  # the statistical model that answers
+    p: float | None = None  # of the joint test
+    holm_p: float | None = None  # the same, corrected for looking at all data sets of the table
+    peak_plw: float | None = None  # None also where there is no peak inside the range
+    interval: list[list[float]] | None = None  # 95 %, of the peak, as none, one or several intervals
+    interval_is_open: bool = False  # whether the curve might as well not bend, so that the peak is not settled
+    equivalence: Equivalence | None = None  # how large differences between PLWs may be
+
+
+@dataclass(frozen=True)
 class Answer:
     """What one data set's scores say."""
 
@@ -46,6 +62,14 @@ class Answer:
     by_type: list[tuple[str, Fit]]  # type of task, and the lead's model fitted to its tasks
     scales: list[Variant]
     transforms: list[Variant]
+    these_tasks: Finding  # did PLW move these tasks?
+    other_tasks: Finding  # would it move others like them? By the lead, if that takes tasks as a sample
+    advice: str  # what to do, in one sentence
+
+    @property
+    def findings(self) -> tuple[Finding, Finding]:
+        """Both answers, in the order in which they are told."""
+        return self.these_tasks, self.other_tasks
 
     @property
     def shows_effect(self) -> bool:
@@ -77,3 +101,7 @@ class Analysis:
     def fits_of(self, dataset: str) -> list[Fit]:
         """The fits of one data set."""
         return [fit for fit in self.fits if fit.dataset == dataset]
+
+    def fit_of(self, dataset: str, model: str | None) -> Fit | None:
+        """A model's fit of one data set, if there is one."""
+        return next((fit for fit in self.fits_of(dataset) if fit.model == model), None)

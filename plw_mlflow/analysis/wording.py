@@ -78,10 +78,8 @@ def table_text(analysis: Analysis) -> str:
             f"{fit.dataset:{width}}  {fit.model:10} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
         )
     for answer in analysis.answers:
-        lines += ["", f"{answer.dataset} ({answer.lead.model}): {answer.verdict}"]
-        lines += [f"  {note}" for note in answer.lead.notes]
-        if answer.holm_p != answer.lead.joint_p and not answer.lead.has_too_few_runs:
-            lines.append(f"  p = {answer.holm_p:.2g} when corrected for {len(analysis.answers)} data sets (Holm).")
+        lines += ["", *answer_lines(answer)]
+        lines += [f"  note: {note}" for note in answer.lead.notes]
     for question in _differences(analysis):
         lines += ["", question]
     for (what, reason), datasets in analysis.refusals_by_reason.items():
@@ -90,9 +88,17 @@ def table_text(analysis: Analysis) -> str:
 
 
 def verdicts(analysis: Analysis) -> str:
-    """What the analysis says in short: a line for each data set, and one for each comparison of curves."""
-    lines = [f"{answer.dataset}: {answer.verdict}" for answer in analysis.answers]
+    """What the analysis says in short: three lines for each data set, and one for each comparison of curves."""
+    lines = [line for answer in analysis.answers for line in answer_lines(answer)]
     return "\n".join([*lines, *_differences(analysis)])
+
+
+def answer_lines(answer: Answer) -> list[str]:
+    """What to do, then both questions with their answers, a line each."""
+    return [
+        f"{answer.dataset}: {answer.advice}",
+        *(f"- {finding.question} {finding.verdict}" for finding in answer.findings),
+    ]
 
 
 def _differences(analysis: Analysis) -> list[str]:
@@ -148,6 +154,11 @@ FIT_WORDS = {
     "ols-task": (
         "A fixed level per task, least squares: the study's draft.",
         "As lmm, and only for these very tasks.",
+    ),
+    "fixed-tasks": (
+        "A fixed curve per task; their mean is tested by the residuals of runs' means over tasks, which have a run's "
+        "luck in them.",
+        "For these very tasks, however they differ. Exact with any number of tasks and runs, if residuals are normal.",
     ),
 }
 

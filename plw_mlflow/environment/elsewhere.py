@@ -32,6 +32,8 @@ def run(command: Sequence[str], variables: Mapping[str, str], folder: str, log: 
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
             for number in (signal.SIGUSR2, signal.SIGTERM):  # SLURM sends them to the command, too, which takes one
                 before.setdefault(number, signal.signal(number, lambda *_: process.terminate()))
+            # A cluster that a shell has started in the background ignores SIGINT, and then Ray's interrupts, too.
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 _await(process)
             finally:

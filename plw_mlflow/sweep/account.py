@@ -18,7 +18,9 @@ from plw_mlflow.environment.processes import INTERRUPTED
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Attempt, Sweep
 
-MOST_LOST = 5  # how often a cell is begun here whose process is lost each time: it may be what ends the machine
+# How often a cell is begun here that is cut short each time and gets no further: it may be what ends its machine, or be
+# given too little time.
+MOST_CUT_SHORT = 5
 
 State = Literal["finished", "failed", "cut short", "left"]
 
@@ -56,7 +58,7 @@ class Account:
         self.elsewhere: set[str] = set()  # identities of cells that other processes are at work on
         self.attempts: dict[str, list[Attempt]] = {}  # by identity, as the store had them last
         self._looked_at = 0.0
-        self._lost = Counter[str]()  # how often the process of a cell was lost with its machine, by identity
+        self._cut_short = Counter[tuple[str, str]]()  # how often a cell was, by its identity and how far it had got
         # Runs that had failed before, whose cells are tried again; a new failure is final.
         self._retried: set[str] = set()
         self.look()
@@ -113,18 +115,15 @@ class Account:
     def end(self, begun: Begun, exit_status: int | None, log: Path) -> None:
         """Take note of how the process of a cell has ended, and give the cell's claim back.
 
-        exit_status: None where the process was lost with its machine, so that the cell is to be run again.
+        exit_status: None where the process was lost with its machine. The cell is then run again, as one that was
+        interrupted is, unless it gets no further.
         """
         if log.exists():
             self.sweep.log_file(begun.run_id, log)
         self.look()
-        if exit_status != INTERRUPTED and begun.cell not in self.finished:  # an interrupted one can go on
-            if exit_status is None:
-                self._lost[begun.cell.identity] += 1
-            if exit_status is None and self._lost[begun.cell.identity] < MOST_LOST:
-                tracking.kill(begun.run_id)
-            elif exit_status is None:
-                tracking.fail(begun.run_id, f"its machine was lost {MOST_LOST} times", even_killed=True)
+        if begun.cell not in self.finished:
+            if exit_status in (None, INTERRUPTED):
+                self._take_note_of_cut(begun, "it was interrupted" if exit_status else "its machine was lost")
             else:
                 tracking.fail(begun.run_id, _reason(exit_status, log))
             self.look()
@@ -164,6 +163,17 @@ class Account:
         """A failed cell, and why it has failed."""
         attempt = self.attempts[cell.identity][0]
         return f"{cell.name} ({attempt.error or 'it did not say why'}; run {attempt.run_id})"
+
+    def _take_note_of_cut(self, begun: Begun, how: str) -> None:
+        """Leave a cell that was cut short to be run again, or fail it where that leads nowhere."""
+        identity = begun.cell.identity
+        far = next((one.standing for one in self._attempts_of(begun.cell) if one.run_id == begun.run_id), "")
+        self._cut_short[identity, far] += 1
+        if self._cut_short[identity, far] < MOST_CUT_SHORT:
+            tracking.kill(begun.run_id)
+            return
+        why = f"it was cut short {MOST_CUT_SHORT} times without getting further; the last time, {how}"
+        tracking.fail(begun.run_id, why, even_killed=True)
 
     def _attempts_of(self, cell: Cell) -> list[Attempt]:
         return self.attempts.get(cell.identity, [])

@@ -45,6 +45,7 @@ class Attempt:
     is_scored: bool
     error: str  # why it has failed, in its own words; empty where it did not say
     progress: str  # how far it was when it said so last
+    standing: str  # the last that the store has of its training: the name of a checkpoint, or of the registered model
     score: float | None
     is_child: bool  # whether the sweep's run is its parent
     is_adopted: bool  # whether it was made for another sweep, and is one of this sweep's cells too
@@ -330,6 +331,7 @@ def _attempt(run: Entity, sweep: str) -> Attempt:
         is_scored=tags.get("plw.status") == "scored",
         error=tags.get("plw.error", ""),
         progress=tags.get("plw.progress", ""),
+        standing=tags.get("plw.model_version") or tags.get("plw.checkpoint", ""),
         score=run.data.metrics.get("score"),
         is_child=tags.get("mlflow.parentRunId") == sweep,
         is_adopted=f"plw.also_in.{sweep}" in tags,

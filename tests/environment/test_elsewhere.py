@@ -20,7 +20,9 @@ def test_a_command_runs_in_a_folder_with_variables_and_as_the_child_of_this_proc
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_interrupts_the_command(tmp_path, number):
+def test_a_signal_interrupts_the_command(tmp_path, number, request):
+    found = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's jobs in the background do
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
     before = signal.getsignal(number)
     log = tmp_path / "log.txt"
 

@@ -39,7 +39,7 @@ class Account:
 
 
 def attempt_of(status, error="", progress="", score=None):
-    return Attempt("run", status, score is not None, error, progress, score, True, False)
+    return Attempt("run", status, score is not None, error, progress, "", score, True, False)
 
 
 def picture(table, width=80):

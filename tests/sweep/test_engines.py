@@ -7,6 +7,7 @@ import time
 import pytest
 
 from plw_mlflow.config import SweepConfig
+from plw_mlflow.environment import processes
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep import account as accounts
 from plw_mlflow.sweep import local, ray_tasks, running, slurm_jobs
@@ -16,12 +17,13 @@ from tests.sweep.test_account import finish, open_account, store  # noqa: F401
 
 
 class Fake:
-    """An engine whose machines are lost so often before each cell ends."""
+    """An engine whose cells are cut short so often before each ends: by default, their machines are lost."""
 
     poll_seconds = 0.0
 
-    def __init__(self, store, losses):  # noqa: F811
+    def __init__(self, store, losses, status=None, *, gets_further=False):  # noqa: F811
         self.store, self.losses, self.cells, self.folder = store, losses, [], None
+        self.status, self.gets_further = status, gets_further
         self.starts = []
 
     def room(self, running):
@@ -35,9 +37,12 @@ class Fake:
     def ended(self):
         over, self.cells = self.cells, []
         is_lost = len(self.starts) <= self.losses
-        for begun in over if not is_lost else []:
-            finish(self.store, begun.run_id)
-        return [Ended(begun, None if is_lost else 0, self.folder / "none") for begun in over]
+        for begun in over:
+            if not is_lost:
+                finish(self.store, begun.run_id)
+            elif self.gets_further:
+                self.store.set_tag(begun.run_id, "plw.checkpoint", f"cell/step-{len(self.starts)}")
+        return [Ended(begun, self.status if is_lost else 0, self.folder / "none") for begun in over]
 
     def end(self, patience):
         self.cells = []
@@ -53,13 +58,24 @@ def test_cells_whose_machine_is_lost_go_on_in_their_runs(store, open_account):  
     assert {run.info.status for run in store.search_runs(["0"])} == {"FINISHED"}
 
 
-def test_cells_that_are_lost_again_and_again_fail(store, open_account):  # noqa: F811
+@pytest.mark.parametrize(
+    ("status", "how"), [(None, "its machine was lost"), (processes.INTERRUPTED, "it was interrupted")]
+)
+def test_cells_that_are_cut_short_again_and_again_fail(status, how, store, open_account):  # noqa: F811
     account = open_account()
-    engine = Fake(store, losses=100)
+    engine = Fake(store, losses=100, status=status)
     running.run(account, engine, Lines(account))
     assert account.failed == account.cells
-    assert len(engine.starts) == accounts.MOST_LOST
-    assert "its machine was lost 5 times" in account.failure(account.cells[0])
+    assert len(engine.starts) == accounts.MOST_CUT_SHORT
+    why = f"it was cut short 5 times without getting further; the last time, {how}"
+    assert why in account.failure(account.cells[0])
+
+
+def test_cells_that_get_further_each_time_go_on(store, open_account):  # noqa: F811
+    account = open_account()
+    engine = Fake(store, losses=2 * accounts.MOST_CUT_SHORT, status=processes.INTERRUPTED, gets_further=True)
+    running.run(account, engine, Lines(account))
+    assert account.finished == account.cells
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ lmm-slopes  random intercept and curve by task, random intercept by run, residua
 lmm         random intercept by task: the first version of the study.
 beta        beta family, logit link, random intercept by task, Laplace: its fourth version.
 ols-task    fixed intercept by task: its draft.
+fixed-tasks a fixed curve per task; the mean curve is tested by the residuals of runs' means: of these very tasks alone.
 
 `lmm`, `beta` and `ols-task` assume that scores are independent and that PLW has the same effect on every task. Where
 either is wrong, their p-values are too small; benchmarks/analysis.py measures by how much.
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from plw_mlflow.analysis.statistics import beta, inference, over_tasks, random_intercept, random_slopes
+from plw_mlflow.analysis.statistics import beta, fixed_tasks, inference, over_tasks, random_intercept, random_slopes
 from plw_mlflow.analysis.statistics.design import Grid, is_close_together, is_of_curve
 from plw_mlflow.analysis.statistics.optimum import Parabola
 from plw_mlflow.errors import UserError
@@ -113,6 +114,7 @@ class _Result:
     is_restricted: bool = False
     aic_bic: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    keeps_level: bool = False  # with any number of runs, as luck is in its residuals
 
 
 def fewest_runs(terms: int, tasks: int) -> int:
@@ -286,6 +288,25 @@ def _ols(grid: Grid) -> _Result:
     )
 
 
+def _fixed(grid: Grid) -> _Result:
+    whole, left_out = grid.complete
+    if len(whole.scores) == 0:
+        raise UserError("no run is scored on every task")
+    means = fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
+    f, df1, df2, p = means.joint_test()
+    return _Result(
+        whole,
+        whole.terms,
+        means.coefficients,
+        means.covariance,
+        lambda _: float(means.free),
+        [JointTest("F of runs' means", float(f), df1, df2, float(p))],
+        {"residual of a run's mean": float(means.variance)},
+        notes=(f"Left out: {', '.join(left_out)}.",) if left_out else (),
+        keeps_level=True,
+    )
+
+
 FITS: dict[str, Callable[[Grid], _Result]] = {
     "crossed": partial(_over_tasks, runs_differ=True),
     "task-t": partial(_over_tasks, runs_differ=False),
@@ -293,6 +314,7 @@ FITS: dict[str, Callable[[Grid], _Result]] = {
     "lmm": _intercepts,
     "beta": _beta,
     "ols-task": _ols,
+    "fixed-tasks": _fixed,
 }
 
 
@@ -359,7 +381,7 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         n=int((~np.isnan(grid.scores)).sum()),
         runs=len(grid.scores),
         tasks=len(grid.tasks),
-        fewest_runs=fewest_runs(len(grid.terms), len(grid.tasks)),
+        fewest_runs=fewest_runs(len(grid.terms), 1 if result.keeps_level else len(grid.tasks)),
         plws=list(grid.transform.plws),
         coefficients=dict(zip(result.terms, b.tolist(), strict=True)),
         standard_errors=dict(zip(result.terms, errors.tolist(), strict=True)),

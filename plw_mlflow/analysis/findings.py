@@ -1,0 +1,131 @@
+"""Two questions, two answers, in plain words: did PLW move these tasks, and would it move others like them?
+
+The first is answered by `fixed-tasks`; the second by the fit that leads, if that takes tasks as a sample. Both are
+corrected for the number of data sets looked at. What to do follows from the first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scipy import stats
+
+from plw_mlflow.analysis.answers import Finding
+from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.equivalence import Equivalence
+from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.optimum import LEVEL, POWER
+from plw_mlflow.analysis.wording import highest_end, interval
+
+ON_THESE = "fixed-tasks"  # the model that answers the first question
+ON_OTHERS = ("crossed", "lmm-slopes")  # the models that can answer the second
+MOST_SEEDS = 99  # that advice names
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How differences of scores are told."""
+
+    widest: float | None  # that two scores can have; None where their scale has no ends
+    has_points: bool  # whether a hundredth of it is a point
+
+    @property
+    def point(self) -> float | None:
+        """The difference that is as good as none unless a margin is given: a point, or a hundredth of the scale."""
+        return None if self.widest is None else self.widest / 100
+
+    def words(self, difference: float) -> str:
+        """A difference as a text."""
+        if not self.has_points or self.point is None:
+            return f"{difference:.2g}"
+        points = f"{difference / self.point:.2g}"
+        return f"{points} point{'s' * (points != '1')}"
+
+
+def about_these(
+    fit: Fit | None, holm_p: float | None, equal: Equivalence | None, tasks: int, unit: Unit, why_not: str
+) -> Finding:
+    """Did PLW move these tasks? fit: by `fixed-tasks`, None where it could not be fitted, with the reason."""
+    question = f"Did PLW move {'this task' if tasks == 1 else f'these {tasks} tasks'}?"
+    mean = "its score" if tasks == 1 else "their mean score"
+    return _finding(question, fit, holm_p, equal, unit, mean, why_not)
+
+
+def about_others(lead: Fit, holm_p: float, equal: Equivalence | None, unit: Unit, why_not: str) -> Finding:
+    """Would PLW move other tasks like these? lead: the fit that leads; why_not: why that is not by `crossed`."""
+    question = f"Would it move others like {'it' if lead.tasks == 1 else 'them'}?"
+    fit = lead if lead.model in ON_OTHERS else None
+    return _finding(question, fit, holm_p, equal, unit, "the mean of such tasks", why_not)
+
+
+def _finding(
+    question: str, fit: Fit | None, holm_p: float | None, equal: Equivalence | None, unit: Unit, mean: str, why_not: str
+) -> Finding:
+    if fit is None or holm_p is None:
+        return Finding(question, f"These scores cannot tell: {why_not}.")
+    if fit.has_too_few_runs:
+        few = f"there are {fit.runs}, and it takes at least {fit.fewest_runs}"
+        return Finding(question, f"Too few runs to tell: {few}.", model=fit.model)
+    kind = "yes" if holm_p < LEVEL else "perhaps" if fit.joint_p < LEVEL else "not shown"
+    p = f"p = {fit.joint_p:.2g}" + f" by itself, {holm_p:.2g} for so many data sets" * (kind == "perhaps")
+    words = f"{kind.capitalize()} ({p}): {mean} "
+    if fit.optimum_plw is None:
+        words += f"has no peak inside the range, and is highest at PLW {highest_end(fit):.3g}."
+    else:
+        words += f"peaks at PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)})"
+        words += ", which may be chance." if kind != "yes" else "; where is not settled." * fit.optimum_set_is_unbounded
+        words = words.removesuffix(".") + "."
+    if equal is not None and equal.smallest_margin is not None:
+        words += f" No two PLWs tried differ by more than {unit.words(equal.smallest_margin)} (95 % sure)."
+    if equal is not None and equal.p is not None and equal.margin is not None:
+        shown = "is" if equal.p < LEVEL else "is not"
+        words += f" That none differ by {unit.words(equal.margin)} {shown} shown (p = {equal.p:.2g})."
+    return Finding(
+        question,
+        words,
+        kind,
+        fit.model,
+        fit.joint_p,
+        holm_p,
+        fit.optimum_plw,
+        None if fit.optimum_plw is None else fit.optimum_set,
+        fit.optimum_plw is not None and fit.optimum_set_is_unbounded,
+        equal,
+    )
+
+
+def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: float | None) -> str:
+    """What to do, in one sentence, by what was found for these tasks; fit: that finding's.
+
+    margin: a difference that is as good as none; where it was not given, a point.
+    """
+    margin = unit.point if margin is None else margin
+    equal = these.equivalence
+    if equal is not None and equal.smallest_margin is not None and equal.smallest_margin <= (margin or 0):
+        return f"Any value will do, within {unit.words(equal.smallest_margin)}."
+    if these.kind == "yes" and fit is not None:
+        if fit.optimum_plw is None:
+            return f"Use PLW {highest_end(fit):.2g} on data like these."
+        if len(ends := fit.optimum_set or []) == 1 and not fit.optimum_set_is_unbounded:
+            return f"Use {ends[0][0]:.2g} to {ends[0][1]:.2g} on data like these."
+        return f"Use PLW {fit.optimum_plw:.2g} for now: it scores best, but where the peak lies is not settled."
+    if fit is None or equal is None or margin is None:
+        return "These runs cannot tell; more seeds would."
+    more = seeds_needed(fit, equal.standard_error, grid, margin)
+    seeds = f"{more} more seed{'s' * (more > 1)}" if more <= MOST_SEEDS else f"more than {MOST_SEEDS} more seeds"
+    return f"These runs cannot tell: {seeds} would, if PLW makes a difference of {unit.words(margin)}."
+
+
+def seeds_needed(fit: Fit, standard_error: float, grid: Grid, margin: float) -> int:
+    """How many more seeds, at each PLW and model, let 4 of 5 such studies find a difference of the margin.
+
+    standard_error: of a difference, as these runs have it. One at least; MOST_SEEDS + 1 where that many are too few.
+    """
+    cells, terms = len(grid.runs.drop(columns="seed").drop_duplicates()), len(fit.coefficients)
+    for more in range(1, MOST_SEEDS + 1):
+        runs = fit.runs + more * cells
+        reach = stats.t.ppf(1 - LEVEL / 2, runs - terms) + stats.t.ppf(POWER, runs - terms)
+        if reach * standard_error * math.sqrt(fit.runs / runs) <= margin:
+            return more
+    return MOST_SEEDS + 1

@@ -1,0 +1,118 @@
+"""Are both questions answered in plain words, and does the advice follow from the answers?"""
+
+import dataclasses
+
+import pytest
+
+from plw_mlflow.analysis import analyze, exports, findings, score_table, wording
+from tests.analysis.test_analyze import simulate
+from tests.stores import ROOT
+
+STUDY = ROOT / "paper" / "tables" / "v1_scores.csv"
+
+
+@pytest.fixture(scope="module")
+def study():
+    return analyze.analyze(score_table.read_scores(STUDY), draws=0)
+
+
+def answer_of(analysis, dataset="AlpacaDataShort"):
+    return next(answer for answer in analysis.answers if answer.dataset == dataset)
+
+
+def test_both_questions_are_answered_in_their_order(study):
+    lines = wording.verdicts(study).splitlines()
+    at = lines.index("AlpacaDataShort: Use 0.18 to 0.39 on data like these.")
+    these, others = lines[at + 1 : at + 3]
+    assert these.startswith("- Did PLW move these 8 tasks? Yes (p = 3.9e-07): their mean score peaks at PLW 0.243 ")
+    assert "(95 % interval 0.177 to 0.395)" in these
+    assert others.startswith("- Would it move others like them? Not shown (p = 0.16): ")
+    assert "(95 % interval 0 to 0.0338 or 0.0802 to 1), which may be chance." in others
+    assert all(line in wording.table_text(study) for line in (lines[at], these, others))
+
+
+def test_an_effect_too_small_to_matter_is_said_to_be_so(study):
+    plain = answer_of(study, "AlpacaData")
+    assert plain.these_tasks.kind == "yes"
+    assert plain.advice == "Any value will do, within 0.34 points."
+    assert plain.these_tasks.equivalence.smallest_margin == pytest.approx(0.0034, abs=5e-5)
+    strict = analyze.analyze(score_table.read_scores(STUDY), margin=0.002, draws=0)
+    assert not answer_of(strict, "AlpacaData").advice.startswith("Any value")
+
+
+def test_fit_json_has_both_answers(study):
+    told = exports.to_json(study, score_table.read_scores(STUDY))
+    answer = next(one for one in told["answers"] if one["dataset"] == "AlpacaDataShort")
+    fits = {fit["model"]: fit for fit in told["fits"] if fit["dataset"] == "AlpacaDataShort"}
+    for key, model in (("these_tasks", "fixed-tasks"), ("other_tasks", "crossed")):
+        found, fit = answer[key], fits[model]
+        assert found["model"] == model
+        assert (found["p"], found["holm_p"]) == (fit["joint_p"], fit["holm_p"])
+        assert (found["peak_plw"], found["interval"]) == (fit["optimum_plw"], fit["optimum_set"])
+    assert answer["lead"] == "crossed"
+    assert answer["advice"] == answer_of(study).advice
+
+
+@pytest.mark.parametrize(
+    ("p", "holm_p", "kind"), [(0.01, 0.03, "yes"), (0.02, 0.06, "perhaps"), (0.2, 0.6, "not shown")]
+)
+def test_the_number_of_data_sets_counts(study, p, holm_p, kind):
+    fit = study.fit_of("AlpacaDataShort", "fixed-tasks")
+    test = dataclasses.replace(fit.joint_tests[0], p=p)
+    found = findings.about_these(
+        dataclasses.replace(fit, joint_tests=[test]), holm_p, None, 8, findings.Unit(1.0, True), ""
+    )
+    assert found.kind == kind
+    assert found.verdict.startswith(kind.capitalize())
+    assert ("for so many data sets" in found.verdict) == (kind == "perhaps")
+    assert ("may be chance" in found.verdict) == (kind != "yes")
+
+
+def test_few_tasks_tell_of_themselves_only():
+    (answer,) = analyze.analyze(simulate(tasks=2, b=(0.5, 0.2, -0.15)), draws=0).answers
+    assert answer.these_tasks.kind == "yes"
+    assert (answer.other_tasks.kind, answer.other_tasks.p, answer.other_tasks.peak_plw) == ("untold", None, None)
+    assert "needs 4 tasks or more, there are 2" in answer.other_tasks.verdict
+    (one,) = analyze.analyze(simulate(tasks=1), draws=0).answers
+    assert one.these_tasks.question == "Did PLW move this task?"
+
+
+def test_three_runs_tell_nothing():
+    table = simulate(seeds=1)
+    (answer,) = analyze.analyze(table[table["plw"].isin([0, 0.1, 1])], draws=0).answers
+    assert [finding.kind for finding in answer.findings] == ["untold", "untold"]
+    assert answer.advice == "These runs cannot tell; more seeds would."
+    assert "3 runs are too few" in answer.these_tasks.verdict
+
+
+def test_seeds_that_are_named_are_enough():
+    """Where the noise stays as it is, so many more seeds find the margin in 4 of 5 studies, and one fewer do not."""
+    table = simulate(seeds=1, b=(0.5, 0, 0), sd=0.05)
+    (answer,) = analyze.analyze(table, draws=0).answers
+    assert answer.these_tasks.kind == "not shown"
+    (grid,) = analyze.grids(table)
+    fit = analyze.analyze(table, draws=0).fits[-1]
+    error = answer.these_tasks.equivalence.standard_error
+    more = findings.seeds_needed(fit, error, grid, 0.01)
+    assert 1 < more < findings.MOST_SEEDS
+    assert answer.advice == (f"These runs cannot tell: {more} more seeds would, if PLW makes a difference of 1 point.")
+    assert findings.seeds_needed(fit, error, grid, 0.02) < more
+    assert findings.seeds_needed(fit, error, grid, 1e-6) == findings.MOST_SEEDS + 1
+    assert findings.seeds_needed(fit, error, grid, 1.0) == 1
+
+
+def test_differences_are_told_in_points_where_scores_have_them():
+    assert findings.Unit(1.0, True).words(0.0071) == "0.71 points"
+    assert findings.Unit(100.0, True).words(1) == "1 point"
+    assert findings.Unit(None, False).words(0.0071) == "0.0071"
+    assert findings.Unit(1.0, False).words(0.2) == "0.2"
+
+
+@pytest.mark.parametrize(
+    ("b", "starts"),
+    [((0.3, 0.3, -0.01), "Use PLW 1 on data"), ((0.3, 0.4, -0.3), "Use "), ((0.6, -0.3, 0.01), "Use PLW 0 ")],
+)
+def test_what_to_do_follows_from_the_curve(b, starts):
+    (answer,) = analyze.analyze(simulate(b=b), draws=0).answers
+    assert answer.these_tasks.kind == "yes"
+    assert answer.advice.startswith(starts)
