@@ -20,6 +20,7 @@ from plw_mlflow.tracking.connection import get_run
 from plw_mlflow.tracking.run import Run
 
 CHARACTERS = 5000  # of a description; databases keep no more
+MOST_STEPS = 5  # in the table of losses
 MOST_TASKS = 40  # in the table of scores
 # The options that decide most of a recipe, in the order in which a card has them.
 RECIPE = (
@@ -83,7 +84,7 @@ def card(run: Run, version: ModelVersion, scores: pd.DataFrame) -> str:
         *_scores(scores, found),
         "## Recipe",
         ", ".join(f"{name.replace('_', '-')} {_code(value)}" for name, value in _recipe(params)),
-        *_losses(found.data.metrics),
+        *_losses(run, found.data.metrics, link),
         "## How to load it",
         _loading(version, is_adapter),
         "## Intended use",
@@ -137,9 +138,17 @@ def _recipe(params: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, params[name]) for name in names if params.get(name) not in (None, "")]
 
 
-def _losses(metrics: Mapping[str, float]) -> list[str]:
-    known = [f"{words} {metrics[name]:.4f}" for name, words in LOSSES.items() if name in metrics]
-    return [f"At the end: {', '.join(known)}."] if known else []
+def _losses(run: Run, metrics: Mapping[str, float], link: str) -> list[str]:
+    """The losses at some steps, the last among them, and where the curves are."""
+    curves = {words: run.curves.values(name) for name, words in LOSSES.items() if name in metrics}
+    if not curves:
+        return []
+    steps = sorted(set.intersection(*map(set, curves.values())))  # with an evaluation, where there is one
+    if not steps:
+        return []
+    chosen = [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
+    rows = [[str(step), *(f"{curve[step]:.4f}" for curve in curves.values())] for step in dict.fromkeys(chosen)]
+    return [_table(["step", *curves], rows), f"The curves are among the [metrics of the run]({link}/model-metrics)."]
 
 
 def _loading(version: ModelVersion, is_adapter: bool) -> str:

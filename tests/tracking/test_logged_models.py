@@ -96,7 +96,7 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
 
 
 def check_page_of_logged_model(store, run_id):
-    """The losses are the last ones, and the scores are of no training data."""
+    """The losses are the last ones, and each score is of its benchmark."""
     (output,) = store.get_run(run_id).outputs.model_outputs
     metrics = store.get_logged_model(output.model_id).metrics
     assert {metric.key: (metric.step, metric.value) for metric in metrics} == {
@@ -106,7 +106,14 @@ def check_page_of_logged_model(store, run_id):
         "a/acc_stderr": (0, 0.1),
         "score": (0, 0.25),
     }
-    assert {metric.dataset_name for metric in metrics} == {None}
+    assert {metric.key: metric.dataset_name for metric in metrics if metric.dataset_name} == {
+        "a/acc": "a",
+        "a/acc_stderr": "a",
+    }
+    inputs = store.get_run(run_id).inputs.dataset_inputs
+    contexts = {one.dataset.name: {tag.key: tag.value for tag in one.tags} for one in inputs}
+    assert contexts["toy-short"]["mlflow.data.context"] == "training"
+    assert contexts["a"] == {"mlflow.data.context": "evaluation", "version": "1.0"}
 
 
 @pytest.fixture
