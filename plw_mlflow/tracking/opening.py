@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from plw_mlflow import __version__
 from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import Refused, without_passwords
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import connection, own_devices
 from plw_mlflow.tracking.connection import await_reachable, check_reachable, explained, get_run, hurried, patiently
 from plw_mlflow.tracking.resumption import giving_signs_of_life
 from plw_mlflow.tracking.run import Run
@@ -52,6 +52,7 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
         status_before = None if run_id is None or goes_on else status
         wrapper = None if run_id is None else leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
+        own_devices.restrict()
         active = mlflow.start_run(run_id=run_id, run_name=short if run_id is None or goes_on else None)
     except MlflowException as error:
         raise explained("opening a run", error) from error
