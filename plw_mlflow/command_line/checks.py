@@ -48,7 +48,15 @@ from plw_mlflow.toy import TOY_FOLDER
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 VERIFICATION = ("verification.json",)
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
-FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
+FIGURES = (
+    "answer-*",
+    "curve-*",
+    "tasks-*",
+    "optimum-*",
+    "residuals-*",
+    "overview.*",
+    "no-effect.*",
+)  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
 OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
