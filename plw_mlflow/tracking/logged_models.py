@@ -288,7 +288,7 @@ def folder_of(run: Run) -> Iterator[Path]:
 
 def _own_model(run: Run) -> str:
     """The id of the model that a run has logged. Raises UserError where there is none."""
-    found = run.client.get_run(run.id)
+    found = connection.get_run(run.id)
     outputs = found.outputs.model_outputs if found.outputs else []
     logged = [run.client.get_logged_model(output.model_id) for output in outputs]
     complete = [model.model_id for model in logged if model.status == LoggedModelStatus.READY and model.name != MERGED]
