@@ -15,11 +15,13 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
+from plw_mlflow.tracking.comparable import by_value
 from plw_mlflow.tracking.descriptions import describe_cell
 from plw_mlflow.tracking.experiments import LOOKING
 from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
+    files_digest,
     load_model,
     load_registered,
     log_adapter,
@@ -28,6 +30,7 @@ from plw_mlflow.tracking.logged_models import (
     trained_in,
 )
 from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run
+from plw_mlflow.tracking.records import CURVES, Record, note_verification, reading, recorded, scratch_run
 from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
@@ -37,17 +40,21 @@ from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before
 
 __all__ = [
     "CLAIM",
+    "CURVES",
     "LOOKING",
     "Attempt",
     "Measured",
+    "Record",
     "Run",
     "StoredCheckpoints",
     "Sweep",
     "begin_cell",
+    "by_value",
     "check_data",
     "child_environment",
     "describe_cell",
     "fail",
+    "files_digest",
     "finished_before",
     "generation_ratios",
     "holding_lease",
@@ -64,9 +71,13 @@ __all__ = [
     "log_scores",
     "mark_best",
     "measured_before",
+    "note_verification",
     "open_run",
     "open_sweep",
     "read_scores",
+    "reading",
+    "recorded",
     "score_table",
+    "scratch_run",
     "trained_in",
 ]

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from plw_mlflow import __version__
 from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import Refused, without_passwords
-from plw_mlflow.tracking import connection, experiments
+from plw_mlflow.tracking import connection, experiments, own_devices
 from plw_mlflow.tracking.connection import await_reachable, check_reachable, explained, get_run, hurried, patiently
 from plw_mlflow.tracking.resumption import giving_signs_of_life
 from plw_mlflow.tracking.run import Run
@@ -55,8 +55,9 @@ def open_run(
         existing = run_id or os.environ.get("MLFLOW_RUN_ID")
         status = get_run(existing).info.status if existing else None  # raises if the run is unknown or was deleted
         status_before = None if run_id is None or goes_on else status
-        wrapper = None if run_id is None else _leave_wrapper(run_id)
+        wrapper = None if run_id is None else leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
+        own_devices.restrict()
         belongs_to = None if existing or experiments.is_named() else experiments.experiment_id(experiment)
         keeps_name = is_of_sweep or (run_id is not None and not goes_on)
         active = mlflow.start_run(run_id, belongs_to, run_name=None if keeps_name else short)
@@ -177,7 +178,7 @@ def _cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 2] + " …"
 
 
-def _leave_wrapper(run_id: str) -> str | None:
+def leave_wrapper(run_id: str) -> str | None:
     """The id of the run that `mlflow run` has opened for work on `run_id`, if any. A tag on it says what it was for.
 
     Nothing else is logged into it.
