@@ -203,7 +203,11 @@ def test_a_changed_line_of_code_is_named(moved, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "file", "name"), [("full", "model/model", "embed_tokens"), ("lora", "peft/adapter_model", "lora_B")]
+    ("method", "file", "name"),
+    [
+        ("full", "model/model", "embed_tokens"),
+        pytest.param("lora", "peft/adapter_model", "lora_B", marks=pytest.mark.slow),
+    ],
 )
 def test_a_tampered_model_is_named_without_training(moved, method, file, name):
     folder, run_id = moved(method)
