@@ -16,6 +16,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.comparable import by_value
+from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.inputs import check_data, log_data
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
@@ -69,6 +70,7 @@ __all__ = [
     "note_verification",
     "open_run",
     "open_sweep",
+    "patiently",
     "read_scores",
     "reading",
     "recorded",
