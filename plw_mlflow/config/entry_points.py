@@ -408,6 +408,8 @@ class AnalyzeConfig(Config):
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
     """Difference of scores that counts as none; tests whether PLW's effect is smaller (unset: not tested)."""
+    claims: bool = False
+    """Judge the study's claims (paper/claims.json) by these scores: reproduced, contradicted, or cannot tell."""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
     parametric: int = 0
@@ -421,7 +423,7 @@ class AnalyzeConfig(Config):
     next: int | None = None
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
@@ -440,6 +442,8 @@ class AnalyzeConfig(Config):
                     faults.append(f"{name} is {spell(value)}, but that is for power: give --power")
         if self.assume is not None and self.next is not None:
             faults.append("next needs scores, not assume")
+        if self.assume is not None and self.claims:
+            faults.append("claims needs scores, not assume")
         return faults
 
 
