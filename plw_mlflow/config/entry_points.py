@@ -31,7 +31,17 @@ from plw_mlflow.config.options import (
     no_effect,
     too_small,
 )
-from plw_mlflow.config.values import data_name, digest, flag, read, short_name, shown_name, spell, split_list
+from plw_mlflow.config.values import (
+    IN_DATA_NAME,
+    data_name,
+    digest,
+    flag,
+    read,
+    short_name,
+    shown_name,
+    spell,
+    split_list,
+)
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 
@@ -207,7 +217,6 @@ class MainConfig(TrainConfig, ScoreOptions):
 
 _CELL_HINTS = typing.get_type_hints(MainConfig)
 _AXES = ("plw", "dataset", "model", "seed", "method")  # the fields of SweepAxes
-IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # options that the name of a cell's data contains
 LISTED_IN_NAME = 6  # PLWs, in the name of a sweep
 # What a sweep may list several values of: options that decide what comes out of a cell, but for those whose commas are
 # their own, and those that name folders.
@@ -376,6 +385,10 @@ class SweepConfig(
         of_many = f"{plws[0]:g} to {plws[-1]:g} ({len(plws)})"
         data = dict.fromkeys(data_name(cell.dataset, cell, short_name) for cell in self.cells())
         return f"{', '.join(data)} plw {some if len(plws) <= LISTED_IN_NAME else of_many}"
+
+    def by(self) -> tuple[str, ...]:
+        """The listed options that have curves of their own, since the name of the data does not contain them."""
+        return tuple(name for name in self.listed() if name not in IN_DATA_NAME)
 
     def cells(self) -> list[MainConfig]:
         """One `main` per combination, in an order that completes one curve over PLW after another.

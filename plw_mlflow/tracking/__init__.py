@@ -17,6 +17,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.comparable import by_value
+from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.descriptions import describe_cell
 from plw_mlflow.tracking.experiments import LOOKING
 from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
@@ -75,6 +76,7 @@ __all__ = [
     "note_verification",
     "open_run",
     "open_sweep",
+    "patiently",
     "read_scores",
     "reading",
     "recorded",
