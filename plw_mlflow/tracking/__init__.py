@@ -24,6 +24,7 @@ from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
     files_digest,
+    is_logged,
     load_model,
     load_registered,
     log_adapter,
@@ -60,6 +61,7 @@ __all__ = [
     "finished_before",
     "generation_ratios",
     "holding_lease",
+    "is_logged",
     "kill",
     "load_model",
     "load_registered",

@@ -26,7 +26,7 @@ from plw_mlflow.config import flag, spell
 from plw_mlflow.errors import Refused, UserError
 from plw_mlflow.tracking import experiments, pages
 from plw_mlflow.tracking.cells import parameters
-from plw_mlflow.tracking.claims import Claims
+from plw_mlflow.tracking.claims import SILENT_SECONDS, Claims
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.opening import open_run
 from plw_mlflow.tracking.run import Run
@@ -230,7 +230,14 @@ def _bytes(listing: Callable[[str | None], Sequence[FileInfo]], path: str | None
 @contextmanager
 def _sole(claims: Claims, name: str) -> Iterator[None]:
     """Within the block, this process holds a claim; it waits for others that hold it."""
+    has_waited = False
     while not claims.take(name):
+        if not has_waited:
+            minutes = SILENT_SECONDS // 60
+            print(
+                f"waiting for another process of this sweep; if it has died elsewhere, {minutes:g} minutes", flush=True
+            )
+        has_waited = True
         time.sleep(WAIT_SECONDS)
     yield
     claims.release(name)  # after an error, all claims are removed by `giving_signs_of_life`
