@@ -126,7 +126,8 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         ):
             yield partial(_template, template, tokenizer or model)
     if isinstance(config, RecipeOptions):  # main, train and sweep
-        yield from _abilities(config)
+        if getattr(config, "engine", "local") == "local":  # a cluster's machines may be able to do more than this one
+            yield from _abilities(config)
         for model in _listed(config, "model"):
             yield partial(_model, model)
     if _reads_data(config) and config.tokenizer is None:
