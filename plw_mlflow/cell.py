@@ -129,6 +129,16 @@ def check_data(config: TrainConfig) -> None:
     _prepare(config)
 
 
+def identify(config: TrainConfig) -> tuple[str, dict[str, str]]:
+    """What identifies a cell: a digest, and the contents that it is of, beside the options.
+
+    The data are read for it, and tokenised if they have not been.
+    """
+    tokenizer, prepared = _prepare(config)
+    contents = _contents(config, prepared, tokenizer)
+    return digest(config.identity() | contents), contents
+
+
 def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
     """The tokenizer and the prepared data of a cell. Raises UserError where the model cannot be trained on them."""
     settings = pretrained.load_config(config.model)
@@ -238,6 +248,7 @@ def _keep(
     with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
     """
     kind: torch.dtype = getattr(torch, _saved_precision(config))
+    example = _example(config, tokenizer)
     run.tag(save_precision=_saved_precision(config))
     kept = config.logged()
     if kept == "merged":
@@ -245,13 +256,19 @@ def _keep(
     export.write(model, tokenizer, adapter, config.output, kind)
     if kept == "merged":
         run.log_folder(adapter, outputs.ADAPTER)
-        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps, example)
     elif kept == "adapter":
-        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps)
+        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps, example)
     else:
         run.tag(status="trained")
     if isinstance(config, MainConfig):  # which scores it
         held.widen(model, but_linear=not _needs_float32(config))
+
+
+def _example(config: TrainConfig, tokenizer: Any) -> str:
+    """A prompt in the template that a cell is trained with, as an example of what its model may be asked."""
+    instruction = {"role": "user", "content": "Write one sentence about a river."}
+    return str(prompting.wrapping(config.template, tokenizer, config.prompt_border)([instruction]))
 
 
 def _saved_precision(config: TrainConfig) -> str:

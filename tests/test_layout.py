@@ -11,7 +11,18 @@ from plw_mlflow.config import CONFIGS
 from tests.stores import ROOT
 
 ROOMS = (
-    *("entrypoints", "command_line", "sweep", "cell", "tracking", "advice", "evaluation", "training", "models"),
+    *(
+        "entrypoints",
+        "command_line",
+        "sweep",
+        "verification",
+        "cell",
+        "tracking",
+        "advice",
+        "evaluation",
+        "training",
+        "models",
+    ),
     *("analysis", "statistics", "data", "config", "toy", "environment"),
     *("drawing", "transforms", "study", "seeding", "errors", "__version__"),
 )

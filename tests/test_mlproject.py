@@ -53,7 +53,7 @@ def test_a_value_that_looks_like_an_option_is_none(value, capsys):
 @pytest.mark.parametrize("project", PROJECTS)
 def test_mlproject_has_the_entry_points(project):
     entries = read(project)["entry_points"]
-    assert set(entries) == {"main", "prepare", "train", "evaluate", "analyze", "advise", "sweep"}
+    assert set(entries) == {"main", "prepare", "train", "evaluate", "analyze", "advise", "sweep", "verify"}
     for name, entry in entries.items():
         assert entry["command"].startswith(f"{PROJECTS[project]}python -m entrypoints.{name} ")
 

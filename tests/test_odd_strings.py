@@ -116,6 +116,7 @@ FOLDERS = {"output", "checkpoint_dir", "cache_dir"}  # options that name folders
 PAIRS = [(name, field.name, odd) for name, kind in CONFIGS.items() for field in fields(kind) for odd in ODD]
 # What a command needs beside the option that is tried, so that it gets beyond its own demands.
 BESIDE = {"evaluate": {"run_id": "r"}, "analyze": {"experiment": "e"}, "advise": {"ratio": "1"}}
+BESIDE["verify"] = {"run_id": "r"}
 
 
 def tree(folder):

@@ -51,8 +51,9 @@ def test_main_puts_everything_on_one_run(place, cell_run):
         "method": "full",
     }.items() <= run.data.params.items()
     assert run.data.params.keys() == {field for field in MainConfig.__dataclass_fields__}
-    (data,) = run.inputs.dataset_inputs
-    assert run.data.tags["plw.data_sha256"].startswith(data.dataset.digest)
+    used = {one.dataset.name: one for one in run.inputs.dataset_inputs}
+    assert used.keys() == {"toy-short", "toy_choice", "toy_short", "toy_long"}
+    assert run.data.tags["plw.data_sha256"].startswith(used["toy-short"].dataset.digest)
     assert json.loads((found / "profile.json").read_text())["sources"][0]["sha256"] == run.data.tags["plw.data_sha256"]
     steps = [point.step for point in place.client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == list(range(1, len(steps) + 1))
@@ -88,7 +89,8 @@ def test_the_model_is_registered_and_the_scores_are_the_models(place, cell_run):
     assert shown["score"] == run.data.metrics["score"]
     assert shown["train/loss"] == run.data.metrics["train/loss"]  # of the last step
     assert shown["eval/completion_loss"] == run.data.metrics["eval/completion_loss"]
-    assert {metric.dataset_name for metric in model.metrics} == {None}
+    measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
+    assert (measured_on["toy_long/bleu"], measured_on["train/loss"], measured_on["score"]) == ("toy_long", None, None)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])

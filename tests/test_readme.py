@@ -45,7 +45,7 @@ SLOW = "run by make test-slow"
 LANGUAGES = {"sh", "python", "text"}  # of which text is what a command prints
 COPIED = ("Makefile", "benchmarks", "conda.yaml", "docs", "entrypoints", "local", "paper", "plw_mlflow")
 # Programs of others, whose options are not checked here.
-OTHERS = {"docker", "export", "kubectl", "lm_eval", "pip", "python3", "source", "~/mlflow/bin/pip"}
+OTHERS = {"curl", "docker", "export", "kubectl", "lm_eval", "pip", "python3", "source", "~/mlflow/bin/pip"}
 MAKE = 'make() { if [ "$1" = test ]; then command make --dry-run test; else command make -o setup "$@"; fi; }\n'
 OTHERS_OPTIONS = {"--allowed-hosts", "--build-image", "--env-manager", "--no-serve-artifacts", "--node-rank"}
 OTHERS_OPTIONS |= {"--help", "--rdzv-backend"}

@@ -94,6 +94,44 @@ def draw_curve(fit: Fit, table: pd.DataFrame, by: tuple[str, ...] = (), *, shows
     return figure
 
 
+def draw_answer(answer: Answer, these: Fit | None, table: pd.DataFrame, by: tuple[str, ...] = ()) -> Figure:
+    """The curve with a band for each question that was answered, small enough to be read on a phone.
+
+    these: the fit that answers for these tasks, None where there is none. The marks above the axes are of that answer.
+    """
+    fit = answer.lead if these is None else these
+    transform = transform_of(fit, table)
+    figure = new_figure(4.6, 3.5)
+    axes = figure.add_subplot()
+    clear_axes(axes)
+    axes.axhline(0, color=ZERO_GREY, linewidth=0.8, zorder=1)
+    w = np.linspace(*transform.ends, 201)
+    bands = ((answer.other_tasks, answer.lead, 0.14, "others like them"), (answer.these_tasks, fit, 0.3, "these tasks"))
+    for finding, of_band, alpha, name in bands:
+        if finding.kind != "untold":
+            height, reach = band(of_band, curve_terms(w) - of_band.centre)
+            label = f"95 % band for {name}"
+            axes.fill_between(
+                w, height - reach, height + reach, color=CURVE_BLUE, alpha=alpha, linewidth=0, label=label
+            )
+    axes.plot(w, band(fit, curve_terms(w) - fit.centre)[0], color=CURVE_BLUE, linewidth=2.2, label="fitted curve")
+    at = pd.Series(centred(fit, table, by)).groupby(transform(table["plw"])).mean()
+    axes.plot(at.index, at, "o", color="black", markersize=4.5, label="mean score")
+    found = answer.these_tasks
+    if found.peak_plw is not None:
+        colour, best = SURE_RED if found.kind == "yes" else UNSURE_GREY, float(transform(found.peak_plw))
+        above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": colour}
+        axes.axvline(best, color=colour, linewidth=1.2, linestyle=DASHED, zorder=3)
+        for ends in found.interval or []:
+            axes.plot(transform(ends), [1.03, 1.03], linewidth=3, solid_capstyle="butt", **above)
+        axes.plot(best, 1.03, "D", markersize=6, **above)
+        axes.plot([], [], "D-", color=colour, markersize=5, linewidth=3, label="peak, 95 % interval")
+    mark_plws(axes, transform, width=0.46, label="prompt loss weight (PLW)")
+    axes.set_ylabel("score minus its mean", fontsize=9)
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
 def _mark_optimum(axes: Axes, fit: Fit, transform: Transform, shows_effect: bool) -> None:
     """The optimum as a dashed line, and above the axes its intervals by both methods; nothing without an optimum."""
     if fit.optimum_plw is None or fit.delta_interval is None:

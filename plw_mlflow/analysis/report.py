@@ -20,14 +20,15 @@ from matplotlib.figure import Figure
 
 from plw_mlflow import __version__, drawing
 from plw_mlflow.analysis import figures, optima, residuals, wording
-from plw_mlflow.analysis.answers import Analysis
+from plw_mlflow.analysis.answers import Analysis, Answer
 from plw_mlflow.analysis.axes import MOST_TASKS, percent, transform_of
 from plw_mlflow.analysis.exports import answers_csv, fits_csv, tasks_csv, to_json
+from plw_mlflow.analysis.findings import ON_THESE
+from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.analysis.optima import estimate_rows, estimates
 from plw_mlflow.analysis.score_table import RUN, SCORE, check, rescale
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.wording import (
-    claim,
     highest_end,
     interval,
     name_test,
@@ -69,7 +70,7 @@ def html(
             chapters=[
                 {
                     "answer": answer,
-                    "claim": claim(answer, len(analysis.answers)),
+                    "colour": colour_of(answer),
                     "estimates": estimate_rows(estimates(answer, analysis.fits_of(answer.dataset))),
                     "stability": stability(answer),
                     "residuals": ("residuals", answer.dataset) in drawn,
@@ -79,6 +80,7 @@ def html(
             drawn=drawn,
             refusals=[(*refused, datasets) for refused, datasets in analysis.refusals_by_reason.items()],
             tasks_drawn=MOST_TASKS,
+            means=raw_means(table, analysis.by),
             terms=TERMS,
             level=LEVEL,
             models=wording.FIT_WORDS,
@@ -120,6 +122,26 @@ def _environment() -> jinja2.Environment:
         "remarks": remarks,
     }
     return environment
+
+
+def colour_of(answer: Answer) -> str:
+    """How a card is marked: effect, none (as good as none), or unsure."""
+    if answer.advice.startswith("Any value"):
+        return "none"
+    return "effect" if answer.these_tasks.kind == "yes" else "unsure"
+
+
+def raw_means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """PLW against the mean score of its cells: curves, and for each PLW the texts of these, with the highest marked."""
+    rows = mean_scores(table, by)
+    rows["is_highest"] = rows["score"] == rows.groupby("curve")["score"].transform("max")
+    cells = {
+        (plw, curve): (in_words(score, error), is_highest)
+        for curve, plw, score, error, is_highest in rows.itertuples(index=False, name=None)
+    }
+    curves = sorted(rows["curve"].unique())
+    by_plw = [(plw, [cells.get((plw, curve), ("", False)) for curve in curves]) for plw in sorted(rows["plw"].unique())]
+    return {"curves": curves, "rows": by_plw}
 
 
 def profile(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -179,6 +201,8 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
         drawn["no-effect", ""] = figures.draw_no_effect(able)
     for answer in answers:
         of_dataset = scaled[scaled["dataset"] == answer.dataset]
+        these = analysis.fit_of(answer.dataset, ON_THESE)
+        drawn["answer", answer.dataset] = figures.draw_answer(answer, these, of_dataset, by)
         drawn["curve", answer.dataset] = figures.draw_curve(
             answer.lead, of_dataset, by, shows_effect=answer.shows_effect
         )
@@ -189,6 +213,10 @@ def drawings(analysis: Analysis, scaled: pd.DataFrame) -> dict[tuple[str, str], 
         drawn["optimum", answer.dataset] = optima.draw_optima(shown, transform_of(answer.lead, of_dataset))
         if len(left := residuals.residuals(answer.lead, of_dataset, by)):
             drawn["residuals", answer.dataset] = residuals.draw_residuals(left)
+    panels = [figure.axes[0] for (what, _), figure in drawn.items() if what == "answer"]
+    limits = [axes.get_ylim() for axes in panels]
+    for axes in panels:  # on one axis of scores, so that a small effect looks small
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     return drawn
 
 

@@ -1,8 +1,6 @@
-"""An analysis in words: the verdicts, what kind of claim each is, and the table that the terminal shows."""
+"""An analysis in words: the verdicts, and the table that the terminal shows."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -161,68 +159,6 @@ FIT_WORDS = {
         "For these very tasks, however they differ. Exact with any number of tasks and runs, if residuals are normal.",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What kind of claim an answer makes."""
-
-    kind: str  # effect, none (shown to be as good as none), or open, which too few runs are always
-    title: str
-    meaning: str
-
-
-def claim(answer: Answer, looks: int) -> Claim:
-    """What an answer claims; looks: how many data sets were analysed."""
-    lead, equal = answer.lead, answer.equivalence
-    if lead.has_too_few_runs:
-        return Claim(
-            "open",
-            "Too few runs to tell",
-            "So few runs do not show how much a run's own luck moves its scores, and luck then looks like an effect.",
-        )
-    is_small = equal is not None and equal.p is not None and equal.p < LEVEL
-    if answer.holm_p < LEVEL:
-        within = ", smaller than the margin" if is_small else ""
-        if lead.optimum_plw is None:
-            return Claim(
-                "effect",
-                f"An effect{within}, no best value inside",
-                "The scores change along PLW, but have no peak inside the range: look at its ends.",
-            )
-        if lead.optimum_set_is_unbounded:
-            return Claim(
-                "effect",
-                f"An effect{within}, its peak not settled",
-                "The scores change along PLW and the curve peaks inside the range. But it might as well not bend, and "
-                "be highest elsewhere.",
-            )
-        return Claim(
-            "effect",
-            f"An effect{within}, and a peak",
-            "The scores change along PLW and the curve peaks inside the range. The interval says how well the peak is "
-            "located.",
-        )
-    if is_small and equal is not None:
-        return Claim(
-            "none",
-            "As good as no effect",
-            f"This is shown, not just a lack of evidence: every difference between PLWs tried is smaller than the "
-            f"margin of {equal.margin:g}.",
-        )
-    if lead.joint_p < LEVEL:
-        return Claim(
-            "open",
-            "A hint, not a finding",
-            f"Significant by itself, but not when corrected for looking at {looks} data sets.",
-        )
-    limit = ""
-    if equal is not None:
-        reach = "the whole range" if equal.smallest_margin is None else f"{equal.smallest_margin:.2g}"
-        limit = f" Differences of up to {reach} between PLWs are not ruled out."
-    return Claim(
-        "open", "Open", f"The scores show no effect, and do not show that there is none: a large p is not proof.{limit}"
-    )
 
 
 def name_test(test: JointTest) -> str:

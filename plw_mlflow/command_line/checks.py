@@ -33,6 +33,7 @@ from plw_mlflow.config import (
     ScoreOptions,
     SweepConfig,
     TrainConfig,
+    VerifyConfig,
     cache_folder,
 )
 from plw_mlflow.data import sources, templates
@@ -45,8 +46,17 @@ from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
+VERIFICATION = ("verification.json",)
 REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "power.csv", "next.json")
-FIGURES = ("curve-*", "tasks-*", "optimum-*", "residuals-*", "overview.*", "no-effect.*")  # of a report, by data set
+FIGURES = (
+    "answer-*",
+    "curve-*",
+    "tasks-*",
+    "optimum-*",
+    "residuals-*",
+    "overview.*",
+    "no-effect.*",
+)  # of a report, by data set
 TRAINED = (*PROFILE, outputs.MODEL, outputs.ADAPTER)
 OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     PrepareConfig: PROFILE,
@@ -56,6 +66,7 @@ OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     SweepConfig: (*SCORES, *REPORT),
     AnalyzeConfig: REPORT,
     AdviseConfig: ADVICE,
+    VerifyConfig: VERIFICATION,
 }
 # A folder holds weights, or a tokenizer, if it has a file of one of these names.
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -112,8 +123,8 @@ def _inputs(config: Any) -> list[Path]:
     for name in ("dataset", "model", "mix", "template", "tokenizer"):
         if getattr(config, name, None):
             given += _listed(config, name)
-    given += [getattr(config, name, None) for name in ("scores", "data_dir")]
-    return [Path(path) for path in given if path and os.path.exists(path)]
+    given += [getattr(config, name, None) for name in ("scores", "data_dir", "base")]
+    return [Path(path) for path in given if isinstance(path, str | Path) and path and os.path.exists(path)]
 
 
 def _references(config: Any) -> Iterator[Callable[[], None]]:

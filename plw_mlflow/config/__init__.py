@@ -15,6 +15,7 @@ from plw_mlflow.config.entry_points import (
     PrepareConfig,
     SweepConfig,
     TrainConfig,
+    VerifyConfig,
     without_effect,
 )
 from plw_mlflow.config.options import (

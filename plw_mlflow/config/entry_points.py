@@ -21,6 +21,7 @@ from plw_mlflow.config.options import (
     AdapterOptions,
     CellOptions,
     DataOptions,
+    LocalOptions,
     LossOptions,
     OptimizerOptions,
     Options,
@@ -486,6 +487,30 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
         return faults
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(LocalOptions, Config):
+    """Run a recorded cell again from what MLflow holds of it, and say what differs."""
+
+    run_id: str | None = None
+    """MLflow run of the cell to verify; nothing that it holds is changed."""
+    scores: bool = False
+    """Only score the logged model again, and train nothing."""
+    data: bool = False
+    """Only compare digests, of data, base, code and logged model, and compute nothing."""
+    base: str | None = None
+    """Folder of the base model, where the one that the cell was trained on lies elsewhere now."""
+    cache_dir: Path | None = None
+    """Folder for tokenised data and the study's sets; the hub's go to HF_HOME (unset: plw_mlflow in ~/.cache)."""
+    output: Path | None = None
+    """Folder for verification.json (unset: it is printed alone)."""
+
+    def faults(self) -> list[str]:
+        faults = [] if self.run_id else ["give the run to verify: run-id"]
+        if self.scores and self.data:
+            faults.append("give one of scores and data")
+        return faults
+
+
 CONFIGS: dict[str, type[Config]] = {
     "main": MainConfig,
     "prepare": PrepareConfig,
@@ -494,6 +519,7 @@ CONFIGS: dict[str, type[Config]] = {
     "analyze": AnalyzeConfig,
     "advise": AdviseConfig,
     "sweep": SweepConfig,
+    "verify": VerifyConfig,
 }
 
 

@@ -48,11 +48,21 @@ def fingerprint() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {name: metadata.version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "device": device,
         "devices": str(max(1, torch.cuda.device_count())),
         "threads": str(torch.get_num_threads()),
         "processes": os.environ.get("WORLD_SIZE", "1"),
     }
+
+
+def _processor() -> str:
+    """What the processor is called, as its instructions decide in which order numbers are added up."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def code_digest(root: Path, parts: Sequence[str] = CODE) -> str:
@@ -61,13 +71,21 @@ def code_digest(root: Path, parts: Sequence[str] = CODE) -> str:
     parts: the files and folders that count.
     """
     digest = hashlib.sha256()
+    for name, sha256 in code_files(root, parts).items():
+        digest.update(f"{name}\0".encode())
+        digest.update(bytes.fromhex(sha256))
+    return digest.hexdigest()
+
+
+def code_files(root: Path, parts: Sequence[str] = CODE) -> dict[str, str]:
+    """The SHA-256 of each file below a project's folder that decides what runs, by its name there."""
+    by_name = {}
     for part in parts:
         files = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*"))
         for file in files:
             if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
-                digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+                by_name[file.relative_to(root).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return by_name
 
 
 def check_image(recorded: str | None) -> None:

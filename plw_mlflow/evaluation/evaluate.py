@@ -5,6 +5,7 @@ Prompts are the harness's own, or stand in the template of the fine-tuning (`pro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -33,6 +34,9 @@ CUTS = {
     "truncated": "with a context cut from the left to fit the model's window",
     "windowed": "with an answer longer than the model's window, scored window by window",
 }
+
+# The options that decide a score, beside the arithmetic.
+SCORED_BY = ("tasks", "limit", "apply_template", "fewshot_seed", "eval_batch_tokens")
 
 
 def run(
@@ -79,6 +83,11 @@ def score(
             results["results"][task][f"bleu_stderr,{filter_name}"] = 100 * bleu.standard_error(pairs, seed)
     results["cut"] = {name: dict(getattr(language_model, name, {})) for name in CUTS}
     results["documents_sha256"] = tasks.sha256
+    results["benchmarks"] = {task.task_name: benchmark_contents(task) for task in tasks.loaded}
+    # By which the same scores are computed again.
+    results["scoring"] = {name: getattr(options, name) for name in SCORED_BY} | {
+        "precision": getattr(language_model, "precision", "")
+    }
     _warn_of_cuts(results["cut"])
     prompt = HARNESS if wrapping is None else wrapping.kind
     output_types = {task.task_name: task.OUTPUT_TYPE for task in tasks.loaded}
@@ -95,6 +104,14 @@ def score(
         for row in samples.rows(task, primary[task.task_name], prompt, samples_by_task[task.task_name])
     ]
     return Evaluation(described, results, rows, tasks.not_run)
+
+
+def benchmark_contents(task: Any) -> dict[str, Any]:
+    """What identifies the documents of a task of the harness: how many there are, and the SHA-256 of their JSON."""
+    sha256 = hashlib.sha256()
+    for document in task.eval_docs:
+        sha256.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+    return {"documents": len(task.eval_docs), "sha256": sha256.hexdigest()}
 
 
 def _ask(

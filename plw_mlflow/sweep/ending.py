@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze, report, wording
+from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.config import SweepConfig, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
@@ -98,28 +98,11 @@ def _analyse(config: SweepConfig, account: Account) -> list[str]:
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:
-    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set.
-
-    A cell's score is the mean of its tasks'. With several cells of one PLW and data set (seeds, say), the standard
-    error is that of their mean; with one, it is that which the number of questions leaves.
-    """
-    curve = ["dataset", *by]
-    cells = table.groupby([*curve, "model", "seed", "plw"], dropna=False).agg(
-        score=("score", "mean"),
-        tasks=("score", "size"),
-        **({"variance": ("stderr", lambda errors: (errors**2).sum(skipna=False))} if "stderr" in table else {}),
-    )
-    lines: dict[str, dict[object, str]] = {}
-    for key, group in cells.reset_index().groupby([*curve, "plw"]):
-        *names, plw = key
-        error = math.nan
-        if len(group) > 1:
-            error = group["score"].std(ddof=1) / math.sqrt(len(group))
-        elif "variance" in group:
-            error = math.sqrt(group["variance"].iloc[0]) / group["tasks"].iloc[0]
-        shown = f"{group['score'].mean():.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
-        lines.setdefault(", ".join(map(str, names)), {})[plw] = shown
-    wide = pd.DataFrame(lines).sort_index()
+    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set."""
+    rows = mean_scores(table, by)
+    rows["shown"] = [in_words(score, error) for score, error in zip(rows["score"], rows["error"], strict=True)]
+    wide = rows.pivot_table(index="plw", columns="curve", values="shown", aggfunc="first", sort=True)
     wide.index = [f"{plw:g}" for plw in wide.index]
     wide.index.name = "PLW"
+    wide.columns.name = None
     return wide.reset_index().to_string(index=False, na_rep="")

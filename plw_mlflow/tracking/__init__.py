@@ -15,9 +15,11 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
+from plw_mlflow.tracking.comparable import by_value
 from plw_mlflow.tracking.inputs import check_data, log_data
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
+    files_digest,
     load_model,
     load_registered,
     log_adapter,
@@ -26,6 +28,7 @@ from plw_mlflow.tracking.logged_models import (
     trained_in,
 )
 from plw_mlflow.tracking.opening import child_environment, fail, kill, open_run
+from plw_mlflow.tracking.records import CURVES, Record, note_verification, reading, recorded, scratch_run
 from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
@@ -35,15 +38,19 @@ from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before
 
 __all__ = [
     "CLAIM",
+    "CURVES",
     "Attempt",
     "Measured",
+    "Record",
     "Run",
     "StoredCheckpoints",
     "Sweep",
     "begin_cell",
+    "by_value",
     "check_data",
     "child_environment",
     "fail",
+    "files_digest",
     "finished_before",
     "generation_ratios",
     "holding_lease",
@@ -59,9 +66,13 @@ __all__ = [
     "log_scores",
     "mark_best",
     "measured_before",
+    "note_verification",
     "open_run",
     "open_sweep",
     "read_scores",
+    "reading",
+    "recorded",
     "score_table",
+    "scratch_run",
     "trained_in",
 ]

@@ -1,8 +1,9 @@
 """A logged adapter as a pyfunc model. MLflow runs this file to load it ("models from code"); nothing is pickled.
 
-Texts go in, and each comes out with the text that the model writes after it, greedily. Beside this file lie the folders
-`peft`, the adapter with the name and the digest of its base, and `components/tokenizer`. The base is loaded from where
-it was in training, or from the folder that `model_config={"base": ...}` names, after its digest has been compared.
+Texts go in, and each comes out with the text that the model writes after it, by default greedily. Beside this file lie
+the folders `peft`, the adapter with the name and the digest of its base, and `components/tokenizer`. The base is loaded
+from where it was in training, or from the folder that `model_config={"base": ...}` names, after its digest has been
+compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.pyfunc import PythonModel
 
 
@@ -41,9 +43,13 @@ class AdaptedModel(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "components" / "tokenizer"))
         self._generate = pipeline("text-generation", model=self.model, tokenizer=self.tokenizer)
 
-    def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]
-        """Each text with what the model writes after it, greedily. These types make the model's signature."""
-        return [self._generate(text, do_sample=False)[0]["generated_text"] for text in model_input]
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """Each text with what the model writes after it.
+
+        params: of the generation, such as max_new_tokens, do_sample, temperature and top_p. Without any it is greedy.
+        """
+        settings = {"do_sample": False, **(params or {})}
+        return [self._generate(text, **settings)[0]["generated_text"] for text in model_input.iloc[:, 0]]
 
 
 def check(base: Path, digest: str) -> None:

@@ -97,7 +97,7 @@ def _first_request_lock(uri: str) -> Iterator[None]:
     MLflow makes the tables of a fresh store at the first request, in 60 migrations. If two processes do so at once, one
     of them fails. The lock is a file beside the store, and is not taken again once the store has answered.
     """
-    path = _sqlite_file(uri)
+    path = sqlite_file(uri)
     if path is None or uri in _ANSWERED:
         yield
         return
@@ -141,7 +141,7 @@ def _await_lock(lock: int) -> None:
             time.sleep(0.1)
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store; None for other stores, and for one in memory."""
     if uri.partition(":")[0].partition("+")[0] != "sqlite":
         return None
@@ -179,7 +179,7 @@ def _check_address(uri: str) -> None:
                 "it is not a valid address; characters like / and @ of a password are written as %2F"
             ) from None
         is_sqlite = scheme == "sqlite"
-        if (path := _sqlite_file(uri)) is not None:
+        if (path := sqlite_file(uri)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
         try:
             engine = sqlalchemy.create_engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag
 
 from plw_mlflow import __version__
 from plw_mlflow.config import short_name
@@ -48,6 +49,25 @@ def log_data(run: Run, prepared: Prepared) -> None:
         figure = Path(folder, "profile.png")
         figure.write_bytes(prepared.figure)
         mlflow.log_artifact(str(figure))
+
+
+def log_benchmarks(run: Run, benchmarks: Sequence[MetaDataset], versions: Sequence[str]) -> None:
+    """Log benchmarks as inputs of the evaluation, each with the version of its task."""
+    inputs = [
+        DatasetInput(
+            dataset._to_mlflow_entity(),
+            [InputTag("mlflow.data.context", "evaluation"), InputTag("version", version)],
+        )
+        for dataset, version in zip(benchmarks, versions, strict=True)
+    ]
+    run.client.log_inputs(run.id, inputs)
+
+
+def benchmark(task: str, contents: Mapping[str, Any]) -> MetaDataset:
+    """A benchmark as a data set of MLflow's, with the digest of its documents. contents: as `evaluate` gives them."""
+    origin = CodeDatasetSource({"task": task, **contents})
+    dataset: Any = MetaDataset(origin, name=task, digest=contents["sha256"][:DIGEST_CHARACTERS])  # type: ignore[abstract]
+    return dataset
 
 
 def check_data(run: Run, sources: Sequence[Source]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -14,25 +15,29 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import pandas as pd
 import yaml
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
+from mlflow.models.signature import ModelSignature
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 from mlflow.store.artifact.utils.models import get_model_name_and_version
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from plw_mlflow.config import MODELS, data_name, short_name, spell
 from plw_mlflow.data.sources import NAMED, TOY, Source
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, first_line, without_passwords
-from plw_mlflow.models import held, pretrained, saved_adapters
+from plw_mlflow.models import held, licences, pretrained, saved_adapters
 from plw_mlflow.models.files import reading
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import cards, connection
 from plw_mlflow.tracking.cells import CELL_FIELDS, parameters
 from plw_mlflow.tracking.connection import check_reachable, patiently
 from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.scores import read_scores
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +46,39 @@ TASK = "text-generation"
 MODEL, MERGED = "model", "merged"  # names of a run's model, and of the whole one that an adapter was made into later
 WHOLE, ADAPTER = "whole model", "adapter"  # what a registered version is, by its tag plw.form
 PEFT = "peft"  # the folder of an adapter in a logged model, as MLflow names it
+EXAMPLE = "Write one sentence about a river."  # of what a model may be asked
+# Texts go in and come out, longer. The parameters have these values where a request does not give them.
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string)]),
+    outputs=Schema([ColSpec(DataType.string)]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", DataType.long, 256),
+            ParamSpec("do_sample", DataType.boolean, False),
+            ParamSpec("temperature", DataType.double, 1.0),
+            ParamSpec("top_p", DataType.double, 1.0),
+        ]
+    ),
+)
 NAME_CHARACTERS = 64  # of each name within a registered model's, which may have 256
 
 
-def log_model(run: Run, model: Any, tokenizer: Any, config: Any, sources: Sequence[Source] = (), step: int = 0) -> None:
+def log_model(
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    sources: Sequence[Source] = (),
+    step: int = 0,
+    example: str = EXAMPLE,
+) -> None:
     """Log a plain transformers model as the run's, and register it as a version of plw-MODEL-DATASET.
 
     sources: of the data it was trained on. step: the last of the training. The model's page shows the run's metrics of
-        that step.
+        that step. example: a prompt, as the model reads prompts.
     """
-    _log(run, config, sources, {"form": WHOLE}, lambda: _log_whole(run.id, model, tokenizer, MODEL, step))
+    save = partial(_save_whole, model=model, tokenizer=tokenizer, example=example)
+    _log(run, config, sources, {"form": WHOLE}, save, step)
 
 
 def log_adapter(
@@ -61,6 +89,7 @@ def log_adapter(
     config: Any,
     sources: Sequence[Source] = (),
     step: int = 0,
+    example: str = EXAMPLE,
 ) -> None:
     """Log a folder of adapters as the run's model, without its base, and register it likewise.
 
@@ -72,9 +101,8 @@ def log_adapter(
     """
     note = saved_adapters.trained_on(adapter)
     assert note is not None  # it was just written
-    flavor = SimpleNamespace(save_model=partial(_save_adapter, adapter=adapter, model=model, tokenizer=tokenizer))
-    tags = {"form": ADAPTER, "base": note["base"], "base_digest": note["digest"]}
-    _log(run, config, sources, tags, lambda: Model.log(None, flavor, name=MODEL, run_id=run.id, step=step))
+    save = partial(_save_adapter, adapter=adapter, model=model, tokenizer=tokenizer, example=example)
+    _log(run, config, sources, {"form": ADAPTER, "base": note["base"], "base_digest": note["digest"]}, save, step)
 
 
 def log_merged(run_id: str) -> str:
@@ -95,39 +123,84 @@ def log_merged(run_id: str) -> str:
     model, tokenizer = load_model(run, held_in=kind)
     held.round_weights(model, kind)
     step = next(output.step for output in outputs.model_outputs if output.model_id == run.model_id)
-    logged = patiently("logging the model", lambda: _log_whole(run_id, model, tokenizer, MERGED, step))
-    own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version}
-    merged = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, own_tags))
+    save = partial(_save_whole, model=model, tokenizer=tokenizer, example=_example(f"models:/{run.model_id}"))
+    model_id, sha256 = patiently("logging the model", lambda: _log_files(run_id, save, MERGED, step))
+    own_tags = {**adapter_tags, "plw.form": WHOLE, "plw.merged_from": version, "plw.sha256": sha256}
+    merged = patiently("registering the model", lambda: _register(run, f"models:/{model_id}", name, own_tags))
     patiently("tagging the run", lambda: run.tag(merged_version=f"{name}/{merged}"))
+    patiently("describing the model", lambda: cards.write(run, read_scores(run)))
     return merged
 
 
 def _log(
-    run: Run, config: Any, sources: Sequence[Source], more_tags: Mapping[str, str], log: Callable[[], ModelInfo]
+    run: Run, config: Any, sources: Sequence[Source], more_tags: Mapping[str, str], save: Callable[..., None], step: int
 ) -> None:
-    """Log a model by a function, and register it; `more_tags` are of its version."""
+    """Log what a function saves as the run's model, and register it; `more_tags` are of its version."""
     name = _registered_name(run, config, sources)
-    tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags}
-    logged = patiently("logging the model", log)
-    run.model_id = logged.model_id
+    run.model_id, sha256 = patiently("logging the model", lambda: _log_files(run.id, save, MODEL, step))
+    tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags, "sha256": sha256}
+    known = {"base": licences.of_model(config.model), "data": ", ".join(filter(None, (one.licence for one in sources)))}
+    tags |= {f"{what}_licence": licence for what, licence in known.items() if licence}
+    tags["noncommercial"] = spell(any(map(licences.is_noncommercial, known.values())))
     shown = {f"plw.{key}": without_passwords(value) for key, value in tags.items()}
-    version = patiently("registering the model", lambda: _register(run, f"models:/{logged.model_id}", name, shown))
-    patiently("tagging the run", lambda: run.tag(status="trained", model_version=f"{name}/{version}"))
+    version = patiently("registering the model", lambda: _register(run, f"models:/{run.model_id}", name, shown))
+    patiently(
+        "tagging the run",
+        lambda: run.tag(status="trained", model_version=f"{name}/{version}", model_sha256=sha256),
+    )
+    patiently("describing the model", lambda: cards.write(run, pd.DataFrame()))
 
 
-def _log_whole(run_id: str, model: Any, tokenizer: Any, name: str, step: int) -> ModelInfo:
+def _log_files(run_id: str, save: Callable[..., None], name: str, step: int) -> tuple[str, str]:
+    """Log what a function saves as a model of a run; returns its id, and what identifies its files."""
+    sha256 = ""
+
+    def save_and_digest(path: str, mlflow_model: Model, **_: Any) -> None:
+        nonlocal sha256
+        save(path, mlflow_model)
+        sha256 = files_digest(Path(path))
+
+    flavor = SimpleNamespace(save_model=save_and_digest)
+    # The example is not tried out here, for which MLflow would load the model once more.
+    logged: ModelInfo = Model.log(None, flavor, name=name, run_id=run_id, step=step, validate_serving_input=False)
+    return str(logged.model_id), sha256
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files of a logged model."""
+    sha256 = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        sha256.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        with file.open("rb") as content:
+            sha256.update(hashlib.file_digest(content, "sha256").digest())
+    return sha256.hexdigest()
+
+
+def _save_whole(path: str, mlflow_model: Model, *, model: Any, tokenizer: Any, example: str) -> None:
+    """Write a whole model as MLflow's flavour transformers has it."""
     with _without_peft():
-        return Model.log(
-            None,
-            mlflow.transformers,
-            name=name,
-            run_id=run_id,
-            step=step,
+        mlflow.transformers.save_model(
+            path=path,
+            mlflow_model=mlflow_model,
             transformers_model={"model": model, "tokenizer": tokenizer},
             task=TASK,
+            signature=SIGNATURE,
+            input_example=_with_parameters(example),
             # Named here because MLflow would otherwise load the model in a process of its own to find out.
             pip_requirements=_requirements("torch", "transformers"),
         )
+
+
+def _with_parameters(example: str) -> tuple[list[str], dict[str, Any]]:
+    """A prompt as MLflow takes an example of what a model is given: with the parameters of the generation."""
+    return [example], {"max_new_tokens": 32}
+
+
+def _example(uri: str) -> str:
+    """The prompt that a model was logged with as an example."""
+    with _downloaded(uri) as folder:
+        saved: Any = Model.load(str(folder)).load_input_example(str(folder))
+    return str(saved[0] if isinstance(saved, list) else saved.iloc[0, 0]) if saved is not None else EXAMPLE
 
 
 @contextmanager
@@ -147,7 +220,7 @@ def _without_peft() -> Iterator[None]:
         del sys.modules["peft"]
 
 
-def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any) -> None:
+def _save_adapter(path: str, mlflow_model: Model, *, adapter: Path, model: Any, tokenizer: Any, example: str) -> None:
     """Write an adapter as MLflow's flavours have it; MLflow's own function would need peft's model of it, and the hub.
 
     MLflow then loads base and tokenizer of the hub by their commit. A base that is a folder it loads from where that
@@ -177,6 +250,8 @@ def _save_adapter(path: Any, mlflow_model: Model, *, adapter: Path, model: Any, 
         mlflow_model=mlflow_model,
         python_model=str(Path(__file__).with_name("adapter_model.py")),
         model_config={"base": ""},
+        signature=SIGNATURE,
+        input_example=_with_parameters(example),
         pip_requirements=_requirements("mlflow", "torch", "transformers", "peft"),
     )
     folder = Path(path)
@@ -200,7 +275,20 @@ def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = 
 
     Raises UserError where there is no model, or it is damaged, or its base is another one now.
     """
-    found = run.client.get_run(run.id)
+    run.model_id = _own_model(run)
+    return _load(f"models:/{run.model_id}", base, held_in)
+
+
+@contextmanager
+def folder_of(run: Run) -> Iterator[Path]:
+    """The files of the model that a run has logged, for the block. Raises UserError where there is none."""
+    with _downloaded(f"models:/{_own_model(run)}") as folder:
+        yield folder
+
+
+def _own_model(run: Run) -> str:
+    """The id of the model that a run has logged. Raises UserError where there is none."""
+    found = connection.get_run(run.id)
     outputs = found.outputs.model_outputs if found.outputs else []
     logged = [run.client.get_logged_model(output.model_id) for output in outputs]
     complete = [model.model_id for model in logged if model.status == LoggedModelStatus.READY and model.name != MERGED]
@@ -208,8 +296,7 @@ def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = 
         if parameters(found).get("log_model") == "none":
             raise UserError(f"run {run.id} has logged no model, as it was told to (--log-model none)")
         raise UserError(f"run {run.id} has logged no model; train it first")
-    run.model_id = complete[-1]
-    return _load(f"models:/{run.model_id}", base, held_in)
+    return str(complete[-1])
 
 
 def load_registered(uri: str, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:

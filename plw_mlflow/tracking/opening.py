@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from plw_mlflow import __version__
 from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import Refused, without_passwords
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import connection, own_devices
 from plw_mlflow.tracking.connection import await_reachable, check_reachable, explained, get_run, hurried, patiently
 from plw_mlflow.tracking.resumption import giving_signs_of_life
 from plw_mlflow.tracking.run import Run
@@ -50,8 +50,9 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
         existing = run_id or os.environ.get("MLFLOW_RUN_ID")
         status = get_run(existing).info.status if existing else None  # raises if the run is unknown or was deleted
         status_before = None if run_id is None or goes_on else status
-        wrapper = None if run_id is None else _leave_wrapper(run_id)
+        wrapper = None if run_id is None else leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
+        own_devices.restrict()
         active = mlflow.start_run(run_id=run_id, run_name=short if run_id is None or goes_on else None)
     except MlflowException as error:
         raise explained("opening a run", error) from error
@@ -168,7 +169,7 @@ def _cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 2] + " …"
 
 
-def _leave_wrapper(run_id: str) -> str | None:
+def leave_wrapper(run_id: str) -> str | None:
     """The id of the run that `mlflow run` has opened for work on `run_id`, if any. A tag on it says what it was for.
 
     Nothing else is logged into it.

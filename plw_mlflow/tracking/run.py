@@ -68,6 +68,7 @@ class Run:
         self.tag(**{f"preset.{name}": spell(values[name]) for name in unset if values[name] is not None})
         mlflow.log_dict(json.loads(json.dumps(values, default=str)), "config.json")
         mlflow.log_dict(environment := provenance.fingerprint(), "environment.json")
+        mlflow.log_dict(provenance.code_files(provenance.ROOT), "code.json")
         self.tag(environment=digest(environment))  # so that runs can be compared without reading the file of each
 
     def config(self, folder: Path) -> dict[str, Any]:

@@ -9,13 +9,17 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.entities import Metric
 
 from plw_mlflow.config import spell
 from plw_mlflow.environment import outputs
 from plw_mlflow.evaluation import task_sets
 from plw_mlflow.evaluation.scores import Evaluation
+from plw_mlflow.tracking import cards, inputs
 from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.run import Run
+
+METRICS_AT_ONCE = 1000  # MLflow takes no more in one request
 
 
 def log_scores(
@@ -34,6 +38,7 @@ def log_scores(
     if evaluation.samples:
         samples = pd.DataFrame(evaluation.samples).assign(evaluation=evaluation_id)
         patiently("logging the samples", lambda: _log_samples(run, samples, evaluation_id))
+    patiently("describing the model", lambda: cards.write(run, read_scores(run)))
 
 
 def read_scores(run: Run) -> pd.DataFrame:
@@ -66,14 +71,30 @@ def _log_scores(
     ]
     counted = table[[key in score_tasks for key in keys]]
     is_complete = len(counted) == len(score_tasks)
-    metrics = {"score": float(counted["score"].mean())} if is_complete else {}
+    benchmarks = {task: inputs.benchmark(task, told) for task, told in evaluation.results.get("benchmarks", {}).items()}
+    versions = {score.task: score.task_version for score in evaluation.scores}
+    if benchmarks:
+        inputs.log_benchmarks(run, list(benchmarks.values()), [versions.get(task, "") for task in benchmarks])
+
+    def metric(name: str, value: float, task: str | None = None) -> Metric:
+        """A score with what it was measured on; not on the run's own data set, which the model was trained on."""
+        on = None if task is None else benchmarks.get(task)
+        # One time for all, so that metrics that are sent twice are stored once.
+        return Metric(
+            *(name, value, int(now * 1000), 0),
+            model_id=run.model_id,
+            dataset_name=on.name if on else None,
+            dataset_digest=on.digest if on else None,
+            run_id=run.id,
+        )
+
+    metrics = [metric("score", float(counted["score"].mean()))] if is_complete else []
     for score in evaluation.scores:
-        metrics[f"{score.task}/{score.metric}"] = score.score
+        metrics.append(metric(f"{score.task}/{score.metric}", score.score, score.task))
         if score.stderr is not None:
-            metrics[f"{score.task}/{score.metric}_stderr"] = score.stderr
-    # One time for all, so that metrics that are sent twice are stored once. No data set is named, since the run's own
-    # is what the model was trained on.
-    mlflow.log_metrics(metrics, timestamp=int(now * 1000), model_id=run.model_id)
+            metrics.append(metric(f"{score.task}/{score.metric}_stderr", score.stderr, score.task))
+    for start in range(0, len(metrics), METRICS_AT_ONCE):
+        run.client.log_batch(run.id, metrics=metrics[start : start + METRICS_AT_ONCE])
     mlflow.log_text(outputs.table(table).decode(), "scores.csv")
     mlflow.log_dict(evaluation.results, f"harness/{evaluation_id}.json")
     run.tag(score_tasks=",".join(score_tasks), eval_precision=", ".join(_precisions(table)) or "unknown")

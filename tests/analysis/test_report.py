@@ -124,8 +124,11 @@ def test_the_answers_are_those_of_fit_json(study):
     leads = {(fit["dataset"], fit["model"]): fit for fit in told["fits"]}
     for answer in told["answers"]:
         lead = leads[answer["dataset"], answer["lead"]]
-        assert answer["verdict"] in page.shown
-        assert f"p = {lead['joint_p']:.2g}; {answer['holm_p']:.2g} corrected for 2 data sets" in page.shown
+        assert answer["advice"] in page.shown
+        for found in (answer["these_tasks"], answer["other_tasks"]):
+            assert f"{found['question']} {found['verdict']}" in page.shown
+            by = f"{found['p']:.2g}, {found['holm_p']:.2g} corrected for 2 data sets (Holm), by {found['model']}"
+            assert by in page.shown
         assert f"{answer['lead']}: {lead['n']} scores, {lead['tasks']} tasks" in page.shown
         equal = answer["equivalence"]
         assert f"largest difference found between two PLWs is {equal['largest_difference']:.3g}" in page.shown
@@ -211,32 +214,45 @@ def test_the_account_of_cells(hostile):
     assert "python -m entrypoints.analyze --scores" in page.shown
 
 
-CLAIMS = {
-    "found": (0.01, 0.02, None, "effect", "An effect, and a peak"),
-    "found but small": (0.01, 0.02, 0.01, "effect", "An effect, smaller than the margin, and a peak"),
-    "a hint": (0.04, 0.08, None, "open", "A hint, not a finding"),
-    "shown to be none": (0.6, 1.0, 0.01, "none", "As good as no effect"),
-    "neither": (0.6, 1.0, 0.2, "open", "Open"),
-}
+def test_the_first_screen_is_the_answers_and_the_raw_scores(study):
+    """In plain words, with a curve each; what needs more words comes after it."""
+    directory, analysis, _, _ = study
+    raw = (directory / "report.html").read_text()
+    screen = raw[raw.index("<header>") : raw.index("<nav>")]
+    assert screen.count("<img") == len(analysis.answers)
+    words = Page(screen).shown
+    assert not [word for word in ("Open", "Holm", "crossed", "lmm", "Hotelling") if word in words]
+    these, others = (words.index(finding.question) for finding in analysis.answers[0].findings)
+    assert words.index(analysis.answers[0].advice) < these < others
+    (table,) = Page(screen).tables
+    assert table[0] == ["PLW", "long", "short"]
+    rows = two_data_sets()
+    for plw, *shown in table[1:]:
+        for dataset, text in zip(table[0][1:], shown, strict=True):
+            of = rows[(rows["dataset"] == dataset) & np.isclose(rows["plw"], float(plw), rtol=0.01)]
+            cells = of.groupby("seed")["score"].mean()
+            assert text == f"{cells.mean():.4f} ± {cells.std() / np.sqrt(2):.4f}"
 
 
-@pytest.mark.parametrize("case", CLAIMS)
-def test_what_kind_of_claim_it_is(study, case):
-    joint_p, holm_p, equal_p, kind, title = CLAIMS[case]
-    answer = next(answer for answer in study[1].answers if answer.dataset == "short")
-    test = dataclasses.replace(answer.lead.joint_tests[0], p=joint_p)
-    answer = dataclasses.replace(
-        answer,
-        lead=dataclasses.replace(answer.lead, joint_tests=[test], optimum_set_is_unbounded=False),
-        holm_p=holm_p,
-        equivalence=dataclasses.replace(answer.equivalence, p=equal_p),
-    )
-    claim = wording.claim(answer, 2)
-    assert (claim.kind, claim.title) == (kind, title)
-    unsettled = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_set_is_unbounded=True))
-    assert ("its peak not settled" in wording.claim(unsettled, 2).title) == (kind == "effect")
-    flat = dataclasses.replace(answer, lead=dataclasses.replace(answer.lead, optimum_plw=None))
-    assert ("no best value inside" in wording.claim(flat, 2).title) == (kind == "effect")
+def test_the_models_tables_are_folded_away(study):
+    raw = (study[0] / "report.html").read_text()
+    models = raw[raw.index('<section id="models">') : raw.index('<section id="account">')]
+    assert models.count("<details>") == 3
+    assert "<table>" not in "".join(part.split("</details>")[-1] for part in models.split("<details>"))
+
+
+@pytest.mark.parametrize(
+    ("advice", "kind", "colour"),
+    [
+        ("Any value will do, within 1 point.", "yes", "none"),
+        ("Use PLW 1.", "yes", "effect"),
+        ("?", "perhaps", "unsure"),
+    ],
+)
+def test_a_card_is_marked_by_what_to_do(study, advice, kind, colour):
+    answer = study[1].answers[0]
+    these = dataclasses.replace(answer.these_tasks, kind=kind)
+    assert report.colour_of(dataclasses.replace(answer, advice=advice, these_tasks=these)) == colour
 
 
 def with_few_runs(runs=4, tasks=8, **options):
@@ -251,15 +267,18 @@ def test_too_few_runs_are_said_on_the_card_and_not_in_red(tmp_path, runs, tasks)
     analysis = analyze.analyze(table, margin=0.9, draws=0)
     (answer,) = analysis.answers
     assert answer.lead.joint_p < 0.05
-    assert wording.claim(answer, 1).kind == "open"
+    assert answer.other_tasks.kind == "untold"
     drawn = report.drawings(analysis, table)
     assert ("no-effect", "") not in drawn
     assert drawing.SURE_RED.encode().lower() not in drawing.svg(drawn["curve", "short"]).lower()
     shown = page_of(analysis, table, tmp_path).shown
-    card = shown[shown.index("The answer") : shown.index("The data")]
-    assert card.index("Too few runs to tell") < card.index("Too few runs to tell whether PLW matters") < 200
-    assert f"{runs}; it takes at least 7" in card
-    assert "p =" not in card
+    card = shown[: shown.index("Mean scores, as they are")]
+    if runs == 3:
+        assert card.count("These scores cannot tell: ") == 2
+        assert "p =" not in card
+    else:
+        assert "Too few runs to tell: there are 4, and it takes at least 7." in card
+        assert "p =" not in card[card.index("Would it move others like them?") :]
     assert "matters here" not in shown
     assert "Is there no effect?" not in shown
 
@@ -277,7 +296,6 @@ def test_differences_beyond_the_scale_of_scores_are_told_in_words(tmp_path, stud
         for one in analysis.answers
     ]
     shown = page_of(dataclasses.replace(analysis, answers=unlimited), two_data_sets(), tmp_path).shown
-    assert "Differences of up to the whole range between PLWs are not ruled out." in shown
     assert "no margin within the range of the scores would have passed" in shown
     assert "No difference that the range of the scores allows would be found by 4 of 5 studies" in shown
 
@@ -398,7 +416,7 @@ def test_report_escapes_names_and_needs_no_other_file(hostile):
     assert "<script>alert(1)</script>" in parsed.shown
     assert not {"script", "b", "i", "link", "iframe", "object"} & parsed.tags
     images = [source for source in parsed.sources if not source.startswith("#")]
-    assert len(images) == 5
+    assert len(images) == 6
     assert "url(" not in raw
     assert "@import" not in raw
     for image in images:
@@ -422,7 +440,7 @@ def test_links_lead_somewhere(study, hostile):
 
 def test_files_stay_in_their_directory_and_agree(hostile):
     directory, analysis, _ = hostile
-    drawn = [f"{what}-b-short-b" for what in ("curve", "optimum", "residuals", "tasks")] + ["no-effect"]
+    drawn = [f"{what}-b-short-b" for what in ("answer", "curve", "optimum", "residuals", "tasks")] + ["no-effect"]
     expected = {"fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv"}
     expected |= {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert {path.name for path in directory.iterdir()} == expected | {outputs.LIST}

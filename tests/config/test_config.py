@@ -183,9 +183,13 @@ def test_an_empty_value_is_unset_where_a_field_may_be(call):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_defaults_pass_through_the_command_line_unchanged(call, name):
-    needed = {"evaluate": {"model": "toy"}, "analyze": {"run_id": "abc"}, "advise": {"dataset": "toy-short"}}.get(
-        name, {}
-    )
+    of_a_run = {"run_id": "abc"}
+    needed = {
+        "evaluate": {"model": "toy"},
+        "analyze": of_a_run,
+        "advise": {"dataset": "toy-short"},
+        "verify": of_a_run,
+    }.get(name, {})
     _, _, _, (expected,) = call(
         CONFIGS[name], *(part for key in needed for part in (f"--{key.replace('_', '-')}", needed[key]))
     )

@@ -79,5 +79,7 @@ def test_the_commit_is_the_images_in_the_image_and_gits_outside(folders, monkeyp
 def test_the_fingerprint_is_text_that_names_what_numbers_depend_on():
     fingerprint = provenance.fingerprint()
     assert fingerprint["torch"] == torch.__version__.partition("+")[0] or fingerprint["torch"] == torch.__version__
-    assert {"python", "device", "devices", "threads", "processes", "transformers", "lm-eval"} <= set(fingerprint)
+    assert {"python", "processor", "device", "devices", "threads", "processes", "transformers", "lm-eval"} <= set(
+        fingerprint
+    )
     assert all(isinstance(value, str) and value for value in fingerprint.values())

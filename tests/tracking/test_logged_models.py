@@ -43,7 +43,8 @@ pytestmark = pytest.mark.usefixtures("store")
 )
 def test_registered_models_are_named_by_content(store, monkeypatch, options, files, expected):
     """By the names alone, two files of one name would share one registered model and its alias `best`."""
-    monkeypatch.setattr(logged_models, "_log_whole", lambda *_: SimpleNamespace(model_id="m-1"))
+    monkeypatch.setattr(logged_models, "_log_files", lambda *_: ("m-1", "0" * 64))
+    monkeypatch.setattr(logged_models.cards, "write", lambda *_: None)
     monkeypatch.setattr(mlflow, "register_model", lambda *_, **__: SimpleNamespace(version=1))
     config = TrainConfig(**{name: value for name, value in options.items() if name != "base"})
     run = tracking.Run(store.create_run("0").info.run_id)
@@ -81,6 +82,13 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
         loaded, tokenizer = tracking.load_registered(uri)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert tokenizer("Who?").input_ids == byte_tokenizer()("Who?").input_ids
+    served = mlflow.pyfunc.load_model("models:/plw-tiny-toy-short@best")
+    assert {"max_new_tokens", "do_sample", "temperature", "top_p"} == {
+        spec.name for spec in served.metadata.signature.params.params
+    }
+    short, long = (served.predict(["Who?"], params={"max_new_tokens": n})[0] for n in (2, 9))
+    assert len(short) < len(long)
+    assert served.input_example is not None
     for unknown in ("models:/plw-tiny-toy-short/7", "models:/plw-tiny-toy-short"):
         assert tracking.trained_in(unknown) is None
         with pytest.raises(ValueError, match=rf"model {unknown} cannot be loaded: .*not found"):
@@ -88,7 +96,7 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
 
 
 def check_page_of_logged_model(store, run_id):
-    """The losses are the last ones, and the scores are of no training data."""
+    """The losses are the last ones, and each score is of its benchmark."""
     (output,) = store.get_run(run_id).outputs.model_outputs
     metrics = store.get_logged_model(output.model_id).metrics
     assert {metric.key: (metric.step, metric.value) for metric in metrics} == {
@@ -98,7 +106,14 @@ def check_page_of_logged_model(store, run_id):
         "a/acc_stderr": (0, 0.1),
         "score": (0, 0.25),
     }
-    assert {metric.dataset_name for metric in metrics} == {None}
+    assert {metric.key: metric.dataset_name for metric in metrics if metric.dataset_name} == {
+        "a/acc": "a",
+        "a/acc_stderr": "a",
+    }
+    inputs = store.get_run(run_id).inputs.dataset_inputs
+    contexts = {one.dataset.name: {tag.key: tag.value for tag in one.tags} for one in inputs}
+    assert contexts["toy-short"]["mlflow.data.context"] == "training"
+    assert contexts["a"] == {"mlflow.data.context": "evaluation", "version": "1.0"}
 
 
 @pytest.fixture
