@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.advice import advise, evidence, evidence_figure
-from plw_mlflow.analysis import analyze, score_table, wording
+from plw_mlflow.analysis import analyze, claims, score_table, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.score_table import rescale
 from plw_mlflow.analysis.statistics import design, differences, fitting, over_tasks, task_curves
@@ -259,6 +259,18 @@ def no_effect() -> str:
     return markdown(head, rows)
 
 
+def claimed() -> str:
+    """The study's claims that its scores can judge, by both questions."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for one in claims.judge(scores()):
+        if not one.question:
+            continue
+        row = rows.setdefault((one.claim, one.dataset), [one.says, one.source, one.dataset, "", ""])
+        row[3 + list(claims.QUESTIONS).index(one.question)] = f"**{one.verdict}**: {one.found}"
+    head = ["claim", "source", "data", "these tasks", "others like them"]
+    return markdown(head, list(rows.values()))
+
+
 def wit_models() -> str:
     """WIT's data sets by the models, with PLWs up to 5 and up to 1."""
     rows = []
@@ -336,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
         by_scale,
         between,
         no_effect,
+        claimed,
         wit_models,
         wit_points,
         wit_between,

@@ -36,7 +36,8 @@ def main(config: AnalyzeConfig) -> None:
 
 def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     from plw_mlflow import tracking
-    from plw_mlflow.analysis import analyze, planning, report, score_table, wording
+    from plw_mlflow.analysis import analyze, claims, planning, report, score_table, wording
+    from plw_mlflow.environment import outputs
 
     by = tuple(split_list(config.by or ""))
     if config.scores is not None:
@@ -59,6 +60,10 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     run.log_files(report.write(analysis, table, folder, command))
     tracking.log_regression(folder / "fit.json")
     print(wording.table_text(analysis))
+    if config.claims:
+        judged = claims.judge(table, config.scale)
+        print(f"\n{claims.text(judged)}")
+        run.log_files(outputs.write(folder, {"claims.csv": outputs.table(claims.frame(judged))}))
     grids = analyze.grids(table, config.scale, config.transform, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
 

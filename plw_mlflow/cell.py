@@ -108,7 +108,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             adapter = Path(scratch)
             model = _merge(config, trained.model, adapter, tokenizer, prepared, contents["base"], has_new_token)
             known = _weight_distance(config, model)  # before the weights are rounded to be kept
-            _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
+            _keep(config, run, model, adapter, tokenizer, prepared, trained)
         if isinstance(config, MainConfig):
             # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
@@ -240,12 +240,13 @@ def _needs_float32(config: TrainConfig) -> bool:
 
 
 def _keep(
-    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, steps: int
+    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, trained: train.Trained
 ) -> None:
     """Write the trained model to the output folder, and log it or its adapter; the model becomes what was logged.
 
     A whole model that is logged is scored with the numbers that it was rounded to; one that is logged as its adapter
     with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
+    Where an earlier process has trained to the end and logged the model, it is not logged again.
     """
     kind: torch.dtype = getattr(torch, _saved_precision(config))
     example = _example(config, tokenizer)
@@ -254,21 +255,27 @@ def _keep(
     if kept == "merged":
         held.round_weights(model, kind)
     export.write(model, tokenizer, adapter, config.output, kind)
-    if kept == "merged":
-        run.log_folder(adapter, outputs.ADAPTER)
-        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps, example)
-    elif kept == "adapter":
-        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps, example)
-    else:
+    if kept == "none":
         run.tag(status="trained")
+    elif trained.resumed_from == trained.steps and tracking.is_logged(run):
+        print("the model is in the run already")
+    elif kept == "merged":
+        run.log_folder(adapter, outputs.ADAPTER)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps, example)
+    else:
+        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, trained.steps, example)
     if isinstance(config, MainConfig):  # which scores it
         held.widen(model, but_linear=not _needs_float32(config))
 
 
 def _example(config: TrainConfig, tokenizer: Any) -> str:
     """A prompt in the template that a cell is trained with, as an example of what its model may be asked."""
-    instruction = {"role": "user", "content": "Write one sentence about a river."}
-    return str(prompting.wrapping(config.template, tokenizer, config.prompt_border)([instruction]))
+    instruction = "Write one sentence about a river."
+    wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border)
+    try:
+        return str(wrapping([{"role": "user", "content": instruction}]))
+    except UserError:  # a template may hold nothing but what is in its own data
+        return instruction
 
 
 def _saved_precision(config: TrainConfig) -> str:

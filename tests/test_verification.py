@@ -1,8 +1,16 @@
 """Is a recorded cell repeated to the bit, and is each thing that differs named? Is nothing recorded changed?"""
 
+import atexit
+import functools
 import json
+import os
+import re
 import shutil
 import sqlite3
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -20,52 +28,47 @@ ALL = ("code", "packages", "machine", "model", "data", "examples", "base", "opti
 ALL = (*ALL, "benchmarks", "scores")
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    """A folder with a store that holds a cell, and with the file that the cell was trained on."""
-    folder = tmp_path_factory.mktemp("recorded")
-    Place(folder)
+@functools.cache
+def recorded(method):
+    """A folder with a store that holds a tiny cell, and with the file that it was trained on; and the run's id."""
+    folder = Path(tempfile.mkdtemp(prefix="recorded-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    mlflow.set_tracking_uri(Place(folder).uri)
     rows = [{"instruction": f"Add {n} and 1.", "output": f"{n + 1}"} for n in range(40)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def make_cell(folder, **options):
-    """Run a tiny cell in a folder's store; gives the id of its run."""
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     config = MainConfig(
-        **{
-            "dataset": str(folder / "sums.jsonl"),
-            "tasks": "toy_choice",
-            "limit": 3,
-            "epochs": 1.0,
-            "batch_examples": 32,
-        }
-        | {"micro_batch_examples": 8, "checkpoint_dir": folder / "checkpoints", "cache_dir": folder / "cache"}
-        | options
+        dataset=str(folder / "sums.jsonl"),
+        method=method,
+        tasks="toy_choice",
+        limit=3,
+        epochs=1.0,
+        batch_examples=32,
+        micro_batch_examples=8,
+        checkpoint_dir=folder / "checkpoints",
+        cache_dir=folder / "cache",
     )
     with tracking.open_run(config, "cell") as run:
         cell.lead(config, run)
-    return run.id
-
-
-@pytest.fixture(scope="module")
-def run_ids(recorded):
-    return {method: make_cell(recorded, method=method) for method in ("full", "lora")}
+    return folder, run.id
 
 
 @pytest.fixture
-def moved(recorded, run_ids, tmp_path, monkeypatch):
-    """A copy of the store and the data in another folder, as on another machine: the first folder is away."""
+def moved(tmp_path, monkeypatch):
+    """Makes a copy of a cell's store and data in another folder; as on another machine, the first folder is away."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    here = tmp_path / "copy"
-    shutil.copytree(recorded, here)
-    away = recorded.with_name("away")
-    recorded.rename(away)
-    mlflow.set_tracking_uri(f"sqlite:///{here}/mlflow.db")
-    yield here
-    away.rename(recorded)
+    renamed = []
+
+    def move(method="full"):
+        folder, run_id = recorded(method)
+        shutil.copytree(folder, tmp_path / "copy")
+        renamed.append((folder.rename(folder.with_name(f"{folder.name}-away")), folder))
+        mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/copy/mlflow.db")
+        return tmp_path / "copy", run_id
+
+    yield move
+    for away, folder in renamed:
+        away.rename(folder)
 
 
 def verify(folder, run_id, **options):
@@ -96,24 +99,58 @@ def contents(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_cell_is_repeated_to_the_bit_from_a_copy_of_its_store(moved, run_ids, method, capsys):
-    before = contents(moved)
-    findings, error = verify(moved, run_ids[method])
+def test_a_cell_is_repeated_to_the_bit_from_a_copy_of_its_store(moved, method, capsys):
+    folder, run_id = moved(method)
+    before = contents(folder)
+    findings, error = verify(folder, run_id)
     assert (differing(findings), error, tuple(findings)) == (set(), "", ALL)
     assert all(finding.is_same for finding in findings.values())
-    assert contents(moved) == before
+    assert contents(folder) == before
     out = capsys.readouterr().out
     assert "the store was moved: what it says to be in" in out
     assert "all is as recorded, to the bit" in out
-    assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
-    assert "all is as recorded" in mlflow.MlflowClient().get_run(run_ids[method]).data.tags["plw.verified"]
+    assert len(mlflow.MlflowClient().search_runs(["0"])) == 1
+    assert "all is as recorded" in mlflow.MlflowClient().get_run(run_id).data.tags["plw.verified"]
 
 
 @pytest.mark.slow
-def test_a_changed_data_file_is_named_with_what_it_does(moved, run_ids):
-    file = moved / "sums.jsonl"
+def test_a_fresh_copy_of_the_repository_repeats_a_cell_until_a_line_is_changed(moved, tmp_path):
+    folder, run_id = moved()
+    project = tmp_path / "project"
+    copy_project(project)
+    command = [sys.executable, "-m", "entrypoints.verify", "--run-id", run_id, "--data-dir", str(folder)]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "PYTHONPATH": str(project)}
+    run = functools.partial(subprocess.run, command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all is as recorded, to the bit" in done.stdout
+    seeding = project / "plw_mlflow/seeding.py"
+    seeding.write_text(seeding.read_text().replace("hashlib.sha256(", "hashlib.sha512("))
+    done = run()
+    assert done.returncode == 1
+    lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("DIFFERS")}
+    assert {"code", "loss", "weights"} <= lines.keys()
+    assert "plw_mlflow/seeding.py has changed (commit" in lines["code"]
+    assert re.search(r"error: \d of 12 comparisons differ: code, ", done.stderr)
+
+
+def copy_project(folder):
+    """Copy all that decides what runs."""
+    for name in provenance.CODE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+
+
+@pytest.mark.slow
+def test_a_changed_data_file_is_named_with_what_it_does(moved):
+    folder, run_id = moved()
+    file = folder / "sums.jsonl"
     file.write_text(file.read_text().replace("Add 7 and 1.", "Add 7 and 2."))
-    findings, error = verify(moved, run_ids["full"])
+    findings, error = verify(folder, run_id)
     assert {"data", "examples", "loss", "weights"} <= differing(findings) <= {"data", "examples", *verification.EFFECTS}
     assert "sums.jsonl has the SHA-256" in findings["data"].text
     assert "train/loss from step 1 on, by at most" in findings["loss"].text
@@ -121,66 +158,73 @@ def test_a_changed_data_file_is_named_with_what_it_does(moved, run_ids):
 
 
 @pytest.mark.slow
-def test_a_changed_seed_is_named_with_what_it_does(moved, run_ids):
-    (file,) = moved.glob(f"mlruns/0/{run_ids['full']}/artifacts/config.json")
+def test_a_changed_seed_is_named_with_what_it_does(moved):
+    folder, run_id = moved()
+    (file,) = folder.glob(f"mlruns/0/{run_id}/artifacts/config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 4321}))
-    findings, _ = verify(moved, run_ids["full"])
+    findings, _ = verify(folder, run_id)
     assert {"options", "loss", "weights"} <= differing(findings) <= {"options", *verification.EFFECTS}
     assert "seed is 4321 in config.json, and 1234 as a parameter" in findings["options"].text
     assert "and it was trained as" in findings["options"].text
 
 
-def test_a_parameter_that_was_changed_is_told_from_a_changed_file(moved, run_ids):
-    with sqlite3.connect(moved / "mlflow.db") as database:
-        database.execute("UPDATE params SET value = '4321' WHERE key = 'seed' AND run_uuid = ?", (run_ids["full"],))
-    findings, error = verify(moved, run_ids["full"], data=True)
+def test_a_parameter_that_was_changed_is_told_from_a_changed_file(moved):
+    folder, run_id = moved()
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        database.execute("UPDATE params SET value = '4321' WHERE key = 'seed' AND run_uuid = ?", (run_id,))
+    findings, error = verify(folder, run_id, data=True)
     assert differing(findings) == {"options"}
     assert findings["options"].text.endswith("the cell's key agrees with config.json")
     assert error == "1 of 8 comparisons differ: options"
 
 
-def test_another_package_version_is_named(moved, run_ids, monkeypatch):
-    folder = moved / "elsewhere" / "pandas-99.9.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: pandas\nVersion: 99.9\n")
-    monkeypatch.syspath_prepend(folder.parent)
-    findings, _ = verify(moved, run_ids["full"], data=True)
+def test_another_package_version_is_named(moved, monkeypatch):
+    folder, run_id = moved()
+    package = folder / "elsewhere" / "pandas-99.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: pandas\nVersion: 99.9\n")
+    monkeypatch.syspath_prepend(package.parent)
+    findings, _ = verify(folder, run_id, data=True)
     assert differing(findings) == {"packages"}
     assert findings["packages"].text.startswith("pandas 99.9, recorded ")
 
 
-def test_a_changed_line_of_code_is_named(moved, run_ids, monkeypatch):
-    shutil.copytree(ROOT / "plw_mlflow", moved / "plw_mlflow", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (*(part for part in provenance.CODE if part != "plw_mlflow"),):
-        (moved / name).parent.mkdir(exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, moved / name)
-    monkeypatch.setattr(provenance, "ROOT", moved)
-    assert differing(verify(moved, run_ids["full"], data=True)[0]) == set()
-    with (moved / "plw_mlflow/training/loss.py").open("a") as file:
+def test_a_changed_line_of_code_is_named(moved, monkeypatch):
+    folder, run_id = moved()
+    copy_project(folder)
+    monkeypatch.setattr(provenance, "ROOT", folder)
+    assert differing(verify(folder, run_id, data=True)[0]) == set()
+    with (folder / "plw_mlflow/training/loss.py").open("a") as file:
         file.write("# changed\n")
-    (moved / "plw_mlflow/new.py").write_text("")
-    findings, _ = verify(moved, run_ids["full"], data=True)
+    (folder / "plw_mlflow/new.py").write_text("")
+    findings, _ = verify(folder, run_id, data=True)
     assert differing(findings) == {"code"}
-    assert findings["code"].text.startswith("plw_mlflow/new.py is new; plw_mlflow/training/loss.py has changed (commit")
+    assert findings["code"].text.startswith("plw_mlflow/training/loss.py has changed; plw_mlflow/new.py is new (commit")
 
 
 @pytest.mark.parametrize(
-    ("method", "file", "name"), [("full", "model/model", "embed_tokens"), ("lora", "peft/adapter_model", "lora_B")]
+    ("method", "file", "name"),
+    [
+        ("full", "model/model", "embed_tokens"),
+        pytest.param("lora", "peft/adapter_model", "lora_B", marks=pytest.mark.slow),
+    ],
 )
-def test_a_tampered_model_is_named_without_training(moved, run_ids, method, file, name):
-    tamper(moved, run_ids[method], file, name)
-    findings, error = verify(moved, run_ids[method], data=True)
+def test_a_tampered_model_is_named_without_training(moved, method, file, name):
+    folder, run_id = moved(method)
+    tamper(folder, run_id, file, name)
+    findings, error = verify(folder, run_id, data=True)
     assert differing(findings) == {"model"}
     assert error == "1 of 8 comparisons differ: model"
 
 
 @pytest.mark.slow
-def test_a_tampered_model_is_named_with_its_weights(moved, run_ids):
-    tamper(moved, run_ids["full"], "model/model", "embed_tokens", by=1.0)
-    findings, _ = verify(moved, run_ids["full"])
+def test_a_tampered_model_is_named_with_its_weights(moved):
+    folder, run_id = moved()
+    tamper(folder, run_id, "model/model", "embed_tokens", by=1.0)
+    findings, _ = verify(folder, run_id)
     assert differing(findings) == {"model", "weights"}
     assert "1 of 38 tensors, by at most 1 (model.embed_tokens.weight)" in findings["weights"].text
-    findings, _ = verify(moved, run_ids["full"], scores=True)
+    findings, _ = verify(folder, run_id, scores=True)
     assert tuple(findings) == ("code", "packages", "machine", "model", "benchmarks", "scores")
     assert "model" in differing(findings)
 
@@ -196,17 +240,21 @@ def tamper(folder, run_id, file, name, by=0.5):
     save_file(weights, place, metadata={"format": "pt"})
 
 
-def test_what_cannot_be_repeated_is_said_in_one_line(moved, run_ids):
-    (moved / "sums.jsonl").unlink()
+def test_what_cannot_be_repeated_is_said_in_one_line(moved):
+    folder, run_id = moved()
+    (folder / "sums.jsonl").unlink()
     with pytest.raises(
         UserError, match=r"data set .*sums.jsonl is not here.*; name the folder that holds it: --data-dir"
     ):
-        verify(moved, run_ids["full"], data=True)
+        verify(folder, run_id, data=True)
+    mlflow.MlflowClient().set_terminated(run_id, "FAILED")
+    with pytest.raises(UserError, match=f"run {run_id} is FAILED, so it does not hold a whole cell"):
+        verify(folder, run_id)
     with pytest.raises(UserError, match="there is no run 'abc'"):
-        verify(moved, "abc")
+        verify(folder, "abc")
     other = mlflow.MlflowClient().create_run("0").info.run_id
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        verify(moved, other)
+        verify(folder, other)
 
 
 def test_the_summary_says_what_differs_and_what_that_does():
@@ -214,10 +262,10 @@ def test_the_summary_says_what_differs_and_what_that_does():
         return verification.summarise([Finding(what, is_same, "") for what, is_same in found.items()])
 
     assert summary(code=True, loss=True) == "all is as recorded, to the bit: code, loss"
-    assert summary(code=False, loss=True, scores=True) == "code differ; loss, scores stay the same to the bit"
-    assert (
-        summary(data=False, loss=False, scores=True)
-        == "data differ; with it, loss differ; scores stay the same to the bit"
-    )
-    assert summary(code=True, loss=False) == "nothing that is compared explains why loss differ"
     assert summary(data=None, code=True) == "all is as recorded, to the bit: code"
+    assert summary(code=False) == "what differs is code"
+    assert summary(code=False, loss=True, scores=True) == "what differs is code; it does not change loss, scores"
+    said = "what differs is data; this changes loss; it does not change scores"
+    assert summary(data=False, loss=False, scores=True) == said
+    said = "what differs is loss, and nothing that is compared explains why"
+    assert summary(code=True, loss=False) == said

@@ -31,7 +31,17 @@ from plw_mlflow.config.options import (
     no_effect,
     too_small,
 )
-from plw_mlflow.config.values import data_name, digest, flag, read, short_name, shown_name, spell, split_list
+from plw_mlflow.config.values import (
+    IN_DATA_NAME,
+    data_name,
+    digest,
+    flag,
+    read,
+    short_name,
+    shown_name,
+    spell,
+    split_list,
+)
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 
@@ -352,6 +362,10 @@ class SweepConfig(
         """The names of the options that list several values, beside those that tell cells apart everywhere."""
         return [name for name in LISTABLE if name not in _AXES and len(self.values(name)) > 1]
 
+    def by(self) -> tuple[str, ...]:
+        """The listed options that have curves of their own, since the name of the data does not contain them."""
+        return tuple(name for name in self.listed() if name not in IN_DATA_NAME)
+
     def cells(self) -> list[MainConfig]:
         """One `main` per combination, in an order that completes one curve over PLW after another.
 
@@ -394,6 +408,8 @@ class AnalyzeConfig(Config):
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
     """Difference of scores that counts as none; tests whether PLW's effect is smaller (unset: not tested)."""
+    claims: bool = False
+    """Judge the study's claims (paper/claims.json) by these scores: reproduced, contradicted, or cannot tell."""
     bootstrap: int = 2000
     """Draws of each bootstrap of the best PLW; 0 for none."""
     parametric: int = 0
@@ -407,7 +423,7 @@ class AnalyzeConfig(Config):
     next: int | None = None
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html, figures, power.csv and next.json (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]
@@ -426,6 +442,8 @@ class AnalyzeConfig(Config):
                     faults.append(f"{name} is {spell(value)}, but that is for power: give --power")
         if self.assume is not None and self.next is not None:
             faults.append("next needs scores, not assume")
+        if self.assume is not None and self.claims:
+            faults.append("claims needs scores, not assume")
         return faults
 
 

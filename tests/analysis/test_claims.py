@@ -1,0 +1,106 @@
+"""Are claims judged by the rules that paper/claims.json and plw_mlflow/analysis/claims.py write down?"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from plw_mlflow.analysis import claims, score_table
+from tests.analysis.test_analyze import STUDY_PLWS, simulate
+from tests.stores import ROOT
+
+STUDY = ROOT / "paper" / "tables" / "v1_scores.csv"
+TOLD = json.loads(claims.FILE.read_text())
+
+
+@pytest.fixture(scope="module")
+def study():
+    judged = claims.judge(score_table.read_scores(STUDY))
+    return {(one.claim, one.dataset, one.question): one for one in judged}
+
+
+def test_every_claim_has_a_rule_or_says_why_it_is_not_judged():
+    assert len({claim["id"] for claim in TOLD["study"]}) == len(TOLD["study"]) > 20
+    for claim in TOLD["study"]:
+        assert ("not_judged" in claim) != (claim.get("rule") in {*claims.RULES, "best_runs"})
+        assert claim["claim"]
+        assert claim["source"]
+
+
+def test_the_studys_claims_on_its_own_scores(study):
+    short = {claim: study[claim, "AlpacaDataShort", "these tasks"].verdict for claim in ("short-effect", "short-peak")}
+    assert set(short.values()) == {claims.REPRODUCED}
+    assert study["short-effect", "AlpacaDataShort", "others like them"].verdict == claims.CANNOT_TELL
+    for dataset in ("AlpacaData", "AlpacaDataCleaned"):
+        for question in claims.QUESTIONS:
+            assert study["long-none", dataset, question].verdict == claims.REPRODUCED
+    assert study["printed-p-short", "AlpacaDataShort", "these tasks"].verdict == claims.CONTRADICTED
+    assert study["printed-peak", "AlpacaDataShort", "these tasks"].verdict == claims.REPRODUCED
+    assert "on 3 of 3 tasks it is" in study["best-runs", "all", "these tasks"].found
+    assert study["long-answers", "AlpacaDataShort", ""].verdict == claims.CANNOT_TELL
+    assert study["stability", "", ""].verdict == claims.CANNOT_TELL
+
+
+def verdicts(b, sd=0.002, **options):
+    """Of each claim on short data with that curve, for these tasks."""
+    judged = claims.judge(simulate(b=b, sd=sd, dataset="my-short", **options))
+    return {one.claim: one.verdict for one in judged if one.question != "others like them"}
+
+
+def test_what_is_otherwise_is_contradicted():
+    convex = verdicts((0.5, -0.2, 0.15))
+    assert {convex[claim] for claim in ("short-concave", "short-peak", "short-zero")} == {claims.CONTRADICTED}
+    assert convex["short-effect"] == claims.REPRODUCED
+    flat = verdicts((0.5, 0.0, 0.0))
+    assert flat["short-effect"] == claims.CONTRADICTED
+    early = verdicts((0.5, 0.1, -0.2))  # its peak is at w_p 0.25, PLW 0.01
+    assert early["short-peak"] == claims.CONTRADICTED
+    large = pd.concat([simulate(b=(0.4, 0.3, -0.2), sd=0.002, dataset="mine")])
+    (long,) = (one for one in claims.judge(large) if (one.claim, one.question) == ("long-none", "these tasks"))
+    assert long.verdict == claims.CONTRADICTED
+
+
+def test_noise_cannot_tell():
+    loud = verdicts((0.5, 0.05, -0.04), sd=0.3)
+    for claim in ("short-effect", "short-concave", "short-peak", "short-zero"):
+        assert loud[claim] == claims.CANNOT_TELL
+    assert loud["long-none"] == claims.CANNOT_TELL  # there are no long data
+
+
+def test_long_answers_are_judged_where_there_are_any():
+    table = simulate(b=(0.3, 0.2, 0.0), sd=0.002, dataset="my-short").assign(task_type="long-generation")
+    judged = {(one.claim, one.question): one.verdict for one in claims.judge(table)}
+    assert judged["long-answers", "these tasks"] == claims.REPRODUCED
+    assert judged["long-answers-gain", "these tasks"] == claims.REPRODUCED
+    falling = table.assign(score=1 - table["score"])
+    judged = {(one.claim, one.question): one.verdict for one in claims.judge(falling)}
+    assert judged["long-answers", "these tasks"] == claims.CONTRADICTED
+
+
+def test_too_few_runs_cannot_tell():
+    table = simulate(seeds=1, dataset="my-short")
+    few = table[table["plw"].isin([0, 0.1, 1])]
+    assert {one.verdict for one in claims.judge(few)} == {claims.CANNOT_TELL}
+
+
+def test_an_interval_is_that_of_its_contrast():
+    """From PLW 0 to 1 the curve rises by both coefficients; by hand from the runs' means."""
+    table = simulate(tasks=3)
+    curve = claims._Curve(claims._grid(score_table.check(table), "short"), "fixed-tasks")
+    w = np.array(STUDY_PLWS) ** 0.30103
+    means = table.groupby(["plw", "seed"])["score"].mean()
+    x = np.column_stack([np.ones(20), np.repeat(w, 2), np.repeat(w, 2) ** 2])
+    b, (squares,), *_ = np.linalg.lstsq(x, means.to_numpy())
+    error = np.sqrt(np.array([0, 1, 1]) @ np.linalg.inv(x.T @ x) @ np.array([0, 1, 1]) * squares / 17)
+    low, high = curve.reach(curve.rise(0, 1))
+    assert (low + high) / 2 == pytest.approx(b[1] + b[2])
+    assert (high - low) / 2 == pytest.approx(2.109816 * error, rel=1e-5)  # t of 17 degrees of freedom
+
+
+def test_the_text_has_every_claim(study):
+    told = claims.text(list(study.values()))
+    assert all(claim["claim"] in told for claim in TOLD["study"])
+    assert list(claims.frame(list(study.values()))) == [
+        *("claim", "says", "source", "dataset", "question", "verdict", "found")
+    ]
