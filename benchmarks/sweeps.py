@@ -109,7 +109,8 @@ class Place:
         return any(self.folder.glob("checkpoints/*/step-*"))
 
     def _runs(self) -> list[Run]:
-        return list(self.client.search_runs(["0"], max_results=1000))
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        return list(self.client.search_runs(experiments, max_results=1000))
 
 
 @dataclass(frozen=True)

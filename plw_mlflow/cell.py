@@ -77,6 +77,7 @@ def lead(config: TrainConfig, run: Run) -> None:
         tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
     tracking.log_data(run, prepared)
+    tracking.log_prompt_weight(run, config.plw, prepared.profile)
     prepare.write(prepared, config.output)
     print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
@@ -113,6 +114,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
             _score(config, run, model, tokenizer, tasks, folder, arithmetic)
+        tracking.describe_cell(run)
         stored.remove()
         shutil.rmtree(folder)
 
@@ -315,7 +317,10 @@ def score_model(config: EvaluateConfig) -> None:
     """
     folder = config.checkpoint_dir / digest({"run": config.run_id, "of": config.model, "at": config.endpoint})
     title = f"evaluate {config.model}"
-    with checkpoints.reserve(folder), tracking.open_run(config, title, run_id=config.run_id) as run:
+    with (
+        checkpoints.reserve(folder),
+        tracking.open_run(config, title, config.run_id, experiment=tracking.LOOKING) as run,
+    ):
         tasks = load_tasks(config)  # unknown tasks fail before a large model is read
         is_of_cell = config.run_id is not None
         cell_columns = run.cell() if is_of_cell else _no_cell(config.model)  # before hours of scoring, as it may fail
@@ -339,7 +344,11 @@ def score_model(config: EvaluateConfig) -> None:
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
-        print(scores.text(evaluation))
+        print(text := scores.text(evaluation))
+        if is_of_cell:
+            tracking.describe_cell(run)
+        else:
+            run.describe(f"Scores of `{config.model}`, which is no cell's model.\n\n```\n{text}\n```")
     print(f"\nrun {run.id}\n{run.address()}")
 
 

@@ -51,7 +51,7 @@ class Plan:
 
 def plan(config: SweepConfig) -> Plan:
     """The cells of a sweep. Files are read, and the hub is asked, for what identifies their contents."""
-    cells, listed = config.cells(), config.listed()
+    cells, differing = config.cells(), config.differing()
     contents: dict[str, str] = {}
     for cell in cells:
         for _, name, of in _named(cell):
@@ -61,8 +61,7 @@ def plan(config: SweepConfig) -> Plan:
     for cell in cells:
         read = {"contents": {option: contents[name] for option, name, _ in _named(cell)}, "code": code}
         values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
-        more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
-        planned.append(Cell(cell, cell.cell_name() + more, digest(values | read), digest(cell.identity() | read)))
+        planned.append(Cell(cell, cell.cell_name(differing), digest(values | read), digest(cell.identity() | read)))
     if len(by_identity := {cell.identity: cell for cell in planned}) < len(planned):
         print(f"{len(planned) - len(by_identity)} cells are left out, as they are others under another name")
         planned = list(by_identity.values())

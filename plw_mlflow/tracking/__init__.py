@@ -18,7 +18,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.comparable import by_value
 from plw_mlflow.tracking.connection import patiently
-from plw_mlflow.tracking.inputs import check_data, log_data
+from plw_mlflow.tracking.descriptions import describe_cell
+from plw_mlflow.tracking.experiments import LOOKING
+from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
     files_digest,
@@ -42,6 +44,7 @@ from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before
 __all__ = [
     "CLAIM",
     "CURVES",
+    "LOOKING",
     "Attempt",
     "Measured",
     "Record",
@@ -52,6 +55,7 @@ __all__ = [
     "by_value",
     "check_data",
     "child_environment",
+    "describe_cell",
     "fail",
     "files_digest",
     "finished_before",
@@ -66,6 +70,7 @@ __all__ = [
     "log_measures",
     "log_merged",
     "log_model",
+    "log_prompt_weight",
     "log_regression",
     "log_scores",
     "mark_best",

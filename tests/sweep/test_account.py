@@ -119,8 +119,8 @@ def test_cells_that_another_sweep_has_finished_count(store, open_account, tmp_pa
     assert other.finished == CELLS
     other.adopt()
     tags = store.get_run(begun.run_id).data.tags
-    assert tags[f"plw.also_in.{other.sweep.run.id}"] == "true"
-    assert not [tag for tag in tags if one.sweep.run.id in tag and "also_in" in tag]
+    assert tags[f"plw.cell_of.{other.sweep.run.id}"] == "true"
+    assert tags[f"plw.cell_of.{one.sweep.run.id}"] == "true"
     assert store.search_registered_models() == []  # no claim is left behind
 
 
@@ -192,6 +192,6 @@ def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_
         monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
         assert open_account().sweep.run.id == begun[0]
     first, second = map(store.get_run, begun)
-    assert first.info.run_name == "sweep"
+    assert first.info.run_name == "toy-short, toy-long plw 0 to 1 (10)"
     assert first.data.params["plw"] == SweepConfig().plw
     assert second.data.tags["plw.for_run"] == begun[0]

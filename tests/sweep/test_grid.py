@@ -32,7 +32,7 @@ def identities(planned):
 def test_every_combination_is_a_cell_of_its_own(tmp_path):
     planned = plan(tmp_path, plw="0,0.1", seed="1,2", learning_rate="0.001,0.002")
     assert len(set(identities(planned))) == 8
-    assert planned.cells[0].name == "plw 0 toy-short toy full seed 1, learning-rate 0.001"
+    assert planned.cells[0].name == "plw 0 seed 1 learning-rate 0.001 toy-short toy full"
 
 
 def test_a_cell_without_an_example_to_train_on_is_named_before_any_begins(tmp_path):
