@@ -257,7 +257,7 @@ def crowd(
 def _result(said: str) -> str:
     """The tables and verdicts that a sweep has shown when its cells had ended."""
     by_one_alone = ("best:", "the alias", "note:", "Successfully registered", "Created version")  # who analyses
-    on_the_way = r"\d\d:\d\d:\d\d |sweep of |.* are finished already|🏃|🧪"
+    on_the_way = r"\d\d:\d\d:\d\d |sweep of |.* are finished already|waiting for |🏃|🧪"
     lines = [line for line in said.splitlines() if line and not re.match(on_the_way, line)]
     return "\n".join(line for line in lines if not line.startswith(by_one_alone))
 
