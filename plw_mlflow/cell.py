@@ -51,9 +51,7 @@ def run(config: TrainConfig) -> None:
 
     Every process that trains the cell calls this.
     """
-    optimizers.check(config.optimizer)
-    if config.activation_checkpointing:  # said before a run is opened
-        recomputation.check(pretrained.load_config(config.model))
+    check_machine(config)  # said before a run is opened
     if not is_first_process():
         assist(config)
         return
@@ -119,6 +117,18 @@ def lead(config: TrainConfig, run: Run) -> None:
         tracking.describe_cell(run)
         stored.remove()
         shutil.rmtree(folder)
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise UserError where this machine cannot train a cell's model as asked."""
+    optimizers.check(config.optimizer)
+    if config.activation_checkpointing:
+        recomputation.check(pretrained.load_config(config.model))
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raise UserError where a cell's model cannot be trained on its data. The cache then has the data."""
+    _prepare(config)
 
 
 def identify(config: TrainConfig) -> tuple[str, dict[str, str]]:

@@ -24,7 +24,7 @@ from mlflow.entities import Run as Entity
 
 from plw_mlflow.config import flag, spell
 from plw_mlflow.errors import Refused, UserError
-from plw_mlflow.tracking import experiments, pages
+from plw_mlflow.tracking import experiments, pages, signs
 from plw_mlflow.tracking.cells import parameters
 from plw_mlflow.tracking.claims import SILENT_SECONDS, Claims
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
@@ -174,9 +174,18 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
             earlier = _earlier(config, experiment, grid)
             run_id = earlier or _new(experiment, grid, config.sweep_name())
             _check_contents(Run(run_id), contents)
-        with open_run(config, config.sweep_name(), run_id, goes_on=True) as run:
+        with (
+            open_run(config, config.sweep_name(), run_id, goes_on=True) as run,
+            signs.giving(partial(_keep_running, run), signs.SIGN_SECONDS),
+        ):
             yield Sweep(run, claims, cells_are_here=config.engine == "local")
             run.untag("status")  # of an earlier process that was interrupted or has failed
+
+
+def _keep_running(run: Run) -> None:
+    """Mark the run of a sweep as running which another process of the sweep has ended, as that was interrupted, say."""
+    if run.client.get_run(run.id).info.status != "RUNNING":
+        run.client.update_run(run.id, "RUNNING")
 
 
 def finished_before() -> dict[str, list[Attempt]]:
