@@ -257,8 +257,12 @@ def _keep(
 
 def _example(config: TrainConfig, tokenizer: Any) -> str:
     """A prompt in the template that a cell is trained with, as an example of what its model may be asked."""
-    instruction = {"role": "user", "content": "Write one sentence about a river."}
-    return str(prompting.wrapping(config.template, tokenizer, config.prompt_border)([instruction]))
+    instruction = "Write one sentence about a river."
+    wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border)
+    try:
+        return str(wrapping([{"role": "user", "content": instruction}]))
+    except UserError:  # a template may hold nothing but what is in its own data
+        return instruction
 
 
 def _saved_precision(config: TrainConfig) -> str:

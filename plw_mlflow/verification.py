@@ -34,6 +34,7 @@ from plw_mlflow.config import (
 )
 from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs, provenance
+from plw_mlflow.environment.provenance import CODE_OF_CELLS
 from plw_mlflow.errors import RunError, UserError, did_you_mean
 from plw_mlflow.evaluation import evaluate, prompting
 from plw_mlflow.evaluation.tasks import load_tasks
@@ -92,11 +93,11 @@ def summarise(findings: Sequence[Finding]) -> str:
     if not different:
         return f"all is as recorded, to the bit: {', '.join(compared)}"
     if not causes:
-        return f"nothing that is compared explains why {' and '.join(changed)} differ"
+        return f"what differs is {', '.join(changed)}, and nothing that is compared explains why"
     kept = [what for what in effects if what not in changed]
-    does = f"; with it, {', '.join(changed)} differ" if changed else ""
-    stays = f"; {', '.join(kept)} stay the same to the bit" if kept else ""
-    return f"{', '.join(causes)} differ{does}{stays}"
+    does = f"; this changes {', '.join(changed)}" if changed else ""
+    stays = f"; it does not change {', '.join(kept)}" if kept else ""
+    return f"what differs is {', '.join(causes)}{does}{stays}"
 
 
 def _compare(record: Record, config: VerifyConfig) -> Iterator[Finding]:
@@ -140,7 +141,7 @@ def _code(record: Record) -> Finding:
         return _digest("code", provenance.code_digest(provenance.ROOT), record.tags.get("code_sha256"), commits)
     changed = [
         f"{name} {'is new' if name not in there else 'is gone' if name not in here else 'has changed'}"
-        for name in sorted(here.keys() | there.keys())
+        for name in sorted(here.keys() | there.keys(), key=lambda name: (not name.startswith(CODE_OF_CELLS), name))
         if here.get(name) != there.get(name)
     ]
     return Finding("code", not changed, f"{_listed(changed) or f'{len(here)} files'} ({commits})")
@@ -392,7 +393,7 @@ def _scores(record: Record, source: Record, config: VerifyConfig) -> Iterator[Fi
         if not there["scoring"]["precision"]:
             texts.append("an evaluation by a server is not repeated")
             continue
-        here = _score_again(record, source, there["scoring"], config)
+        here = _score_again(record, source, there, config)
         for task in (task for task, its in latest.items() if its == number):
             if here["benchmarks"].get(task) != there["benchmarks"][task]:
                 benchmarks.append(f"{task} has other documents than recorded")
@@ -415,14 +416,17 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.6g}"
 
 
-def _score_again(record: Record, source: Record, scoring: Mapping[str, Any], config: VerifyConfig) -> Mapping[str, Any]:
-    """The results of an evaluation that is repeated with its options."""
+def _score_again(record: Record, source: Record, there: Mapping[str, Any], config: VerifyConfig) -> Mapping[str, Any]:
+    """The results of an evaluation that is repeated with its options. there: its results."""
+    scoring = there["scoring"]
     given = {name: scoring[name] for name in evaluate.SCORED_BY}
-    options = ScoreOptions(**given, data_dir=_data_dir(record, config))
+    # Benchmarks that were the hub's do not become files because the training data are found in a folder.
+    options = ScoreOptions(**given, data_dir=_data_dir(record, config) if there["documents_sha256"] else None)
     tasks = load_tasks(options)
     precision = scoring["precision"]
     held_in = torch.bfloat16 if precision == "bfloat16" else None
-    model, tokenizer = tracking.load_model(source.run, config.base, held_in)
+    is_adapter = source.model is not None and (source.model / "peft").is_dir()
+    model, tokenizer = tracking.load_model(source.run, config.base if is_adapter else None, held_in)
     wrapping = None
     if options.apply_template:
         border = record.options.get("prompt_border", "offsets")

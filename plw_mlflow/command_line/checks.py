@@ -41,7 +41,7 @@ from plw_mlflow.environment import abilities, outputs, precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import Unreachable, UserError, did_you_mean
 from plw_mlflow.evaluation import local_documents, task_sets
-from plw_mlflow.models import hub
+from plw_mlflow.models import hub, location
 from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
@@ -68,9 +68,8 @@ OUTPUTS: dict[type[Config], tuple[str, ...]] = {
     AdviseConfig: ADVICE,
     VerifyConfig: VERIFICATION,
 }
-# A folder holds weights, or a tokenizer, if it has a file of one of these names.
+# A folder holds weights if it has a file of one of these names.
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
 NO_TOKENIZER = SimpleNamespace(added_tokens_decoder={}, special_tokens_map={})  # enough to read a template's file
 
 
@@ -137,7 +136,8 @@ def _references(config: Any) -> Iterator[Callable[[], None]]:
         ):
             yield partial(_template, template, tokenizer or model)
     if isinstance(config, RecipeOptions):  # main, train and sweep
-        yield from _abilities(config)
+        if not isinstance(config, SweepConfig) or config.engine == "local":  # else cells run on other machines
+            yield from _abilities(config)
         for model in _listed(config, "model"):
             yield partial(_model, model)
     if _reads_data(config) and config.tokenizer is None:
@@ -253,7 +253,7 @@ def _model(name: str, *, is_scored: bool = False) -> None:
 
 def _tokenizer(kind: str, name: str) -> None:
     folder = _place(kind, name)
-    if folder is not None and not _has(folder, TOKENIZERS):
+    if folder is not None and not _has(folder, location.TOKENIZERS):
         raise UserError(f"folder {name} holds no tokenizer; name one with --tokenizer")
 
 

@@ -35,6 +35,7 @@ from plw_mlflow.config.presets import MODELS, PRESETS
 from plw_mlflow.config.values import (
     DATA_FILE_ENDINGS,
     HUB_ID,
+    IN_DATA_NAME,
     UNSET,
     data_name,
     digest,

@@ -31,7 +31,17 @@ from plw_mlflow.config.options import (
     no_effect,
     too_small,
 )
-from plw_mlflow.config.values import data_name, digest, flag, read, short_name, shown_name, spell, split_list
+from plw_mlflow.config.values import (
+    IN_DATA_NAME,
+    data_name,
+    digest,
+    flag,
+    read,
+    short_name,
+    shown_name,
+    spell,
+    split_list,
+)
 from plw_mlflow.errors import UserError
 from plw_mlflow.study import PUBLISHED_PLWS
 
@@ -351,6 +361,10 @@ class SweepConfig(
     def listed(self) -> list[str]:
         """The names of the options that list several values, beside those that tell cells apart everywhere."""
         return [name for name in LISTABLE if name not in _AXES and len(self.values(name)) > 1]
+
+    def by(self) -> tuple[str, ...]:
+        """The listed options that have curves of their own, since the name of the data does not contain them."""
+        return tuple(name for name in self.listed() if name not in IN_DATA_NAME)
 
     def cells(self) -> list[MainConfig]:
         """One `main` per combination, in an order that completes one curve over PLW after another.

@@ -67,6 +67,9 @@ def read(text: str, hint: Any) -> Any:
     return next((kind(text) for kind in (int, float, Path) if kind in kinds), text)
 
 
+IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # the options that it contains
+
+
 def data_name(dataset: str, options: DataOptions, shown: Callable[[str], str] = str) -> str:
     """The name of a cell's data, with how they are made: "toy-long inverted", "toy-long + 0.7 toy-short".
 

@@ -11,6 +11,9 @@ from plw_mlflow.config import MODELS
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.toy import TOY_FOLDER
 
+# A folder holds a tokenizer if it has a file of one of these names.
+TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
+
 
 @dataclass(frozen=True)
 class Location:

@@ -29,7 +29,7 @@ def run(config: SweepConfig) -> None:
         if config.adaptive:
             print(adaptive.foretell(config, planned.cells))
         return
-    for optimizer in {cell.config.optimizer for cell in planned.cells}:
+    for optimizer in {cell.config.optimizer for cell in planned.cells if config.engine == "local"}:
         optimizers.check(optimizer)
     if config.activation_checkpointing:
         for model in config.values("model"):

@@ -88,7 +88,7 @@ class Account:
         """Ask the store what has become of the cells, and which other processes are at work on some."""
         claimed = self.sweep.claimed()
         self.attempts = self.sweep.attempts()
-        self.elsewhere = {cell.identity for cell in self.cells if self._is_open(cell)} & claimed
+        self.elsewhere = {cell.identity for cell in self.cells if self._is_open(cell) and cell.training in claimed}
         self._looked_at = time.monotonic()
 
     def look_again(self, seconds: float) -> None:
@@ -98,18 +98,19 @@ class Account:
 
     def begin_next(self) -> Begun | None:
         """Take the next cell that is to be run; None where there is none that no other process is at work on."""
+        trained_here = {begun.cell.training for begun in self.running.values()}
         for cell in self.left:
-            if cell.identity in self.elsewhere:
+            if cell.identity in self.elsewhere or cell.training in trained_here:
                 continue
-            if not self.sweep.claim(cell.identity):
+            if not self.sweep.claim(cell.training):
                 self.elsewhere.add(cell.identity)
                 continue
             self.look()  # as another process may have finished it just before the claim was free
             if self._is_open(cell):
-                begun = Begun(cell, self._run_of(cell), time.monotonic(), self.sweep.held(cell.identity))
+                begun = Begun(cell, self._run_of(cell), time.monotonic(), self.sweep.held(cell.training))
                 self.running[cell.identity] = begun
                 return begun
-            self.sweep.release(cell.identity)
+            self.sweep.release(cell.training)
         return None
 
     def end(self, begun: Begun, exit_status: int | None, log: Path) -> None:
@@ -126,9 +127,10 @@ class Account:
                 self._take_note_of_cut(begun, "it was interrupted" if exit_status else "its machine was lost")
             else:
                 tracking.fail(begun.run_id, _reason(exit_status, log))
+            self._retried -= {attempt.run_id for attempt in self._attempts_of(begun.cell)}
             self.look()
         del self.running[begun.cell.identity]
-        self.sweep.release(begun.cell.identity)
+        self.sweep.release(begun.cell.training)
 
     def interrupt(self) -> None:
         """Mark the runs of the cells that this process was at work on, unless they have done so themselves."""
@@ -139,15 +141,15 @@ class Account:
         """Remove what killed processes have left behind of cells that are over: claims, and runs that look open."""
         abandoned = self.sweep.abandoned()
         for cell in self.cells:
-            is_suspect = cell.identity in abandoned or any(attempt.looks_open for attempt in self._attempts_of(cell))
-            if not is_suspect or not self.sweep.claim(cell.identity):
+            is_suspect = cell.training in abandoned or any(attempt.looks_open for attempt in self._attempts_of(cell))
+            if not is_suspect or not self.sweep.claim(cell.training):
                 continue
             self.look()
             if not self._is_open(cell):  # nobody else is at work on it now
                 for attempt in self._attempts_of(cell):
                     if attempt.looks_open:
                         tracking.kill(attempt.run_id)
-            self.sweep.release(cell.identity)
+            self.sweep.release(cell.training)
         self.look()
 
     def adopt(self) -> None:
@@ -173,7 +175,7 @@ class Account:
             tracking.kill(begun.run_id)
             return
         why = f"it was cut short {MOST_CUT_SHORT} times without getting further; the last time, {how}"
-        tracking.fail(begun.run_id, why, even_killed=True)
+        tracking.fail(begun.run_id, why)
 
     def _attempts_of(self, cell: Cell) -> list[Attempt]:
         return self.attempts.get(cell.identity, [])

@@ -27,11 +27,11 @@ from plw_mlflow.analysis.statistics.next_plws import NoOptimumError, propose
 from plw_mlflow.config import SweepConfig, data_name
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep.account import Account
-from plw_mlflow.sweep.ending import IN_DATA_NAME
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Sweep
 from plw_mlflow.transforms import make_transform
 
+MOST_FAILED = 3  # rounds of a data set one after the other in which no cell is finished
 FIRST = 4  # PLWs of the first round: one more than a parabola has coefficients
 FILE = "decisions.json"
 
@@ -219,17 +219,24 @@ class Chooser:
         """The choice for a data set by the scores of its cells that were chosen before and are finished."""
         points, chosen = self._curves[dataset], {cell.identity for cell in self.cells}
         done = [cell for cell in self.cells if _dataset(cell) == dataset and cell.identity in finished]
-        last = [decision for decision in self.decisions if decision.dataset == dataset][-1]
-        of_last = {
-            cell.identity for plw, seed in zip(last.choice.plws, last.seeds, strict=True) for cell in points[plw][seed]
+        lately = [decision for decision in self.decisions if decision.dataset == dataset][-MOST_FAILED:]
+        tried = {
+            cell.identity
+            for decision in lately
+            for plw, seed in zip(decision.choice.plws, decision.seeds, strict=True)
+            for cell in points[plw][seed]
         }
-        if not of_last & finished:
-            return Choice([], "all cells of its last round have failed")
+        if not done:
+            return Choice([], "all its cells have failed")
+        if len(lately) == MOST_FAILED and not tried & finished:
+            return Choice([], f"all cells of its last {MOST_FAILED} rounds have failed")
         left = {plw: sum(group[0].identity not in chosen for group in seeds.values()) for plw, seeds in points.items()}
         runs = {account.finished_attempt(cell).run_id for cell in done}
-        also = tuple(name for name in self._config.listed() if name not in IN_DATA_NAME)
+        also = self._config.by()
         try:
-            table = tracking.score_table(sweep=self._sweep.run.id, also=also, only=runs)
+            table = tracking.patiently(
+                "reading the scores", lambda: tracking.score_table(sweep=self._sweep.run.id, also=also, only=runs)
+            )
             (grid,) = analyze.grids(table, by=also)
         except ValueError as error:
             return _fill([cell.config.plw for cell in done], left, number, f"the scores cannot be analysed ({error})")

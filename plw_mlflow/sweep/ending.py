@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,6 @@ from plw_mlflow.sweep.account import Account
 FENCE = "```"  # around a table in Markdown
 MAX_LISTED = 10  # failed cells in the run's description, which has a limit
 FAILURE_CHARACTERS = 200  # of the reason of each there
-IN_DATA_NAME = ("invert", "mix", "mix_invert", "mix_share")  # options that the data set's name contains
 
 
 def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> None:
@@ -35,7 +35,9 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
         if said is not None and config.output is not None:
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
-            said = "\n\n".join([*_analyse(config, account), *tracking.mark_best(run.id, len(account.cells))])
+            mark_best = partial(tracking.mark_best, run.id, set(runs.values()), len(account.cells))
+            best = tracking.patiently("marking the best model", mark_best)
+            said = "\n\n".join([*_analyse(config, account, set(runs.values())), *best])
             run.tag(conclusion=said, analysed=digest(runs))
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
         account.sweep.describe(
@@ -67,15 +69,19 @@ def _failures(account: Account) -> list[str]:
     return ["Failed:\n" + "\n".join(lines[:MAX_LISTED] + more)] if lines else []
 
 
-def _analyse(config: SweepConfig, account: Account) -> list[str]:
+def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[str]:
     """Fit the scores of the finished cells and log the report; gives the table and the verdicts, in Markdown.
+
+    finished: their runs.
 
     If they cannot be fitted (with two PLWs, say), a line says why.
     """
     run = account.sweep.run
-    also = tuple(name for name in config.listed() if name not in IN_DATA_NAME)
+    also = config.by()
     try:
-        table = tracking.score_table(sweep=run.id, also=also)
+        table = tracking.patiently(
+            "reading the scores", lambda: tracking.score_table(sweep=run.id, also=also, only=finished)
+        )
     except ValueError as error:
         return [f"The scores are not analysed: {error}"]
     said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]

@@ -26,6 +26,7 @@ class Cell:
     config: MainConfig
     name: str
     identity: str
+    training: str  # identifies what is trained: of cells that differ in how they are scored, it is the same
 
     def arguments(self) -> list[str]:
         """The command-line arguments of entrypoints.main that give the cell."""
@@ -50,16 +51,18 @@ def plan(config: SweepConfig) -> Plan:
     cells, listed = config.cells(), config.listed()
     contents: dict[str, str] = {}
     for cell in cells:
-        for name, of in _named(cell):
+        for _, name, of in _named(cell):
             contents[name] = contents.get(name) or of()
     code = provenance.code_digest(provenance.ROOT, provenance.CODE_OF_CELLS)
     planned = []
     for cell in cells:
-        named = {name: contents[name] for name, _ in _named(cell)}
+        read = {"contents": {option: contents[name] for option, name, _ in _named(cell)}, "code": code}
         values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
-        identity = digest(values | {"contents": sorted(named.values()), "code": code})
         more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
-        planned.append(Cell(cell, cell.cell_name() + more, identity))
+        planned.append(Cell(cell, cell.cell_name() + more, digest(values | read), digest(cell.identity() | read)))
+    if len(by_identity := {cell.identity: cell for cell in planned}) < len(planned):
+        print(f"{len(planned) - len(by_identity)} cells are left out, as they are others under another name")
+        planned = list(by_identity.values())
     of_all: dict[str, object] = {"cells": sorted(digest(cell.definition()) for cell in cells)}
     if config.adaptive:  # some of the cells are then never run, so it is another sweep than that of all of them
         of_all["adaptive"] = True
@@ -69,16 +72,17 @@ def plan(config: SweepConfig) -> Plan:
 _NAMING = ("dataset", "mix", "model", "tokenizer", "template")  # options whose contents count in place of their names
 
 
-def _named(cell: MainConfig) -> Iterator[tuple[str, Callable[[], str]]]:
-    """What a cell's options name, in words, each with a function that gives what identifies its content."""
+def _named(cell: MainConfig) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """The options of a cell that name something, what they name, in words, and functions that identify its content."""
     cache = prepare.cache_dir(cell)
-    for dataset in filter(None, (cell.dataset, cell.mix)):
-        yield f"data set {dataset}", partial(_data, dataset, cache, cell.data_dir)
-    yield f"model {cell.model}", lambda: _model(cell.model)
-    if cell.tokenizer is not None:
-        yield f"tokenizer {cell.tokenizer}", lambda: _tokenizer(str(cell.tokenizer))
+    for option, dataset in (("dataset", cell.dataset), ("mix", cell.mix)):
+        if dataset:
+            yield option, f"data set {dataset}", partial(_data, dataset, cache, cell.data_dir)
+    yield "model", f"model {cell.model}", partial(_model, cell.model)
+    tokenizer = cell.tokenizer or cell.model
+    yield "tokenizer", f"tokenizer {tokenizer}", partial(_tokenizer, tokenizer)
     file = templates.file(cell.template)
-    yield f"template {cell.template}", lambda: cell.template if file is None else _digest([file])
+    yield "template", f"template {cell.template}", lambda: cell.template if file is None else _digest([file])
 
 
 def _data(name: str, cache: Path, data_dir: Path | None) -> str:
@@ -93,12 +97,15 @@ def _model(name: str) -> str:
 
 def _tokenizer(name: str) -> str:
     folder = Path(location.locate(name).path)
-    return _digest(sorted(folder.glob("*token*"))) if folder.is_dir() else name
+    return (
+        _digest(sorted({file for pattern in location.TOKENIZERS for file in folder.glob(pattern) if file.is_file()}))
+        or name
+    )
 
 
 def _digest(files: list[Path]) -> str:
-    """SHA-256 of the names and contents of files."""
+    """SHA-256 of the names and contents of files; of none, an empty text."""
     of_all = hashlib.sha256()
     for file in files:
         of_all.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return of_all.hexdigest()
+    return of_all.hexdigest() if files else ""

@@ -2,7 +2,8 @@
 
 A cell is one run: `opening` opens it, and `run` is what it holds. Modules of their own log its data sets (`inputs`),
 its curves while it trains (`curves`, over an `outbox`), its checkpoints (`resumption`), its model (`logged_models`) and
-its scores (`scores`), and an analysis' fit (`regression`). The scores of many runs make a `score_table` if the runs are
+its scores (`scores`), and an analysis' fit (`regression`). A registered model has a card (`cards`), and `records` reads
+back what a run holds of its cell. The scores of many runs make a `score_table` if the runs are
 `comparable`, and the `best` of a sweep's models gets an alias. While a model trains, nothing waits for the store or
 fails because it is away. Whatever comes after the training waits for the store (`connection`).
 """
@@ -16,6 +17,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.comparable import by_value
+from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.inputs import check_data, log_data
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
@@ -69,6 +71,7 @@ __all__ = [
     "note_verification",
     "open_run",
     "open_sweep",
+    "patiently",
     "read_scores",
     "reading",
     "recorded",

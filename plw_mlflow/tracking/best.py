@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import mlflow
@@ -16,10 +17,10 @@ from plw_mlflow.tracking.score_table import ScoredCells
 MAX_LISTED = 10  # cells that a model version's tag lists as beaten
 
 
-def mark_best(sweep: str, cells: int) -> list[str]:
+def mark_best(sweep: str, finished: Collection[str], cells: int) -> list[str]:
     """Give the alias `best` of each registered model to the sweep's best version of it; returns a sentence on each.
 
-    cells: how many the sweep has.
+    finished: the runs of its finished cells. cells: how many it has.
 
     The alias moves only if the sweep is complete, has two cells or more, and its scores are comparable with one another
     and with those of the benchmarks. It then moves away from a version that scored less on the same tasks, or that has
@@ -27,14 +28,13 @@ def mark_best(sweep: str, cells: int) -> list[str]:
     better. The version's tags plw.best_... say which cells it has beaten. It is a whole model: where the best cell has
     logged an adapter, that is merged into its base and logged first.
     """
+    if len(finished) < cells:
+        return [f"the alias best stays where it is, as {len(finished)} of {cells} cells are finished and scored"]
     try:
-        scored = ScoredCells(sweep=sweep)
+        scored = ScoredCells(sweep=sweep, only=finished)
         scored.check()
     except ValueError as error:
         return [f"the alias best stays where it is: {error}"]
-    finished = sum(run.info.status == "FINISHED" for run in scored.runs)
-    if finished < cells:
-        return [f"the alias best stays where it is, as {finished} of {cells} cells are finished and scored"]
     by_name: dict[str, list[Cell]] = {}
     for cell in scored.newest:
         try:

@@ -20,6 +20,7 @@ import mlflow
 import pandas as pd
 
 from plw_mlflow.config import (
+    IN_DATA_NAME,
     TEXT_FIELDS,
     CellOptions,
     ScoreOptions,
@@ -37,7 +38,6 @@ from plw_mlflow.tracking.scores import read_scores
 
 CELL_FIELDS = {field.name for field in fields(CellOptions)}
 SCORE_FIELDS = {field.name for field in fields(ScoreOptions)}
-IN_DATA_NAME = {"invert", "mix", "mix_invert", "mix_share"}  # options that the data set's name contains
 # Columns of the score table that tell one way of scoring a task from another, and their names in messages.
 SCORED_BY = {
     "metric": "metric",
@@ -172,7 +172,7 @@ def recipe(cell: Cell, also: tuple[str, ...] = ()) -> dict[str, Hashable]:
     hints = _hints()
     spelled = {**_defaults(cell.params.get("preset") or "toy"), **cell.params}
     values = {name: by_value(spelled[name], hints[name]) for name in hints}
-    leave_out = CELL_FIELDS | IN_DATA_NAME | set(also) | without_effect(values)
+    leave_out = CELL_FIELDS | {*IN_DATA_NAME, *also} | without_effect(values)
     facts = {name: value for name, value in values.items() if name not in leave_out}
     if "precision" in facts:
         facts["precision"] = cell.run.data.tags.get("plw.precision", facts["precision"])  # what auto stood for

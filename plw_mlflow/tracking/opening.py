@@ -93,14 +93,14 @@ def child_environment(run_id: str) -> dict[str, str]:
     return os.environ | own
 
 
-def fail(run_id: str, reason: str, *, even_killed: bool = False) -> None:
+def fail(run_id: str, reason: str) -> None:
     """Mark a run FAILED whose process has failed, and say why, unless the process has done so itself.
 
-    even_killed: whether a run that is marked KILLED is FAILED, too. A run that somebody has deleted stays as it is.
+    So is one that is marked KILLED: of several processes, one may have failed and the first been ended for that. A run
+    that somebody has deleted stays as it is.
     """
-    unless = ("FAILED",) if even_killed else ("FAILED", "KILLED")
     with suppress(Refused):
-        patiently("marking a failed run", lambda: _mark(run_id, "FAILED", unless, reason=reason))
+        patiently("marking a failed run", lambda: _mark(run_id, "FAILED", ("FAILED",), reason=reason))
 
 
 def kill(run_id: str, *, in_haste: bool = False) -> None:

@@ -23,7 +23,7 @@ from mlflow.entities import RunTag
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking import connection, logged_models
 from plw_mlflow.tracking.cells import parameters
-from plw_mlflow.tracking.connection import check_reachable, get_run
+from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.opening import leave_wrapper
 from plw_mlflow.tracking.run import Run
 
@@ -73,6 +73,8 @@ def recorded(run_id: str) -> Iterator[Record]:
     with _with_places_of_now(run_id), reading(run_id) as record:
         if "cell" not in record.tags:
             raise UserError(f"run {run_id} is not the run of a cell: it has no tag plw.cell")
+        if (status := get_run(run_id).info.status) != "FINISHED":
+            raise UserError(f"run {run_id} is {status}, so it does not hold a whole cell; give that of a finished one")
         yield record
 
 
@@ -123,7 +125,8 @@ def scratch_run(config: Any) -> Iterator[Run]:
 
 def note_verification(run_id: str, text: str) -> None:
     """Say on a run, in its tag plw.verified, how it was verified last."""
-    mlflow.MlflowClient().log_batch(run_id, tags=[RunTag("plw.verified", text)])
+    tags = [RunTag("plw.verified", text)]
+    patiently("noting the verification", lambda: mlflow.MlflowClient().log_batch(run_id, tags=tags))
 
 
 @contextmanager

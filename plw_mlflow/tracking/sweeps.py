@@ -23,7 +23,7 @@ from mlflow.entities import FileInfo
 from mlflow.entities import Run as Entity
 from mlflow.exceptions import MlflowException
 
-from plw_mlflow.config import MainConfig, flag, spell
+from plw_mlflow.config import flag, spell
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking.cells import parameters
 from plw_mlflow.tracking.claims import Claims
@@ -75,27 +75,28 @@ class Sweep:
         return _attempts(self._experiment, self.run.id)
 
     def claimed(self) -> set[str]:
-        """The identities of cells that other processes are at work on."""
+        """What identifies the trainings (`Cell.training`) that other processes are at work on."""
         return {name.rpartition("-")[2] for name in self.claims.of_others(f"{self._experiment}-")}
 
     def abandoned(self) -> set[str]:
-        """The identities of cells that processes which were killed have left claims of."""
+        """What identifies the trainings that processes which were killed have left claims of."""
         return {name.rpartition("-")[2] for name in self.claims.abandoned(f"{self._experiment}-")}
 
-    def claim(self, identity: str) -> bool:
-        """Whether no other process is at work on a cell, so that this one may be, until it releases the cell."""
-        return self.claims.take(self._claim_name(identity), is_here=self._cells_are_here)
+    def claim(self, training: str) -> bool:
+        """Whether no other process is at work on a training, so that this one may be, until it releases it."""
+        return self.claims.take(self._claim_name(training), is_here=self._cells_are_here)
 
-    def held(self, identity: str) -> str:
-        """The claim of a cell that this process is at work on, by which the cell's process on another machine knows it.
+    def held(self, training: str) -> str:
+        """The claim of a training that this process is at work on.
 
-        It is empty where the cell runs on this machine, and ends with this process.
+        By it, the cell's process on another machine knows it. It is empty where that runs on this machine, and
+        ends with this process.
         """
-        return "" if self._cells_are_here else self.claims.held(self._claim_name(identity))
+        return "" if self._cells_are_here else self.claims.held(self._claim_name(training))
 
-    def release(self, identity: str) -> None:
-        """Let other processes see that this one is no longer at work on a cell."""
-        self.claims.release(self._claim_name(identity))
+    def release(self, training: str) -> None:
+        """Let other processes see that this one is no longer at work on a training."""
+        self.claims.release(self._claim_name(training))
 
     def open_cell(self, identity: str, name: str) -> str:
         """A new run for a cell, below the sweep's; returns its id."""
@@ -143,8 +144,8 @@ class Sweep:
         with _sole(self.claims, f"{self.run.id}-{what}"):
             yield
 
-    def _claim_name(self, identity: str) -> str:
-        return f"{self._experiment}-{identity}"
+    def _claim_name(self, training: str) -> str:
+        return f"{self._experiment}-{training}"
 
 
 @contextmanager
@@ -265,7 +266,7 @@ def _earlier(config: Any, experiment: str, grid: str) -> str | None:
             raise UserError(f"run {config.run_id} is of a sweep of other cells{_first_difference(config, run)}")
         return str(run.info.run_id)
     runs = mlflow.MlflowClient().search_runs(
-        [experiment], f"tags.`plw.grid` = '{grid}'", order_by=["attributes.start_time ASC"], max_results=1
+        [experiment], f"tags.`plw.grid` = '{grid}'", order_by=["attributes.start_time DESC"], max_results=1
     )
     return str(runs[0].info.run_id) if runs else None
 
@@ -273,10 +274,11 @@ def _earlier(config: Any, experiment: str, grid: str) -> str | None:
 def _first_difference(config: Any, run: Entity) -> str:
     """The first option in which a sweep's run differs from a config, as the end of a sentence."""
     params = parameters(run)
-    for option in fields(MainConfig):
-        here, there = spell(getattr(config, option.name)), params.get(option.name)
-        if there is not None and here != there and option.name not in ("output", "checkpoint_dir", "cache_dir"):
-            return f": {flag(option.name)} is {there or 'unset'} there, and {here or 'unset'} here"
+    deciding = {"adaptive"} | set().union(*(cell.definition() for cell in config.cells()))
+    for name in (option.name for option in fields(config) if option.name in deciding):
+        here, there = spell(getattr(config, name)), params.get(name)
+        if there is not None and sorted(here.split(",")) != sorted(there.split(",")):
+            return f": {flag(name)} is {there or 'unset'} there, and {here or 'unset'} here"
     return ""
 
 

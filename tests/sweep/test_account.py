@@ -1,5 +1,7 @@
 """Is each cell of a sweep run once, whoever works on it and whatever has ended before?"""
 
+from dataclasses import replace
+
 import mlflow
 import pytest
 
@@ -10,7 +12,7 @@ from plw_mlflow.sweep.account import Account
 from plw_mlflow.sweep.grid import Cell
 from tests.stores import Place
 
-CELLS = [Cell(MainConfig(plw=plw), f"plw {plw}", f"cell{plw:g}") for plw in (0.0, 1.0)]
+CELLS = [Cell(MainConfig(plw=plw), f"plw {plw}", f"cell{plw:g}", f"cell{plw:g}") for plw in (0.0, 1.0)]
 
 
 @pytest.fixture
@@ -52,6 +54,23 @@ def test_a_cell_is_begun_by_one_process_alone(open_account):
     other.look()
     assert other.elsewhere == {"cell0"}
     assert [cell.name for cell in other.left] == ["plw 0.0"]
+
+
+def test_of_cells_with_one_training_one_runs_at_a_time(open_account, tmp_path):
+    account = open_account()
+    account.cells = [replace(cell, training="shared") for cell in CELLS]
+    first = account.begin_next()
+    assert account.begin_next() is None
+    account.end(first, 1, tmp_path / "none")
+    assert account.begin_next().cell.name == "plw 1.0"
+
+
+def test_a_cell_that_fails_while_its_first_process_is_ended_for_that_has_failed(store, open_account, tmp_path):
+    account = open_account()
+    begun = account.begin_next()
+    store.set_terminated(begun.run_id, "KILLED")  # as torchrun ends it where another process has failed
+    account.end(begun, 1, tmp_path / "none")
+    assert [cell.name for cell in account.failed] == ["plw 0.0"]
 
 
 def test_a_finished_cell_is_not_run_again_and_one_that_was_cut_short_goes_on_in_its_run(store, open_account, tmp_path):

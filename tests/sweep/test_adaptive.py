@@ -171,7 +171,7 @@ class Memory:
         values = {"dataset": "toy-short", "seed": "1,2,3", "width": 0.02, "adaptive": True} | options
         self.config = SweepConfig(**values)
         self.whole = [
-            Cell(config, config.cell_name(), f"{config.dataset} {config.plw:g} {config.seed}")
+            Cell(config, config.cell_name(), f"{config.dataset} {config.plw:g} {config.seed}", "")
             for config in self.config.cells()
         ]
         self.finished, self.file, self.run = [], None, SimpleNamespace(id="run")
@@ -261,7 +261,20 @@ def test_a_data_set_all_of_whose_cells_fail_ends(monkeypatch):
     memory = Memory(monkeypatch)
     chooser = memory.chooser()
     assert chooser.go_on(memory) == []
-    assert memory.file[-1]["choice"]["why"] == "all cells of its last round have failed"
+    assert memory.file[-1]["choice"]["why"] == "all its cells have failed"
+
+
+def test_a_data_set_goes_on_after_a_cell_that_has_failed_but_not_without_end(monkeypatch):
+    memory = Memory(monkeypatch)
+    chooser = memory.chooser()
+    memory.finished = list(chooser.cells)
+    failed = chooser.go_on(memory)
+    further = chooser.go_on(memory)
+    assert further
+    assert not {cell.identity for cell in failed} & {cell.identity for cell in further}
+    assert chooser.go_on(memory)
+    assert chooser.go_on(memory) == []
+    assert memory.file[-1]["choice"]["why"] == "all cells of its last 3 rounds have failed"
 
 
 def test_what_cannot_be_adaptive_is_refused(monkeypatch):
@@ -276,7 +289,7 @@ def test_what_cannot_be_adaptive_is_refused(monkeypatch):
 
 def test_cells_of_several_models_are_chosen_together():
     cells = [
-        Cell(MainConfig(plw=plw, seed=seed, method=method), "", f"{plw} {seed} {method}")
+        Cell(MainConfig(plw=plw, seed=seed, method=method), "", f"{plw} {seed} {method}", "")
         for plw in PUBLISHED_PLWS
         for seed in (1, 2)
         for method in ("full", "lora")

@@ -14,7 +14,7 @@ from plw_mlflow.sweep.account import Begun
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Attempt
 
-CELLS = [Cell(MainConfig(plw=plw), f"plw {plw:g}", f"cell{plw:g}") for plw in (0.0, 0.1, 0.5, 1.0)]
+CELLS = [Cell(MainConfig(plw=plw), f"plw {plw:g}", f"cell{plw:g}", f"cell{plw:g}") for plw in (0.0, 0.1, 0.5, 1.0)]
 
 
 class Account:
@@ -73,7 +73,9 @@ def test_the_table_shows_counts_the_best_score_and_how_far_each_cell_is():
 def test_long_names_are_broken_and_how_far_a_cell_is_can_be_read(width):
     account = Account()
     table = display.LiveTable(account)
-    account.running["long"] = Begun(Cell(MainConfig(), "plw 0.1 " + "data " * 20, "long"), "run", time.monotonic())
+    account.running["long"] = Begun(
+        Cell(MainConfig(), "plw 0.1 " + "data " * 20, "long", "long"), "run", time.monotonic()
+    )
     table.progressed({"long": "50 of 150 steps, loss 1.234"})
     lines = picture(table, width)
     assert max(map(len, lines)) <= width

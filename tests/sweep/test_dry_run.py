@@ -9,7 +9,7 @@ from plw_mlflow.sweep import dry_run
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Measured
 
-CELLS = [Cell(MainConfig(plw=plw), f"plw {plw:g}", f"cell{plw:g}") for plw in (0.0, 0.1, 0.5, 1.0)]
+CELLS = [Cell(MainConfig(plw=plw), f"plw {plw:g}", f"cell{plw:g}", "") for plw in (0.0, 0.1, 0.5, 1.0)]
 LEFT = {cell.identity: "left" for cell in CELLS}
 
 

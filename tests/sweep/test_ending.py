@@ -29,7 +29,7 @@ def test_of_several_seeds_the_error_is_that_of_their_mean():
 
 
 def test_failures_are_listed_with_their_reasons_as_many_as_a_description_holds():
-    cells = [Cell(MainConfig(), f"cell {number}", str(number)) for number in range(12)]
+    cells = [Cell(MainConfig(), f"cell {number}", str(number), str(number)) for number in range(12)]
     account = SimpleNamespace(cells=cells, finished=[], failed=cells, failure=lambda cell: f"{cell.name} ({'x' * 900})")
     (text,) = ending._failures(account)
     lines = text.splitlines()

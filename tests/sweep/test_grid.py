@@ -1,12 +1,14 @@
 """Is a cell known by what decides it, and by nothing else?"""
 
 import json
+import shutil
 
 import pytest
 
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import UserError
 from plw_mlflow.sweep import grid
+from plw_mlflow.toy import TOY_FOLDER
 
 
 @pytest.fixture
@@ -49,6 +51,34 @@ def test_files_count_by_what_is_in_them(tmp_path, data):
     assert changed.identity == first.identity  # so that the sweep is found again, and says what has changed
     name = f"data set {tmp_path / 'a.jsonl'}"
     assert changed.contents[name] != first.contents[name]
+
+
+def test_what_is_mixed_into_what_counts(tmp_path, data):
+    files = f"{data('a.jsonl')},{data('b.jsonl', answer='5')}"
+    planned = plan(tmp_path, dataset=files, mix=files, mix_share=0.7, plw="0")
+    assert len(set(identities(planned))) == len(planned.cells) == 4
+
+
+def test_one_cell_under_two_names_is_one_cell(tmp_path, data, capsys):
+    planned = plan(tmp_path, dataset=f"{data('a.jsonl')},{data('copy.jsonl')}", plw="0,1")
+    assert len(planned.cells) == 2
+    assert "2 cells are left out" in capsys.readouterr().out
+
+
+def test_cells_that_differ_in_their_scoring_alone_have_one_training(tmp_path):
+    four, eight = plan(tmp_path, plw="0", limit="4,8").cells
+    assert four.identity != eight.identity
+    assert four.training == eight.training
+    (other,) = plan(tmp_path, plw="0.1", limit=4).cells
+    assert other.training != four.training
+
+
+def test_a_models_own_tokenizer_counts(tmp_path):
+    folder = shutil.copytree(TOY_FOLDER, tmp_path / "model")
+    before = plan(tmp_path, model=str(folder), plw="0")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+    assert identities(plan(tmp_path, model=str(folder), plw="0")) != identities(before)
 
 
 @pytest.mark.parametrize(

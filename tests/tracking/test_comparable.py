@@ -326,6 +326,7 @@ class Sweep:
         self.experiment, self.name, self.options, self.tasks = experiment, name, options, tasks
         self.id = experiment.client.create_run(experiment.id).info.run_id
         self.cells = 0
+        self.finished = []
 
     def add(self, score, *, plw, row=None, **options):
         client = self.experiment.client
@@ -337,10 +338,11 @@ class Sweep:
             client.create_registered_model(self.name)
         client.create_model_version(self.name, f"runs:/{run}/model", run)
         self.cells += 1
+        self.finished += [run] * (options.get("status", "FINISHED") == "FINISHED")
         return version
 
     def mark(self, cells=None):
-        (line,) = tracking.mark_best(self.id, cells or self.cells)
+        (line,) = tracking.mark_best(self.id, self.finished, cells or self.cells)
         return line
 
     def holder(self):
@@ -450,6 +452,6 @@ def test_the_alias_goes_to_the_whole_model_that_the_best_cells_adapter_is_made_i
 def test_cells_that_have_logged_no_model_have_no_best_one(experiment):
     sweep = Sweep(experiment, "plw-m5")
     for plw in (0.0, 0.1):
-        experiment.cell([{"task": "a", "score": plw}], plw=plw, sweep=sweep.id)
+        sweep.finished.append(experiment.cell([{"task": "a", "score": plw}], plw=plw, sweep=sweep.id))
     assert "the alias best stays where it is: run" in sweep.mark(cells=2)
     assert "has registered no model" in sweep.mark(cells=2)
