@@ -11,7 +11,7 @@ BUILD :=
 JOBS := 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test test-slow study claims image image-cpu test-image bench mlproject hashes setup
+.PHONY: help run test test-slow study claims ui ui-store test-browser image image-cpu test-image bench mlproject hashes setup
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target does; do \
@@ -34,6 +34,22 @@ study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 
 claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)
+
+ui: ui-store ## MLflow's pages on a store with a small toy study in it, in output/ui
+	cd output/ui && $(HERE)/$(BIN)/mlflow ui --workers 1
+
+# Nothing is run again that has finished before. MLflow puts its files where it is started.
+HERE := $(CURDIR)
+ui-store: setup
+	mkdir -p output/ui
+	cd output/ui && MLFLOW_TRACKING_URI=sqlite:///mlflow.db PYTHONPATH=$(HERE) OMP_NUM_THREADS=1 \
+		$(HERE)/$(BIN)/python -m entrypoints.sweep --plw 0,0.02,0.1,0.5 --seed 1,2 --dataset toy-short --epochs 1 \
+		--max-records 300 --jobs 2
+
+# Playwright drives the Chromium that is there, and is for this test alone.
+test-browser: ui-store ## look at those pages with Chromium, which has to be installed
+	test -d output/playwright || $(PIP) --target output/playwright playwright==1.65.2
+	PLW_TEST_STORE=$(HERE)/output/ui PYTHONPATH=output/playwright $(BIN)/python -m pytest tests/browser
 
 # TRL is needed by one benchmark alone, which leaves it out where it is missing.
 bench: setup ## benchmarks that need nothing but this machine, in under 30 minutes on two cores

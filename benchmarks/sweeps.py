@@ -109,7 +109,8 @@ class Place:
         return any(self.folder.glob("checkpoints/*/step-*"))
 
     def _runs(self) -> list[Run]:
-        return list(self.client.search_runs(["0"], max_results=1000))
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        return list(self.client.search_runs(experiments, max_results=1000))
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def crowd(
 def _result(said: str) -> str:
     """The tables and verdicts that a sweep has shown when its cells had ended."""
     by_one_alone = ("best:", "the alias", "note:", "Successfully registered", "Created version")  # who analyses
-    on_the_way = r"\d\d:\d\d:\d\d |sweep of |.* are finished already|🏃|🧪"
+    on_the_way = r"\d\d:\d\d:\d\d |sweep of |.* are finished already|waiting for |🏃|🧪"
     lines = [line for line in said.splitlines() if line and not re.match(on_the_way, line)]
     return "\n".join(line for line in lines if not line.startswith(by_one_alone))
 
@@ -383,13 +384,14 @@ def fail(folder: Path, plws: Sequence[str] = PLWS[:3]) -> list[Outcome]:
     refused = again.process.wait(PATIENCE_SECONDS)
     retried = place.start(plws, *TINY, "--jobs", "2", "--retry-failed", "true")
     retried.wait()
-    whole = len(plws)
+    whole, last = len(plws), sweep.said().splitlines()[-1]
     return [
         Outcome(fault, "exit status", status, "status", 1),
         Outcome(fault, "other cells finished", statuses["FINISHED"], "cells", whole - 1),
         Outcome(fault, "runs FAILED", statuses["FAILED"], "run", 1),
         Outcome(fault, "with log.txt among its files", files.count("log.txt"), "file", 1),
         Outcome(fault, "said in a line with the reason", "FAILED after" in sweep.said(), "line", 1),
+        Outcome(fault, "named in the last line", f"1 of {whole} cells did not finish: plw" in last, "line", 1),
         Outcome(fault, "same call again begins no cell", " begins (" not in again.said(), "call", 1),
         Outcome(fault, "exit status of that call", refused, "status", 1),
         Outcome(fault, "cells begun by --retry-failed", retried.said().count(" begins ("), "cell", 1),

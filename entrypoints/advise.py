@@ -24,7 +24,10 @@ def main(config: AdviseConfig) -> None:
     from plw_mlflow.advice import advise, evidence, exports, wording
 
     task_types = advise.check_types(split_list(config.task_types or ""))
-    with tracking.open_run(config, "advise") as run, tempfile.TemporaryDirectory() as scratch:
+    with (
+        tracking.open_run(config, f"advise {config.dataset or config.ratio}", experiment=tracking.LOOKING) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         ratio, dataset = config.ratio, config.dataset_names()
         if ratio is None:
             ratio, dataset = _measure_ratio(config, run)
@@ -34,6 +37,7 @@ def main(config: AdviseConfig) -> None:
         advice = advise.advise(ratio, points, dataset=dataset, task_types=task_types)
         run.log_files(exports.write(advice, config.output or Path(scratch)))
         print(wording.text(advice))
+        run.describe("\n\n".join(wording.sentences(advice)))
         print(f"\nrun {run.id}\n{run.address()}")
 
 

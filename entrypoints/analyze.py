@@ -25,7 +25,10 @@ def main(config: AnalyzeConfig) -> None:
     from plw_mlflow.analysis import planning
 
     assumed = None if config.assume is None else planning.assume(config.assume, config.width)
-    with tracking.open_run(config, "analyze") as run, tempfile.TemporaryDirectory() as scratch:
+    with (
+        tracking.open_run(config, f"analyze {config.subject()}", experiment=tracking.LOOKING) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         folder = config.output or Path(scratch)
         designs = assumed or _analyze(config, run, folder)
         run.log_files(designs.write(folder))
@@ -60,6 +63,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     run.log_files(report.write(analysis, table, folder, command))
     tracking.log_regression(folder / "fit.json")
     print(wording.table_text(analysis))
+    run.describe(f"{wording.verdicts(analysis)}\n\n```sh\n{command}\n```")
     if config.claims:
         judged = claims.judge(table, config.scale)
         print(f"\n{claims.text(judged)}")

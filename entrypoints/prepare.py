@@ -17,7 +17,9 @@ def main(config: PrepareConfig) -> None:
     from plw_mlflow.data.batches import Weights
     from plw_mlflow.models import pretrained
 
-    with tracking.open_run(config, f"prepare {data_name(config.dataset, config, short_name)}") as run:
+    with tracking.open_run(
+        config, f"prepare {data_name(config.dataset, config, short_name)}", experiment=tracking.LOOKING
+    ) as run:
         tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
         prepared = prepare.run(
             config.dataset,
@@ -32,7 +34,8 @@ def main(config: PrepareConfig) -> None:
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
             print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))
-        print(profile.text(prepared.profile))
+        print(text := profile.text(prepared.profile))
+        run.describe(f"```\n{text}\n```")
 
 
 if __name__ == "__main__":

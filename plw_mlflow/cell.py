@@ -51,9 +51,7 @@ def run(config: TrainConfig) -> None:
 
     Every process that trains the cell calls this.
     """
-    optimizers.check(config.optimizer)
-    if config.activation_checkpointing:  # said before a run is opened
-        recomputation.check(pretrained.load_config(config.model))
+    check_machine(config)  # said before a run is opened
     if not is_first_process():
         assist(config)
         return
@@ -79,6 +77,7 @@ def lead(config: TrainConfig, run: Run) -> None:
         tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
     tracking.log_data(run, prepared)
+    tracking.log_prompt_weight(run, config.plw, prepared.profile)
     prepare.write(prepared, config.output)
     print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
@@ -110,13 +109,26 @@ def lead(config: TrainConfig, run: Run) -> None:
             adapter = Path(scratch)
             model = _merge(config, trained.model, adapter, tokenizer, prepared, contents["base"], has_new_token)
             known = _weight_distance(config, model)  # before the weights are rounded to be kept
-            _keep(config, run, model, adapter, tokenizer, prepared, trained.steps)
+            _keep(config, run, model, adapter, tokenizer, prepared, trained)
         if isinstance(config, MainConfig):
             # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
             _score(config, run, model, tokenizer, tasks, folder, arithmetic)
+        tracking.describe_cell(run)
         stored.remove()
         shutil.rmtree(folder)
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise UserError where this machine cannot train a cell's model as asked."""
+    optimizers.check(config.optimizer)
+    if config.activation_checkpointing:
+        recomputation.check(pretrained.load_config(config.model))
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raise UserError where a cell's model cannot be trained on its data. The cache then has the data."""
+    _prepare(config)
 
 
 def identify(config: TrainConfig) -> tuple[str, dict[str, str]]:
@@ -230,12 +242,13 @@ def _needs_float32(config: TrainConfig) -> bool:
 
 
 def _keep(
-    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, steps: int
+    config: TrainConfig, run: Run, model: Any, adapter: Path, tokenizer: Any, prepared: Prepared, trained: train.Trained
 ) -> None:
     """Write the trained model to the output folder, and log it or its adapter; the model becomes what was logged.
 
     A whole model that is logged is scored with the numbers that it was rounded to; one that is logged as its adapter
     with those of the sum of base and adapter in float32. In both cases whoever loads it back scores the same model.
+    Where an earlier process has trained to the end and logged the model, it is not logged again.
     """
     kind: torch.dtype = getattr(torch, _saved_precision(config))
     example = _example(config, tokenizer)
@@ -244,13 +257,15 @@ def _keep(
     if kept == "merged":
         held.round_weights(model, kind)
     export.write(model, tokenizer, adapter, config.output, kind)
-    if kept == "merged":
-        run.log_folder(adapter, outputs.ADAPTER)
-        tracking.log_model(run, model, tokenizer, config, prepared.sources, steps, example)
-    elif kept == "adapter":
-        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, steps, example)
-    else:
+    if kept == "none":
         run.tag(status="trained")
+    elif trained.resumed_from == trained.steps and tracking.is_logged(run):
+        print("the model is in the run already")
+    elif kept == "merged":
+        run.log_folder(adapter, outputs.ADAPTER)
+        tracking.log_model(run, model, tokenizer, config, prepared.sources, trained.steps, example)
+    else:
+        tracking.log_adapter(run, adapter, model, tokenizer, config, prepared.sources, trained.steps, example)
     if isinstance(config, MainConfig):  # which scores it
         held.widen(model, but_linear=not _needs_float32(config))
 
@@ -302,7 +317,10 @@ def score_model(config: EvaluateConfig) -> None:
     """
     folder = config.checkpoint_dir / digest({"run": config.run_id, "of": config.model, "at": config.endpoint})
     title = f"evaluate {config.model}"
-    with checkpoints.reserve(folder), tracking.open_run(config, title, run_id=config.run_id) as run:
+    with (
+        checkpoints.reserve(folder),
+        tracking.open_run(config, title, config.run_id, experiment=tracking.LOOKING) as run,
+    ):
         tasks = load_tasks(config)  # unknown tasks fail before a large model is read
         is_of_cell = config.run_id is not None
         cell_columns = run.cell() if is_of_cell else _no_cell(config.model)  # before hours of scoring, as it may fail
@@ -326,7 +344,11 @@ def score_model(config: EvaluateConfig) -> None:
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
-        print(scores.text(evaluation))
+        print(text := scores.text(evaluation))
+        if is_of_cell:
+            tracking.describe_cell(run)
+        else:
+            run.describe(f"Scores of `{config.model}`, which is no cell's model.\n\n```\n{text}\n```")
     print(f"\nrun {run.id}\n{run.address()}")
 
 

@@ -64,6 +64,19 @@ def png(figure: Figure) -> bytes:
     return _save(figure, "png", {"Software": None})
 
 
+def smaller(picture: bytes, width: int) -> bytes:
+    """A PNG scaled down to so many pixels of width, and to few colours, for a page that shows it as it is."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture)) as image:
+        scaled = image.convert("RGB").resize(
+            (width, round(image.height * width / image.width)), Image.Resampling.LANCZOS
+        )
+    file = io.BytesIO()
+    scaled.quantize(64).save(file, "png", optimize=True)
+    return file.getvalue()
+
+
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the hub for anything; read when huggingface_hub is imported.
 if os.environ.get("PLW_TEST_GPU") != "1":  # the tests are of a CPU's arithmetic; read when torch looks for devices
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["MLFLOW_EXPERIMENT_NAME"] = "Default"  # where tests look for runs, unless they are about experiments
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what tests prepare, they prepare anew
 
 import numpy as np

@@ -74,7 +74,8 @@ def test_layers_that_cannot_be_computed_again_are_refused_before_a_run_is_opened
     AutoConfig.for_model("openai-gpt").save_pretrained(tmp_path)
     for name in ("open_run", "open_sweep"):
         monkeypatch.setattr(tracking, name, lambda *_: pytest.fail("a run was opened"))
-    with pytest.raises(UserError, match=r"^activation-checkpointing is not to be had with a model of type openai-gpt"):
+    monkeypatch.setattr(tracking, "finished_before", dict)
+    with pytest.raises(UserError, match=r"activation-checkpointing is not to be had with a model of type openai-gpt"):
         run(config(model=str(tmp_path), activation_checkpointing=True))
 
 
@@ -147,7 +148,8 @@ def test_a_gpu_without_bfloat16_scores_a_cell_in_float32_and_says_so(monkeypatch
 def trained(tmp_path):
     """A cell of a model that is trained in bfloat16: what it keeps in the end, for options of saving."""
 
-    def keep(**options):
+    def keep(again=(), **options):
+        """again: steps that further processes go on from, each after the one before was killed."""
         adapter = tmp_path / "adapter"
         tiny_llama().save_pretrained(tmp_path / "base")
         byte_tokenizer().save_pretrained(tmp_path / "base")
@@ -166,7 +168,9 @@ def trained(tmp_path):
             adapter.mkdir(exist_ok=True)
             merged = cell._merge(config, model, adapter, tokenizer, prepared, location.digest(base), False)
             before = {name: weight.clone() for name, weight in merged.state_dict().items()}
-            cell._keep(config, run, merged, adapter, tokenizer, prepared, 1)
+            for resumed_from in (0, *again):
+                now = SimpleNamespace(steps=1, resumed_from=resumed_from)
+                cell._keep(config, run, merged, adapter, tokenizer, prepared, now)
         return run, before, merged
 
     mlflow.set_tracking_uri(make_store(tmp_path))
@@ -200,6 +204,14 @@ def test_a_whole_model_is_scored_as_it_is_logged_and_exported(options, kind, tra
     assert {weight.dtype for weight in kept.parameters()} == {torch.float32}
     # What is computed and in no file is not rounded.
     assert torch.equal(kept.model.rotary_emb.inv_freq, loaded.model.rotary_emb.inv_freq)
+
+
+def test_a_model_is_logged_again_only_where_a_process_has_trained(trained):
+    run, *_ = trained(method="full", again=(1,))
+    assert len(run.client.get_run(run.id).outputs.model_outputs) == 1
+    assert run.model_id is not None
+    run, *_ = trained(method="full", again=(1, 0))
+    assert len(run.client.get_run(run.id).outputs.model_outputs) == 2
 
 
 @pytest.mark.parametrize("save_precision", ["auto", "bfloat16"])

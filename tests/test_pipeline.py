@@ -416,15 +416,11 @@ def test_a_terminated_sweep_has_its_cell_save_and_end(new_place):
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_failing_cell_names_it_and_fails(new_place):
+def test_a_sweep_names_a_data_set_that_cannot_be_used_before_the_first_cell(new_place):
     (new_place.folder / "broken.json").write_text("[{}]")
-    _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,broken.json", *SMALL, status=1)
-    assert (
-        "1 of 2 cells did not finish: plw 0 broken toy full seed 1234 (UserError: broken.json has"
-        in err.splitlines()[-1]
-    )
-    statuses = {run.data.params["dataset"]: run.info.status for run in new_place.runs()}
-    assert statuses == {"toy-short": "FINISHED", "broken.json": "FAILED", "toy-short,broken.json": "FAILED"}
+    _, err = new_place.run("sweep", "--plw", "0", "--dataset", "toy-short,broken.json", *SMALL, status=2)
+    assert err.splitlines()[-1].startswith("error: plw 0 broken toy full seed 1234: broken.json has")
+    assert new_place.runs() == []
 
 
 def test_analyze_of_a_table_writes_its_files_and_a_registered_regression(new_place):

@@ -110,8 +110,9 @@ def run(place: Place, fences: list[Fence]) -> None:
             command = [sys.executable, "-c", text]
         else:
             command = ["bash", "-euo", "pipefail", "-c", MAKE + text]
+        as_a_person_has_it = place.environment(PYTHONPATH="", MLFLOW_EXPERIMENT_NAME="")
         done = subprocess.run(
-            command, cwd=place.folder, env=place.environment(PYTHONPATH=""), capture_output=True, text=True, timeout=600
+            command, cwd=place.folder, env=as_a_person_has_it, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{fence.page}, line {fence.line}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         run_id = next(reversed(re.findall(r"^run (\w{32})$", done.stdout, re.MULTILINE)), run_id)

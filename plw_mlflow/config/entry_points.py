@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -134,10 +134,20 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             return "a base cannot take an adapter with the token that add-pad-token gives the model"
         return None
 
-    def cell_name(self) -> str:
-        """What MLflow's list of runs calls the cell. The list cuts long names off, so the PLW comes first."""
-        data, model = data_name(self.dataset, self, short_name), short_name(self.model)
-        return f"plw {self.plw:g} {data} {model} {self.method} seed {self.seed}"
+    def cell_name(self, differing: Sequence[str] = ()) -> str:
+        """What MLflow's list of runs calls the cell. The list cuts long names off, so what differs comes first.
+
+        differing: the options in which it differs from other cells of its sweep.
+        """
+        parts = {
+            "plw": f"plw {self.plw:g}",
+            "dataset": data_name(self.dataset, self, short_name),
+            "model": short_name(self.model),
+            "method": self.method,
+            "seed": f"seed {self.seed}",
+        }
+        first = {name: parts.get(name, f"{flag(name)} {spell(getattr(self, name))}") for name in differing}
+        return " ".join(({"plw": parts["plw"]} | first | parts).values())
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what comes out of training, without those that are identified by contents (`cell.py`).
@@ -207,6 +217,7 @@ class MainConfig(TrainConfig, ScoreOptions):
 
 _CELL_HINTS = typing.get_type_hints(MainConfig)
 _AXES = ("plw", "dataset", "model", "seed", "method")  # the fields of SweepAxes
+LISTED_IN_NAME = 6  # PLWs, in the name of a sweep
 # What a sweep may list several values of: options that decide what comes out of a cell, but for those whose commas are
 # their own, and those that name folders.
 LISTABLE = (
@@ -362,6 +373,19 @@ class SweepConfig(
         """The names of the options that list several values, beside those that tell cells apart everywhere."""
         return [name for name in LISTABLE if name not in _AXES and len(self.values(name)) > 1]
 
+    def differing(self) -> list[str]:
+        """The names of the options in which cells differ; dataset stands for those that make the data set's name."""
+        names = [name for name in LISTABLE if len(self.values(name)) > 1]
+        return list(dict.fromkeys("dataset" if name in IN_DATA_NAME else name for name in names))
+
+    def sweep_name(self) -> str:
+        """What MLflow's list of runs calls the sweep: its data and its PLWs."""
+        plws = sorted(self.values("plw"))
+        some = ",".join(f"{plw:g}" for plw in plws)
+        of_many = f"{plws[0]:g} to {plws[-1]:g} ({len(plws)})"
+        data = dict.fromkeys(data_name(cell.dataset, cell, short_name) for cell in self.cells())
+        return f"{', '.join(data)} plw {some if len(plws) <= LISTED_IN_NAME else of_many}"
+
     def by(self) -> tuple[str, ...]:
         """The listed options that have curves of their own, since the name of the data does not contain them."""
         return tuple(name for name in self.listed() if name not in IN_DATA_NAME)
@@ -424,6 +448,11 @@ class AnalyzeConfig(Config):
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
     """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
+
+    def subject(self) -> str:
+        """What is analysed, in a word or two."""
+        sweep = None if self.run_id is None else f"sweep {self.run_id[:8]}"
+        return str(self.scores or sweep or self.experiment or "assumed scores")
 
     def faults(self) -> list[str]:
         given = [value for value in (self.scores, self.run_id, self.experiment, self.assume) if value is not None]

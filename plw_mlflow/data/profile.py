@@ -96,6 +96,20 @@ class Profile(Contents):
     # on; None where no token has any.
     effective_prompt_share: dict[str, float | None]
 
+    def prompt_share(self, plw: float) -> float | None:
+        """The share that prompt tokens have in the loss weight at any PLW; None where no token has any.
+
+        The odds of this share are linear in the PLW.
+        """
+        at_0, at_1 = (self.effective_prompt_share[key] for key in ("0", "1"))
+        if at_1 is None:
+            return None
+        if at_1 == 1:  # completions weigh nothing
+            return 1.0 if plw > 0 or at_0 is not None else None
+        odds_at_0, odds_at_1 = (share / (1 - share) for share in (at_0 or 0.0, at_1))
+        odds = odds_at_0 + plw * (odds_at_1 - odds_at_0)
+        return odds / (1 + odds)
+
 
 def measure(
     contents: Contents,

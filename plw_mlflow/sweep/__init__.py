@@ -11,11 +11,9 @@ from __future__ import annotations
 from plw_mlflow import tracking
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.errors import RunError
-from plw_mlflow.models import pretrained
 from plw_mlflow.sweep import adaptive, display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
 from plw_mlflow.sweep.running import Engine
-from plw_mlflow.training import optimizers, recomputation
 
 
 def run(config: SweepConfig) -> None:
@@ -23,17 +21,14 @@ def run(config: SweepConfig) -> None:
     planned = grid.plan(config)
     if config.adaptive:
         adaptive.check(config, planned.cells)
+    before = states(planned.cells, tracking.finished_before())
     if config.dry_run:
-        before = states(planned.cells, tracking.finished_before())
         print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
         if config.adaptive:
             print(adaptive.foretell(config, planned.cells))
         return
-    for optimizer in {cell.config.optimizer for cell in planned.cells if config.engine == "local"}:
-        optimizers.check(optimizer)
-    if config.activation_checkpointing:
-        for model in config.values("model"):
-            recomputation.check(pretrained.load_config(model))
+    to_run = [cell for cell in planned.cells if before[cell.identity] != "finished"]
+    grid.check(to_run, are_here=config.engine == "local")
     engine = _engine(config)
     with tracking.open_sweep(config, planned.identity, planned.contents) as sweep:
         chooser = adaptive.Chooser(config, planned.cells, sweep) if config.adaptive else None

@@ -5,6 +5,7 @@ What it will take follows from cells that were measured before, and from nothing
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,8 @@ def text(config: SweepConfig, cells: Sequence[Cell], states: Mapping[str, State]
     lines.append(f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     done = {"finished"} if config.retry_failed else {"finished", "failed"}
     to_run = [cell for cell in cells if states[cell.identity] not in done]
+    if config.budget is not None:
+        to_run = to_run[: config.budget]
     return "\n".join([*lines, *_expected(config, to_run, measured)])
 
 
@@ -81,8 +84,10 @@ def _expected(config: SweepConfig, to_run: Sequence[Cell], measured: Sequence[Me
         at_a_time = min(config.jobs, len(known))
         size = cache(Measured.stored_bytes)
         stored = sum(size(one.cells[0]) for one in known)
-        lines.append(f"expected for {len(known)} of the {len(to_run)} cells that are to be run:")
-        lines.append(f"  time: {duration(seconds / at_a_time)}, {at_a_time} at a time")
+        rounds = math.ceil(len(known) / at_a_time)
+        at_most = " at most" if config.adaptive else ""
+        lines.append(f"expected{at_most} for {len(known)} of the {len(to_run)} cells that are to be run:")
+        lines.append(f"  time: {duration(seconds / len(known) * rounds)}, {at_a_time} at a time")
         lines.append(f"  disk: {stored / 2**20:.1f} MiB in the store")
         lines.append(f"  GPU hours: {_gpu_hours(config, seconds)}")
         lines += [f"  {line}" for line in _grounds(known)]
@@ -92,7 +97,8 @@ def _expected(config: SweepConfig, to_run: Sequence[Cell], measured: Sequence[Me
         options = " ".join(f"--{flag(name)} {spell(getattr(first, name))}" for name in names)
         lines.append(
             f"nothing is known of what {len(unknown)} cells take, as no cell of their model and method is finished; "
-            f"run one first: the same command without --dry-run, and with {options}"
+            f"run one first: the same command without --dry-run{' and --adaptive' * config.adaptive}, and with "
+            f"{options}"
         )
     return lines
 

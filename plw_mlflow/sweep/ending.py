@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from plw_mlflow import tracking
+from plw_mlflow import drawing, tracking
 from plw_mlflow.analysis import analyze, report, wording
+from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.config import SweepConfig, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
+from plw_mlflow.tracking import pages
 
 FENCE = "```"  # around a table in Markdown
 MAX_LISTED = 10  # failed cells in the run's description, which has a limit
+MAX_FIGURES = 3  # in the run's description
+FIGURE_PIXELS = 760  # of width there, where MLflow shows figures in their own size
+SHOWN = "description"  # the folder of the files that the run's description shows
 FAILURE_CHARACTERS = 200  # of the reason of each there
 
 
@@ -31,22 +36,41 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
     run = account.sweep.run
     runs = {cell.identity: account.finished_attempt(cell).run_id for cell in account.finished}
     with account.sweep.sole("end"):
-        said = run.read_tag("conclusion") if run.read_tag("analysed") == digest(runs) else None
+        analysed = digest(runs | {"shown": SHOWN})  # analyses of earlier versions have left no figures for the page
+        said = run.read_tag("conclusion") if run.read_tag("analysed") == analysed else None
         if said is not None and config.output is not None:
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             mark_best = partial(tracking.mark_best, run.id, set(runs.values()), len(account.cells))
             best = tracking.patiently("marking the best model", mark_best)
             said = "\n\n".join([*_analyse(config, account, set(runs.values())), *best])
-            run.tag(conclusion=said, analysed=digest(runs))
+            run.tag(conclusion=said, analysed=analysed)
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
-        account.sweep.describe(
-            "\n\n".join([_counts(account), *_failures(account), *([said] if said else []), *decided])
-        )
+        cells = account.sweep.save_view(config.sweep_name(), (run.read_tag("tasks") or "").split(), config.differing())
+        run.describe("\n\n".join(_description(account, said or "", cells, decided)))
     print(f"\n{_counts(account)}")
     if "report.html" in _report_files(run):
         print(f"report: {config.output / 'report.html' if config.output else f'report.html of run {run.id}'}")
-    print(f"run {run.id}\n{run.address()}")
+    print(f"run {run.id}\n{run.address()}\nits cells: {pages.address(cells)}")
+
+
+def _description(account: Account, said: str, cells: str, decided: Sequence[str]) -> list[str]:
+    """What the sweep's page says first, in Markdown: the answer, links, curves, means, and what became of its cells.
+
+    cells: the page that lists these.
+    """
+    run, files = account.sweep.run, _report_files(account.sweep.run)
+    answer = sorted(said.split("\n\n"), key=lambda part: part.startswith(FENCE))  # the table of means last
+    links = [f"[cells with PLW, prompt share and score]({cells})", f"[charts]({pages.charts(cells)})"]
+    if "report.html" in files:
+        links.append(f"[the report]({account.sweep.file_page('report.html')})")
+    figures = [pages.image(run.id, f"{SHOWN}/{name}", "score against PLW") for name in _curves(files)]
+    return [*answer[:1], " · ".join([*links, _counts(account)]), *figures, *answer[1:], *_failures(account), *decided]
+
+
+def _curves(files: Sequence[str]) -> list[str]:
+    """Those of a report's files that show score against PLW, as many as the run's description shows."""
+    return [name for name in files if name.startswith("curve-") and name.endswith(".png")][:MAX_FIGURES]
 
 
 def _report_files(run: tracking.Run) -> list[str]:
@@ -85,6 +109,8 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
     except ValueError as error:
         return [f"The scores are not analysed: {error}"]
     said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]
+    run.log_metrics(_best(table, also))
+    run.tag(tasks=" ".join(dict.fromkeys(f"{row.task}/{row.metric}" for row in table.itertuples())))
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
         files = outputs.write(folder, {"scores.csv": outputs.table(table)})
@@ -98,9 +124,29 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
             files += report.write(analysis, table, folder, command)
             tracking.log_regression(folder / "fit.json")
             said.append(wording.verdicts(analysis))
+            run.log_metrics(_peaks(analysis))
         run.log_files(files)
+        for name in _curves([file.name for file in files]):
+            run.log_bytes(f"{SHOWN}/{name}", drawing.smaller((folder / name).read_bytes(), FIGURE_PIXELS))
         run.tag(report_files=" ".join(sorted(file.name for file in files)))
     return said
+
+
+def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
+    """The highest mean score of the cells that differ in nothing but their seed, and its PLW."""
+    scores = table.groupby([*by, "dataset", "model", "plw"], dropna=False)["score"].mean()
+    return {"best_score": float(scores.max()), "best_plw": float(scores.index.tolist()[int(scores.argmax())][-1])}
+
+
+def _peaks(analysis: Analysis) -> dict[str, float]:
+    """The p-values of each data set's two answers, and where its tasks' mean curve peaks, as far as the runs tell."""
+    numbers: dict[str, float | None] = {}
+    for answer in analysis.answers:
+        before = f"{answer.dataset}/" if len(analysis.answers) > 1 else ""
+        numbers[f"{before}p"] = answer.these_tasks.p
+        numbers[f"{before}peak_plw"] = answer.these_tasks.peak_plw
+        numbers[f"{before}p_other_tasks"] = answer.other_tasks.p
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

@@ -8,14 +8,17 @@ are one cell, whichever sweep they are of.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from plw_mlflow.config import MainConfig, SweepConfig, digest, flag, spell
+from plw_mlflow import cell as training
+from plw_mlflow.config import DataOptions, MainConfig, SweepConfig, digest, flag, spell
 from plw_mlflow.data import prepare, sources, templates
 from plw_mlflow.environment import provenance
+from plw_mlflow.errors import UserError
 from plw_mlflow.models import location, pretrained
 
 
@@ -48,7 +51,7 @@ class Plan:
 
 def plan(config: SweepConfig) -> Plan:
     """The cells of a sweep. Files are read, and the hub is asked, for what identifies their contents."""
-    cells, listed = config.cells(), config.listed()
+    cells, differing = config.cells(), config.differing()
     contents: dict[str, str] = {}
     for cell in cells:
         for _, name, of in _named(cell):
@@ -58,8 +61,7 @@ def plan(config: SweepConfig) -> Plan:
     for cell in cells:
         read = {"contents": {option: contents[name] for option, name, _ in _named(cell)}, "code": code}
         values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
-        more = "".join(f", {flag(name)} {spell(getattr(cell, name))}" for name in listed)
-        planned.append(Cell(cell, cell.cell_name() + more, digest(values | read), digest(cell.identity() | read)))
+        planned.append(Cell(cell, cell.cell_name(differing), digest(values | read), digest(cell.identity() | read)))
     if len(by_identity := {cell.identity: cell for cell in planned}) < len(planned):
         print(f"{len(planned) - len(by_identity)} cells are left out, as they are others under another name")
         planned = list(by_identity.values())
@@ -69,6 +71,39 @@ def plan(config: SweepConfig) -> Plan:
     return Plan(planned, digest(of_all), contents)
 
 
+def check(cells: Sequence[Cell], *, are_here: bool) -> None:
+    """Raise UserError that names the first cell of each kind that cannot be trained, before any is begun.
+
+    are_here: whether they are trained on this machine, so that it has to be able to.
+    """
+    faults = list[str]()
+    for one in _first_of_each(cells, ("model", "optimizer")) if are_here else []:
+        with _collecting(faults, one):
+            training.check_machine(one.config)
+    for one in _first_of_each(cells, _DATA):
+        with _collecting(faults, one):
+            training.check_data(one.config)
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def _first_of_each(cells: Sequence[Cell], options: Sequence[str]) -> list[Cell]:
+    """The first of all cells that have the same values of options."""
+    firsts: dict[tuple[str, ...], Cell] = {}
+    for one in cells:
+        firsts.setdefault(tuple(spell(getattr(one.config, name)) for name in options), one)
+    return list(firsts.values())
+
+
+@contextmanager
+def _collecting(faults: list[str], of: Cell) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        faults.append(f"{of.name}: {error}")
+
+
+_DATA = ("dataset", "model", "method", *(field.name for field in fields(DataOptions)))  # that decide what is prepared
 _NAMING = ("dataset", "mix", "model", "tokenizer", "template")  # options whose contents count in place of their names
 
 

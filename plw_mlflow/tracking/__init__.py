@@ -18,10 +18,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 from plw_mlflow.tracking.best import mark_best
 from plw_mlflow.tracking.comparable import by_value
 from plw_mlflow.tracking.connection import patiently
-from plw_mlflow.tracking.inputs import check_data, log_data
+from plw_mlflow.tracking.descriptions import describe_cell
+from plw_mlflow.tracking.experiments import LOOKING
+from plw_mlflow.tracking.inputs import check_data, log_data, log_prompt_weight
 from plw_mlflow.tracking.leases import CLAIM, holding_lease
 from plw_mlflow.tracking.logged_models import (
     files_digest,
+    is_logged,
     load_model,
     load_registered,
     log_adapter,
@@ -41,6 +44,7 @@ from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before
 __all__ = [
     "CLAIM",
     "CURVES",
+    "LOOKING",
     "Attempt",
     "Measured",
     "Record",
@@ -51,11 +55,13 @@ __all__ = [
     "by_value",
     "check_data",
     "child_environment",
+    "describe_cell",
     "fail",
     "files_digest",
     "finished_before",
     "generation_ratios",
     "holding_lease",
+    "is_logged",
     "kill",
     "load_model",
     "load_registered",
@@ -64,6 +70,7 @@ __all__ = [
     "log_measures",
     "log_merged",
     "log_model",
+    "log_prompt_weight",
     "log_regression",
     "log_scores",
     "mark_best",

@@ -267,6 +267,17 @@ def _requirements(*packages: str) -> list[str]:
     return [f"{package}=={versions[package]}" for package in packages]
 
 
+def is_logged(run: Run) -> bool:
+    """Whether a run has logged and registered its model already; its scores are then that one's."""
+    if run.read_tag("model_version") is None:
+        return False
+    try:
+        run.model_id = _own_model(run)
+    except UserError:  # it was removed
+        return False
+    return True
+
+
 def load_model(run: Run, base: str | None = None, held_in: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model and tokenizer that a run has logged; an adapter is merged into its base.
 

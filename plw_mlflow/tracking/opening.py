@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from plw_mlflow import __version__
 from plw_mlflow.environment import container, processes, provenance
 from plw_mlflow.errors import Refused, without_passwords
-from plw_mlflow.tracking import connection, own_devices
+from plw_mlflow.tracking import connection, experiments, own_devices
 from plw_mlflow.tracking.connection import await_reachable, check_reachable, explained, get_run, hurried, patiently
 from plw_mlflow.tracking.resumption import giving_signs_of_life
 from plw_mlflow.tracking.run import Run
@@ -31,10 +31,14 @@ ERROR_CHARACTERS = 500  # of the tag that says why a run failed
 
 
 @contextmanager
-def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool = False) -> Iterator[Run]:
+def open_run(
+    config: Any, name: str, run_id: str | None = None, *, goes_on: bool = False, experiment: str = experiments.CELLS
+) -> Iterator[Run]:
     """Open a run, join the one that `mlflow run` has begun, or reopen `run_id`. The run ends with the block.
 
     goes_on: whether the work that the reopened run is of goes on; otherwise something is added to it.
+    experiment: the name of a new run's experiment, unless the environment names one (`experiments.experiment_id`).
+    The run of a sweep's cell keeps the name that the sweep gave it.
 
     A run that fails is marked FAILED, with the reason as its tag plw.error. An interrupted one is marked KILLED. The
     tag plw.status says the same. A run that something is added to keeps the status that it had when that fails.
@@ -42,7 +46,8 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
     Raises Unreachable where the tracking server does not answer, and UserError where it refuses. The cell of a sweep
     waits for a server that is away, as it would be marked as failed otherwise.
     """
-    if processes.SWEEP in os.environ:
+    is_of_sweep = processes.SWEEP in os.environ
+    if is_of_sweep:
         await_reachable("opening a run")
     else:
         check_reachable()
@@ -53,7 +58,11 @@ def open_run(config: Any, name: str, run_id: str | None = None, *, goes_on: bool
         wrapper = None if run_id is None else leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
         own_devices.restrict()
-        active = mlflow.start_run(run_id=run_id, run_name=short if run_id is None or goes_on else None)
+        belongs_to = None if existing or experiments.is_named() else experiments.experiment_id(experiment)
+        keeps_name = is_of_sweep or (run_id is not None and not goes_on)
+        active = mlflow.start_run(run_id, belongs_to, run_name=None if keeps_name else short)
+        if run_id is None:
+            experiments.describe(active.info.experiment_id, experiment)
     except MlflowException as error:
         raise explained("opening a run", error) from error
     run = Run(active.info.run_id)

@@ -7,19 +7,19 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Param, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from plw_mlflow.config import UNSET, digest, spell
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, without_passwords
-from plw_mlflow.tracking import connection
+from plw_mlflow.tracking import pages
 from plw_mlflow.tracking.cells import cell_columns, parameters
 from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.curves import TrainingCurves
@@ -119,6 +119,13 @@ class Run:
         if any(folder.iterdir()):
             patiently(f"logging {name}", lambda: mlflow.log_artifacts(str(folder), name))
 
+    def log_bytes(self, name: str, content: bytes) -> None:
+        """Log a file of this content under a path within the run's files."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, Path(name).name)
+            file.write_bytes(content)
+            mlflow.log_artifact(str(file), str(Path(name).parent))
+
     def log_files(self, files: Sequence[Path]) -> None:
         """Log files as artifacts, under their names."""
         for file in files:
@@ -141,15 +148,18 @@ class Run:
 
     def address(self) -> str:
         """How a person opens this run in MLflow's UI."""
-        run = self.client.get_run(self.id)
-        page = f"#/experiments/{run.info.experiment_id}/runs/{self.id}"
-        store = connection.address()
-        if store.startswith("http"):
-            return re.sub("//[^/@]*@", "//", f"{store.rstrip('/')}/{page}")  # the browser asks for the user's name
-        command = f"mlflow ui --backend-store-uri {store}"
-        if store != mlflow.get_tracking_uri():  # it holds a password
-            command = 'MLFLOW_BACKEND_STORE_URI="$MLFLOW_TRACKING_URI" mlflow ui'
-        return f"{command}    then open http://127.0.0.1:5000/{page}"
+        return pages.opened(pages.run_page(self.client.get_run(self.id).info.experiment_id, self.id))
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log numbers that are of the whole run. Sent again, they are stored once."""
+        time = self.client.get_run(self.id).info.start_time
+        entities = [Metric(re.sub(r"[^\w\-. /]", "-", name), value, time, 0) for name, value in metrics.items()]
+        patiently("logging metrics", lambda: self.client.log_batch(self.id, metrics=entities))
+
+    def describe(self, text: str) -> None:
+        """Make a text in Markdown the run's description, which MLflow shows on its page."""
+        shown = text if len(text) <= TAG_CHARACTERS else text[: TAG_CHARACTERS - 2] + " …"
+        patiently("describing the run", lambda: self.client.set_tag(self.id, "mlflow.note.content", shown))
 
 
 def _warn_of_passwords(run_id: str, logged: dict[str, str]) -> None:

@@ -72,15 +72,16 @@ class ScoredCells:
         if sweep is not None:
             experiment_id = str(get_run(sweep).info.experiment_id)
             self._place, has_to_be_finished = f"sweep {sweep}", False
-            filters = [f"tags.`mlflow.parentRunId` = '{sweep}'"]
-            adopted = _search(experiment_id, [f"tags.`plw.also_in.{sweep}` = 'true'", *([where] if where else [])])
+            # Sweeps of earlier versions have only the first and the second tag on their own and on adopted cells.
+            names = ("mlflow.parentRunId", f"plw.also_in.{sweep}", f"plw.cell_of.{sweep}")
+            ways = [f"tags.`{name}` = '{value}'" for name, value in zip(names, (sweep, "true", "true"), strict=True)]
         else:
             experiment_id = _experiment_id(str(experiment))
             self._place, has_to_be_finished = f"experiment {experiment}", True
-            filters, adopted = [], []
+            ways = []
         self.runs: list[mlflow.entities.Run] = []  # of scored cells, the newest first
         self._other_runs: list[mlflow.entities.Run] = []
-        for run in [*_search(experiment_id, [*filters, *([where] if where else [])]), *adopted]:
+        for run in _found(experiment_id, ways, where):
             if only is not None and run.info.run_id not in only:
                 continue
             is_scored = "plw.cell" in run.data.tags and run.data.tags.get("plw.status") == "scored"
@@ -162,6 +163,13 @@ class ScoredCells:
                     f"PLW {columns['plw']:g}, seed {columns['seed']}"
                 )
         return sentences
+
+
+def _found(experiment_id: str, ways: Sequence[str], where: str | None) -> list[mlflow.entities.Run]:
+    """An experiment's runs that pass `where` and one of several filters, if there are any, the newest first."""
+    also = [where] if where else []
+    found = {run.info.run_id: run for way in ways or [""] for run in _search(experiment_id, [way] * bool(way) + also)}
+    return sorted(found.values(), key=lambda run: run.info.start_time, reverse=True)
 
 
 def _search(experiment_id: str, filters: Sequence[str]) -> Sequence[mlflow.entities.Run]:

@@ -2,7 +2,7 @@
 
 A cell is known by its identity, a digest of everything that decides what comes out of it. Its runs have it as the tag
 plw.identity, whichever sweep they were made for. A sweep's own cells are its children. Those that an earlier sweep of
-the experiment has finished already become its cells too: a tag plw.also_in.SWEEP on them says so.
+the experiment has finished already become its cells too. All have the tag plw.cell_of.SWEEP.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 import mlflow
 from mlflow.entities import FileInfo
 from mlflow.entities import Run as Entity
-from mlflow.exceptions import MlflowException
 
 from plw_mlflow.config import flag, spell
-from plw_mlflow.errors import UserError
+from plw_mlflow.errors import Refused, UserError
+from plw_mlflow.tracking import experiments, pages, signs
 from plw_mlflow.tracking.cells import parameters
-from plw_mlflow.tracking.claims import Claims
+from plw_mlflow.tracking.claims import SILENT_SECONDS, Claims
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.opening import open_run
-from plw_mlflow.tracking.run import TAG_CHARACTERS, Run
+from plw_mlflow.tracking.run import Run
 
 MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
 NEW = "new"  # in place of a run's id: go on with none
@@ -48,7 +48,7 @@ class Attempt:
     standing: str  # the last that the store has of its training: the name of a checkpoint, or of the registered model
     score: float | None
     is_child: bool  # whether the sweep's run is its parent
-    is_adopted: bool  # whether it was made for another sweep, and is one of this sweep's cells too
+    is_adopted: bool  # whether its tag says that it is one of this sweep's cells
 
     @property
     def looks_open(self) -> bool:
@@ -100,16 +100,15 @@ class Sweep:
 
     def open_cell(self, identity: str, name: str) -> str:
         """A new run for a cell, below the sweep's; returns its id."""
-        tags = {"mlflow.parentRunId": self.run.id, "plw.identity": identity}
+        tags = {"mlflow.parentRunId": self.run.id, "plw.identity": identity, f"plw.cell_of.{self.run.id}": "true"}
         child = patiently("opening a run", lambda: self._client.create_run(self._experiment, tags=tags, run_name=name))
         return str(child.info.run_id)
 
     def adopt(self, attempt: Attempt) -> None:
         """Make a cell that another sweep has finished one of this sweep's cells."""
-        if not attempt.is_child and not attempt.is_adopted:
-            patiently(
-                "adopting a cell", lambda: self._client.set_tag(attempt.run_id, f"plw.also_in.{self.run.id}", "true")
-            )
+        if not attempt.is_adopted:
+            tag = f"plw.cell_of.{self.run.id}"
+            patiently("adopting a cell", lambda: self._client.set_tag(attempt.run_id, tag, "true"))
 
     def log_file(self, run_id: str, path: Path) -> None:
         """Copy a file into the run of a cell."""
@@ -133,10 +132,20 @@ class Sweep:
             return patiently(f"reading {name}", read)
         return None
 
-    def describe(self, text: str) -> None:
-        """Make a text in Markdown the description of the sweep's run, which MLflow shows on its page."""
-        shown = text if len(text) <= TAG_CHARACTERS else text[: TAG_CHARACTERS - 2] + " …"
-        patiently("describing the sweep", lambda: self._client.set_tag(self.run.id, "mlflow.note.content", shown))
+    def save_view(self, name: str, tasks: Sequence[str], options: Sequence[str]) -> str:
+        """Save the view of MLflow's list that shows the sweep's cells; gives its page.
+
+        tasks: metrics that the score is the mean of. options: those in which the cells differ.
+        """
+        key = f"sweep-{self.run.id}"
+        tag, value = pages.view_tag(key, name, pages.sweep_view(self.run.id, tasks, options))
+        with suppress(Refused):  # whoever may not change the experiment can work in it all the same
+            patiently("saving a view", lambda: self._client.set_experiment_tag(self._experiment, tag, value))
+        return pages.list_page(self._experiment, key)
+
+    def file_page(self, name: str) -> str:
+        """The page that shows a file of the sweep's run."""
+        return pages.file_page(self._experiment, self.run.id, name)
 
     @contextmanager
     def sole(self, what: str) -> Iterator[None]:
@@ -160,20 +169,29 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
     check_reachable()
     claims = Claims()
     with claims.giving_signs_of_life():
-        experiment = experiment_id()
+        experiment = experiments.experiment_id()
         with _sole(claims, f"{experiment}-{grid}"):
             earlier = _earlier(config, experiment, grid)
-            run_id = earlier or _new(experiment, grid)
+            run_id = earlier or _new(experiment, grid, config.sweep_name())
             _check_contents(Run(run_id), contents)
-        with open_run(config, "sweep", run_id, goes_on=True) as run:
+        with (
+            open_run(config, config.sweep_name(), run_id, goes_on=True) as run,
+            signs.giving(partial(_keep_running, run), signs.SIGN_SECONDS),
+        ):
             yield Sweep(run, claims, cells_are_here=config.engine == "local")
             run.untag("status")  # of an earlier process that was interrupted or has failed
+
+
+def _keep_running(run: Run) -> None:
+    """Mark the run of a sweep as running which another process of the sweep has ended, as that was interrupted, say."""
+    if run.client.get_run(run.id).info.status != "RUNNING":
+        run.client.update_run(run.id, "RUNNING")
 
 
 def finished_before() -> dict[str, list[Attempt]]:
     """All runs of sweeps' cells in the experiment by the cell's identity, newest first; nothing is opened."""
     check_reachable()
-    experiment = _known_experiment_id()
+    experiment = experiments.known_experiment_id()
     return {} if experiment is None else _attempts(experiment, "")
 
 
@@ -198,7 +216,7 @@ class Measured:
 def measured_before() -> list[Measured]:
     """What each finished and scored cell of the experiment has taken, the newest first."""
     check_reachable()
-    experiment = _known_experiment_id()
+    experiment = experiments.known_experiment_id()
     runs = [] if experiment is None else _scored_runs(experiment)
     return [
         Measured(str(run.info.run_id), parameters(run), (run.info.end_time - run.info.start_time) / 1000)
@@ -218,37 +236,17 @@ def _bytes(listing: Callable[[str | None], Sequence[FileInfo]], path: str | None
     return sum(_bytes(listing, item.path) if item.is_dir else item.file_size or 0 for item in listing(path))
 
 
-def _known_experiment_id() -> str | None:
-    """The id of the experiment that new runs belong to; None where it does not exist yet."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if os.environ.get("MLFLOW_RUN_ID") or not name:
-        return experiment_id()
-    found = mlflow.MlflowClient().get_experiment_by_name(name)
-    return None if found is None else str(found.experiment_id)
-
-
-def experiment_id() -> str:
-    """The id of the experiment that new runs belong to, which is made if it does not exist."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        return str(get_run(run_id).info.experiment_id)
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if not name:
-        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-    client = mlflow.MlflowClient()
-    if (found := client.get_experiment_by_name(name)) is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException as error:  # another process has made it meanwhile
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            return experiment_id()
-    return str(found.experiment_id)
-
-
 @contextmanager
 def _sole(claims: Claims, name: str) -> Iterator[None]:
     """Within the block, this process holds a claim; it waits for others that hold it."""
+    has_waited = False
     while not claims.take(name):
+        if not has_waited:
+            minutes = SILENT_SECONDS // 60
+            print(
+                f"waiting for another process of this sweep; if it has died elsewhere, {minutes:g} minutes", flush=True
+            )
+        has_waited = True
         time.sleep(WAIT_SECONDS)
     yield
     claims.release(name)  # after an error, all claims are removed by `giving_signs_of_life`
@@ -299,13 +297,13 @@ def _check_contents(earlier: Run, contents: Mapping[str, str]) -> None:
             )
 
 
-def _new(experiment: str, grid: str) -> str:
+def _new(experiment: str, grid: str, name: str) -> str:
     """The id of a new run for a sweep: the one that `mlflow run` has begun, if there is one."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         Run(run_id).tag(grid=grid)
         return run_id
     # With its tag from the start, so that it is found again whenever this process is killed.
-    run = mlflow.MlflowClient().create_run(experiment, tags={"plw.grid": grid}, run_name="sweep")
+    run = mlflow.MlflowClient().create_run(experiment, tags={"plw.grid": grid}, run_name=name)
     return str(run.info.run_id)
 
 
@@ -336,5 +334,5 @@ def _attempt(run: Entity, sweep: str) -> Attempt:
         standing=tags.get("plw.model_version") or tags.get("plw.checkpoint", ""),
         score=run.data.metrics.get("score"),
         is_child=tags.get("mlflow.parentRunId") == sweep,
-        is_adopted=f"plw.also_in.{sweep}" in tags,
+        is_adopted=f"plw.cell_of.{sweep}" in tags,
     )

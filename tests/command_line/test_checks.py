@@ -129,6 +129,7 @@ def test_everything_that_is_missing_is_said_at_once(folder):
     [
         MainConfig(),
         SweepConfig(model="toy,llama-7b,gpt2", tasks="toy,huerta2024-v4,arc_challenge"),
+        SweepConfig(method="lora,qlora", engine="slurm"),  # whose machines may have GPUs
         MainConfig(dataset="records.jsonl", mix="owner/name@main", model="owner/name@main", output=Path("a/b")),
         TrainConfig(template="tagged.jinja", model="owner/name", tokenizer="toy"),
         PrepareConfig(template="chat", tokenizer="owner/name"),

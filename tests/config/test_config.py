@@ -585,3 +585,14 @@ def test_an_adapter_that_would_not_be_the_model_is_refused(values, reason):
         ValueError, match=rf"^log-model adapter cannot be had: .*{reason}.*; use --log-model merged, or none$"
     ):
         TrainConfig(log_model="adapter", **values)
+
+
+def test_names_say_first_what_differs():
+    sweep = SweepConfig(plw="0.1,0", dataset="mine.jsonl", learning_rate="0.1,0.2", seed="2,3", invert="true,false")
+    assert sweep.differing() == ["plw", "seed", "dataset", "learning_rate"]
+    names = [cell.cell_name(sweep.differing()) for cell in sweep.cells()]
+    assert names[0].startswith("plw 0.1 seed 2 mine inverted learning-rate 0.1 toy full")
+    assert len(set(names)) == len(names) == 16
+    assert sweep.sweep_name() == "mine inverted, mine plw 0,0.1"
+    assert SweepConfig().sweep_name() == "toy-short, toy-long plw 0 to 1 (10)"
+    assert MainConfig(plw=0.5).cell_name() == "plw 0.5 toy-short toy full seed 1234"

@@ -96,6 +96,21 @@ def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, comple
         assert share == pytest.approx(plw * prompt / (plw * prompt + completion))
 
 
+@pytest.mark.parametrize("weights", [{}, {"template_weight": 0.3}, {"completion_weight": 2.0}])
+def test_the_prompts_share_is_known_at_every_plw(weights):
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", **weights)
+    for plw, share in found.effective_prompt_share.items():
+        assert found.prompt_share(float(plw)) == pytest.approx(share)
+    assert found.prompt_share(3) > found.prompt_share(1)
+
+
+def test_the_prompts_share_where_completions_or_all_tokens_weigh_nothing():
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", completion_weight=0.0)
+    assert (found.prompt_share(0), found.prompt_share(0.3)) == (None, 1)
+    without_tokens = replace(found, effective_prompt_share=dict.fromkeys(found.effective_prompt_share))
+    assert without_tokens.prompt_share(0.3) is None
+
+
 def test_weights_other_than_the_plw_are_in_the_share_and_in_the_title():
     found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
     # Of the template, four tokens each, the first is never predicted; instructions and inputs have 3 + 1 tokens.

@@ -171,7 +171,7 @@ def test_prepare_reads_a_file_of_the_folder_and_writes_its_profile_there(project
 
 def test_a_sweep_and_its_analysis(project, monkeypatch):
     project.run("sweep", plw="0,0.1,1", dataset="toy-short", **SMALL)
-    sweep = next(run for run in project.client.search_runs(["0"]) if run.data.tags["mlflow.runName"] == "sweep")
+    sweep = next(run for run in project.client.search_runs(["0"]) if "plw.grid" in run.data.tags)
     cells = project.client.search_runs(["0"], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
     assert {run.data.params["plw"]: run.info.status for run in cells} == dict.fromkeys(
         ("0.0", "0.1", "1.0"), "FINISHED"

@@ -10,6 +10,7 @@ from plw_mlflow.config import MainConfig, SweepConfig
 from plw_mlflow.environment import processes
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.sweep.grid import Cell
+from plw_mlflow.tracking.sweeps import _keep_running
 from tests.stores import Place
 
 CELLS = [Cell(MainConfig(plw=plw), f"plw {plw}", f"cell{plw:g}", f"cell{plw:g}") for plw in (0.0, 1.0)]
@@ -118,8 +119,8 @@ def test_cells_that_another_sweep_has_finished_count(store, open_account, tmp_pa
     assert other.finished == CELLS
     other.adopt()
     tags = store.get_run(begun.run_id).data.tags
-    assert tags[f"plw.also_in.{other.sweep.run.id}"] == "true"
-    assert not [tag for tag in tags if one.sweep.run.id in tag and "also_in" in tag]
+    assert tags[f"plw.cell_of.{other.sweep.run.id}"] == "true"
+    assert tags[f"plw.cell_of.{one.sweep.run.id}"] == "true"
     assert store.search_registered_models() == []  # no claim is left behind
 
 
@@ -145,6 +146,13 @@ def test_a_cell_at_work_elsewhere_is_not_cleared(store, open_account):
     open_account("another grid").clear()
     assert store.get_run(begun.run_id).info.status == "RUNNING"
     assert len(store.search_registered_models()) == 1
+
+
+def test_the_run_of_a_sweep_that_another_process_works_on_is_running(store, open_account):
+    sweep = open_account().sweep
+    store.set_terminated(sweep.run.id, "KILLED")  # by a process of the sweep that was interrupted
+    _keep_running(sweep.run)
+    assert store.get_run(sweep.run.id).info.status == "RUNNING"
 
 
 def test_a_cell_that_ends_well_without_a_score_has_failed(store, open_account, tmp_path):
@@ -184,6 +192,6 @@ def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_
         monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
         assert open_account().sweep.run.id == begun[0]
     first, second = map(store.get_run, begun)
-    assert first.info.run_name == "sweep"
+    assert first.info.run_name == "toy-short, toy-long plw 0 to 1 (10)"
     assert first.data.params["plw"] == SweepConfig().plw
     assert second.data.tags["plw.for_run"] == begun[0]

@@ -38,3 +38,9 @@ def test_failures_are_listed_with_their_reasons_as_many_as_a_description_holds()
     assert all(len(line) <= ending.FAILURE_CHARACTERS + 2 for line in lines)
     assert ending._counts(account) == "0 of 12 cells finished, 12 failed"
     assert ending._failures(SimpleNamespace(failed=[])) == []
+
+
+def test_the_best_is_the_highest_mean_of_cells_that_differ_in_their_seed_alone():
+    table = rows(*(("short", 0.1, seed, "a", score, 0.1) for seed, score in ((1, 0.1), (2, 0.9))))
+    table = pd.concat([table, rows(("short", 0.5, 1, "a", 0.6, 0.1), ("long", 0.0, 1, "a", 0.55, 0.1))])
+    assert ending._best(table, ()) == {"best_score": 0.6, "best_plw": 0.5}

@@ -32,7 +32,16 @@ def identities(planned):
 def test_every_combination_is_a_cell_of_its_own(tmp_path):
     planned = plan(tmp_path, plw="0,0.1", seed="1,2", learning_rate="0.001,0.002")
     assert len(set(identities(planned))) == 8
-    assert planned.cells[0].name == "plw 0 toy-short toy full seed 1, learning-rate 0.001"
+    assert planned.cells[0].name == "plw 0 seed 1 learning-rate 0.001 toy-short toy full"
+
+
+def test_a_cell_without_an_example_to_train_on_is_named_before_any_begins(tmp_path):
+    planned = plan(tmp_path, plw="0,0.1", max_records="60", max_tokens="512,4")
+    with pytest.raises(UserError) as raised:
+        grid.check(planned.cells, are_here=True)
+    (fault,) = str(raised.value).split("; ")
+    assert fault.startswith("plw 0 toy-short toy full seed 1234, max-tokens 4: no example of toy-short is left")
+    grid.check([cell for cell in planned.cells if cell.config.max_tokens == 512], are_here=True)
 
 
 def test_a_grid_is_the_same_in_another_order_and_what_does_not_decide_does_not_count(tmp_path):

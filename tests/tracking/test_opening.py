@@ -100,6 +100,7 @@ def test_a_deleted_or_unknown_experiment_is_said(store, monkeypatch):
     with pytest.raises(Refused, match=r"opening a run: .* MLFLOW_EXPERIMENT_ID .* `4711` does not exist"):
         open_and_end()
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
     store.delete_experiment("0")
     with pytest.raises(Refused, match=r"opening a run: .* --experiment-id 0"):
         open_and_end()

@@ -67,7 +67,7 @@ def test_the_command_that_opens_a_run_shows_no_password(store, monkeypatch):
     for uri in ("postgresql://me:secret@host/db", "https://me:secret@host/"):
         monkeypatch.setattr(mlflow, "get_tracking_uri", lambda uri=uri: uri)
         assert "secret" not in run.address()
-    assert run.address() == f"https://host/#/experiments/0/runs/{run.id}"
+    assert run.address() == f"https://host/#/experiments/0/runs/{run.id}?workflowType=machine_learning"
 
 
 def test_what_a_run_was_told_comes_back_with_its_template(store, tmp_path, monkeypatch):
