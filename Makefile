@@ -11,7 +11,7 @@ BUILD :=
 JOBS := 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test test-slow study ui ui-store test-browser image image-cpu test-image bench mlproject hashes setup
+.PHONY: help run test test-slow study claims ui ui-store test-browser image image-cpu test-image bench mlproject hashes setup
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target does; do \
@@ -31,6 +31,9 @@ test-slow: setup ## tests that take minutes: killed trainings, lost servers, who
 
 study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --jobs $(JOBS) --cores-per-cell 1 --output output/study
+
+claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)
 
 ui: ui-store ## MLflow's pages on a store with a small toy study in it, in output/ui
 	cd output/ui && $(HERE)/$(BIN)/mlflow ui --workers 1

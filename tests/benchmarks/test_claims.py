@@ -1,0 +1,93 @@
+"""Do README and docs say what paper/claims.json expects, and is an edited number found?"""
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+
+from benchmarks import claims
+from tests.stores import ROOT
+
+LISTED = claims.numbers()
+
+
+def number(id):
+    return next(one for one in LISTED if one.id == id)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The pages and the tables in another folder."""
+    for name in ("README.md", "docs", "paper"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("one", LISTED, ids=lambda one: one.id)
+def test_a_page_says_what_the_list_expects(one):
+    assert claims.misquoted(one) is None
+
+
+def test_the_list_is_sound():
+    assert len({one.id for one in LISTED}) == len(LISTED) > 40
+    assert {one.hardware for one in LISTED} <= {"CPU", "GPU", "quiet"}
+    for one in LISTED:
+        assert one.tables or one.expected is not None
+        assert one.command or one.file
+
+
+def test_an_edited_number_of_a_page_fails(copy):
+    one = number("ratio-AlpacaDataShort")
+    measured = claims.Measurements(copy)
+    assert claims.judge(one, measured, are_all_wanted=False)[0] == "passed"
+    page = copy / "README.md"
+    page.write_text(page.read_text().replace("ratio 0.08)", "ratio 0.09)"))
+    verdict, why = claims.judge(one, measured, are_all_wanted=False)
+    assert (verdict, why) == ("failed", f"README.md does not say: {one.quote}")
+    edited = dataclasses.replace(one, quote=one.quote.replace("0.08", "0.09"))
+    assert claims.judge(edited, measured, are_all_wanted=False) == (
+        "failed",
+        "'`AlpacaDataShort`, ratio 0.09)' does not spell the expected 0.08",
+    )
+    both = dataclasses.replace(edited, expected=0.09, spelled=None)
+    verdict, why = claims.judge(both, measured, are_all_wanted=False)
+    assert (verdict, why) == ("failed", "0.082, expected 0.09 within 0.005")
+
+
+def test_an_edited_number_of_a_table_fails(copy):
+    one, page = number("study-tables"), copy / "docs" / "study.md"
+    tables = re.findall(r"<!-- \w+ -->\n(.*?)\n<!-- end -->", page.read_text(), re.DOTALL)
+    measured = claims.Measurements(copy)
+    measured._printed[one.command] = "\n\n".join(tables)
+    assert claims.judge(one, measured, are_all_wanted=False)[0] == "passed"
+    page.write_text(page.read_text().replace("| **as printed** | 4.928", "| **as printed** | 4.929"))
+    assert claims.judge(one, measured, are_all_wanted=False) == (
+        "failed",
+        "docs/study.md, tables not as measured: table3",
+    )
+
+
+def test_what_cannot_be_run_here_is_said():
+    measured = claims.Measurements(ROOT)
+    verdict, why = claims.judge(number("gpu-loss-0"), measured, are_all_wanted=True)
+    assert (verdict, why) == ("not run", "needs a GPU: python -m benchmarks.gpu")
+    verdict, why = claims.judge(number("toy-p"), measured, are_all_wanted=False)
+    assert (verdict, why) == ("not run", "takes 25 minutes; give --all: make study")
+
+
+def test_a_command_that_fails_is_a_failure():
+    one = dataclasses.replace(number("default-plw"), command="python -c 'raise SystemExit(3)'")
+    verdict, why = claims.judge(one, claims.Measurements(ROOT), are_all_wanted=False)
+    assert verdict == "failed"
+    assert "ended with 3" in why
+    silent = dataclasses.replace(one, command="python -c pass")
+    assert claims.judge(silent, claims.Measurements(ROOT), are_all_wanted=False)[0] == "failed"
+
+
+def test_a_way_of_keys_picks_one():
+    tree = {"fits": [{"a": 1, "b": "x", "v": 2}, {"a": 1, "b": "y", "v": 3}]}
+    assert claims.walk(tree, ["fits", "a=1&b=y", "v"]) == 3
+    with pytest.raises(LookupError, match="2 entries with a=1"):
+        claims.walk(tree, ["fits", "a=1", "v"])
