@@ -31,6 +31,7 @@ def describe_cell(run: Run) -> None:
         _losses(entity.data.metrics),
         _loading(entity.data.tags),
         f"To repeat it:\n\n```sh\n{_command(parameters(entity))}\n```",
+        f"`python -m entrypoints.verify --run-id {run.id}` repeats it from what is recorded, and compares.",
         f"[The lengths of its data]({pages.file_page(entity.info.experiment_id, run.id, 'profile.png')})",
     ]
     run.describe("\n\n".join(filter(None, parts)))

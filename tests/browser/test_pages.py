@@ -212,10 +212,12 @@ def test_a_sweep_says_its_answer_with_its_curve(page, server, sweep):
     assert loaded_width(page.locator("img[src^=get-artifact]").first) > 600
 
 
-def test_the_registered_model_has_its_alias(page, server, store):
+def test_the_registered_model_has_its_alias_its_card_and_its_signature(page, server, store):
     version = store.get_model_version_by_alias("plw-toy-toy-short", "best")
     open_page(page, f"{server}/#/models/plw-toy-toy-short/versions/{version.version}?{pages.TRAINING}")
     page.get_by_text(re.compile(r"^@?\s*best$")).first.wait_for()
+    page.get_by_text("Intended use").first.wait_for()
+    page.get_by_text(re.compile(r"Inputs \(\d+\)")).wait_for()
 
 
 @pytest.mark.parametrize("width", [1400, 400])

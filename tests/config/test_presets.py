@@ -105,7 +105,7 @@ def test_help_tells_each_presets_value(name):
 def test_a_sweep_passes_resolved_values_to_its_cells():
     one, *_ = SweepConfig(preset="huerta2024-lora", plw="0,1", learning_rate=0.001).cells()
     assert (one.seed, one.method, one.learning_rate, one.batch_examples) == (42, "lora", 0.001, 128)
-    given = grid.Cell(one, "", "").arguments()
+    given = grid.Cell(one, "", "", "").arguments()
     spelt = dict(zip(given[::2], given[1::2], strict=True))
     assert (spelt["--seed"], spelt["--method"], spelt["--packing"]) == ("42", "lora", "false")
 

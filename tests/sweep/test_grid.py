@@ -40,7 +40,7 @@ def test_a_cell_without_an_example_to_train_on_is_named_before_any_begins(tmp_pa
     with pytest.raises(UserError) as raised:
         grid.check(planned.cells, are_here=True)
     (fault,) = str(raised.value).split("; ")
-    assert fault.startswith("plw 0 toy-short toy full seed 1234, max-tokens 4: no example of toy-short is left")
+    assert fault.startswith("plw 0 max-tokens 4 toy-short toy full seed 1234: no example of toy-short is left")
     grid.check([cell for cell in planned.cells if cell.config.max_tokens == 512], are_here=True)
 
 
