@@ -141,7 +141,7 @@ def decisions(run):
 def test_an_adaptive_sweep_runs_a_part_of_the_grid_and_says_why(tmp_path, monkeypatch, capsys):
     place = Place(tmp_path)
     mlflow.set_tracking_uri(place.uri)
-    monkeypatch.setattr(ending, "end", lambda config, account, decided: account.sweep.describe("\n".join(decided)))
+    monkeypatch.setattr(ending, "end", lambda config, account, decided: account.sweep.run.describe("\n".join(decided)))
     engine = Formula(place.client)
     monkeypatch.setattr(local, "Local", lambda config: engine)
     config = SweepConfig(dataset="toy-short", seed="1,2", width=0.2, adaptive=True)
