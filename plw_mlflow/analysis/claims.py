@@ -28,7 +28,7 @@ from plw_mlflow.analysis.statistics import equivalence, fitting, fixed_tasks, ov
 from plw_mlflow.analysis.statistics.design import Grid, grid
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
-from plw_mlflow.analysis.wording import interval
+from plw_mlflow.analysis.wording import highest_end, interval
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import Array, make_transform
 
@@ -71,7 +71,8 @@ class _Curve:
 
     def reach(self, contrast: Array, level: float = LEVEL) -> tuple[float, float]:
         """The interval of a contrast of slope and bend."""
-        value, error, freedom = (float(part) for part in self.curves.t_test(contrast @ self.grid.contrasts)[:3])
+        of_terms = contrast @ self.grid.complete[0].contrasts
+        value, error, freedom = (float(part) for part in self.curves.t_test(of_terms)[:3])
         half = stats.t.ppf(1 - level / 2, freedom) * error
         return value - half, value + half
 
@@ -112,18 +113,39 @@ def _concave(curve: _Curve) -> Judged:
 
 
 def _peak(curve: _Curve, low: float, high: float) -> Judged:
-    """The best PLW lies between two. Contradicted where none of its interval does, or the curve bends upwards."""
+    """The best PLW lies between two.
+
+    Contradicted where none of its interval does, where the curve bends upwards, and where the scores are shown to be
+    higher at an end of the range than at all PLWs tried between the two.
+    """
     bend, _ = _concave(curve)
     fit = curve.fit
     if bend == CONTRADICTED:
         return CONTRADICTED, "the curve bends upwards"
     if fit.optimum_set is None or fit.optimum_plw is None:
-        return CANNOT_TELL, "no peak inside the range"
+        return _peaks_at_an_end(curve, low, high)
     ends = fit.optimum_set
     is_inside = all(low <= start and end <= high for start, end in ends) and not fit.optimum_set_is_unbounded
     is_outside = all(end < low or high < start for start, end in ends)
     found = f"PLW {fit.optimum_plw:.3g}, {interval(fit)}"
     return REPRODUCED if is_inside else CONTRADICTED if is_outside else CANNOT_TELL, found
+
+
+def _peaks_at_an_end(curve: _Curve, low: float, high: float) -> Judged:
+    """Of a curve without a peak inside the range, which is highest at one end of it.
+
+    Contradicted where PLW has an effect, and the end is shown to be above every PLW tried from low to high.
+    """
+    end = highest_end(curve.fit)
+    inside = [plw for plw in curve.fit.plws if low <= plw <= high]
+    if curve.fit.joint_p >= LEVEL or not inside or low <= end <= high:
+        return CANNOT_TELL, "no peak inside the range"
+    reaches = [curve.reach(curve.rise(plw, end)) for plw in inside]
+    least = min(range(len(inside)), key=lambda number: reaches[number][0])
+    found = f"PLW {end:g} less PLW {inside[least]:g}: {reaches[least][0]:+.4f} to {reaches[least][1]:+.4f}"
+    if reaches[least][0] > 0:
+        return CONTRADICTED, f"highest at an end, {found}"
+    return CANNOT_TELL, f"no peak inside the range, {found}"
 
 
 def _extreme(curve: _Curve, plw: float, sign: int, below: float = math.inf) -> Judged:
@@ -218,7 +240,7 @@ def _judge(claim: dict[str, Any], table: pd.DataFrame, is_short: pd.Series) -> I
         yield Judgement(*head, "", "", CANNOT_TELL, claim["not_judged"])
         return
     if claim["rule"] == "best_runs":
-        yield Judgement(*head, "all", "these tasks", *_best_runs(table, is_short, claim["tasks"]))
+        yield Judgement(*head, "all", "these tasks", *_best_of_runs(table, is_short, claim["tasks"]))
         return
     on = claim.get("dataset")
     of_data = table["dataset"] == on if on else is_short == (claim["data"] == "short")
@@ -236,11 +258,21 @@ def _judge(claim: dict[str, Any], table: pd.DataFrame, is_short: pd.Series) -> I
         for question, model in QUESTIONS.items():
             if question != "these tasks" and claim["rule"] == "printed":
                 continue
-            yield Judgement(*head, dataset, question, *_ruled(claim, _Curve(_grid(part, dataset), model)))
+            yield Judgement(*head, dataset, question, *_ruled(claim, part, dataset, model))
 
 
-def _ruled(claim: dict[str, Any], curve: _Curve) -> Judged:
+def _best_of_runs(table: pd.DataFrame, is_short: pd.Series, tasks: list[str]) -> Judged:
+    """What the highest scores say, or why they say nothing: one claim's trouble must not cost the others."""
     try:
+        return _best_runs(table, is_short, tasks)
+    except UserError as error:
+        return CANNOT_TELL, str(error)
+
+
+def _ruled(claim: dict[str, Any], part: pd.DataFrame, dataset: str, model: str) -> Judged:
+    """What a claim's rule says, or why it says nothing."""
+    try:
+        curve = _Curve(_grid(part, dataset), model)
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
         return RULES[claim["rule"]](curve, **claim.get("by", {}))

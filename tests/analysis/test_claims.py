@@ -56,6 +56,11 @@ def test_what_is_otherwise_is_contradicted():
     assert flat["short-effect"] == claims.CONTRADICTED
     early = verdicts((0.5, 0.1, -0.2))  # its peak is at w_p 0.25, PLW 0.01
     assert early["short-peak"] == claims.CONTRADICTED
+    rising = verdicts((0.5, 0.3, 0.0))  # without a peak inside the range, and highest at PLW 1
+    assert rising["short-peak"] == claims.CONTRADICTED
+    assert rising["short-effect"] == rising["short-zero"] == claims.REPRODUCED
+    faint = verdicts((0.5, 0.001, 0.0))  # a rise within the noise
+    assert faint["short-peak"] == claims.CANNOT_TELL
     large = pd.concat([simulate(b=(0.4, 0.3, -0.2), sd=0.002, dataset="mine")])
     (long,) = (one for one in claims.judge(large) if (one.claim, one.question) == ("long-none", "these tasks"))
     assert long.verdict == claims.CONTRADICTED
@@ -82,6 +87,19 @@ def test_too_few_runs_cannot_tell():
     table = simulate(seeds=1, dataset="my-short")
     few = table[table["plw"].isin([0, 0.1, 1])]
     assert {one.verdict for one in claims.judge(few)} == {claims.CANNOT_TELL}
+
+
+def test_one_claim_that_cannot_be_fitted_leaves_the_others():
+    """Three runs of long data have no residuals."""
+    tasks = {f"task{number}": task for number, task in enumerate(("arc_challenge", "piqa", "winogrande"))}
+    table = simulate(tasks=3, dataset="my-short").replace({"task": tasks})
+    long = simulate(tasks=3, seeds=1, dataset="mine").replace({"task": tasks})
+    few = long[long["plw"].isin([0, 0.1, 1])]
+    judged = {(one.claim, one.question): one for one in claims.judge(pd.concat([table, few]))}
+    assert judged["best-runs", "these tasks"].verdict == claims.CANNOT_TELL
+    assert judged["best-runs", "these tasks"].found == "3 runs are too few for 3 coefficients and a residual"
+    assert judged["short-effect", "these tasks"].verdict == claims.REPRODUCED
+    assert judged["long-none", "these tasks"].verdict == claims.CANNOT_TELL
 
 
 def test_an_interval_is_that_of_its_contrast():
