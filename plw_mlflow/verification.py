@@ -195,8 +195,8 @@ def _options_of_now(record: Record, config: VerifyConfig, scratch: Path) -> Trai
     given |= {"cache_dir": config.cache_dir, "data_dir": _data_dir(record, config)}
     given |= {"model": _base(record, config), "precision": record.tags.get("precision", given["precision"])}
     given["save_precision"] = record.tags.get("save_precision", given.get("save_precision", "auto"))
-    if given.get("log_model") == "none":  # it is scored all the same
-        given["log_model"] = "auto"
+    if given.get("log_model") == "none":  # then it was scored as it was trained, without rounding
+        given |= {"log_model": "auto", "save_precision": "float32"}
     recorded = {source["name"]: source for source in record.sources}
     for name in ("dataset", "mix"):
         if given.get(name):
@@ -294,7 +294,9 @@ def _options(record: Record, key: str | None) -> Finding:
     elif different and key is not None:
         different.append("the cell's key agrees with config.json")
     found = _listed([*different, *unknown])
-    return Finding("options", not different, found or f"they are those that the cell's key {there} is of")
+    agree = "config.json and the parameters agree"
+    as_key = f"they are those that the cell's key {there} is of" if key is not None else f"{agree}; the key is another"
+    return Finding("options", not different, found or as_key)
 
 
 def _value(option: Any) -> str:
@@ -390,9 +392,6 @@ def _scores(record: Record, source: Record, config: VerifyConfig) -> Iterator[Fi
     benchmarks, texts, count = [], [], 0
     for number in numbers:
         there = record.evaluations[number]
-        if not there["scoring"]["precision"]:
-            texts.append("an evaluation by a server is not repeated")
-            continue
         here = _score_again(record, source, there, config)
         for task in (task for task, its in latest.items() if its == number):
             if here["benchmarks"].get(task) != there["benchmarks"][task]:

@@ -539,11 +539,11 @@ class VerifyConfig(LocalOptions, Config):
     """Run a recorded cell again from what MLflow holds of it, and say what differs."""
 
     run_id: str | None = None
-    """MLflow run of the cell to verify; nothing that it holds is changed."""
+    """MLflow run of the cell to verify; nothing that it holds is changed, but for the tag plw.verified."""
     scores: bool = False
     """Only score the logged model again, and train nothing."""
     data: bool = False
-    """Only compare digests, of data, base, code and logged model, and compute nothing."""
+    """Only compare digests, of data, base, code and logged model; train and score nothing."""
     base: str | None = None
     """Folder of the base model, where the one that the cell was trained on lies elsewhere now."""
     cache_dir: Path | None = None

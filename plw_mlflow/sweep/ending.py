@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from plw_mlflow.environment import outputs
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.tracking import pages
 
+OF_ANSWERS = ("p", "peak_plw", "p_other_tasks")  # metrics of the sweep's run
 FENCE = "```"  # around a table in Markdown
 MAX_LISTED = 10  # failed cells in the run's description, which has a limit
 MAX_FIGURES = 3  # in the run's description
@@ -109,7 +111,7 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
     except ValueError as error:
         return [f"The scores are not analysed: {error}"]
     said = [f"{FENCE}\n{means(table, also)}\n{FENCE}"]
-    run.log_metrics(_best(table, also))
+    numbers = _best(table, also)
     run.tag(tasks=" ".join(dict.fromkeys(f"{row.task}/{row.metric}" for row in table.itertuples())))
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.output or Path(scratch)
@@ -124,7 +126,9 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
             files += report.write(analysis, table, folder, command)
             tracking.log_regression(folder / "fit.json")
             said.append(wording.verdicts(analysis))
-            run.log_metrics(_peaks(analysis))
+            numbers |= _peaks(analysis)
+        gone = [name for name in run.metrics() if name.rpartition("/")[2] in OF_ANSWERS]  # of an earlier analysis
+        run.log_metrics(dict.fromkeys(gone, math.nan) | numbers)
         run.log_files(files)
         for name in _curves([file.name for file in files]):
             run.log_bytes(f"{SHOWN}/{name}", drawing.smaller((folder / name).read_bytes(), FIGURE_PIXELS))
@@ -140,13 +144,12 @@ def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
 
 def _peaks(analysis: Analysis) -> dict[str, float]:
     """The p-values of each data set's two answers, and where its tasks' mean curve peaks, as far as the runs tell."""
-    numbers: dict[str, float | None] = {}
+    numbers: dict[str, float] = {}
     for answer in analysis.answers:
         before = f"{answer.dataset}/" if len(analysis.answers) > 1 else ""
-        numbers[f"{before}p"] = answer.these_tasks.p
-        numbers[f"{before}peak_plw"] = answer.these_tasks.peak_plw
-        numbers[f"{before}p_other_tasks"] = answer.other_tasks.p
-    return {name: value for name, value in numbers.items() if value is not None}
+        values = (answer.these_tasks.p, answer.these_tasks.peak_plw, answer.other_tasks.p)
+        numbers |= {before + name: value for name, value in zip(OF_ANSWERS, values, strict=True) if value is not None}
+    return numbers
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:

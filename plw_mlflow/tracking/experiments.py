@@ -85,7 +85,8 @@ def known_experiment_id() -> str | None:
 def describe(experiment_id: str, kind: str) -> None:
     """Say on an experiment's page what its runs are, unless somebody has described it.
 
-    The one that every store begins with is left without a description, since it is for all kinds of runs.
+    The one that every store begins with is left without a description, since it is for all kinds of runs, and so is
+    one of another name in which somebody only looks.
 
     kind: CELLS or LOOKING. An experiment of cells gets the view that lists them, too.
     """
@@ -101,9 +102,8 @@ def _missing_tags(experiment: Experiment, kind: str) -> dict[str, str]:
     if kind == CELLS:
         name, view = pages.view_tag(pages.ALL_CELLS, "Cells", pages.all_cells_view())
         tags[name] = view
-    if experiment.name != "Default":
+    if experiment.name != "Default" and (kind == CELLS or experiment.name == LOOKING):
         cells = pages.list_page(experiment.experiment_id, pages.ALL_CELLS)
-        tags["mlflow.experimentKind"] = "custom_model_development"
         text = _DESCRIPTIONS[kind].replace("{cells}", cells).replace("{charts}", pages.charts(cells))
         tags["mlflow.note.content"] = text
     return {name: value for name, value in tags.items() if name not in experiment.tags}

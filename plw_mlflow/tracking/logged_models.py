@@ -141,7 +141,9 @@ def _log(
     tags = {field: spell(getattr(config, field)) for field in CELL_FIELDS} | {**more_tags, "sha256": sha256}
     known = {"base": licences.of_model(config.model), "data": ", ".join(filter(None, (one.licence for one in sources)))}
     tags |= {f"{what}_licence": licence for what, licence in known.items() if licence}
-    tags["noncommercial"] = spell(any(map(licences.is_noncommercial, known.values())))
+    each = [known["base"], *(one.licence for one in sources)]
+    if any(map(licences.is_noncommercial, each)) or all(each):  # else nobody here knows
+        tags["noncommercial"] = spell(any(map(licences.is_noncommercial, each)))
     shown = {f"plw.{key}": without_passwords(value) for key, value in tags.items()}
     version = patiently("registering the model", lambda: _register(run, f"models:/{run.model_id}", name, shown))
     patiently(

@@ -172,7 +172,7 @@ def _moved(folder: Path, beside: Path) -> tuple[Path, Path] | None:
 
     folder: of the run's files, as recorded. beside: where the database is.
     """
-    for count in range(1, len(folder.parts) if folder.is_absolute() else 1):
+    for count in range(1, len(folder.parts) - 1 if folder.is_absolute() else 1):  # to the run's own folder
         before, rest = Path(*folder.parts[:count]), Path(*folder.parts[count:])
         if (beside / rest).is_dir():
             return None if folder.is_dir() and folder.samefile(beside / rest) else (before, beside)

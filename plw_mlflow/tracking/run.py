@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +27,7 @@ from plw_mlflow.tracking.curves import TrainingCurves
 
 TAG_CHARACTERS = 5000  # which every store keeps of a tag; MLflow cuts longer ones off, some stores earlier than others
 PARAMETER_CHARACTERS = 6000  # likewise of a parameter
+DESCRIBED = "plw.described"  # the tag with the digest of the description that this package wrote
 DIGEST = "sha256:"  # begins what stands for a longer text
 
 
@@ -150,16 +152,33 @@ class Run:
         """How a person opens this run in MLflow's UI."""
         return pages.opened(pages.run_page(self.client.get_run(self.id).info.experiment_id, self.id))
 
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric."""
+        run = patiently("reading the run", lambda: self.client.get_run(self.id))
+        return {str(name): float(value) for name, value in run.data.metrics.items()}
+
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log numbers that are of the whole run. Sent again, they are stored once."""
-        time = self.client.get_run(self.id).info.start_time
-        entities = [Metric(re.sub(r"[^\w\-. /]", "-", name), value, time, 0) for name, value in metrics.items()]
+        """Log numbers that are of the whole run, in place of earlier ones of these names."""
+        now = round(1000 * time.time())  # sent again, they are stored once; of two at one time, the larger would count
+        entities = [Metric(re.sub(r"[^\w\-. /]", "-", name), value, now, 0) for name, value in metrics.items()]
         patiently("logging metrics", lambda: self.client.log_batch(self.id, metrics=entities))
 
     def describe(self, text: str) -> None:
-        """Make a text in Markdown the run's description, which MLflow shows on its page."""
+        """Make a text in Markdown the run's description, which MLflow shows on its page, unless a person wrote one."""
         shown = text if len(text) <= TAG_CHARACTERS else text[: TAG_CHARACTERS - 2] + " …"
-        patiently("describing the run", lambda: self.client.set_tag(self.id, "mlflow.note.content", shown))
+
+        def describe() -> None:
+            tags = self.client.get_run(self.id).data.tags
+            if is_ours(tags.get("mlflow.note.content"), tags):
+                both = {DESCRIBED: digest({"text": shown}), "mlflow.note.content": shown}
+                self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in both.items()])
+
+        patiently("describing the run", describe)
+
+
+def is_ours(description: str | None, tags: Mapping[str, str]) -> bool:
+    """Whether a description may be replaced: there is none, or it is the one whose digest the tags have."""
+    return not description or tags.get(DESCRIBED) == digest({"text": description})
 
 
 def _warn_of_passwords(run_id: str, logged: dict[str, str]) -> None:

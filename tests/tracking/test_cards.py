@@ -48,6 +48,34 @@ def test_a_card_says_what_a_model_is_and_flags_licences(store):
     assert "Each version is one cell" in store.get_registered_model(name).description
 
 
+@pytest.fixture
+def registered(store):
+    """An open run that has registered a model, whose base has no licence that is known, and the version."""
+    config = MainConfig(model="tiny")
+    with tracking.open_run(config, "cell") as run:
+        run.tag(cell="c", base_model="f" * 64, save_precision="float32")
+        tracking.log_model(run, tiny_llama(), byte_tokenizer(), config)
+        yield run, *store.get_run(run.id).data.tags["plw.model_version"].split("/")
+
+
+def test_a_licence_that_nobody_knows_permits_nothing(store, registered):
+    assert "plw.noncommercial" not in store.get_model_version(*registered[1:]).tags
+
+
+def test_what_somebody_has_written_of_a_version_stays(store, registered):
+    run, name, number = registered
+    store.update_model_version(name, number, description="mine")
+    add_scores(run, ("a", 0.25))
+    assert store.get_model_version(name, number).description == "mine"
+
+
+def test_a_cell_whose_registered_version_was_deleted_is_scored_all_the_same(store, registered):
+    run, name, number = registered
+    store.delete_model_version(name, number)
+    add_scores(run, ("a", 0.25))
+    assert store.get_run(run.id).data.metrics["a/acc"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("readme", "expected"),
     [

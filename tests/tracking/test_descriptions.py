@@ -1,6 +1,7 @@
 """Does the page of a cell's run say what was trained, how well it does, and a command that gives the same cell?"""
 
 import shlex
+import time
 import typing
 
 import pytest
@@ -28,6 +29,24 @@ def test_a_cell_says_what_it_is_and_how_well_it_does(store):
     assert "- loss at the end, training: 1.5000 of completions, 2.0000 of prompts" in text
     assert 'load_model("models:/plw-toy-toy-short/3"' in text
     assert "Of the sweep" not in text
+
+
+def test_what_somebody_has_written_of_a_run_stays(store):
+    run = scored(MainConfig(), ("one", 0.25))
+    run.describe("first")
+    run.describe("second")
+    assert store.get_run(run.id).data.tags["mlflow.note.content"] == "second"
+    store.set_tag(run.id, "mlflow.note.content", "mine")
+    run.describe("third")
+    assert store.get_run(run.id).data.tags["mlflow.note.content"] == "mine"
+
+
+def test_numbers_of_a_run_take_the_place_of_earlier_ones(store):
+    run = scored(MainConfig(), ("one", 0.25))
+    run.log_metrics({"p": 0.2})
+    time.sleep(0.002)
+    run.log_metrics({"p": 0.01})
+    assert run.metrics()["p"] == 0.01
 
 
 def test_a_cell_of_a_sweep_says_in_what_it_differs(store):

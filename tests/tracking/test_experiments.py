@@ -36,6 +36,14 @@ def test_cells_and_what_looks_at_things_have_experiments_that_say_what_they_are(
     assert "mlflow.sharedViewState.cells" not in looking.tags
 
 
+def test_who_only_looks_in_an_experiment_of_another_name_does_not_describe_it(free):
+    made = free.create_experiment("my-study")
+    experiments.describe(made, experiments.LOOKING)
+    assert "mlflow.note.content" not in free.get_experiment(made).tags
+    experiments.describe(made, experiments.CELLS)
+    assert "mlflow.note.content" in free.get_experiment(made).tags
+
+
 def test_what_somebody_has_written_of_an_experiment_stays(free):
     made = free.create_experiment("plw", tags={"mlflow.note.content": "mine"})
     assert opened(free).experiment_id == made
