@@ -2,7 +2,8 @@
 
 The claims and what each is judged by are in paper/claims.json; the rules are here, a function a kind. They were fixed
 before any scores but the study's own were judged. Each rule asks for a 95 % interval: a claim is reproduced where the
-whole interval agrees with it, contradicted where none of it does, and else these scores cannot tell. Each is judged for
+whole interval agrees with it, contradicted where none of it does, and else these scores cannot tell. For `none` and
+`gain` the ends are two one-sided 95 % bounds of every difference: a two-sided 90 % interval. Each claim is judged for
 both questions, these tasks and others like them, and by itself: nothing is corrected for the number of claims.
 """
 

@@ -7,6 +7,9 @@ tasks' noise, with as many degrees of freedom as runs leave. Where residuals are
 are exact with any number of tasks and runs. It gives up what a model without luck would gain from counting every score
 as an observation of its own, which is little with 15 degrees of freedom or more.
 
+Exact also takes runs as independent. Runs of one seed share examples, their order and noise, and what they so share
+makes the test reject too rarely (docs/statistics.md).
+
 Letters: R runs, T tasks, P columns of the design, K contrasts. In shapes, "..." stands for nothing where there is one
 table, and for [N] where there are N tables of one design.
 """
