@@ -63,16 +63,20 @@ class _Curve:
         return fitting.fit(self.model, self.grid)
 
     @cached_property
+    def whole(self) -> Grid:
+        """What the model uses of the scores."""
+        return (self.grid.of_these if self.model == findings.ON_THESE else self.grid.complete)[0]
+
+    @cached_property
     def curves(self) -> fixed_tasks.RunMeans | over_tasks.MeanCurve:
-        whole, _ = self.grid.complete
+        whole = self.whole
         if self.model == findings.ON_THESE:
             return fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
         return over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
 
     def reach(self, contrast: Array, level: float = LEVEL) -> tuple[float, float]:
         """The interval of a contrast of slope and bend."""
-        of_terms = contrast @ self.grid.complete[0].contrasts
-        value, error, freedom = (float(part) for part in self.curves.t_test(of_terms)[:3])
+        value, error, freedom = (float(part) for part in self.curves.t_test(contrast @ self.whole.contrasts)[:3])
         half = stats.t.ppf(1 - level / 2, freedom) * error
         return value - half, value + half
 

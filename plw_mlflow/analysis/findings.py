@@ -7,7 +7,7 @@ corrected for the number of data sets looked at. What to do follows from the fir
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -21,6 +21,7 @@ from plw_mlflow.analysis.wording import highest_end, interval
 ON_THESE = "fixed-tasks"  # the model that answers the first question
 ON_OTHERS = ("crossed", "lmm-slopes")  # the models that can answer the second
 MOST_SEEDS = 99  # that advice names
+LEFT_OUT = "Left out: "  # how the note begins in which a fit says what it did not use
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,25 @@ class Unit:
 def about_these(
     fit: Fit | None, holm_p: float | None, equal: Equivalence | None, tasks: int, unit: Unit, why_not: str
 ) -> Finding:
-    """Did PLW move these tasks? fit: by `fixed-tasks`, None where it could not be fitted, with the reason."""
+    """Did PLW move these tasks? fit: by `fixed-tasks`, None where it could not be fitted, with the reason.
+
+    tasks: how many there are, of which the fit may use fewer.
+    """
+    tasks = tasks if fit is None else fit.tasks  # it may have left some out
     question = f"Did PLW move {'this task' if tasks == 1 else f'these {tasks} tasks'}?"
     mean = "its score" if tasks == 1 else "their mean score"
-    return _finding(question, fit, holm_p, equal, unit, mean, why_not)
+    found = _finding(question, fit, holm_p, equal, unit, mean, why_not)
+    left_out = [note for note in (fit.notes if fit else []) if note.startswith(LEFT_OUT)]
+    return replace(found, verdict=" ".join([found.verdict, *left_out]))
 
 
 def about_others(lead: Fit, holm_p: float, equal: Equivalence | None, unit: Unit, why_not: str) -> Finding:
     """Would PLW move other tasks like these? lead: the fit that leads; why_not: why that is not by `crossed`."""
     question = f"Would it move others like {'it' if lead.tasks == 1 else 'them'}?"
     fit = lead if lead.model in ON_OTHERS else None
+    why_not = why_not.removesuffix("; use lmm-slopes")  # what cannot be fitted either, or it would lead
+    if not why_not and lead.notes:
+        why_not = lead.notes[0].removesuffix(".")
     return _finding(question, fit, holm_p, equal, unit, "the mean of such tasks", why_not)
 
 
@@ -71,7 +81,8 @@ def _finding(
     p = f"p = {fit.joint_p:.2g}" + f" by itself, {holm_p:.2g} for so many data sets" * (kind == "perhaps")
     words = f"{kind.capitalize()} ({p}): {mean} "
     if fit.optimum_plw is None:
-        words += f"has no peak inside the range, and is highest at PLW {highest_end(fit):.3g}."
+        words += f"has no peak inside the range, and is highest at PLW {highest_end(fit):.3g}"
+        words += ", which may be chance." if kind != "yes" else "."
     else:
         words += f"peaks at PLW {fit.optimum_plw:.3g} (95 % interval {interval(fit)})"
         words += ", which may be chance." if kind != "yes" else "; where is not settled." * fit.optimum_set_is_unbounded
@@ -110,6 +121,10 @@ def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: floa
         if len(ends := fit.optimum_set or []) == 1 and not fit.optimum_set_is_unbounded:
             return f"Use {ends[0][0]:.2g} to {ends[0][1]:.2g} on data like these."
         return f"Use PLW {fit.optimum_plw:.2g} for now: it scores best, but where the peak lies is not settled."
+    if fit is None and (lost := grid.lost_plws):
+        everywhere = len(lost) == len(set(grid.runs["plw"]))
+        where = "on every run" if everywhere else f"at PLW {', '.join(f'{plw:g}' for plw in lost)}"
+        return f"These runs cannot tell; score every task {where}."
     if fit is None or equal is None or margin is None:
         return "These runs cannot tell; more seeds would."
     more = seeds_needed(fit, equal.standard_error, grid, margin)

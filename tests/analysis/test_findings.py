@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from plw_mlflow.analysis import analyze, exports, findings, score_table, wording
@@ -75,6 +76,57 @@ def test_few_tasks_tell_of_themselves_only():
     assert "needs 4 tasks or more, there are 2" in answer.other_tasks.verdict
     (one,) = analyze.analyze(simulate(tasks=1), draws=0).answers
     assert one.these_tasks.question == "Did PLW move this task?"
+
+
+def without(table, **where):
+    """The table without the scores that have these values."""
+    return table[~pd.concat([table[column] == value for column, value in where.items()], axis=1).all(axis=1)]
+
+
+def test_a_task_missing_at_one_plw_is_left_out_and_said_to_be():
+    table = simulate(b=(0.5, 0.2, -0.15))
+    (answer,) = analyze.analyze(without(table, plw=0.1, task="task2"), draws=0).answers
+    assert answer.these_tasks.kind == "yes"
+    assert answer.these_tasks.question == "Did PLW move these 5 tasks?"
+    assert answer.these_tasks.verdict.endswith(" Left out: task task2 (some runs lack it).")
+    (expected,) = analyze.analyze(without(table, task="task2"), draws=0).answers
+    for name in ("p", "peak_plw", "interval", "equivalence"):
+        assert getattr(answer.these_tasks, name) == getattr(expected.these_tasks, name)
+    assert answer.advice == expected.advice
+
+
+def test_runs_left_out_are_said_to_be_with_the_number_of_tasks_used():
+    table = simulate(b=(0.5, 0.2, -0.15))
+    rare = without(without(table, task="task2", seed=0), task="task2", plw=0.1)
+    (answer,) = analyze.analyze(without(rare, plw=1, seed=1, task="task0"), draws=0).answers
+    assert answer.these_tasks.question == "Did PLW move these 5 tasks?"
+    assert "Left out: task task2 (few runs have it), 1 of 20 runs (not scored on every task)." in (
+        answer.these_tasks.verdict
+    )
+
+
+def test_where_no_task_is_complete_more_scores_are_advised_and_not_seeds():
+    table = simulate(tasks=2)
+    some = without(without(table, plw=0.1, task="task0"), plw=0.5, task="task1")
+    (answer,) = analyze.analyze(some, draws=0).answers
+    assert answer.advice == "These runs cannot tell; score every task at PLW 0.1, 0.5."
+    assert answer.these_tasks.verdict == (
+        "These scores cannot tell: no run at PLW 0.1, 0.5 is scored on every task, and no task is scored on every run."
+    )
+    assert "lmm-slopes" not in "".join(finding.verdict for finding in answer.findings)
+
+
+def test_an_end_that_is_highest_by_chance_is_said_to_be_so():
+    (answer,) = analyze.analyze(simulate(b=(0.5, 0.0, 0.004), seed=2), draws=0).answers
+    assert answer.these_tasks.kind == "not shown"
+    assert answer.these_tasks.peak_plw is None
+    assert "is highest at PLW 1, which may be chance." in answer.these_tasks.verdict
+
+
+def test_the_second_question_has_the_leads_reason_where_crossed_was_fitted(study):
+    lead = dataclasses.replace(study.fit_of("AlpacaDataShort", "lmm"), notes=["lmm leads, as so it is."])
+    found = findings.about_others(lead, 0.5, None, findings.Unit(1.0, True), "")
+    assert found.verdict == "These scores cannot tell: lmm leads, as so it is."
 
 
 def test_three_runs_tell_nothing():

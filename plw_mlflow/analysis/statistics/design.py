@@ -70,17 +70,45 @@ class Grid:
         runs: NDArray[np.bool_] = np.asarray(is_scored[:, tasks].all(axis=1))
         if not tasks.any():
             raise UserError("every task is scored on fewer than half of the runs; use lmm-slopes")
-        left_out = [f"task {name} (few runs have it)" for name, kept in zip(self.tasks, tasks, strict=True) if not kept]
+        left_out = self._listed(~tasks, "few runs have it")
         if gone := int((~runs).sum()):
             left_out.append(f"{gone} of {len(runs)} runs (not scored on every task)")
         if not left_out:
             return self, ()
+        if runs.any() and self.lost_plws:
+            raise UserError(f"no run at PLW {_numbers(self.lost_plws)} is scored on every task; use lmm-slopes")
+        return self._part(runs, tasks), tuple(left_out)
+
+    @cached_property
+    def lost_plws(self) -> list[float]:
+        """PLWs at which no run has a score on every task, of the tasks that at least half of the runs are scored on."""
+        is_scored = ~np.isnan(self.scores)
+        kept = self.runs[is_scored[:, is_scored.mean(0) >= 0.5].all(axis=1)]
+        return sorted(set(self.runs["plw"]) - set(kept["plw"]))
+
+    @cached_property
+    def of_these(self) -> tuple[Grid, tuple[str, ...]]:
+        """As `complete`, but where that would lose a PLW, all runs on the tasks that each of them has a score on.
+
+        A question about these very tasks can do with fewer tasks, but not with fewer PLWs. Raises UserError where no
+        task is left.
+        """
+        if not self.lost_plws:
+            return self.complete
+        tasks: NDArray[np.bool_] = np.asarray(~np.isnan(self.scores).any(axis=0))
+        if not tasks.any():
+            where = f"at PLW {_numbers(self.lost_plws)} " * (len(self.lost_plws) < len(set(self.runs["plw"])))
+            raise UserError(f"no run {where}is scored on every task, and no task is scored on every run")
+        return self._part(np.ones(len(self.runs), bool), tasks), tuple(self._listed(~tasks, "some runs lack it"))
+
+    def _listed(self, tasks: NDArray[np.bool_], why: str) -> list[str]:
+        return [f"task {name} ({why})" for name, is_listed in zip(self.tasks, tasks, strict=True) if is_listed]
+
+    def _part(self, runs: NDArray[np.bool_], tasks: NDArray[np.bool_]) -> Grid:
+        """Some runs and tasks of it."""
         kept = self.runs.loc[runs].reset_index(drop=True)
-        if len(kept) and (lost := sorted(set(self.runs["plw"]) - set(kept["plw"]))):
-            listed = ", ".join(f"{plw:g}" for plw in lost)
-            raise UserError(f"no run at PLW {listed} is scored on every task; use lmm-slopes")
         x, terms = _columns(kept, self.transform, self._factors, self.by)
-        smaller = Grid(
+        return Grid(
             self.dataset,
             self.source,
             self.transform,
@@ -93,12 +121,15 @@ class Grid:
             self.notes,
             self.by,
         )
-        return smaller, tuple(left_out)
 
     @property
     def _factors(self) -> tuple[str, ...]:
         of_levels = [term for term in self.terms if "[" in term and not term.startswith(("w_p:", "w_p^2:"))]
         return tuple(dict.fromkeys(term.partition("[")[0] for term in of_levels))
+
+
+def _numbers(plws: list[float]) -> str:
+    return ", ".join(f"{plw:g}" for plw in plws)
 
 
 def grid(

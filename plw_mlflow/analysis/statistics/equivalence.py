@@ -41,7 +41,7 @@ def assess_equivalence(
     """
     if margin is not None and not 0 < margin < math.inf:
         raise UserError(f"margin must be a number above 0, got {margin}")
-    whole, _ = grid.complete
+    whole, _ = grid.of_these if tasks_are_fixed else grid.complete
     curves: fixed_tasks.RunMeans | over_tasks.MeanCurve
     if tasks_are_fixed:
         curves = fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
