@@ -110,7 +110,8 @@ def run(place: Place, fences: list[Fence]) -> None:
             command = [sys.executable, "-c", text]
         else:
             command = ["bash", "-euo", "pipefail", "-c", MAKE + text]
-        as_a_person_has_it = place.environment(PYTHONPATH="", MLFLOW_EXPERIMENT_NAME="")
+        as_a_person_has_it = place.environment(PYTHONPATH="")
+        del as_a_person_has_it["MLFLOW_EXPERIMENT_NAME"]
         done = subprocess.run(
             command, cwd=place.folder, env=as_a_person_has_it, capture_output=True, text=True, timeout=600
         )
