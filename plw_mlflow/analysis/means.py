@@ -10,11 +10,13 @@ import pandas as pd
 def mean_scores(table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
     """PLW against the mean score of its cells: rows of curve (data set, and values of `by`), plw, score and error.
 
-    A cell's score is the mean of its tasks'. Where each model has several cells of one PLW (seeds, say), the standard
-    error is that of the mean over models, models being given; else it is that which the number of questions leaves, and
-    NaN where the table does not have the scores' own standard errors.
+    A cell's score is the mean over the tasks that all cells of its curve are scored on; where there is no such task,
+    over those it has. Where each model has several cells of one PLW (seeds, say), the standard error is that of the
+    mean over models, models being given; else it is that which the number of questions leaves, and NaN where the table
+    does not have the scores' own standard errors.
     """
     curve = ["dataset", *by]
+    table = _on_shared_tasks(table, curve)
     cells = table.groupby([*curve, "model", "seed", "plw"], dropna=False).agg(
         score=("score", "mean"),
         tasks=("score", "size"),
@@ -30,6 +32,17 @@ def mean_scores(table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
             error = math.sqrt((group["variance"] / group["tasks"] ** 2).sum()) / len(group)
         rows.append({"curve": ", ".join(map(str, names)), "plw": plw, "score": group["score"].mean(), "error": error})
     return pd.DataFrame(rows)
+
+
+def _on_shared_tasks(table: pd.DataFrame, curve: list[str]) -> pd.DataFrame:
+    """The scores on tasks that all cells of a curve have: a PLW that lacks a hard task would else look good."""
+    cell = [*dict.fromkeys([*curve, "model", "seed", "plw"])]
+    parts = []
+    for _, part in table.groupby(curve, dropna=False):
+        cells_of_task = part.drop_duplicates([*cell, "task"])["task"].value_counts()
+        shared = cells_of_task.index[cells_of_task == len(part.drop_duplicates(cell))]
+        parts.append(part[part["task"].isin(shared)] if len(shared) else part)
+    return pd.concat(parts)
 
 
 def in_words(score: float, error: float) -> str:

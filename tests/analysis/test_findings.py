@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from plw_mlflow.analysis import analyze, exports, findings, score_table, wording
+from plw_mlflow.analysis import analyze, exports, findings, means, score_table, wording
 from tests.analysis.test_analyze import simulate
 from tests.stores import ROOT
 
@@ -168,3 +168,9 @@ def test_what_to_do_follows_from_the_curve(b, starts):
     (answer,) = analyze.analyze(simulate(b=b), draws=0).answers
     assert answer.these_tasks.kind == "yes"
     assert answer.advice.startswith(starts)
+
+
+def test_the_means_of_a_curve_are_over_the_same_tasks():
+    table = simulate(tasks=4)
+    shown = means.mean_scores(without(table, plw=0.1, task="task2"))
+    pd.testing.assert_frame_equal(shown, means.mean_scores(without(table, task="task2")))
