@@ -143,11 +143,20 @@ class RayCluster:
         return importlib.util.find_spec("ray") is not None
 
     def start(self) -> None:
-        """Start it; the nodes but for the head may come to it a little later."""
+        """Start it, and return when all its nodes have come to it."""
         self._node("--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder}")
         _await(lambda: _answers(self._port), self._nodes, self._folder)
-        for _ in range(2):
+        for _ in range(2):  # one after the other, as one of two that start at the same time may not come up
             self._node(f"--address={self._address}")
+            _await(lambda: self._alive() == len(self._nodes), self._nodes, self._folder)
+
+    def _alive(self) -> int:
+        """How many nodes it has, as a process of its own is told: one process can connect to one cluster alone."""
+        ask = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); "
+        ask += "print(sum(node['Alive'] for node in ray.nodes()))"
+        asked = [sys.executable, "-c", ask, self._address]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        return int(answer[-1]) if answer else 0
 
     def cells(self) -> list[int]:
         """The process ids of cells at work."""

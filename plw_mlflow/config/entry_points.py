@@ -319,7 +319,7 @@ class SweepConfig(
 ):
     """Run every combination of the listed values as a cell, then analyse their scores.
 
-    Each option of LISTABLE may be a text that lists several values. Those that do not are values of their own type.
+    Most options of data, training and scoring may list several values, separated by commas.
     """
 
     def __post_init__(self) -> None:

@@ -178,7 +178,9 @@ def _loading(version: ModelVersion, is_adapter: bool) -> str:
     lines.append('model.predict(["..."], params={"max_new_tokens": 64})')
     elsewhere = ' A base that lies elsewhere now is named by `model_config={"base": "FOLDER"}`.' if is_adapter else ""
     return (
-        "\n".join(["```python", *lines, "```"])
+        "In the folder that holds `mlflow.db`, or with `MLFLOW_TRACKING_URI` set, and with a prompt in the template of "
+        + "the training:\n\n"
+        + "\n".join(["```python", *lines, "```"])
         + "\n\n`mlflow.transformers.load_model` gives the model and its tokenizer, and "
         + f"`mlflow models serve -m {uri} --env-manager local` serves it.{elsewhere} "
         + f"`python -m entrypoints.verify --run-id {version.run_id}` makes it again and compares."

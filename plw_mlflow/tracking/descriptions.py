@@ -90,7 +90,9 @@ def _loading(tags: Mapping[str, str]) -> str:
     if "plw.model_version" not in tags:
         return ""
     uri = f"models:/{tags['plw.model_version']}"
-    return f'To load it:\n\n```python\nmlflow.transformers.load_model("{uri}", return_type="components")\n```'
+    where = "in the folder that holds `mlflow.db`, or with `MLFLOW_TRACKING_URI` set"
+    lines = ["import mlflow", "", f'mlflow.transformers.load_model("{uri}", return_type="components")']
+    return "\n".join([f"To load it, {where}:", "", "```python", *lines, "```"])
 
 
 def _command(params: Mapping[str, str]) -> str:

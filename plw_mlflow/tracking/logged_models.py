@@ -169,11 +169,14 @@ def _log_files(run_id: str, save: Callable[..., None], name: str, step: int) -> 
 
 
 def files_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files of a logged model."""
+    """SHA-256 of the names and contents of all files of a logged model, but for those that loading it leaves there."""
     sha256 = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        sha256.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-        with file.open("rb") as content:
+    left_by_loading = {"__pycache__", "registered_model_meta"}  # MLflow writes the latter into a store on this machine
+    for path in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+        if left_by_loading & {*path.parts}:
+            continue
+        sha256.update(f"{path.as_posix()}\0".encode())
+        with (folder / path).open("rb") as content:
             sha256.update(hashlib.file_digest(content, "sha256").digest())
     return sha256.hexdigest()
 

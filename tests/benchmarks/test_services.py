@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
     not os.environ.get("PLW_TEST_SERVICES"), reason="PLW_TEST_SERVICES does not say that the services are installed"
 )
 PLWS = ("0", "0.5", "1")
+BY_LUCK = ("jobs that had to make way", "cells begun")
 
 
 @pytest.fixture(scope="module")
@@ -48,4 +49,7 @@ def test_a_cell_whose_ray_node_is_killed_goes_on_elsewhere(tmp_path, scores):
 
 def test_cells_whose_slurm_jobs_are_killed_or_preempted_are_submitted_again(tmp_path, scores):
     with services.running(services.Slurm) as cluster:
-        complete(sweeps.lose_jobs(tmp_path, cluster, scores, PLWS))
+        outcomes = sweeps.lose_jobs(tmp_path, cluster, scores, PLWS)
+    complete(outcomes, *BY_LUCK)  # a cell may end before it has to make way
+    begun = {outcome.what: outcome.count for outcome in outcomes}["cells begun"]
+    assert len(PLWS) < begun <= len(PLWS) + 2
