@@ -14,6 +14,8 @@ PROGRAM = """
 import os, pathlib, sys, time
 try:
     pathlib.Path(os.environ["RANK"]).write_text(str(os.getpid()))
+    while not all(pathlib.Path(rank).exists() for rank in "01"):  # torchrun ends both where one has ended
+        time.sleep(0.01)
     if sys.argv[1] == "fails":
         sys.exit(2)
     if sys.argv[1] == "dies" and os.environ["RANK"] == "1":
