@@ -6,21 +6,18 @@ A card is written from what the run of the cell holds, when the model is registe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from mlflow.entities import Run as Entity
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
-from plw_mlflow.config import digest
 from plw_mlflow.errors import without_passwords
 from plw_mlflow.models import licences
 from plw_mlflow.tracking.cells import cell_columns, parameters
-from plw_mlflow.tracking.connection import get_run
-from plw_mlflow.tracking.run import DESCRIBED, Run, is_ours
+from plw_mlflow.tracking.connection import get_run, suppressing_missing
+from plw_mlflow.tracking.run import DESCRIBED, Run, is_ours, text_digest
 
 CHARACTERS = 5000  # of a description; databases keep no more
 MOST_STEPS = 5  # in the table of losses
@@ -48,7 +45,7 @@ def write(run: Run, scores: pd.DataFrame) -> None:
         name, _, number = found.data.tags.get(tag, "").rpartition("/")
         if not name:
             continue
-        with _suppressing_missing():
+        with suppressing_missing():
             _write(run, run.client.get_model_version(name, number), scores)
 
 
@@ -60,20 +57,10 @@ def _write(run: Run, version: ModelVersion, scores: pd.DataFrame) -> None:
     if not is_ours(version.description, version.tags):
         return
     text = card(run, version, scores)
-    client.set_model_version_tag(name, version.version, DESCRIBED, digest({"text": text}))
+    client.set_model_version_tag(name, version.version, DESCRIBED, text_digest(text))
     client.update_model_version(name, version.version, description=text)
     if version.source and version.source.startswith("models:/m-"):
         client.set_logged_model_tags(version.source.removeprefix("models:/"), {"mlflow.note.content": text})
-
-
-@contextmanager
-def _suppressing_missing() -> Iterator[None]:
-    """Within the block, a model or a version that somebody has deleted ends it, and no more."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
 
 
 def card(run: Run, version: ModelVersion, scores: pd.DataFrame) -> str:

@@ -32,7 +32,7 @@ from mlflow.exceptions import MlflowException
 from plw_mlflow.environment import processes
 from plw_mlflow.errors import Refused
 from plw_mlflow.tracking import signs
-from plw_mlflow.tracking.connection import hurried, patiently
+from plw_mlflow.tracking.connection import hurried, patiently, suppressing_missing
 from plw_mlflow.tracking.signs import SIGN_SECONDS
 
 SILENT_SECONDS = 180.0  # after which a claim without a sign of life is taken for abandoned
@@ -213,12 +213,8 @@ def _remove(claim: Claim, *, alone: bool = False) -> None:
 
 
 def _delete(full_name: str) -> None:
-    try:
-        with hurried(retries=0):
-            mlflow.MlflowClient().delete_registered_model(full_name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    with suppressing_missing(), hurried(retries=0):
+        mlflow.MlflowClient().delete_registered_model(full_name)
 
 
 def _sign() -> str:

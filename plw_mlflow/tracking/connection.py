@@ -267,6 +267,16 @@ def patiently(doing: str, call: Callable[[], Result]) -> Result:
             is_second = not was_away
 
 
+@contextmanager
+def suppressing_missing() -> Iterator[None]:
+    """Within the block, that something is not in the store, or no longer, ends the block and is no error."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
 def await_reachable(doing: str) -> None:
     """Like `check_reachable`, but a store that is away is waited for, as `patiently` does it."""
     try:

@@ -170,15 +170,20 @@ class Run:
         def describe() -> None:
             tags = self.client.get_run(self.id).data.tags
             if is_ours(tags.get("mlflow.note.content"), tags):
-                both = {DESCRIBED: digest({"text": shown}), "mlflow.note.content": shown}
+                both = {DESCRIBED: text_digest(shown), "mlflow.note.content": shown}
                 self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in both.items()])
 
         patiently("describing the run", describe)
 
 
+def text_digest(text: str) -> str:
+    """What identifies a description that this package has written."""
+    return digest({"text": text})
+
+
 def is_ours(description: str | None, tags: Mapping[str, str]) -> bool:
     """Whether a description may be replaced: there is none, or it is the one whose digest the tags have."""
-    return not description or tags.get(DESCRIBED) == digest({"text": description})
+    return not description or tags.get(DESCRIBED) == text_digest(description)
 
 
 def _warn_of_passwords(run_id: str, logged: dict[str, str]) -> None:
