@@ -36,9 +36,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches, prepare
-from plw_mlflow.data.batches import Weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import adapters, held, pretrained
 from plw_mlflow.training import train
 

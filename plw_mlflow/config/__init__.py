@@ -24,11 +24,14 @@ from plw_mlflow.config.options import (
     TEXT_FIELDS,
     CellOptions,
     DataOptions,
+    DivisorScope,
+    LossDivisor,
     Method,
     Options,
     Preset,
     RecipeOptions,
     ScoreOptions,
+    WeightOptions,
     cache_folder,
 )
 from plw_mlflow.config.presets import MODELS, PRESETS
