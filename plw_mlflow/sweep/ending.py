@@ -138,7 +138,7 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
 
 def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
     """The highest mean score of the cells that differ in nothing but their seed, and its PLW."""
-    scores = table.groupby([*by, "dataset", "model", "plw"], dropna=False)["score"].mean()
+    scores = table.groupby(list(dict.fromkeys([*by, "dataset", "model", "plw"])), dropna=False)["score"].mean()
     return {"best_score": float(scores.max()), "best_plw": float(scores.index.tolist()[int(scores.argmax())][-1])}
 
 
