@@ -308,6 +308,8 @@ def _score(
     tracking.log_scores(run, evaluation, rows)
     scores.write(rows, config.output)
     print(scores.text(evaluation))
+    if remark := task_sets.remark(config.tasks, config.dataset):
+        print(remark)
 
 
 def score_model(config: EvaluateConfig) -> None:

@@ -140,7 +140,9 @@ def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: floa
         so = "would show by how much runs differ anyway, and so how many it takes"
         return f"These runs cannot tell: {_seeds(more)} {so}."
     if equal is None or margin is None:
-        return "These runs cannot tell; --margin names a difference that matters, and then says how many seeds it takes."
+        return (
+            "These runs cannot tell; --margin names a difference that matters, and then says how many seeds it takes."
+        )
     more = seeds_needed(fit, equal.standard_error, grid, margin)
     return f"These runs cannot tell: {_seeds(more)} would, if PLW makes a difference of {unit.words(margin)}."
 

@@ -243,7 +243,8 @@ def test_the_models_tables_are_folded_away(study):
 
 
 @pytest.mark.parametrize(
-    ("matters_little", "kind", "colour"), [(True, "yes", "none"), (False, "yes", "effect"), (False, "perhaps", "unsure")]
+    ("matters_little", "kind", "colour"),
+    [(True, "yes", "none"), (False, "yes", "effect"), (False, "perhaps", "unsure")],
 )
 def test_a_card_is_marked_by_what_was_found(study, matters_little, kind, colour):
     answer = study[1].answers[0]
