@@ -55,3 +55,11 @@ def standard_error(pairs: list[tuple[str, str]], seed: int, rounds: int = ROUNDS
         sums = counts[draw.integers(len(counts), size=len(counts))].sum(0).tolist()
         scores.append(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100)
     return statistics.stdev(scores)
+
+
+def of_corpus(pairs: list[tuple[str, str]]) -> float:
+    """Corpus BLEU, as a fraction, by sacreBLEU's defaults; pairs: target and prediction of each sentence."""
+    import sacrebleu
+
+    targets, predictions = [target for target, _ in pairs], [prediction for _, prediction in pairs]
+    return float(sacrebleu.corpus_bleu(predictions, [targets]).score / 100)
