@@ -36,7 +36,7 @@ from plw_mlflow.environment import outputs, precision
 from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import evaluate, held_out, measures, prompting, scores, task_sets
+from plw_mlflow.evaluation import evaluate, held_out, measures, prompting, questions, scores, task_sets
 from plw_mlflow.evaluation.held_out import HeldOut
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
@@ -321,6 +321,7 @@ def _score(
     rows = scores.table(evaluation, run.cell())
     tracking.log_scores(run, evaluation, rows)
     scores.write(rows, config.output)
+    questions.write(evaluation, rows, config.output)
     print(scores.text(evaluation))
 
 
@@ -358,6 +359,7 @@ def score_model(config: EvaluateConfig) -> None:
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
+        questions.write(evaluation, rows, config.output)
         print(text := scores.text(evaluation))
         if is_of_cell:
             tracking.describe_cell(run)

@@ -178,7 +178,7 @@ class EvaluateConfig(ScoreOptions, Config):
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for finished requests of an unfinished scoring; the same command goes on from them after a crash."""
     output: Path | None = None
-    """Folder for scores.csv (unset: MLflow alone has it)."""
+    """Folder for scores.csv and questions.parquet (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         faults = []

@@ -24,7 +24,7 @@ from plw_mlflow.config import ScoreOptions
 from plw_mlflow.environment import provenance
 from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.progress import SECONDS_BEFORE_BAR
-from plw_mlflow.evaluation import bleu, samples, scores, task_sets
+from plw_mlflow.evaluation import bleu, questions, samples, scores, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
 from plw_mlflow.evaluation.scores import Evaluation, Score
 from plw_mlflow.evaluation.tasks import Tasks
@@ -123,14 +123,17 @@ def score(
         if task.task_name in primary
         for row in samples.rows(task, primary[task.task_name], prompt, samples_by_task[task.task_name])
     ]
-    return Evaluation(described, results, rows, tasks.not_run)
+    asked = [
+        row for task in tasks.loaded for row in questions.rows(task, prompt, samples_by_task.get(task.task_name, []))
+    ]
+    return Evaluation(described, results, rows, asked, tasks.not_run)
 
 
 def benchmark_contents(task: Any) -> dict[str, Any]:
     """What identifies the documents of a task of the harness: how many there are, and the SHA-256 of their JSON."""
     sha256 = hashlib.sha256()
     for document in task.eval_docs:
-        sha256.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+        sha256.update(questions.json_of(document) + b"\n")
     return {"documents": len(task.eval_docs), "sha256": sha256.hexdigest()}
 
 
