@@ -196,7 +196,7 @@ def _options_of_now(record: Record, config: VerifyConfig, scratch: Path) -> Trai
     given |= {"output": None, "checkpoint_dir": scratch / "checkpoints", "store_checkpoints": False, "processes": 1}
     given |= {"cache_dir": config.cache_dir, "data_dir": _data_dir(record, config)}
     given |= {"model": _base(record, config), "precision": record.tags.get("precision", given["precision"])}
-    given["save_precision"] = record.tags.get("save_precision", given.get("save_precision", "auto"))
+    # With the precision that was used, auto saves as it did then: a whole model in that, an adapter in float32.
     if given.get("log_model") == "none":  # then it was scored as it was trained, without rounding
         given |= {"log_model": "auto", "save_precision": "float32"}
     recorded = {source["name"]: source for source in record.sources}

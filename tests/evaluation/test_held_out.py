@@ -39,7 +39,7 @@ def options(tmp_path):
 
 def test_all_records_are_taken_in_their_order(toy, new_file, options):
     (found,) = held_out.read([str(new_file)], toy[1], options)
-    assert found.task == "held_out_new" and found.prompt == "template alpaca"
+    assert (found.task, found.prompt) == ("held_out_new", "template alpaca")
     assert found.numbers == [1, 2, 3]
     texts = [toy[1].decode(completion(example), skip_special_tokens=True).strip() for example in found.examples]
     assert texts == [record["output"] for record in RECORDS]
