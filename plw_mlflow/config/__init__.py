@@ -33,6 +33,7 @@ from plw_mlflow.config.options import (
     ScoreOptions,
     WeightOptions,
     cache_folder,
+    recorded_data_options,
 )
 from plw_mlflow.config.presets import MODELS, PRESETS
 from plw_mlflow.config.values import (
