@@ -123,15 +123,24 @@ def plw_of_share(counts: Counts, weights: Weights, share: float) -> float | None
         found = prompt_share(counts, replace(weights, plw=plw))
         return (0.0 if found is None else found) - share
 
-    from scipy.optimize import brentq  # which takes a while to import
-
     highest = 1.0 if weights.loss_divisor == "share" else 1e9
     if excess(0) > 0 or excess(highest) < 0:
         return None
-    high = 1.0
-    while excess(high) < 0:
-        high *= 4
-    return float(brentq(excess, 0, high, xtol=1e-14, rtol=1e-10))
+    first, last = 0.0, 1.0
+    while excess(last) < 0:
+        last *= 4
+    of_first, of_last = excess(first), excess(last)
+    for _ in range(100):  # false position, as the Illinois algorithm has it
+        if abs(of_last) < 1e-13:
+            return last
+        middle = last - of_last * (last - first) / (of_last - of_first)
+        of_middle = excess(middle)
+        if of_middle * of_last > 0:
+            of_first /= 2
+        else:
+            first, of_first = last, of_last
+        last, of_last = middle, of_middle
+    return None  # where the share jumps
 
 
 def _by_side(by_segment: NDArray[np.generic]) -> NDArray[np.float64]:

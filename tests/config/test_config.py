@@ -96,7 +96,6 @@ def is_one_line(text):
         (["--base-penalty", "-1"], "base-penalty must be 0 or more"),
         (["--base-penalty-order", "0.5"], "base-penalty-order must be 1 or more"),
         (["--lora-targets", ","], "lora-targets must name at least one layer"),
-        (["--loss-divisor", "share", "--plw", "1.5"], "plw must be at most 1 under loss-divisor share, got 1.5"),
         (["--loss-divisor", "share", "--template-weight", "0.5"], "template-weight under loss-divisor share must be 0"),
         (["--loss-divisor", "share", "--completion-weight", "2"], "completions have what the PLW leaves them"),
         (["--preset", "mine"], "'mine' is not one of 'toy', 'huerta2024', 'huerta2024-lora'"),
@@ -396,6 +395,11 @@ def test_what_to_look_at_is_said_once(config_type, options, is_enough):
     else:
         with pytest.raises(ValueError, match=r"^give "):
             config_type(**options)
+
+
+def test_a_share_is_at_most_1():
+    with pytest.raises(ValueError, match="plw must be at most 1 under loss-divisor share, got"):
+        PrepareConfig(plw=1.5, loss_divisor="share")
 
 
 def test_an_endpoint_has_a_models_name_and_a_tokenizer():
