@@ -323,6 +323,8 @@ def _score(
     scores.write(rows, config.output)
     questions.write(evaluation, rows, config.output)
     print(scores.text(evaluation))
+    if remark := task_sets.remark(config.tasks, config.dataset):
+        print(remark)
 
 
 def score_model(config: EvaluateConfig) -> None:
