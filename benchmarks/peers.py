@@ -51,7 +51,7 @@ def trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: 
     rows = []
     for example in itertools.chain.from_iterable(steps):
         tokens, segment = (torch.from_numpy(part).long() for part in (example.tokens, example.segment))
-        rows.append({"tokens": tokens, "weights": weights.of(segment)})
+        rows.append({"tokens": tokens, "weights": batches.by_segment(weights, segment)})
 
     def collate(chosen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         tokens, weights = (

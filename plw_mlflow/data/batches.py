@@ -82,7 +82,7 @@ def collate(examples: Sequence[Example], weights: Weights, factors: Factors = No
     predicted = is_token.clone()
     predicted[:, 0] = 0
     is_completion = (segment == Segment.COMPLETION) & (is_token == 1)
-    weight = weights.of(segment) * predicted
+    weight = by_segment(weights, segment) * predicted
     if factors is not None:
         weight *= torch.from_numpy(factors).float()[torch.arange(len(examples)).unsqueeze(1), is_completion.long()]
     return _batch(tokens, weight, is_completion, attention=is_token)
@@ -118,13 +118,18 @@ def pack(examples: Sequence[Example], weights: Weights, factors: Factors = None)
     lengths = [len(example.tokens) for example in examples]
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    weight = weights.of(segment)
+    weight = by_segment(weights, segment)
     weight[:, borders[:-1].long()] = 0
     is_completion = segment == Segment.COMPLETION
     if factors is not None:
         number = torch.arange(len(examples)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
         weight *= torch.from_numpy(factors).float()[number, is_completion.long()]
     return _batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
+
+
+def by_segment(weights: Weights, segment: Tensor) -> Tensor:
+    """float32 weights for a tensor of segments, of the same shape, before factors."""
+    return torch.tensor(weights.by_segment, dtype=torch.float32)[segment]
 
 
 def _batch(tokens: Tensor, weights: Tensor, is_completion: Tensor, **rest: Any) -> Batch:

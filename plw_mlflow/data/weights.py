@@ -20,9 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from plw_mlflow.config import DivisorScope, LossDivisor, WeightOptions
 from plw_mlflow.data.pieces import Segment
@@ -47,10 +45,6 @@ class Weights:
         """The weight of a token of each segment, before factors."""
         completion = 1 - self.plw if self.loss_divisor == "share" else self.completion_weight
         return [self.plw if self.template_weight is None else self.template_weight, self.plw, self.plw, completion]
-
-    def of(self, segment: Tensor) -> Tensor:
-        """float32 weights for a tensor of segments, of the same shape."""
-        return torch.tensor(self.by_segment, dtype=torch.float32)[segment]
 
     @property
     def have_factors(self) -> bool:
