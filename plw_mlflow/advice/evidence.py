@@ -230,7 +230,7 @@ def _of_table(
 def _grid(part: pd.DataFrame, dataset: str) -> design.Grid:
     if part["plw"].nunique() < 3:
         raise UserError(f"data set {dataset} has {part['plw'].nunique()} PLWs within 0..1; a curve needs 3 or more")
-    return design.grid(part, dataset, make_transform("power", part["plw"]))
+    return design.grid(part, dataset, make_transform("w_p", part["plw"]))
 
 
 def _lead(grid: design.Grid, scale: str) -> Fit:

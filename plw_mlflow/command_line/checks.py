@@ -47,7 +47,17 @@ from plw_mlflow.toy import TOY_FOLDER
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
 PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
 VERIFICATION = ("verification.json",)
-REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "claims.csv", "power.csv", "next.json")
+REPORT = (
+    "fit.json",
+    "report.html",
+    "fits.csv",
+    "answers.csv",
+    "tasks.csv",
+    "axes.csv",
+    "claims.csv",
+    "power.csv",
+    "next.json",
+)
 FIGURES = (
     "answer-*",
     "curve-*",

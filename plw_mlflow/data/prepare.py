@@ -92,7 +92,7 @@ def run(
         contents,
         rows.columns,
         options.max_tokens,
-        options.on_long,
+        split.is_training,
         template_weight=template_weight,
         completion_weight=completion_weight,
     )

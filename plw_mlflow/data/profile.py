@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ def measure(
     contents: Contents,
     columns: Mapping[str, Counts],
     max_tokens: int,
-    on_long: Literal["drop", "truncate"],
+    is_trained: NDArray[np.bool_],
     *,
     template_weight: float | None = None,
     completion_weight: float = 1.0,
@@ -131,6 +131,7 @@ def measure(
         straddling_end: tokens among completion_tokens that end in the template's text after an answer;
         completion_kept, template_kept: tokens of the segment within the first `max_tokens` of the example;
         and first: the segment of its first token.
+    is_trained: [N], the records that are trained on: the prompts' share is of their weight.
     """
     straddling, length = columns["straddling"], columns["length"]
     bare = {name: columns[name] for name in ("instruction", "input", "completion")}
@@ -165,7 +166,7 @@ def measure(
         effective_prompt_share=_prompt_shares(
             columns,
             max_tokens,
-            ~is_cut if on_long == "drop" else np.ones(len(length), bool),
+            is_trained,
             template_weight,
             completion_weight,
         ),

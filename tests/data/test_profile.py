@@ -53,12 +53,15 @@ CONTENTS = Contents(
 )
 
 
+ALL, SHORT = np.array([True, True, True]), np.array([True, True, False])  # trained on, as on_long is truncate or drop
+
+
 def columns(**changes):
     return {name: np.array(values, np.int32) for name, values in (COLUMNS | changes).items()}
 
 
 def test_a_profile_by_hand():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="truncate")
+    found = measure(CONTENTS, columns(), max_tokens=12, is_trained=ALL)
     assert (found.tokens_bare, found.tokens) == (3 + 1 + 6 + 11, 36)
     bare, templated = found.lengths, found.lengths_with_template
     assert {name: length.mean for name, length in bare.items()} == pytest.approx(
@@ -82,15 +85,15 @@ def test_a_profile_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("on_long", "prompt", "completion"),
+    ("is_trained", "prompt", "completion"),
     [
         # Without each first token, 6 + 4 prompt tokens and 3 + 7 of completions, the straddling one among them.
-        ("drop", 10, 10),
-        ("truncate", 10 + 9, 10 + 2),  # and of the third example's first 12 tokens, 10 - 1 and 2
+        (SHORT, 10, 10),
+        (ALL, 10 + 9, 10 + 2),  # and of the third example's first 12 tokens, 10 - 1 and 2
     ],
 )
-def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, completion):
-    shares = measure(CONTENTS, columns(), max_tokens=12, on_long=on_long).effective_prompt_share
+def test_the_prompts_share_is_that_of_what_is_trained_on(is_trained, prompt, completion):
+    shares = measure(CONTENTS, columns(), max_tokens=12, is_trained=is_trained).effective_prompt_share
     assert list(shares) == ["0", "0.0005", "0.002236", "0.01", "0.02463", "0.05", "0.1", "0.2463", "0.5", "1"]
     for plw, share in zip(PUBLISHED_PLWS, shares.values(), strict=True):
         assert share == pytest.approx(plw * prompt / (plw * prompt + completion))
@@ -98,36 +101,36 @@ def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, comple
 
 @pytest.mark.parametrize("weights", [{}, {"template_weight": 0.3}, {"completion_weight": 2.0}])
 def test_the_prompts_share_is_known_at_every_plw(weights):
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", **weights)
+    found = measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT, **weights)
     for plw, share in found.effective_prompt_share.items():
         assert found.prompt_share(float(plw)) == pytest.approx(share)
     assert found.prompt_share(3) > found.prompt_share(1)
 
 
 def test_the_prompts_share_where_completions_or_all_tokens_weigh_nothing():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", completion_weight=0.0)
+    found = measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT, completion_weight=0.0)
     assert (found.prompt_share(0), found.prompt_share(0.3)) == (None, 1)
     without_tokens = replace(found, effective_prompt_share=dict.fromkeys(found.effective_prompt_share))
     assert without_tokens.prompt_share(0.3) is None
 
 
 def test_weights_other_than_the_plw_are_in_the_share_and_in_the_title():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
+    found = measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT, template_weight=0.0, completion_weight=2.0)
     # Of the template, four tokens each, the first is never predicted; instructions and inputs have 3 + 1 tokens.
     assert found.effective_prompt_share["0.5"] == pytest.approx(0.5 * 4 / (0.5 * 4 + 2 * 10))
     assert "by PLW at template weight 0 and completion weight 2" in text(found)
     assert "by PLW at completion weight 2" in text(replace(found, template_weight=None))
-    assert "by PLW\n" in text(measure(CONTENTS, columns(), max_tokens=12, on_long="drop"))
+    assert "by PLW\n" in text(measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT))
 
 
 def test_completions_lost_at_the_limit_are_counted():
-    found = measure(CONTENTS, columns(completion_kept=[3, 0, 0]), max_tokens=10, on_long="truncate")
+    found = measure(CONTENTS, columns(completion_kept=[3, 0, 0]), max_tokens=10, is_trained=ALL)
     assert found.longer_than_max_tokens == found.no_completion_within_max_tokens == pytest.approx(2 / 3)
 
 
 def test_what_has_no_prompt_has_no_ratio():
     nothing = columns(instruction=[0, 0, 0], input=[0, 0, 0])
-    found = measure(CONTENTS, nothing, max_tokens=12, on_long="truncate")
+    found = measure(CONTENTS, nothing, max_tokens=12, is_trained=ALL)
     assert found.generation_ratio is found.mean_of_ratios is None
     assert "undefined bare" in text(found)
 
@@ -135,7 +138,7 @@ def test_what_has_no_prompt_has_no_ratio():
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=50))
 def test_quantiles_are_lengths_that_occur(counts):
     same = columns(**dict.fromkeys(COLUMNS, counts))
-    found = measure(CONTENTS, same, max_tokens=12, on_long="truncate").lengths["completion"]
+    found = measure(CONTENTS, same, max_tokens=12, is_trained=np.ones(len(counts), bool)).lengths["completion"]
     quantiles = list(found.quantiles.values())
     assert set(quantiles) <= set(counts)
     assert quantiles == sorted(quantiles)
@@ -145,7 +148,7 @@ def test_quantiles_are_lengths_that_occur(counts):
 
 
 def test_the_table_has_what_a_person_asks():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop")
+    found = measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT)
     shown = text(found)
     assert json.loads(json.dumps(asdict(found))) == asdict(found)
     assert "completion               3.67" in shown
@@ -157,15 +160,15 @@ def test_the_table_has_what_a_person_asks():
 
 
 def test_a_border_that_nothing_straddles_is_not_spoken_of():
-    assert "straddles" not in text(measure(CONTENTS, columns(straddling=[0, 0, 0]), max_tokens=12, on_long="drop"))
-    ends = measure(CONTENTS, columns(straddling=[0, 0, 0], straddling_end=[2, 0, 0]), max_tokens=12, on_long="drop")
+    assert "straddles" not in text(measure(CONTENTS, columns(straddling=[0, 0, 0]), max_tokens=12, is_trained=SHORT))
+    ends = measure(CONTENTS, columns(straddling=[0, 0, 0], straddling_end=[2, 0, 0]), max_tokens=12, is_trained=SHORT)
     assert "in 33.33% of the records a token straddles one" in text(ends)
 
 
 def test_the_figure_is_drawn_whatever_the_data():
     for found in (
-        measure(CONTENTS, columns(), max_tokens=12, on_long="drop"),
-        measure(CONTENTS, columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, on_long="drop"),
+        measure(CONTENTS, columns(), max_tokens=12, is_trained=SHORT),
+        measure(CONTENTS, columns(instruction=[0, 0, 0], input=[0, 0, 0]), max_tokens=100_000, is_trained=SHORT),
     ):
         png = profile_figure.draw_profile(replace(found, name="$a_b$"))
         image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
