@@ -11,7 +11,7 @@ BUILD :=
 JOBS := 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test test-slow study claims ui ui-store test-browser image image-cpu test-image bench mlproject hashes setup
+.PHONY: help run test test-slow study replication replication-smoke replication-data claims ui ui-store test-browser image image-cpu test-image bench mlproject hashes setup
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target does; do \
@@ -31,6 +31,28 @@ test-slow: setup ## tests that take minutes: killed trainings, lost servers, who
 
 study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --jobs $(JOBS) --cores-per-cell 1 --output output/study
+
+# The model as a folder, or the hub id for whoever has the network; the records of AlpacaDataCleaned, or a file of them.
+MODEL := HuggingFaceTB/SmolLM2-135M-Instruct
+RECORDS := AlpacaDataCleaned
+SEEDS := 1,2
+IN_REPLICATION := mkdir -p output/replication && cd output/replication && \
+	MLFLOW_TRACKING_URI=sqlite:///mlflow.db PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1
+REPLICATED := --preset toy --model $(MODEL) --method lora --learning-rate 0.001 --max-tokens 256 --save-every 16 \
+	--held-out data/alpaca_cleaned_new.jsonl,data/alpaca_short_new.jsonl \
+	--tasks arc_easy,arc_challenge,piqa,winogrande,openbookqa,truthfulqa_mc2 $(if $(QUESTIONS),--data-dir $(QUESTIONS))
+
+replication: replication-data ## 24 cells of a small real model, which take hours (docs/replication.md)
+	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m entrypoints.sweep $(REPLICATED) \
+		--dataset data/alpaca_cleaned.jsonl,data/alpaca_short.jsonl --plw 0,0.01,0.05,0.2463,0.5,1 \
+		--seed $(SEEDS) --limit 150 --jobs $(JOBS) --cores-per-cell 1
+
+replication-smoke: replication-data ## one small cell of it
+	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m entrypoints.sweep $(REPLICATED) --dataset data/alpaca_short.jsonl --plw 0.05 \
+		--seed 1 --limit 2 --max-records 16 --epochs 1
+
+replication-data: setup
+	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication data --model $(MODEL) --dataset $(RECORDS)
 
 claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)

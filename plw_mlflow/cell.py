@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +26,7 @@ from plw_mlflow.config import (
     ScoreOptions,
     TrainConfig,
     digest,
+    recorded_data_options,
     split_list,
 )
 from plw_mlflow.data import prepare, profile, sources, templates
@@ -36,7 +36,8 @@ from plw_mlflow.environment import outputs, precision
 from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.processes import is_first_process
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import evaluate, measures, prompting, scores, task_sets
+from plw_mlflow.evaluation import evaluate, held_out, measures, prompting, questions, scores, task_sets
+from plw_mlflow.evaluation.held_out import HeldOut
 from plw_mlflow.evaluation.prompting import Wrapping
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import adapters, causal, export, held, location, pad_token, pretrained, saved_adapters
@@ -76,6 +77,10 @@ def lead(config: TrainConfig, run: Run) -> None:
     if isinstance(config, MainConfig):  # unknown tasks, and arithmetic that the device has not, fail before training
         tasks, arithmetic = load_tasks(config), _arithmetic_of_cell(config)
     tokenizer, prepared = _prepare(config)
+    sets: list[HeldOut] = []
+    if isinstance(config, MainConfig):
+        sets = held_out.read(split_list(config.held_out or ""), tokenizer, config, config.limit)
+        held_out.warn_of_overlap(sets, prepared.training)
     tracking.log_data(run, prepared)
     tracking.log_prompt_weight(run, config.plw, prepared.profile)
     prepare.write(prepared, config.output)
@@ -113,7 +118,7 @@ def lead(config: TrainConfig, run: Run) -> None:
         if isinstance(config, MainConfig):
             # Measured first, as scoring in bfloat16 rounds the weights.
             _measure(config, run, model, tokenizer, config.model, config.dataset, config, known)
-            _score(config, run, model, tokenizer, tasks, folder, arithmetic)
+            _score(config, run, model, tokenizer, tasks, sets, folder, arithmetic)
         tracking.describe_cell(run)
         stored.remove()
         shutil.rmtree(folder)
@@ -127,8 +132,10 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def check_data(config: TrainConfig) -> None:
-    """Raise UserError where a cell's model cannot be trained on its data. The cache then has the data."""
-    _prepare(config)
+    """Raise UserError where a cell's data cannot be trained or measured on. The cache then has them."""
+    tokenizer, _ = _prepare(config)
+    if isinstance(config, MainConfig):
+        held_out.read(split_list(config.held_out or ""), tokenizer, config)
 
 
 def identify(config: TrainConfig) -> tuple[str, dict[str, str]]:
@@ -299,15 +306,25 @@ def _arithmetic_of_cell(config: MainConfig) -> Precision:
 
 
 def _score(
-    config: MainConfig, run: Run, model: Any, tokenizer: Any, tasks: Any, folder: Path, arithmetic: Precision
+    config: MainConfig,
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    tasks: Any,
+    sets: Sequence[HeldOut],
+    folder: Path,
+    arithmetic: Precision,
 ) -> None:
-    """Score the trained model on tasks, and log, write and print the scores."""
+    """Score the trained model on tasks and held-out sets, and log, write and print the scores."""
     wrapping = prompting.wrapping(config.template, tokenizer, config.prompt_border) if config.apply_template else None
-    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic)
+    evaluation = evaluate.run(model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic, sets)
     rows = scores.table(evaluation, run.cell())
     tracking.log_scores(run, evaluation, rows)
     scores.write(rows, config.output)
+    questions.write(evaluation, rows, config.output)
     print(scores.text(evaluation))
+    if remark := task_sets.remark(config.tasks, config.dataset):
+        print(remark)
 
 
 def score_model(config: EvaluateConfig) -> None:
@@ -333,17 +350,18 @@ def score_model(config: EvaluateConfig) -> None:
         else:
             arithmetic = _arithmetic(config, run)  # before a large model is read, as the device may not have it
             model, tokenizer = _load_for_scoring(config, run, arithmetic)
-            wrapping = _wrapping(config, run, tokenizer)
+            wrapping, sets = _wrapping(config, run, tokenizer), _held_out(config, run, tokenizer)
             if is_of_cell:  # before scoring in bfloat16 rounds the weights
                 _measure_again(config, run, model, tokenizer)
             evaluation = evaluate.run(
-                model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic
+                model, tokenizer, tasks, config, config.fewshot_seed, folder, wrapping, arithmetic, sets
             )
         rows = scores.table(evaluation, cell_columns)
         measurements = [score.key for score in evaluation.primary]
         tracking.log_scores(run, evaluation, rows, task_sets.whole(measurements) if is_of_cell else measurements)
         shutil.rmtree(folder, ignore_errors=True)
         scores.write(rows, config.output)
+        questions.write(evaluation, rows, config.output)
         print(text := scores.text(evaluation))
         if is_of_cell:
             tracking.describe_cell(run)
@@ -404,6 +422,15 @@ def _wrapping(config: EvaluateConfig, run: Run, tokenizer: Any) -> Wrapping | No
         return prompting.wrapping(options["template"], tokenizer, options.get("prompt_border", "offsets"))
 
 
+def _held_out(config: EvaluateConfig, run: Run, tokenizer: Any) -> list[HeldOut]:
+    """The held-out data sets that are asked for, whose examples are made as those of the run's cell were."""
+    if config.held_out is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        data = recorded_data_options(run.config(Path(folder)), config.data_dir)
+    return held_out.read(split_list(config.held_out), tokenizer, data, config.limit)
+
+
 def _weight_distance(config: TrainConfig, model: Any) -> dict[str, float]:
     """The measure weight_distance of a trained model, if it is asked for."""
     if not isinstance(config, MainConfig) or "weight_distance" not in split_list(config.measures or ""):
@@ -440,13 +467,7 @@ def _measure_again(config: EvaluateConfig, run: Run, model: Any, tokenizer: Any)
         return
     with tempfile.TemporaryDirectory() as folder:
         options = run.config(Path(folder))
-        given: dict[str, Any] = {
-            field.name: options[field.name] for field in fields(DataOptions) if options.get(field.name) is not None
-        }
-        given |= {name: Path(given[name]) for name in ("cache_dir", "data_dir") if name in given}
-        if config.data_dir is not None:
-            given["data_dir"] = config.data_dir
-        data = DataOptions(**given | {"output": None})
+        data = recorded_data_options(options, config.data_dir)
         cache = prepare.cache_dir(data)
         datasets = [name for name in (options["dataset"], data.mix) if name]
         tracking.check_data(run, [sources.find(name, cache, data.data_dir) for name in datasets])

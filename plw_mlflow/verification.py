@@ -30,13 +30,15 @@ from plw_mlflow.config import (
     VerifyConfig,
     cache_folder,
     flag,
+    recorded_data_options,
     spell,
+    split_list,
 )
 from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs, provenance
 from plw_mlflow.environment.provenance import CODE_OF_CELLS
 from plw_mlflow.errors import RunError, UserError, did_you_mean
-from plw_mlflow.evaluation import evaluate, prompting
+from plw_mlflow.evaluation import evaluate, held_out, prompting
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.tracking import Record
 
@@ -194,7 +196,7 @@ def _options_of_now(record: Record, config: VerifyConfig, scratch: Path) -> Trai
     given |= {"output": None, "checkpoint_dir": scratch / "checkpoints", "store_checkpoints": False, "processes": 1}
     given |= {"cache_dir": config.cache_dir, "data_dir": _data_dir(record, config)}
     given |= {"model": _base(record, config), "precision": record.tags.get("precision", given["precision"])}
-    given["save_precision"] = record.tags.get("save_precision", given.get("save_precision", "auto"))
+    # With the precision that was used, auto saves as it did then: a whole model in that, an adapter in float32.
     if given.get("log_model") == "none":  # then it was scored as it was trained, without rounding
         given |= {"log_model": "auto", "save_precision": "float32"}
     recorded = {source["name"]: source for source in record.sources}
@@ -418,7 +420,7 @@ def _shown(value: float | None) -> str:
 def _score_again(record: Record, source: Record, there: Mapping[str, Any], config: VerifyConfig) -> Mapping[str, Any]:
     """The results of an evaluation that is repeated with its options. there: its results."""
     scoring = there["scoring"]
-    given = {name: scoring[name] for name in evaluate.SCORED_BY}
+    given = {name: scoring.get(name) for name in evaluate.SCORED_BY}  # older records lack some
     # Benchmarks that were the hub's do not become files because the training data are found in a folder.
     options = ScoreOptions(**given, data_dir=_data_dir(record, config) if there["documents_sha256"] else None)
     tasks = load_tasks(options)
@@ -430,5 +432,7 @@ def _score_again(record: Record, source: Record, there: Mapping[str, Any], confi
     if options.apply_template:
         border = record.options.get("prompt_border", "offsets")
         wrapping = prompting.wrapping(record.options["template"], tokenizer, border)
-    found = evaluate.run(model, tokenizer, tasks, options, options.fewshot_seed, None, wrapping, precision)
+    data = recorded_data_options(record.options, _data_dir(record, config))
+    sets = held_out.read(split_list(options.held_out or ""), tokenizer, data, options.limit)
+    found = evaluate.run(model, tokenizer, tasks, options, options.fewshot_seed, None, wrapping, precision, sets)
     return found.results

@@ -139,15 +139,16 @@ class _Draft:
 
     def concluded(self, holm_p: float, fixed_holm_p: float | None, unit: findings.Unit, margin: float | None) -> Answer:
         """The answer, by the p-values corrected for the other data sets."""
-        reason = self.refused.get(findings.ON_THESE, "")
-        these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, reason)
+        why_not = self.refused.get(findings.ON_THESE, "")
+        these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, why_not)
         reason = self.refused.get(findings.ON_OTHERS[0], "")
         return self.answer(
             holm_p=holm_p,
             verdict=verdict(self.lead, self.over_tasks, holm_p),
             these_tasks=these,
             other_tasks=findings.about_others(self.lead, holm_p, self.over_tasks, unit, reason),
-            advice=findings.advise(these, self.fixed, self.grid, unit, margin),
+            advice=findings.advise(these, self.fixed, self.grid, unit, margin, why_not),
+            matters_little=findings.smallest_that_matters_little(these, unit, margin) is not None,
         )
 
 

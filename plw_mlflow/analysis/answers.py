@@ -66,6 +66,7 @@ class Answer:
     these_tasks: Finding  # did PLW move these tasks?
     other_tasks: Finding  # would it move others like them? By the lead, if that takes tasks as a sample
     advice: str  # what to do, in one sentence
+    matters_little: bool  # whether all differences between PLWs are shown to be as good as none
 
     @property
     def findings(self) -> tuple[Finding, Finding]:

@@ -128,6 +128,8 @@ def draw_answer(answer: Answer, these: Fit | None, table: pd.DataFrame, by: tupl
         axes.plot([], [], "D-", color=colour, markersize=5, linewidth=3, label="peak, 95 % interval")
     mark_plws(axes, transform, width=0.46, label="prompt loss weight (PLW)")
     axes.set_ylabel("score minus its mean", fontsize=9)
+    if all(finding.kind == "untold" for finding in answer.findings):
+        axes.set_title("these runs cannot tell", loc="left", fontsize=9, color=UNSURE_GREY)
     figure.legend(loc="outside lower left", ncols=2, fontsize=8, frameon=False)
     return figure
 

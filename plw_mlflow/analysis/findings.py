@@ -14,7 +14,7 @@ from scipy import stats
 from plw_mlflow.analysis.answers import Finding
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
-from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.fitting import Fit, fewest_runs
 from plw_mlflow.analysis.statistics.optimum import LEVEL, POWER
 from plw_mlflow.analysis.wording import highest_end, interval
 
@@ -106,15 +106,24 @@ def _finding(
     )
 
 
-def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: float | None) -> str:
-    """What to do, in one sentence, by what was found for these tasks; fit: that finding's.
+def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | None) -> float | None:
+    """What all differences between the PLWs tried are shown to be below, if that is as good as none.
 
     margin: a difference that is as good as none; where it was not given, a point.
     """
     margin = unit.point if margin is None else margin
-    equal = these.equivalence
-    if equal is not None and equal.smallest_margin is not None and equal.smallest_margin <= (margin or 0):
-        return f"Any value will do, within {unit.words(equal.smallest_margin)}."
+    shown = None if these.equivalence is None else these.equivalence.smallest_margin
+    return shown if shown is not None and margin is not None and shown <= margin else None
+
+
+def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: float | None, why_not: str = "") -> str:
+    """What to do, in one sentence, by what was found for these tasks; fit: that finding's.
+
+    margin: as of `smallest_that_matters_little`. why_not: why there is no fit.
+    """
+    if (within := smallest_that_matters_little(these, unit, margin)) is not None:
+        return f"Any value will do, within {unit.words(within)}."
+    margin, equal = unit.point if margin is None else margin, these.equivalence
     if these.kind == "yes" and fit is not None:
         if fit.optimum_plw is None:
             return f"Use PLW {highest_end(fit):.2g} on data like these."
@@ -125,11 +134,27 @@ def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: floa
         everywhere = len(lost) == len(set(grid.runs["plw"]))
         where = "on every run" if everywhere else f"at PLW {', '.join(f'{plw:g}' for plw in lost)}"
         return f"These runs cannot tell; score every task {where}."
-    if fit is None or equal is None or margin is None:
-        return "These runs cannot tell; more seeds would."
+    if fit is None:
+        if (more := seeds_for_noise(grid)) == 0:
+            return f"These runs cannot tell: {why_not}."
+        so = "would show by how much runs differ anyway, and so how many it takes"
+        return f"These runs cannot tell: {_seeds(more)} {so}."
+    if equal is None or margin is None:
+        return (
+            "These runs cannot tell; --margin names a difference that matters, and then says how many seeds it takes."
+        )
     more = seeds_needed(fit, equal.standard_error, grid, margin)
-    seeds = f"{more} more seed{'s' * (more > 1)}" if more <= MOST_SEEDS else f"more than {MOST_SEEDS} more seeds"
-    return f"These runs cannot tell: {seeds} would, if PLW makes a difference of {unit.words(margin)}."
+    return f"These runs cannot tell: {_seeds(more)} would, if PLW makes a difference of {unit.words(margin)}."
+
+
+def _seeds(more: int) -> str:
+    return f"{more} more seed{'s' * (more > 1)}" if more <= MOST_SEEDS else f"more than {MOST_SEEDS} more seeds"
+
+
+def seeds_for_noise(grid: Grid) -> int:
+    """How many more seeds, at each PLW and model, let `fixed-tasks` be fitted; 0 where runs are enough for it."""
+    lacking = fewest_runs(len(grid.terms), tasks=1) - len(grid.runs)
+    return max(0, math.ceil(lacking / _cells(grid)))
 
 
 def seeds_needed(fit: Fit, standard_error: float, grid: Grid, margin: float) -> int:
@@ -137,10 +162,15 @@ def seeds_needed(fit: Fit, standard_error: float, grid: Grid, margin: float) -> 
 
     standard_error: of a difference, as these runs have it. One at least; MOST_SEEDS + 1 where that many are too few.
     """
-    cells, terms = len(grid.runs.drop(columns="seed").drop_duplicates()), len(fit.coefficients)
+    cells, terms = _cells(grid), len(fit.coefficients)
     for more in range(1, MOST_SEEDS + 1):
         runs = fit.runs + more * cells
         reach = stats.t.ppf(1 - LEVEL / 2, runs - terms) + stats.t.ppf(POWER, runs - terms)
         if reach * standard_error * math.sqrt(fit.runs / runs) <= margin:
             return more
     return MOST_SEEDS + 1
+
+
+def _cells(grid: Grid) -> int:
+    """The runs that a further seed adds: one at each PLW and model."""
+    return len(grid.runs.drop(columns="seed").drop_duplicates())

@@ -15,9 +15,10 @@ def mean_scores(table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
     mean over models, models being given; else it is that which the number of questions leaves, and NaN where the table
     does not have the scores' own standard errors.
     """
-    curve = ["dataset", *by]
+    curve = list(dict.fromkeys(["dataset", *by]))
     table = _on_shared_tasks(table, curve)
-    cells = table.groupby([*curve, "model", "seed", "plw"], dropna=False).agg(
+    cell = list(dict.fromkeys([*curve, "model", "seed", "plw"]))
+    cells = table.groupby(cell, dropna=False).agg(
         score=("score", "mean"),
         tasks=("score", "size"),
         **({"variance": ("stderr", lambda errors: (errors**2).sum(skipna=False))} if "stderr" in table else {}),
@@ -36,7 +37,7 @@ def mean_scores(table: pd.DataFrame, by: tuple[str, ...] = ()) -> pd.DataFrame:
 
 def _on_shared_tasks(table: pd.DataFrame, curve: list[str]) -> pd.DataFrame:
     """The scores on tasks that all cells of a curve have: a PLW that lacks a hard task would else look good."""
-    cell = [*dict.fromkeys([*curve, "model", "seed", "plw"])]
+    cell = list(dict.fromkeys([*curve, "model", "seed", "plw"]))
     parts = []
     for _, part in table.groupby(curve, dropna=False):
         cells_of_task = part.drop_duplicates([*cell, "task"])["task"].value_counts()

@@ -128,7 +128,7 @@ def _environment() -> jinja2.Environment:
 
 def colour_of(answer: Answer) -> str:
     """How a card is marked: effect, none (as good as none), or unsure."""
-    if answer.advice.startswith("Any value"):
+    if answer.matters_little:
         return "none"
     return "effect" if answer.these_tasks.kind == "yes" else "unsure"
 

@@ -178,7 +178,8 @@ FIT_WORDS = {
     "fixed-tasks": (
         "A fixed curve per task; their mean is tested by the residuals of runs' means over tasks, which have a run's "
         "luck in them.",
-        "For these very tasks, however they differ. Exact with any number of tasks and runs, if residuals are normal.",
+        "For these very tasks, however they differ. Exact with any number of tasks and runs, if runs are independent "
+        "and residuals normal. Runs of one seed share examples and their order, which makes its p too large.",
     ),
 }
 

@@ -45,7 +45,11 @@ from plw_mlflow.models import hub, location
 from plw_mlflow.toy import TOY_FOLDER
 
 # What the entry points write into --output, but for the figures of a report, whose names depend on the data.
-PROFILE, SCORES, ADVICE = ("profile.json", "profile.png"), ("scores.csv",), ("advice.json", "advice.png")
+PROFILE, SCORES, ADVICE = (
+    ("profile.json", "profile.png"),
+    ("scores.csv", "questions.parquet"),
+    ("advice.json", "advice.png"),
+)
 VERIFICATION = ("verification.json",)
 REPORT = (
     "fit.json",

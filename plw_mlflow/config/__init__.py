@@ -30,6 +30,7 @@ from plw_mlflow.config.options import (
     RecipeOptions,
     ScoreOptions,
     cache_folder,
+    recorded_data_options,
 )
 from plw_mlflow.config.presets import MODELS, PRESETS
 from plw_mlflow.config.values import (

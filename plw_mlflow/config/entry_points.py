@@ -178,7 +178,7 @@ class EvaluateConfig(ScoreOptions, Config):
     checkpoint_dir: Path = Path("checkpoints")
     """Folder for finished requests of an unfinished scoring; the same command goes on from them after a crash."""
     output: Path | None = None
-    """Folder for scores.csv (unset: MLflow alone has it)."""
+    """Folder for scores.csv and questions.parquet (unset: MLflow alone has them)."""
 
     def faults(self) -> list[str]:
         faults = []
@@ -200,6 +200,8 @@ class EvaluateConfig(ScoreOptions, Config):
             )
         if self.measures is not None and self.run_id is None:
             faults.append("measures compare a cell with its base and its training data: give run-id")
+        if self.held_out is not None and self.run_id is None:
+            faults.append("held-out data stand in a cell's template: give run-id")
         return faults
 
 
@@ -211,6 +213,7 @@ class MainConfig(TrainConfig, ScoreOptions):
         """The values that decide the trained model and its scores. What they name is not looked into."""
         scoring = {"tasks", "limit", "apply_template", "fewshot_seed", "eval_precision", "measures"}
         scoring |= {"measure_prompts"} if self.measures else set()
+        scoring |= {"held_out"} if self.held_out else set()
         training = {field.name for field in fields(TrainConfig)} - without_effect(vars(self))
         return {name: getattr(self, name) for name in sorted(training | scoring)}
 

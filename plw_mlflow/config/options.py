@@ -318,6 +318,8 @@ class ScoreOptions(LocalOptions):
     """Measures beside scores: weight_distance, memorisation, stability, length, kl, comma-separated (unset: none)."""
     measure_prompts: int = 200
     """Prompts that memorisation, length and kl are measured on; the study took 10,000."""
+    held_out: str | None = None
+    """Data sets that the cell is not trained on, whose completions are measured in its template, comma-separated."""
     fewshot_seed: int = 1234
     """Number from which the choice of few-shot examples is derived; the harness's default, and the same at any seed."""
     eval_batch_tokens: int | None = None
@@ -336,6 +338,15 @@ class ScoreOptions(LocalOptions):
 
 # Two cells whose tokenised examples have the same digest agree in these, however they are spelt.
 TEXT_FIELDS = tuple(field.name for field in fields(DataOptions) if field.metadata.get("identified_by") == "tokens")
+
+
+def recorded_data_options(recorded: Mapping[str, Any], data_dir: Path | None) -> DataOptions:
+    """The options by which an earlier cell made its examples. data_dir: in place of the cell's, if there is one."""
+    given = {name.name: recorded[name.name] for name in fields(DataOptions) if recorded.get(name.name) is not None}
+    given |= {name: Path(given[name]) for name in ("cache_dir", "data_dir") if name in given}
+    if data_dir is not None:
+        given["data_dir"] = data_dir
+    return DataOptions(**given | {"output": None})
 
 
 def cache_folder(options: DataOptions) -> Path:

@@ -7,6 +7,7 @@ Corpus BLEU is a function of sums over sentences, so that a draw here only adds 
 from __future__ import annotations
 
 import statistics
+from functools import cache
 from typing import Any
 
 ROUNDS = 100  # draws of a bootstrap
@@ -40,14 +41,24 @@ def pairs_by_filter(samples: list[dict[str, Any]]) -> dict[str, list[tuple[str, 
     return {name: of_filter for name, of_filter in pairs.items() if len(of_filter) > 1}
 
 
+@cache
+def _sentence_bleu() -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(effective_order=True)  # orders of which a short sentence has no n-gram do not make it 0
+
+
+def of_sentence(target: str, prediction: str) -> float:
+    """The BLEU of one sentence, as a fraction."""
+    return float(_sentence_bleu().sentence_score(prediction, [target]).score / 100)
+
+
 def standard_error(pairs: list[tuple[str, str]], seed: int, rounds: int = ROUNDS) -> float:
     """The bootstrapped standard error of corpus BLEU, as a fraction; pairs: target and prediction of each sentence."""
     import numpy as np
     from sacrebleu.metrics.bleu import BLEU
 
-    # The setting changes the scores of sentences, which are not used, but not their counts.
-    sentence = BLEU(effective_order=True)
-    rows = [sentence.sentence_score(prediction, [target]) for target, prediction in pairs]
+    rows = [_sentence_bleu().sentence_score(prediction, [target]) for target, prediction in pairs]
     counts = np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
     draw = np.random.default_rng(seed)
     scores = []
@@ -55,3 +66,11 @@ def standard_error(pairs: list[tuple[str, str]], seed: int, rounds: int = ROUNDS
         sums = counts[draw.integers(len(counts), size=len(counts))].sum(0).tolist()
         scores.append(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100)
     return statistics.stdev(scores)
+
+
+def of_corpus(pairs: list[tuple[str, str]]) -> float:
+    """Corpus BLEU, as a fraction, by sacreBLEU's defaults; pairs: target and prediction of each sentence."""
+    import sacrebleu
+
+    targets, predictions = [target for target, _ in pairs], [prediction for _, prediction in pairs]
+    return float(sacrebleu.corpus_bleu(predictions, [targets]).score / 100)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,31 @@ class CachingLM(TemplateLM):
         if any(json.loads(prompt.settings)["do_sample"] for prompt in prompts):  # equal prompts may get unequal answers
             return self.generate_otherwise(prompts)
         return self._answer(prompts, self.plan_generation, "generations", disable_tqdm)
+
+    # What is asked in tokens, without the harness.
+
+    def log_likelihoods(self, pairs: Sequence[tuple[Array, Array]], what: str) -> list[float]:
+        """The log-likelihood in nats of the second tokens of each pair after the first, cut as `loglikelihood` does it.
+
+        what: is answered, for the progress bar.
+        """
+        queries = [self._queries(context, continuation) for context, continuation in pairs]
+        return [total for total, _ in self._sums(queries, what, disable_tqdm=False)]
+
+    def greedy_texts(self, contexts: Sequence[Array], max_new_tokens: int, ends: Sequence[int], what: str) -> list[str]:
+        """The likeliest text after each context, which ends with one of `ends` or an end token of the model.
+
+        A context and `max_new_tokens` have to fit the window together.
+        """
+        asked = {"do_sample": False, "temperature": 0.0}
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        prompts = []
+        for tokens in contexts:
+            # The harness's own code, which generates with models that ours cannot, reads the context as a text.
+            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+            request = SimpleNamespace(args=(text, asked | {"until": [eos], "max_gen_toks": max_new_tokens}))
+            prompts.append(Prompt(tokens, (eos,), max_new_tokens, json.dumps(asked), tuple(ends), request))
+        return self._answer(prompts, self.plan_generation, what, disable_tqdm=False)
 
     # From texts to queries and prompts.
 

@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partialmethod
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -24,10 +24,14 @@ from plw_mlflow.config import ScoreOptions
 from plw_mlflow.environment import provenance
 from plw_mlflow.environment.precision import Precision
 from plw_mlflow.environment.progress import SECONDS_BEFORE_BAR
-from plw_mlflow.evaluation import bleu, samples, scores, task_sets
+from plw_mlflow.evaluation import bleu, questions, samples, scores, task_sets
 from plw_mlflow.evaluation.prompting import HARNESS, Wrapping
 from plw_mlflow.evaluation.scores import Evaluation, Score
 from plw_mlflow.evaluation.tasks import Tasks
+
+if TYPE_CHECKING:
+    from plw_mlflow.evaluation.held_out import HeldOut
+    from plw_mlflow.evaluation.scorer import Scorer
 
 # What is counted of requests that do not fit the model's window, and what a warning says of them.
 CUTS = {
@@ -36,7 +40,7 @@ CUTS = {
 }
 
 # The options that decide a score, beside the arithmetic.
-SCORED_BY = ("tasks", "limit", "apply_template", "fewshot_seed", "eval_batch_tokens")
+SCORED_BY = ("tasks", "limit", "apply_template", "fewshot_seed", "eval_batch_tokens", "held_out")
 
 
 def run(
@@ -48,8 +52,9 @@ def run(
     keep: Path | None = None,
     wrapping: Wrapping | None = None,
     precision: Precision = "float32",
+    held_out_sets: Sequence[HeldOut] = (),
 ) -> Evaluation:
-    """Score a causal language model on tasks, on the GPU if there is one.
+    """Score a causal language model on tasks and held-out data sets, on the GPU if there is one.
 
     model: in bfloat16, its linear layers are rounded to that type, in place.
     keep: a folder for finished requests, from which a scoring that was killed goes on (unset: they are not kept).
@@ -65,7 +70,22 @@ def run(
         held.hold(model.requires_grad_(False), getattr(torch, precision), with_head=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness leaves a loaded model where it is
     scorer = Scorer(model.to(device), tokenizer, options.eval_batch_tokens, keep, precision)
-    return score(scorer, tasks, options, seed, wrapping)
+    evaluation = score(scorer, tasks, options, seed, wrapping)
+    return _with_held_out(evaluation, scorer, held_out_sets, seed) if held_out_sets else evaluation
+
+
+def _with_held_out(evaluation: Evaluation, model: Scorer, sets: Sequence[HeldOut], seed: int) -> Evaluation:
+    """An evaluation to which the scores of held-out sets are added, among the harness's results, too."""
+    from plw_mlflow.evaluation import held_out
+
+    found, rows = held_out.run(model, sets, seed)
+    results = evaluation.results
+    for each in sets:
+        results["benchmarks"][each.task] = {"documents": len(each.examples), "sha256": each.sha256}
+        of_task = [score for score in found if score.task == each.task]
+        results["results"][each.task] = {f"{score.metric},none": score.score for score in of_task}
+    described = [replace(score, precision=model.precision) for score in found]
+    return replace(evaluation, scores=evaluation.scores + described, questions=evaluation.questions + rows)
 
 
 def score(
@@ -103,14 +123,17 @@ def score(
         if task.task_name in primary
         for row in samples.rows(task, primary[task.task_name], prompt, samples_by_task[task.task_name])
     ]
-    return Evaluation(described, results, rows, tasks.not_run)
+    asked = [
+        row for task in tasks.loaded for row in questions.rows(task, prompt, samples_by_task.get(task.task_name, []))
+    ]
+    return Evaluation(described, results, rows, asked, tasks.not_run)
 
 
 def benchmark_contents(task: Any) -> dict[str, Any]:
     """What identifies the documents of a task of the harness: how many there are, and the SHA-256 of their JSON."""
     sha256 = hashlib.sha256()
     for document in task.eval_docs:
-        sha256.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+        sha256.update(questions.json_of(document) + b"\n")
     return {"documents": len(task.eval_docs), "sha256": sha256.hexdigest()}
 
 

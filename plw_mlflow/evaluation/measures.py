@@ -23,6 +23,7 @@ from plw_mlflow.data import prepare
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
+from plw_mlflow.evaluation import bleu
 from plw_mlflow.models import causal, pretrained
 
 BATCH_EXAMPLES = 16  # generated together
@@ -158,11 +159,9 @@ def divergence(model: Any, base: Any, prompts: Sequence[np.ndarray[Any, Any]]) -
 
 def memorisation(model: Any, tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> float:
     """Corpus BLEU, as a fraction, of a model's completions of training prompts against the completions in the data."""
-    import sacrebleu
-
     written = [tokenizer.decode(tokens) for tokens, _ in generate(model, tokenizer, examples, max_tokens)]
     true = [tokenizer.decode(completion(example), skip_special_tokens=True) for example in examples]
-    return float(sacrebleu.corpus_bleu(written, [true]).score / 100)
+    return bleu.of_corpus(list(zip(true, written, strict=True)))
 
 
 @torch.no_grad()

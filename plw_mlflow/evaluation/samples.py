@@ -1,7 +1,7 @@
 """The per-sample log: what was asked, wanted and given for some documents of each task, as its primary metric sees it.
 
-It is for looking at, on MLflow's page. So it holds the first documents of a task, the end of a long question, and the
-beginning of a long answer.
+It is for looking at, on MLflow's page; `questions` keeps the scores of all documents. So it holds the first documents
+of a task, the end of a long question, and the beginning of a long answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from plw_mlflow.evaluation.scores import percent
+from plw_mlflow.evaluation import questions
 
 MAX_DOCUMENTS = 200  # of each task
 MAX_CHARACTERS = 1000  # of each text
@@ -32,7 +32,7 @@ def rows(task: Any, primary: str, prompt: str, samples: list[dict[str, Any]]) ->
             "target": str(target)[:MAX_CHARACTERS],
             "prediction": str(prediction)[:MAX_CHARACTERS],
             "metric": primary,
-            "score": _score(metric, sample.get(metric)),
+            "score": questions.value(metric, sample.get(metric)),
         }
 
 
@@ -43,33 +43,4 @@ def _target_and_prediction(task: Any, sample: dict[str, Any], metric: str) -> tu
     choices = task.doc_to_choice(sample["doc"])
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     target = choices[gold] if isinstance(gold, int) else gold
-    return target, choices[_preferred(choices, [answer[0] for answer in answers], metric)]
-
-
-def _preferred(choices: list[str], log_likelihoods: list[float], metric: str) -> int:
-    """The number of the choice that the metric takes for the model's answer.
-
-    It is the one with the highest log-likelihood, which some metrics divide by the choice's characters or bytes.
-    """
-    lengths = {
-        "acc_norm": [len(choice) for choice in choices],
-        "acc_bytes": [len(choice.encode()) for choice in choices],
-    }
-    weighed = [
-        log_likelihood / length
-        for log_likelihood, length in zip(log_likelihoods, lengths.get(metric, [1] * len(choices)), strict=False)
-    ]
-    return weighed.index(max(weighed))
-
-
-def _score(metric: str, value: Any) -> float | None:
-    """A document's own score on 0..1; of the metrics of a whole corpus, only BLEU has one, that of the sentence."""
-    if metric == "bleu":
-        import sacrebleu
-
-        target, prediction = value
-        return float(sacrebleu.sentence_bleu(prediction, [target]).score / 100)
-    try:
-        return float(value) / percent(metric)
-    except (TypeError, ValueError):
-        return None
+    return target, choices[questions.preferred(choices, [answer[0] for answer in answers], metric)]

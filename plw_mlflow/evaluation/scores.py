@@ -55,6 +55,9 @@ class Evaluation:
     scores: list[Score]
     results: dict[str, Any]  # the harness's own results, without its samples
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows of the per-sample log
+    questions: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # every question's scores, as `questions.row` has them
     not_run: dict[str, str] = field(default_factory=dict)  # tasks of the named sets that are not run, and why
 
     @property

@@ -194,6 +194,17 @@ def _names_in(*folders: Path) -> set[str]:
     return words
 
 
+def remark(listed: str, dataset: str) -> str | None:
+    """What has to be said of a score on a list of tasks after training on a data set, if anything has."""
+    asks_of_toy = [name for name in split_list(listed) if name.partition(":")[0].partition("_")[0] == "toy"]
+    if not asks_of_toy or dataset.startswith("toy-"):
+        return None
+    return (
+        f"note: {', '.join(asks_of_toy)} asks about the toy laboratory's invented people alone, so this score says "
+        f"nothing of {dataset}; --tasks names benchmarks that do"
+    )
+
+
 def not_run(listed: str) -> dict[str, str]:
     """The tasks of the named sets that are not run, and why."""
     return {task: reason for name in split_list(listed) for task, reason in NOT_RUN.get(name, {}).items()}

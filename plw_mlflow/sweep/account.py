@@ -75,6 +75,12 @@ class Account:
         return [cell for cell in self._in_state("failed") if not self._is_open(cell)]
 
     @property
+    def cut_short(self) -> list[Cell]:
+        """The cells that were begun by processes that are gone, and are to go on."""
+        at_work = {*self.elsewhere, *self.running}
+        return [cell for cell in self._in_state("cut short") if cell.identity not in at_work]
+
+    @property
     def left(self) -> list[Cell]:
         """The cells that are neither finished nor failed, nor running here."""
         return [cell for cell in self.cells if self._is_open(cell) and cell.identity not in self.running]

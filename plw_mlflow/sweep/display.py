@@ -56,9 +56,12 @@ class Lines:
         self._is_waiting = False
         self._seconds: list[float] = []  # of each cell that has finished here
         self._at_a_time = 1  # the most cells that have run here at the same time
-        finished, failed = len(account.finished), len(account.failed)
-        before = f", and {failed} have failed before (--retry-failed runs them again)" if failed else ""
-        print(f"{finished} of {len(account.cells)} cells are finished already{before}", flush=True)
+        before = [f"{len(account.finished)} of {len(account.cells)} cells are finished already"]
+        if cut := len(account.cut_short):
+            before.append(f"{cut} {'was' if cut == 1 else 'were'} cut short before, and will go on where that was")
+        if failed := len(account.failed):
+            before.append(f"{failed} {'has' if failed == 1 else 'have'} failed before (--retry-failed runs them again)")
+        print("; ".join(before), flush=True)
 
     def begun(self, begun: Begun) -> None:
         """A cell's process has been started."""
@@ -89,6 +92,12 @@ class Lines:
         if not self._is_waiting:
             self._is_waiting = True
             self._tell(f"waiting for {len(self._account.left)} cells that other processes are at work on")
+
+    def interrupted(self) -> None:
+        """The sweep was interrupted, and its cells are being ended, which may take them a while."""
+        count = len(self._account.running)
+        cells = "the cell that runs" if count == 1 else f"the {count} cells that run"
+        print(f"interrupted: waiting for {cells} to save a checkpoint and end", flush=True)
 
     def seconds_left(self) -> float | None:
         """About how long the rest takes, by the median of the cells that have finished here; None before the first.

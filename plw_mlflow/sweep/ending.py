@@ -16,6 +16,7 @@ from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.config import SweepConfig, digest
 from plw_mlflow.environment import outputs
+from plw_mlflow.evaluation import task_sets
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.tracking import pages
 
@@ -50,7 +51,7 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
         cells = account.sweep.save_view(config.sweep_name(), (run.read_tag("tasks") or "").split(), config.differing())
         run.describe("\n\n".join(_description(account, said or "", cells, decided)))
-    print(f"\n{_counts(account)}")
+    print("\n" + "\n".join([_counts(account), *_remarks(account)]))
     if "report.html" in _report_files(run):
         print(f"report: {config.output / 'report.html' if config.output else f'report.html of run {run.id}'}")
     print(f"run {run.id}\n{run.address()}\nits cells: {pages.address(cells)}")
@@ -67,7 +68,8 @@ def _description(account: Account, said: str, cells: str, decided: Sequence[str]
     if "report.html" in files:
         links.append(f"[the report]({account.sweep.file_page('report.html')})")
     figures = [pages.image(run.id, f"{SHOWN}/{name}", "score against PLW") for name in _curves(files)]
-    return [*answer[:1], " · ".join([*links, _counts(account)]), *figures, *answer[1:], *_failures(account), *decided]
+    told = [*_remarks(account), *_failures(account), *decided]
+    return [*answer[:1], " · ".join([*links, _counts(account)]), *figures, *answer[1:], *told]
 
 
 def _curves(files: Sequence[str]) -> list[str]:
@@ -83,6 +85,12 @@ def _report_files(run: tracking.Run) -> list[str]:
 def _counts(account: Account) -> str:
     finished, failed = len(account.finished), len(account.failed)
     return f"{finished} of {len(account.cells)} cells finished" + (f", {failed} failed" if failed else "")
+
+
+def _remarks(account: Account) -> list[str]:
+    """What has to be said of the scores of the finished cells."""
+    told = {task_sets.remark(cell.config.tasks, cell.config.dataset) for cell in account.finished}
+    return sorted(filter(None, told))
 
 
 def _failures(account: Account) -> list[str]:
@@ -138,7 +146,7 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
 
 def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
     """The highest mean score of the cells that differ in nothing but their seed, and its PLW."""
-    scores = table.groupby([*by, "dataset", "model", "plw"], dropna=False)["score"].mean()
+    scores = table.groupby(list(dict.fromkeys([*by, "dataset", "model", "plw"])), dropna=False)["score"].mean()
     return {"best_score": float(scores.max()), "best_plw": float(scores.index.tolist()[int(scores.argmax())][-1])}
 
 

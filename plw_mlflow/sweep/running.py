@@ -55,7 +55,7 @@ class Engine(Protocol):
 
 def run(account: Account, engine: Engine, shown: Lines) -> None:
     """Run cells until none is left. Raises KeyboardInterrupt where that was asked for, once the cells have ended."""
-    with tempfile.TemporaryDirectory() as name, _interrupting(engine, account):
+    with tempfile.TemporaryDirectory() as name, _interrupting(engine, account, shown):
         while True:
             _start(account, engine, shown, Path(name))
             for one in engine.ended():
@@ -94,7 +94,7 @@ def _progress(account: Account, folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _interrupting(engine: Engine, account: Account) -> Iterator[None]:
+def _interrupting(engine: Engine, account: Account, shown: Lines) -> Iterator[None]:
     """Within the block, an interrupt reaches the cells; it is raised once they have ended, and their runs are marked.
 
     From the terminal, it has reached those of this machine already. SIGTERM comes to this process alone, and is passed
@@ -112,6 +112,8 @@ def _interrupting(engine: Engine, account: Account) -> Iterator[None]:
         yield
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if account.running:
+            shown.interrupted()
         engine.end(PATIENCE_SECONDS if isinstance(error, KeyboardInterrupt) and not was_terminated else 0)
         account.interrupt()
         raise

@@ -1,6 +1,7 @@
 """Cards: what a registered model is, in Markdown, on its page and on that of the logged model.
 
-A card is written from what the run of the cell holds, when the model is registered and again whenever it is scored.
+A card is written from what the run of the cell holds, when the model is registered and again whenever it is scored. It
+has lists in place of tables, whose columns MLflow sets without space between.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from plw_mlflow.tracking.connection import get_run, suppressing_missing
 from plw_mlflow.tracking.run import DESCRIBED, Run, is_ours, text_digest
 
 CHARACTERS = 5000  # of a description; databases keep no more
-MOST_STEPS = 5  # in the table of losses
-MOST_TASKS = 40  # in the table of scores
+MOST_STEPS = 5  # in the list of losses
+MOST_TASKS = 40  # in the list of scores
 # The options that decide most of a recipe, in the order in which a card has them.
 RECIPE = (
     *("preset", "template", "max_tokens", "epochs", "batch_examples", "learning_rate", "warmup_ratio", "weight_decay"),
@@ -86,7 +87,7 @@ def card(run: Run, version: ModelVersion, scores: pd.DataFrame) -> str:
         f"# {_plain(columns['model'])} on {_plain(columns['dataset'])} at PLW {columns['plw']:g}",
         f"Fine-tuned by method {params['method']} with seed {columns['seed']}. In the loss, a prompt token has "
         f"{columns['plw']:g} times the weight of a completion token.",
-        _table(["", ""], about),
+        "\n".join(f"- {what}: {text}" for what, text in about),
         *_warnings(tags, sources),
         "## Scores",
         *_scores(scores, found),
@@ -117,19 +118,13 @@ def _warnings(tags: Mapping[str, str], sources: Sequence[Mapping[str, Any]]) -> 
 def _scores(table: pd.DataFrame, found: Entity) -> list[str]:
     if table.empty:
         return ["It has not been scored."]
-    rows = [
-        (
-            _code(str(row["task"])),
-            str(row["metric"]),
-            f"{row['score']:.4f}",
-            "" if pd.isna(row["stderr"]) else f"{row['stderr']:.4f}",
-            f"{row['n']:,}",
-            str(row["num_fewshot"]),
-        )
+    lines = [
+        f"- {_code(str(row['task']))} {row['metric']}: **{row['score']:.4f}**"
+        + ("" if pd.isna(row["stderr"]) else f" ± {row['stderr']:.4f}")
+        + f" ({row['n']:,} questions, {row['num_fewshot']} examples before each)"
         for row in table.head(MOST_TASKS).to_dict("records")
     ]
-    heads = ["benchmark", "metric", "score", "standard error", "questions", "examples before each"]
-    parts = [_table(heads, rows)]
+    parts = ["\n".join(lines)]
     if len(table) > MOST_TASKS:
         parts.append(f"The scores of {len(table) - MOST_TASKS} more benchmarks are in `scores.csv` of the run.")
     tags, metrics = found.data.tags, found.data.metrics
@@ -155,18 +150,21 @@ def _losses(run: Run, metrics: Mapping[str, float], link: str) -> list[str]:
     if not steps:
         return []
     chosen = [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
-    rows = [[str(step), *(f"{curve[step]:.4f}" for curve in curves.values())] for step in dict.fromkeys(chosen)]
-    return [_table(["step", *curves], rows), f"The curves are among the [metrics of the run]({link}/model-metrics)."]
+    lines = [
+        f"- step {step}: " + ", ".join(f"{words} {curve[step]:.4f}" for words, curve in curves.items())
+        for step in dict.fromkeys(chosen)
+    ]
+    return ["\n".join(lines), f"The curves are among the [metrics of the run]({link}/model-metrics)."]
 
 
 def _loading(version: ModelVersion, is_adapter: bool) -> str:
     uri = f"models:/{version.name}/{version.version}"
     lines = ["import mlflow", "", f'model = mlflow.pyfunc.load_model("{uri}")']
-    lines.append('model.predict(["..."], params={"max_new_tokens": 64})')
+    lines.append('print(model.predict(model.input_example, params={"max_new_tokens": 64}))')
     elsewhere = ' A base that lies elsewhere now is named by `model_config={"base": "FOLDER"}`.' if is_adapter else ""
     return (
-        "In the folder that holds `mlflow.db`, or with `MLFLOW_TRACKING_URI` set, and with a prompt in the template of "
-        + "the training:\n\n"
+        "In the folder that holds `mlflow.db`, or with `MLFLOW_TRACKING_URI` set. The example is a list with one "
+        + "prompt in the template of the training:\n\n"
         + "\n".join(["```python", *lines, "```"])
         + "\n\n`mlflow.transformers.load_model` gives the model and its tokenizer, and "
         + f"`mlflow models serve -m {uri} --env-manager local` serves it.{elsewhere} "
@@ -213,11 +211,6 @@ def _profile(run: Run) -> dict[str, Any]:
         return {}
     profile: dict[str, Any] = json.loads(run.files(["profile.json"])["profile.json"])
     return profile
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _digest(digest: str) -> str:

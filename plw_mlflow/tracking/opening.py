@@ -179,13 +179,16 @@ def _cut(text: str, characters: int) -> str:
 
 
 def leave_wrapper(run_id: str) -> str | None:
-    """The id of the run that `mlflow run` has opened for work on `run_id`, if any. A tag on it says what it was for.
+    """The id of the run that `mlflow run` has opened for work on `run_id`, if any. Its name and a tag say what for.
 
     Nothing else is logged into it.
     """
     wrapper = os.environ.pop("MLFLOW_RUN_ID", None)
     if wrapper and wrapper != run_id:
-        mlflow.MlflowClient().set_tag(wrapper, "plw.for_run", run_id)
+        client = mlflow.MlflowClient()
+        command = client.get_run(wrapper).data.tags.get("mlflow.project.entryPoint", "work")
+        client.update_run(wrapper, name=f"{command} on {run_id[:8]}")
+        client.set_tag(wrapper, "plw.for_run", run_id)
     return wrapper
 
 

@@ -19,6 +19,7 @@ import mlflow
 from plw_mlflow.tracking import connection
 
 TRAINING = "workflowType=machine_learning"
+VIEW = "mlflow.sharedViewState."  # how the tag of a saved view begins; its key follows
 ALL_CELLS = "cells"  # the view of all cells of an experiment
 LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` is
 
@@ -135,4 +136,4 @@ def view(search: str, columns: Sequence[str], order: tuple[str, bool]) -> dict[s
 def view_tag(key: str, name: str, content: dict[str, Any]) -> tuple[str, str]:
     """The tag of an experiment that holds a saved view, and its value. key: names the view in addresses."""
     envelope = {"name": name, "createdAt": int(time.time() * 1000), "state": json.dumps(content)}
-    return f"mlflow.sharedViewState.{key}", json.dumps(envelope)
+    return VIEW + key, json.dumps(envelope)

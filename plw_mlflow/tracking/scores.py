@@ -13,7 +13,7 @@ from mlflow.entities import Metric
 
 from plw_mlflow.config import spell
 from plw_mlflow.environment import outputs
-from plw_mlflow.evaluation import task_sets
+from plw_mlflow.evaluation import questions, task_sets
 from plw_mlflow.evaluation.scores import Evaluation
 from plw_mlflow.tracking import cards, inputs
 from plw_mlflow.tracking.connection import patiently
@@ -25,7 +25,9 @@ METRICS_AT_ONCE = 1000  # MLflow takes no more in one request
 def log_scores(
     run: Run, evaluation: Evaluation, rows: list[dict[str, Any]], score_tasks: Sequence[str] | None = None
 ) -> None:
-    """Log every score as TASK/METRIC, the run's score table, and the per-sample log.
+    """Log every score as TASK/METRIC, the run's score table, every question's scores, and the per-sample log.
+
+    The questions of one evaluation are the artifact questions/EVALUATION.parquet.
 
     rows: of the score table. Rows of tasks that were scored before stay in it unless the task is scored again here.
     score_tasks: the tasks that the run's metric `score` is the mean of, by `Score.key`. Unset, these are the tasks
@@ -97,6 +99,9 @@ def _log_scores(
         run.client.log_batch(run.id, metrics=metrics[start : start + METRICS_AT_ONCE])
     mlflow.log_text(outputs.table(table).decode(), "scores.csv")
     mlflow.log_dict(evaluation.results, f"harness/{evaluation_id}.json")
+    if evaluation.questions:
+        every = questions.table(evaluation, rows).assign(evaluation=evaluation_id)
+        run.log_bytes(f"questions/{evaluation_id}.parquet", questions.parquet(every))
     run.tag(score_tasks=",".join(score_tasks), eval_precision=", ".join(_precisions(table)) or "unknown")
     if is_complete:
         _tag_as_scored(run, counted)

@@ -32,6 +32,7 @@ from plw_mlflow.tracking.opening import open_run
 from plw_mlflow.tracking.run import Run
 
 MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
+OF_SWEEP = "sweep-"  # how the key of a sweep's view begins
 NEW = "new"  # in place of a run's id: go on with none
 WAIT_SECONDS = 2.0  # between two looks at a claim that another process holds
 
@@ -133,15 +134,25 @@ class Sweep:
         return None
 
     def save_view(self, name: str, tasks: Sequence[str], options: Sequence[str]) -> str:
-        """Save the view of MLflow's list that shows the sweep's cells; gives its page.
+        """Save the view of MLflow's list that shows the sweep's cells; gives its page. Those of removed sweeps go.
 
         tasks: metrics that the score is the mean of. options: those in which the cells differ.
         """
-        key = f"sweep-{self.run.id}"
+        key = f"{OF_SWEEP}{self.run.id}"
         tag, value = pages.view_tag(key, name, pages.sweep_view(self.run.id, tasks, options))
         with suppress(Refused):  # whoever may not change the experiment can work in it all the same
             patiently("saving a view", lambda: self._client.set_experiment_tag(self._experiment, tag, value))
+            patiently("removing views", self._remove_views_of_removed_sweeps)
         return pages.list_page(self._experiment, key)
+
+    def _remove_views_of_removed_sweeps(self) -> None:
+        begin = pages.VIEW + OF_SWEEP
+        tags = [name for name in self._client.get_experiment(self._experiment).tags if name.startswith(begin)]
+        search = partial(self._client.search_runs, [self._experiment], "tags.`plw.grid` LIKE '%'")
+        there = {begin + str(run.info.run_id) for run in search(max_results=MAX_RUNS)}
+        for name in tags:
+            if name not in there:
+                self._client.delete_experiment_tag(self._experiment, name)
 
     def file_page(self, name: str) -> str:
         """The page that shows a file of the sweep's run."""

@@ -133,8 +133,13 @@ def test_three_runs_tell_nothing():
     table = simulate(seeds=1)
     (answer,) = analyze.analyze(table[table["plw"].isin([0, 0.1, 1])], draws=0).answers
     assert [finding.kind for finding in answer.findings] == ["untold", "untold"]
-    assert answer.advice == "These runs cannot tell; more seeds would."
+    assert answer.advice == (
+        "These runs cannot tell: 1 more seed would show by how much runs differ anyway, and so how many it takes."
+    )
     assert "3 runs are too few" in answer.these_tasks.verdict
+    (grid,) = analyze.grids(table[table["plw"].isin([0, 0.1, 1])])
+    assert findings.seeds_for_noise(grid) == 1
+    assert findings.seeds_for_noise(analyze.grids(table)[0]) == 0
 
 
 def test_seeds_that_are_named_are_enough():
@@ -168,6 +173,14 @@ def test_what_to_do_follows_from_the_curve(b, starts):
     (answer,) = analyze.analyze(simulate(b=b), draws=0).answers
     assert answer.these_tasks.kind == "yes"
     assert answer.advice.startswith(starts)
+
+
+def test_means_can_be_told_for_each_model():
+    table = simulate(tasks=2)
+    both = pd.concat([table, table.assign(model="other", score=table["score"] / 2)])
+    means_of = means.mean_scores(both, ("model",)).groupby("curve")["score"].mean()
+    assert len(means_of) == 2
+    assert means_of.max() == pytest.approx(2 * means_of.min())
 
 
 def test_the_means_of_a_curve_are_over_the_same_tasks():

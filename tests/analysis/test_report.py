@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from scipy import stats
 
 from plw_mlflow import drawing
@@ -242,17 +243,13 @@ def test_the_models_tables_are_folded_away(study):
 
 
 @pytest.mark.parametrize(
-    ("advice", "kind", "colour"),
-    [
-        ("Any value will do, within 1 point.", "yes", "none"),
-        ("Use PLW 1.", "yes", "effect"),
-        ("?", "perhaps", "unsure"),
-    ],
+    ("matters_little", "kind", "colour"),
+    [(True, "yes", "none"), (False, "yes", "effect"), (False, "perhaps", "unsure")],
 )
-def test_a_card_is_marked_by_what_to_do(study, advice, kind, colour):
+def test_a_card_is_marked_by_what_was_found(study, matters_little, kind, colour):
     answer = study[1].answers[0]
     these = dataclasses.replace(answer.these_tasks, kind=kind)
-    assert report.colour_of(dataclasses.replace(answer, advice=advice, these_tasks=these)) == colour
+    assert report.colour_of(dataclasses.replace(answer, matters_little=matters_little, these_tasks=these)) == colour
 
 
 def with_few_runs(runs=4, tasks=8, **options):
@@ -276,11 +273,15 @@ def test_too_few_runs_are_said_on_the_card_and_not_in_red(tmp_path, runs, tasks)
     if runs == 3:
         assert card.count("These scores cannot tell: ") == 2
         assert "p =" not in card
+        assert "these runs cannot tell" in "".join(text.get_text() for text in drawn["answer", "short"].findobj(Text))
     else:
         assert "Too few runs to tell: there are 4, and it takes at least 7." in card
         assert "p =" not in card[card.index("Would it move others like them?") :]
     assert "matters here" not in shown
     assert "Is there no effect?" not in shown
+    assert "the curve peaks at" not in shown
+    assert "probability of a peak inside is" not in shown
+    assert "These are too few runs to tell, so nothing here can be relied on." in " ".join(shown.split())
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -76,3 +76,10 @@ def test_part_of_a_set_belongs_to_the_whole_of_it():
     assert len(task_sets.whole(["piqa/acc@0", "huerta2024_wmt16-ro-en/bleu@0"])) == 11
     assert task_sets.whole(["winogrande/acc@0"]) == ["winogrande/acc@0"]  # the sets give it five examples
     assert task_sets.whole(["toy_short/acc@0", "piqa/acc@0"]) == ["toy_short/acc@0", "piqa/acc@0"]
+
+
+def test_a_toy_score_of_other_data_is_said_to_say_nothing():
+    assert task_sets.remark("toy", "toy-short") is None
+    assert task_sets.remark("piqa", "mine.jsonl") is None
+    for tasks in ("toy", "piqa,toy_choice", "toy:toy_long"):
+        assert "says nothing of mine.jsonl" in task_sets.remark(tasks, "mine.jsonl")

@@ -195,3 +195,16 @@ def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_
     assert first.info.run_name == "toy-short, toy-long plw 0 to 1 (10)"
     assert first.data.params["plw"] == SweepConfig().plw
     assert second.data.tags["plw.for_run"] == begun[0]
+
+
+def test_the_views_of_removed_sweeps_are_removed_with_the_next_one(store, open_account):
+    def views(sweep):
+        sweep.save_view("cells", [], [])
+        tags = store.get_experiment(store.get_run(sweep.run.id).info.experiment_id).tags
+        return {name.rpartition("-")[2] for name in tags if name.startswith("mlflow.sharedViewState.sweep-")}
+
+    first = open_account().sweep
+    assert views(first) == {first.run.id}
+    store.delete_run(first.run.id)
+    second = open_account().sweep
+    assert views(second) == {second.run.id} != {first.run.id}

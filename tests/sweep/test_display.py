@@ -22,7 +22,8 @@ class Account:
 
     def __init__(self):
         self.cells, self.left = CELLS, list(CELLS)
-        self.finished, self.failed, self.running, self.elsewhere, self.attempts = [], [], {}, set(), {}
+        self.finished, self.failed, self.cut_short = [], [], []
+        self.running, self.elsewhere, self.attempts = {}, set(), {}
 
     def begin(self, cell, seconds_ago=0.0):
         self.left.remove(cell)
@@ -100,6 +101,19 @@ def test_a_log_file_gets_a_line_for_each_thing_that_happens(capsys):
         "cell 2 of 4, plw 0.1: begins (run run)",
         "cell 2 of 4, plw 0.1: FAILED after 2 min: out of memory; "
         "1 finished, 0 running, 1 failed, 2 left, about 3 min to go",
+    ]
+
+
+def test_what_had_become_of_the_cells_and_what_an_interrupt_waits_for_is_said(capsys):
+    account = Account()
+    account.cut_short, account.failed = CELLS[:1], CELLS[1:3]
+    lines = display.Lines(account)
+    account.begin(CELLS[0])
+    lines.interrupted()
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 4 cells are finished already; 1 was cut short before, and will go on where that was; "
+        "2 have failed before (--retry-failed runs them again)",
+        "interrupted: waiting for the cell that runs to save a checkpoint and end",
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig
+from plw_mlflow.evaluation import questions
 from plw_mlflow.evaluation.scores import Evaluation, Score, table
 from plw_mlflow.training import checkpoints
 from plw_mlflow.training.checkpoints import Checkpoint
@@ -43,5 +44,10 @@ def add_scores(run, *scores, whole=None, caveats=None, precision="float32"):
         for task, score in scores
     ]
     benchmarks = {task: {"documents": 5, "sha256": hashlib.sha256(task.encode()).hexdigest()} for task, _ in scores}
-    evaluation = Evaluation(found, {"benchmarks": benchmarks}, samples)
+    asked = [
+        questions.row(task, "acc", number, [task, number], float(number < round(5 * score)), prompt="harness")
+        for task, score in scores
+        for number in range(5)
+    ]
+    evaluation = Evaluation(found, {"benchmarks": benchmarks}, samples, asked)
     tracking.log_scores(run, evaluation, table(evaluation, run.cell()), whole)

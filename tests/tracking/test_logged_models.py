@@ -88,7 +88,7 @@ def test_a_registered_model_comes_back_by_version_and_alias(store):
     }
     short, long = (served.predict(["Who?"], params={"max_new_tokens": n})[0] for n in (2, 9))
     assert len(short) < len(long)
-    assert served.input_example is not None
+    assert served.predict(served.input_example, params={"max_new_tokens": 2})  # as the card says
     for unknown in ("models:/plw-tiny-toy-short/7", "models:/plw-tiny-toy-short"):
         assert tracking.trained_in(unknown) is None
         with pytest.raises(ValueError, match=rf"model {unknown} cannot be loaded: .*not found"):

@@ -170,10 +170,12 @@ def test_a_long_reason_is_cut_off_visibly(store):
 def test_a_wrapper_says_whose_run_it_works_on_and_holds_nothing_else(store, monkeypatch):
     with tracking.open_run(MainConfig(), "cell") as cell:
         pass
-    wrapper = store.create_run("0").info.run_id  # as `mlflow run -e evaluate -P run_id=...` begins one
+    tags = {"mlflow.project.entryPoint": "evaluate"}
+    wrapper = store.create_run("0", tags=tags).info.run_id  # as `mlflow run -e evaluate -P run_id=...` begins one
     monkeypatch.setenv("MLFLOW_RUN_ID", wrapper)
     with tracking.open_run(MainConfig(), "", run_id=cell.id) as reopened:
         assert reopened.id == cell.id
     found = store.get_run(wrapper)
     assert {name: tag for name, tag in found.data.tags.items() if name.startswith("plw.")} == {"plw.for_run": cell.id}
     assert (found.data.params, found.data.metrics) == ({}, {})
+    assert found.info.run_name == f"evaluate on {cell.id[:8]}"

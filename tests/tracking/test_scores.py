@@ -1,6 +1,7 @@
 """When does a run have its score, and of which tasks?"""
 
 import mlflow
+import pandas as pd
 import pytest
 
 from plw_mlflow import tracking
@@ -89,6 +90,23 @@ def test_a_score_of_two_kinds_of_arithmetic_is_not_comparable(store):
     assert (tags["plw.score_comparable"], tags["plw.eval_precision"]) == ("false", "bfloat16, float32")
     assert tags["plw.score_caveat"] == "arithmetic differs: bfloat16, float32"
     assert dict(tracking.read_scores(run).set_index("task")["precision"]) == {"a": "bfloat16", "b": "float32"}
+
+
+def test_the_questions_of_each_evaluation_are_an_artifact(store):
+    run = scored(MainConfig(), ("a", 0.2))
+    with tracking.open_run(MainConfig(), "", run_id=run.id) as again:
+        add_scores(again, ("a", 0.6), ("b", 0.4))
+    names = sorted(item.path for item in store.list_artifacts(run.id, "questions"))
+    first, second = (pd.read_parquet(store.download_artifacts(run.id, name)) for name in names)
+    assert list(first["value"]) == [1, 0, 0, 0, 0]
+    assert second.groupby("task")["value"].mean().to_dict() == {"a": 0.6, "b": 0.4}
+    assert (second["plw"] == MainConfig().plw).all()
+    harness = sorted(item.path for item in store.list_artifacts(run.id, "harness"))
+    ids = [first["evaluation"][0], second["evaluation"][0]]
+    assert [names, harness] == [
+        [f"questions/{one}.parquet" for one in ids],
+        [f"harness/{one}.json" for one in ids],
+    ]
 
 
 def test_samples_are_one_table_that_grows(store, tmp_path):

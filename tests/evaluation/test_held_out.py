@@ -1,0 +1,121 @@
+"""Held-out data sets: their scores by hand, in a cell, and again in an evaluation of its run."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from plw_mlflow.config import DataOptions
+from plw_mlflow.errors import UserError
+from plw_mlflow.evaluation import held_out
+from plw_mlflow.evaluation.measures import completion, prompt
+from plw_mlflow.evaluation.scorer import Scorer
+from plw_mlflow.models import pretrained
+
+RECORDS = [
+    {"instruction": "Where does Ana live?", "input": "", "output": "Ana lives in Oslo."},
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Say the word again.", "input": "tree", "output": "tree"},
+]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return pretrained.load("toy").eval(), pretrained.load_tokenizer("toy")
+
+
+@pytest.fixture
+def new_file(tmp_path):
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return file
+
+
+@pytest.fixture
+def options(tmp_path):
+    return DataOptions(cache_dir=tmp_path / "cache")
+
+
+def test_all_records_are_taken_in_their_order(toy, new_file, options):
+    (found,) = held_out.read([str(new_file)], toy[1], options)
+    assert (found.task, found.prompt) == ("held_out_new", "template alpaca")
+    assert found.numbers == [1, 2, 3]
+    texts = [toy[1].decode(completion(example), skip_special_tokens=True).strip() for example in found.examples]
+    assert texts == [record["output"] for record in RECORDS]
+
+
+def test_a_limit_takes_the_first_records(toy, new_file, options):
+    (found,) = held_out.read([str(new_file)], toy[1], options, limit=2)
+    assert found.numbers == [1, 2]
+
+
+def test_options_that_choose_among_the_cells_own_records_do_not_choose_here(toy, new_file, tmp_path):
+    chosen = DataOptions(cache_dir=tmp_path / "cache", max_records=1, invert=True, mix="toy-short", mix_share=0.3)
+    (found,) = held_out.read([str(new_file)], toy[1], chosen)
+    assert len(found.examples) == len(RECORDS)
+
+
+def test_two_sets_of_one_name_are_refused(toy, new_file, options):
+    with pytest.raises(UserError, match="different names"):
+        held_out.read([str(new_file), str(new_file)], toy[1], options)
+
+
+def test_the_loss_is_that_of_all_completion_tokens(toy, new_file, options):
+    model, tokenizer = toy
+    sets = held_out.read([str(new_file)], tokenizer, options)
+    scores, rows = held_out.run(Scorer(model, tokenizer), sets, seed=1)
+    losses, counts = [], []
+    for example in sets[0].examples:
+        tokens = torch.tensor([example.tokens.tolist()])
+        start, end = len(prompt(example)), len(prompt(example)) + len(completion(example))
+        with torch.no_grad():
+            log_probabilities = model(tokens).logits[0].double().log_softmax(-1)
+        picked = log_probabilities[start - 1 : end - 1].gather(1, tokens[0, start:end, None])
+        losses.append(-float(picked.sum()))
+        counts.append(end - start)
+    found = {score.metric: score for score in scores}
+    expected = sum(losses) / sum(counts)
+    assert found["completion_loss"].score == pytest.approx(expected, rel=1e-5)
+    residuals = [loss - expected * count for loss, count in zip(losses, counts, strict=True)]
+    mean = sum(residuals) / 3
+    deviation = math.sqrt(sum((residual - mean) ** 2 for residual in residuals) / 2)
+    assert found["completion_loss"].stderr == pytest.approx(deviation * math.sqrt(3) / sum(counts), rel=1e-4)
+    of_loss = [row["value"] for row in rows if row["metric"] == "completion_loss"]
+    assert of_loss == pytest.approx([loss / count for loss, count in zip(losses, counts, strict=True)], rel=1e-5)
+    assert not any(score.is_primary for score in scores)
+
+
+def test_texts_are_those_that_the_model_writes_itself(toy, new_file, options):
+    model, tokenizer = toy
+    sets = held_out.read([str(new_file)], tokenizer, options)
+    _, rows = held_out.run(Scorer(model, tokenizer), sets, seed=1)
+    written = [row["prediction"] for row in rows if row["metric"] == "exact_match"]
+    longest = max(len(completion(example)) for example in sets[0].examples)
+    for example, text in zip(sets[0].examples, written, strict=True):
+        tokens = torch.tensor([prompt(example).tolist()])
+        expected = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=longest
+        )[0, tokens.shape[1] :]
+        assert text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_exact_matches_are_counted(toy, new_file, options):
+    model, tokenizer = toy
+    sets = held_out.read([str(new_file)], tokenizer, options)
+    answers = iter([[record["output"] for record in RECORDS[:2]] + ["no"]])
+
+    class Knowing(Scorer):
+        def greedy_texts(self, *given, **named):
+            return next(answers)
+
+    scores, _ = held_out.run(Knowing(model, tokenizer), sets, seed=1)
+    found = {score.metric: score.score for score in scores}
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert 0 < found["bleu"] < 1
+
+
+def test_records_that_are_trained_on_are_named(toy, new_file, options):
+    sets = held_out.read([str(new_file)], toy[1], options)
+    with pytest.warns(UserWarning, match="2 of the 3 examples of held_out_new are in the training data"):
+        held_out.warn_of_overlap(sets, sets[0].examples[:2])
