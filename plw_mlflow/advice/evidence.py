@@ -180,6 +180,11 @@ def wit() -> list[EvidencePoint]:
     return points
 
 
+def wit_ratios() -> dict[str, float]:
+    """Generation ratios of WIT's data sets."""
+    return {row["dataset"]: float(row["ratio"]) for row in _rows("wit_generation_ratios.csv")}
+
+
 def wit_scores() -> pd.DataFrame:
     """WIT's 450 runs with a response weight above 0 as a score table, in which each language model plays a task.
 

@@ -120,12 +120,12 @@ def joint_words(joint: Joint) -> str:
     if joint.of(None).aic <= best.aic:
         return "No single curve for all data sets is better (by AIC) than none, on any axis."
     gain = in_w_p.aic - best.aic
-    beside = "" if best.axis == "w_p" else f", by {gain:.1f} lower than in {AXIS_WORDS['w_p']}"
-    first = f"Of single curves for all data sets, that in {AXIS_WORDS[str(best.axis)]} has the lowest AIC{beside}."
-    lead = best.aic - each.aic
+    beside = "" if best.axis == "w_p" else f", {gain:.1f} lower than in {AXIS_WORDS['w_p']}"
+    first = f"Of single curves for all data sets, the one in {AXIS_WORDS[str(best.axis)]} has the lowest AIC{beside}."
+    lead, other = best.aic - each.aic, f"{first} A curve for each data set in {AXIS_WORDS['w_p']} has an AIC"
     if lead > AS_GOOD:
-        return f"{first} A curve for each in {AXIS_WORDS['w_p']} has one lower by {lead:.1f}: a single one does not do."
-    return f"{first} A curve for each in {AXIS_WORDS['w_p']} is no better ({-lead:+.1f}): a single one does."
+        return f"{other} lower by {lead:.1f}, so a single one does not do."
+    return f"{other} {'lower' if lead > 0 else 'higher'} by {abs(lead):.1f}, so a single one does as well."
 
 
 SCALE_WORDS = {
