@@ -54,7 +54,7 @@ replication-smoke: replication-data ## one small cell of it
 		--seed 1 --limit 2 --max-records 16 --epochs 1
 
 replication-data: setup
-	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication data --model $(MODEL) --dataset $(RECORDS)
+	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication draw data --model $(MODEL) --dataset $(RECORDS)
 
 claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)
