@@ -1,26 +1,32 @@
-"""The numbers of README and docs, measured anew:  make claims
+"""The numbers of README and docs, guarded and measured anew:  make claims
 
-paper/claims.json lists them under `numbers`. An entry has the page, the words of it that hold the number (`quote`), the
-command that gives it, the hardware and the minutes that takes, and where in what the command leaves the value is found.
-An entry fails where the page no longer has these words, so also where its number was edited; where the quote does not
-spell the expected value; and where the command gives a value beyond the tolerance. What needs a GPU, or a machine with
-nothing else to do, is not run, and is said so; what takes many minutes is run by --all.
+paper/claims.json has two lists of them. `pages` has all: for each section of each page its numbers in their order, and
+what they claim; where they were measured, also the command, the hardware, the minutes, and the share of a value within
+which it should be found again. A section fails where its page has other numbers. Whoever has measured anew, or edits
+a page, has the list follow by --accept, which says what it changes.
 
-An entry may take the place of whole tables: `tables` names a page whose tables between marks must be what the command
-prints, to the letter.
+`numbers` has those that a command here measures by itself. An entry has the words of the page that hold the number
+(`quote`), and where in what the command leaves the value is found. It fails where the page no longer has these words;
+where they do not spell the expected value; and where the command gives a value beyond the tolerance. An entry may take
+the place of whole tables: `tables` names a page whose tables between marks must be what the command prints, to the
+letter. What needs a GPU, or a machine with nothing else to do, is not run, and is said so; what takes many minutes is
+run by --all.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,15 @@ import click
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "paper" / "claims.json"
 LONG_MINUTES = 5  # an entry that takes longer is run by --all alone
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
+SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+WORDS = "half|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|sixty"
+UNITS = "second|minute|hour|time|point|percent|processor"
+# In digits, with thousands and a power of ten; or in words before a unit ("half a minute", "six and eight minutes").
+NUMBER = re.compile(
+    rf"(?<![\w.])\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?(?: × 10[{SUPERSCRIPTS}]+)?"
+    rf"|\b(?:{WORDS})\b(?=(?: an?| and| to| or)?(?: (?:{WORDS}))?[ -](?:{UNITS}))"
+)
+NEEDS = {"GPU": "a GPU", "quiet": "a machine that does nothing else", "other": "what this machine may not have"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,138 @@ class Number:
     pattern: str | None = None  # in what is printed, with one group
     expected: float | None = None
     tolerance: float = 0.0
+    factor: float | None = None  # in place of a tolerance: the value may be so many times as large, or as small
     spelled: str | None = None  # how the quote spells the expected value, if not as itself
     tables: bool = False
 
+    def accepts(self, value: float) -> bool:
+        """Whether a measured value is the expected one, within what is allowed."""
+        assert self.expected is not None
+        if self.factor is not None:
+            return self.expected / self.factor <= value <= self.expected * self.factor
+        return abs(value - self.expected) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Section:
+    """The numbers of a section of a page, and what they claim."""
+
+    page: str
+    heading: str
+    numbers: str  # as the page spells them, in their order, parted by |
+    claim: str = ""
+    command: str | None = None  # that measures them; None where nothing is measured, as with defaults and limits
+    hardware: str | None = None  # as of a Number, or other: services, packages or files that may not be here
+    minutes: float | None = None
+    within: float | None = None  # the share of a value within which it should be found again
+
 
 def numbers(file: Path = FILE) -> list[Number]:
-    """Every entry of the list."""
+    """Every entry with a value."""
     return [Number(**entry) for entry in json.loads(file.read_text())["numbers"]]
+
+
+def sections(file: Path = FILE) -> list[Section]:
+    """Every section that is listed."""
+    pages = json.loads(file.read_text())["pages"]
+    return [Section(page, heading, **told) for page, listed in pages.items() for heading, told in listed.items()]
+
+
+def pages_of(root: Path) -> list[str]:
+    """The pages whose numbers are listed."""
+    return ["README.md", *(f"docs/{path.name}" for path in sorted((root / "docs").glob("*.md")))]
+
+
+def sections_of(root: Path, page: str) -> dict[str, str]:
+    """The text of each section of a page that holds numbers, by its heading, without examples of code."""
+    text = re.sub(r"^```.*?^```$", "", (root / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    parts = re.split(r"^#+ (.*)$", text, flags=re.MULTILINE)[1:]
+    found = dict(zip(parts[::2], parts[1::2], strict=True))
+    return {heading: part for heading, part in found.items() if NUMBER.search(part)}
+
+
+def spelled_in(text: str) -> str:
+    """The numbers of a text, in their order, as a Section has them."""
+    return "|".join(NUMBER.findall(" ".join(text.split())))
+
+
+def changed(section: Section, text: str) -> str | None:
+    """In what the numbers of a text differ from those that are listed, if in anything."""
+    there, here = section.numbers.split("|"), spelled_in(text).split("|")
+    steps = difflib.SequenceMatcher(None, there, here, autojunk=False).get_opcodes()
+    told = [
+        f"{' '.join(here[start:end]) or 'nothing'} where the list has {' '.join(there[begin:stop]) or 'nothing'}"
+        for kind, begin, stop, start, end in steps
+        if kind != "equal"
+    ]
+    return f"the page says {'; '.join(told[:3])}{' and more' * (len(told) > 3)}" if told else None
+
+
+def judge_section(section: Section, root: Path, listed: list[Number]) -> tuple[str, str]:
+    """The verdict on a section (passed, failed or not run), and why."""
+    text = sections_of(root, section.page).get(section.heading, "")
+    if fault := changed(section, text):
+        return "failed", f"{fault}; --accept makes the list follow"
+    as_listed = f"its numbers ({len(section.numbers.split('|'))}) are as listed"
+    if section.command is None:
+        return "passed", f"{as_listed}; nothing measures them"
+    flat = " ".join(text.split())
+    measured = [number for number in listed if number.page == section.page and _is_measured_in(number, text, flat)]
+    if section.hardware == "CPU" and measured:
+        return "passed", f"{as_listed}; entries that measure some: {', '.join(number.id for number in measured)}"
+    minutes = "hours" if section.minutes is None else f"{section.minutes:g} minutes"
+    needs = NEEDS.get(section.hardware or "", f"{minutes}, and a person who compares")
+    return "not run", f"{as_listed}; measuring them anew, within {section.within:.0%}, needs {needs}: {section.command}"
+
+
+def _is_measured_in(number: Number, text: str, flat: str) -> bool:
+    return "<!-- end -->" in text if number.tables else " ".join(number.quote.split()) in flat
+
+
+def unlisted(listed: list[Section], root: Path) -> list[str]:
+    """The sections that hold numbers and are not listed, or are listed without saying what they claim."""
+    said = {(section.page, section.heading) for section in listed if section.claim}
+    return [
+        f"{page}, {name}" for page in pages_of(root) for name in sections_of(root, page) if (page, name) not in said
+    ]
+
+
+def accept(file: Path, root: Path) -> list[str]:
+    """Make the list of sections follow the pages; gives a line for each change."""
+    told, lines = json.loads(file.read_text()), []
+    for page in pages_of(root):
+        before, now = told["pages"].get(page, {}), sections_of(root, page)
+        for heading, text in now.items():
+            fault = changed(Section(page, heading, **before.get(heading, {"numbers": ""})), text)
+            lines += [f"{page}, {heading}: {fault}"] if fault else []
+            lines += [] if heading in before else [f"{page}, {heading}: is new; say in the list what its numbers claim"]
+        lines += [f"{page}, {heading}: is gone" for heading in before if heading not in now]
+        told["pages"][page] = {
+            heading: {"claim": ""} | before.get(heading, {}) | {"numbers": spelled_in(text)}
+            for heading, text in now.items()
+        }
+    file.write_text(_dumped(told))
+    return lines
+
+
+def _dumped(told: dict[str, Any]) -> str:
+    """The list as a file: a line for each entry, so that changes can be read."""
+
+    def entries(part: Any) -> str:
+        line = partial(json.dumps, ensure_ascii=False)
+        if isinstance(part, list):
+            return "[\n" + ",\n".join(f"  {line(entry)}" for entry in part) + "\n ]"
+        if isinstance(part, dict):
+            pages = (
+                f"  {line(page)}: {{\n"
+                + ",\n".join(f"   {line(name)}: {line(one)}" for name, one in of.items())
+                + "\n  }"
+                for page, of in part.items()
+            )
+            return "{\n" + ",\n".join(pages) + "\n }"
+        return str(line(part))
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {entries(part)}" for key, part in told.items()) + "\n}\n"
 
 
 def prose(root: Path, page: str) -> str:
@@ -79,12 +218,13 @@ class Measurements:
 
     def __init__(self, root: Path) -> None:
         self.root, self._printed = root, dict[str, str]()
+        self.store = root / "output" / "claims" / "store"  # of this call alone: what was measured before is not taken
 
     def printed(self, command: str) -> str:
         """What a command prints. Raises RuntimeError where it fails."""
         if command not in self._printed:
             words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-            environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root}/output/claims/mlflow.db"} | os.environ
+            environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.store}/mlflow.db"}
             done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -128,8 +268,7 @@ def judge(number: Number, measured: Measurements, *, are_all_wanted: bool) -> tu
     if fault := misquoted(number, measured.root):
         return "failed", fault
     if number.hardware != "CPU":
-        needs = {"GPU": "a GPU", "quiet": "a machine that does nothing else"}[number.hardware]
-        return "not run", f"needs {needs}: {number.command}"
+        return "not run", f"needs {NEEDS[number.hardware]}: {number.command}"
     if number.minutes > LONG_MINUTES and not are_all_wanted:
         return "not run", f"takes {number.minutes:g} minutes; give --all: {number.command}"
     try:
@@ -138,9 +277,8 @@ def judge(number: Number, measured: Measurements, *, are_all_wanted: bool) -> tu
         value = measured.value(number)
     except (RuntimeError, LookupError, OSError, ValueError) as error:
         return "failed", f"{type(error).__name__}: {error}"
-    assert number.expected is not None
-    verdict = "passed" if abs(value - number.expected) <= number.tolerance else "failed"
-    return verdict, f"{value:.6g}, expected {number.expected:g} within {number.tolerance:g}"
+    allowed = f"within {number.tolerance:g}" if number.factor is None else f"up to {number.factor:g} times more or less"
+    return "passed" if number.accepts(value) else "failed", f"{value:.6g}, expected {number.expected:g} {allowed}"
 
 
 def _tables(number: Number, measured: Measurements) -> tuple[str, str]:
@@ -154,35 +292,53 @@ def _tables(number: Number, measured: Measurements) -> tuple[str, str]:
     return "passed", f"{len(tables)} tables with {sum(len(NUMBER.findall(table)) for _, table in tables)} numbers"
 
 
-def coverage(listed: list[Number], root: Path = ROOT) -> list[str]:
-    """How many of each page's numbers the list holds, a line a page."""
+def coverage(listed: list[Section], root: Path = ROOT) -> list[str]:
+    """How many numbers each page has, and how many of them something measures, a line a page."""
     lines = []
-    for page in ["README.md", *(f"docs/{path.name}" for path in sorted((root / "docs").glob("*.md")))]:
-        text = (root / page).read_text()
-        tables = "".join(re.findall(r"<!-- \w+ -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
-        covered = sum(1 for number in listed if number.page == page and not number.tables)
-        covered += len(NUMBER.findall(tables)) * any(number.tables and number.page == page for number in listed)
-        lines.append(f"{page}: {covered} of {len(NUMBER.findall(text))} numbers are listed")
+    for page in pages_of(root):
+        counts = dict.fromkeys((True, False), 0)
+        for section in listed:
+            if section.page == page:
+                counts[section.command is not None] += len(section.numbers.split("|"))
+        lines.append(
+            f"{page}: {sum(counts.values())} numbers, {counts[True]} in sections with a command that measures them"
+        )
     return lines
 
 
 @click.command(help=__doc__)
 @click.option("--all", "are_all_wanted", is_flag=True, help=f"Also what takes more than {LONG_MINUTES} minutes.")
 @click.option("--quotes", "are_quotes_alone", is_flag=True, help="Only compare the pages with the list; run nothing.")
-def main(are_all_wanted: bool, are_quotes_alone: bool) -> None:
-    (ROOT / "output" / "claims").mkdir(parents=True, exist_ok=True)
-    listed, measured = numbers(), Measurements(ROOT)
+@click.option("--accept", "is_accepted", is_flag=True, help="Make the list follow the pages, and say what changes.")
+def main(are_all_wanted: bool, are_quotes_alone: bool, is_accepted: bool) -> None:
+    if is_accepted:
+        print("\n".join(accept(FILE, ROOT) or ["the list is as the pages are"]))
+        return
+    listed, entries, measured = sections(), numbers(), Measurements(ROOT)
+    shutil.rmtree(measured.store, ignore_errors=True)
+    measured.store.mkdir(parents=True)
     counts = dict.fromkeys(("passed", "failed", "not run"), 0)
-    for number in listed:
+
+    def tell(verdict: str, text: str) -> None:
+        counts[verdict] += 1
+        print(f"{verdict:8} {text}", flush=True)
+
+    for section in listed:
+        verdict, why = judge_section(section, ROOT, entries)
+        tell(verdict, f"{section.page}, {section.heading}: {section.claim}: {why}")
+    for name in unlisted(listed, ROOT):
+        tell("failed", f"{name}: holds numbers of which the list does not say what they claim")
+    for claim in json.loads(FILE.read_text())["study"]:
+        if "not_judged" in claim:
+            tell("not run", f"the study, {claim['id']}: {claim['claim']}: {claim['not_judged']}: {claim['command']}")
+    for number in entries:
         if are_quotes_alone:
             fault = misquoted(number)
             verdict, why = ("failed", fault) if fault else ("passed", "as the list has it")
         else:
             verdict, why = judge(number, measured, are_all_wanted=are_all_wanted)
-        counts[verdict] += 1
-        print(f"{verdict:8} {number.page}, {number.id}: {number.claim}: {why}", flush=True)
-    print("\nNumbers, and how many of them this list can check (dates, versions and examples are counted, too):")
-    print("\n".join(coverage(listed)))
+        tell(verdict, f"{number.page}, {number.id}: {number.claim}: {why}")
+    print("\n" + "\n".join(coverage(listed)))
     print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if counts["failed"]:
         sys.exit(1)

@@ -13,7 +13,7 @@ import time
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from plw_mlflow.config import (
     flag,
     recorded_data_options,
     spell,
-    split_list,
 )
 from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs, provenance
@@ -433,6 +432,8 @@ def _score_again(record: Record, source: Record, there: Mapping[str, Any], confi
         border = record.options.get("prompt_border", "offsets")
         wrapping = prompting.wrapping(record.options["template"], tokenizer, border)
     data = recorded_data_options(record.options, _data_dir(record, config))
-    sets = held_out.read(split_list(options.held_out or ""), tokenizer, data, options.limit)
+    with tempfile.TemporaryDirectory() as scratch:
+        names = [_place_of_data(each, data.data_dir, Path(scratch)) for each in there.get("held_out", [])]
+        sets = held_out.read(names, tokenizer, replace(data, cache_dir=config.cache_dir), options.limit)
     found = evaluate.run(model, tokenizer, tasks, options, options.fewshot_seed, None, wrapping, precision, sets)
     return found.results

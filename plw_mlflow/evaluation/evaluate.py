@@ -80,8 +80,11 @@ def _with_held_out(evaluation: Evaluation, model: Scorer, sets: Sequence[HeldOut
 
     found, rows = held_out.run(model, sets, seed)
     results = evaluation.results
+    results["held_out"] = [
+        {name: getattr(each.source, name) for name in ("name", "location", "sha256")} for each in sets
+    ]
     for each in sets:
-        results["benchmarks"][each.task] = {"documents": len(each.examples), "sha256": each.sha256}
+        results["benchmarks"][each.task] = {"documents": len(each.examples), "sha256": each.source.sha256}
         of_task = [score for score in found if score.task == each.task]
         results["results"][each.task] = {f"{score.metric},none": score.score for score in of_task}
     described = [replace(score, precision=model.precision) for score in found]

@@ -19,6 +19,7 @@ import numpy as np
 from plw_mlflow.config import DataOptions, short_name
 from plw_mlflow.data import prepare
 from plw_mlflow.data.pieces import Segment
+from plw_mlflow.data.sources import Source
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation import bleu, questions
@@ -40,7 +41,7 @@ class HeldOut:
     task: str  # held_out_NAME
     numbers: list[int]  # of the records in their file
     examples: list[Example]
-    sha256: str  # of the data set's file
+    source: Source
     prompt: str  # "template NAME"
 
 
@@ -76,7 +77,7 @@ def _read(name: str, tokenizer: Any, options: DataOptions, limit: int | None) ->
         raise UserError(f"held-out data set {name} has no record with a prompt and a completion")
     numbers, examples = [number for number, _ in usable], [example for _, example in usable]
     template = f"template {options.template}"
-    return HeldOut(f"held_out_{short_name(name)}", numbers, examples, prepared.sources[0].sha256, template)
+    return HeldOut(f"held_out_{short_name(name)}", numbers, examples, prepared.sources[0], template)
 
 
 def warn_of_overlap(sets: Sequence[HeldOut], training: Sequence[Example]) -> None:

@@ -1,6 +1,7 @@
 """Do README and docs say what paper/claims.json expects, and is an edited number found?"""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 from benchmarks import claims
 from tests.stores import ROOT
 
-LISTED = claims.numbers()
+LISTED, SECTIONS = claims.numbers(), claims.sections()
 
 
 def number(id):
@@ -30,9 +31,30 @@ def test_a_page_says_what_the_list_expects(one):
     assert claims.misquoted(one) is None
 
 
+@pytest.mark.parametrize("one", SECTIONS, ids=lambda one: f"{one.page}, {one.heading}")
+def test_a_section_has_the_numbers_that_are_listed(one):
+    text = claims.sections_of(ROOT, one.page).get(one.heading, "")
+    fault = claims.changed(one, text)
+    assert fault is None, f"{fault}; python -m benchmarks.claims --accept makes the list follow"
+
+
+def test_every_number_of_every_page_is_listed_with_what_it_claims():
+    assert claims.unlisted(SECTIONS, ROOT) == []
+
+
 def test_the_list_is_sound():
     assert len({one.id for one in LISTED}) == len(LISTED) > 40
-    assert {one.hardware for one in LISTED} <= {"CPU", "GPU", "quiet"}
+    assert {one.hardware for one in LISTED} <= {"CPU", *claims.NEEDS}
+    for one in SECTIONS:
+        assert (one.command is None) == (one.hardware is None) == (one.within is None)
+        assert one.hardware in {None, "CPU", *claims.NEEDS}
+    told = json.loads(claims.FILE.read_text())
+    assert claims._dumped(told) == claims.FILE.read_text()
+    for claim in told["study"]:
+        assert {"command", "hardware", "minutes"} <= claim.keys()
+    for command in [*(one["command"] for one in told["study"]), *(one.command for one in SECTIONS if one.command)]:
+        for module in re.findall(r"python -m ((?:entrypoints|benchmarks)\S*)", command):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
     for one in LISTED:
         assert one.tables or one.expected is not None
         assert one.command or one.file
@@ -67,6 +89,43 @@ def test_an_edited_number_of_a_table_fails(copy):
         "failed",
         "docs/study.md, tables not as measured: table3",
     )
+
+
+def test_an_edited_number_of_any_section_fails_until_it_is_accepted(copy):
+    page, file = copy / "docs" / "training.md", copy / "paper" / "claims.json"
+    page.write_text(page.read_text().replace("| LoRA | 13,353 | 152 |", "| LoRA | 13,353 | 153 |"))
+    page.write_text(page.read_text() + "\n## Anew\n\nIt takes half a minute, in 3 of 4 cases.\n")
+    memory = next(one for one in SECTIONS if one.heading == "Memory")
+    verdict, why = claims.judge_section(memory, copy, LISTED)
+    assert (verdict, why.partition(";")[0]) == ("failed", "the page says 153 where the list has 152")
+    assert claims.unlisted(SECTIONS, copy) == ["docs/training.md, Anew"]
+    assert claims.accept(file, copy) == [
+        "docs/training.md, Memory: the page says 153 where the list has 152",
+        "docs/training.md, Anew: the page says half 3 4 where the list has nothing",
+        "docs/training.md, Anew: is new; say in the list what its numbers claim",
+    ]
+    assert claims.accept(file, copy) == []
+    memory = next(one for one in claims.sections(file) if one.heading == "Memory")
+    verdict, why = claims.judge_section(memory, copy, LISTED)
+    assert (verdict, "needs a machine that does nothing else" in why) == ("not run", True)
+    assert claims.unlisted(claims.sections(file), copy) == ["docs/training.md, Anew"]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("12,345.6 MiB, p = 4 × 10⁻⁷, 2e-5, w_p", "12,345.6|4 × 10⁻⁷|2e-5"),
+        ("half a minute, between six and eight minutes, one of two models", "half|six|eight"),
+        ("v1 of 7B-3 and toy-2", "7|3|2"),
+    ],
+)
+def test_what_counts_as_a_number(text, numbers):
+    assert claims.spelled_in(text) == numbers
+
+
+def test_a_tiny_p_may_differ_by_a_factor():
+    one = number("toy-p")
+    assert [one.accepts(value) for value in (7.7e-10, 1e-10, 7e-9, 1e-11, 1e-8)] == [True, True, True, False, False]
 
 
 def test_what_cannot_be_run_here_is_said():

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from plw_mlflow.config import DataOptions
+from plw_mlflow.config import DataOptions, ScoreOptions
 from plw_mlflow.errors import UserError
-from plw_mlflow.evaluation import held_out
+from plw_mlflow.evaluation import evaluate, held_out
 from plw_mlflow.evaluation.measures import completion, prompt
 from plw_mlflow.evaluation.scorer import Scorer
+from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.models import pretrained
 
 RECORDS = [
@@ -119,3 +120,15 @@ def test_records_that_are_trained_on_are_named(toy, new_file, options):
     sets = held_out.read([str(new_file)], toy[1], options)
     with pytest.warns(UserWarning, match="2 of the 3 examples of held_out_new are in the training data"):
         held_out.warn_of_overlap(sets, sets[0].examples[:2])
+
+
+def test_an_evaluation_has_them_beside_its_benchmarks(toy, new_file, options):
+    model, tokenizer = toy
+    sets = held_out.read([str(new_file)], tokenizer, options)
+    asked = ScoreOptions(tasks="toy_choice", limit=1)
+    evaluation = evaluate.run(model, tokenizer, load_tasks(asked), asked, seed=1, held_out_sets=sets)
+    assert [score.task for score in evaluation.primary] == ["toy_choice"]
+    metrics = [score.metric for score in evaluation.scores if score.task == "held_out_new"]
+    assert metrics == ["completion_loss", "exact_match", "bleu"]
+    assert evaluation.results["benchmarks"]["held_out_new"]["documents"] == len(RECORDS)
+    assert {row["task"] for row in evaluation.questions} == {"toy_choice", "held_out_new"}
