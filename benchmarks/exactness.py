@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import click
@@ -34,9 +34,9 @@ from torch import Tensor, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from plw_mlflow.config import TrainConfig
+from plw_mlflow.config import DivisorScope, LossDivisor, TrainConfig
 from plw_mlflow.data import batches, prepare
-from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.models import adapters, held, pretrained
@@ -49,6 +49,7 @@ STEPS = 4  # over which the errors of parts are taken
 PLWS = (0.0, 0.0005, 0.242, 1.0)
 ACCUMULATIONS = (1, 2, 8)
 SPREADS = ("1 process", "2, ddp", "2, fsdp2")
+DIVISORS, SCOPES = get_args(LossDivisor), get_args(DivisorScope)
 # What may be added to the loop: a method, and options of TrainConfig.
 PARTS: list[tuple[str, dict[str, Any]]] = [
     *(("full", options) for options in ({}, {"activation_checkpointing": True}, {"compile": True})),
@@ -80,7 +81,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    every = itertools.product(SPREADS, ACCUMULATIONS, (True, False), ("weights", "tokens"), ("step", "micro-batch"))
+    every = itertools.product(SPREADS, ACCUMULATIONS, (True, False), DIVISORS, SCOPES)
     return [Case(*values) for values in every]
 
 
@@ -165,24 +166,45 @@ def row_tokens(case: Case, examples: Sequence[Example]) -> int | None:
 
 def oracle(case: Case, plw: float, model: Any, examples: Sequence[Example]) -> Tensor:
     """The same gradient, an example at a time, in the model's own precision."""
-    size = case.micro_batch_examples if case.scope == "micro-batch" else EXAMPLES
+    size = {"step": EXAMPLES, "micro-batch": case.micro_batch_examples, "example": 1}[case.scope]
     (order,) = batches.steps(EXAMPLES, EXAMPLES, seed=TrainConfig().seed, first=0, total=1)
     groups = [order[start : start + size] for start in range(0, EXAMPLES, size)]
-    weights = Weights(plw)
     model.zero_grad()
     for group in groups:
-        token_weights = [weights.of(torch.from_numpy(examples[i].segment).long())[1:].double() for i in group]
-        all_weights = torch.cat(token_weights)
-        divisor = all_weights.sum() if case.divisor == "weights" else all_weights.count_nonzero()
-        for index, weight in zip(group, token_weights, strict=True):
+        weights = [token_weights(case.divisor, plw, examples[index]) for index in group]
+        sides = [torch.from_numpy(examples[index].segment[1:] == Segment.COMPLETION).long() for index in group]
+        if case.divisor == "segments":  # by side; a side that weighs nothing divides nothing
+            divisors = torch.stack([(w != 0).sum() for w in by_side(torch.cat(weights), torch.cat(sides))])
+        else:
+            all_weights = torch.cat(weights)
+            divisors = (all_weights.count_nonzero() if case.divisor == "tokens" else all_weights.sum()).expand(2)
+        for index, weight, side in zip(group, weights, sides, strict=True):
             tokens = torch.from_numpy(examples[index].tokens).long()
             logits = model(tokens.unsqueeze(0)).logits[0, :-1]
             nll = nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-            (nll @ (weight / divisor / len(groups)).to(nll.dtype)).backward()
+            divided = torch.where(weight != 0, weight / divisors[side], 0.0) / len(groups)
+            (nll @ divided.to(nll.dtype)).backward()
     return flat([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
 
 
-def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared) -> list[tuple[Case, float, float]]:
+def token_weights(divisor: str, plw: float, example: Example) -> Tensor:
+    """float64 [T - 1] weights of an example's predicted tokens. GoLLIE's share makes a token's depend on the others."""
+    is_completion = torch.from_numpy(example.segment[1:] == Segment.COMPLETION)
+    if divisor != "share":
+        return torch.where(is_completion, torch.tensor(1.0, dtype=torch.float64), plw)
+    completion = int(is_completion.sum())
+    odds = plw / (1 - plw) if plw < 1 else 1.0
+    of_prompt_token = odds * completion / (len(is_completion) - completion)
+    return torch.where(is_completion, torch.tensor(float(plw < 1), dtype=torch.float64), of_prompt_token)
+
+
+def by_side(values: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    return values[sides == 0], values[sides == 1]
+
+
+def measure(
+    rank: int, spread: str, load: Callable[[], Any], plws: Sequence[float], prepared: Prepared
+) -> list[tuple[Case, float, float]]:
     """Each case of a spread with the largest errors over the PLWs, ours and that of float32; empty but on rank 0."""
     exact, single = load().double(), load()
     rows = []
@@ -191,8 +213,9 @@ def measure(rank: int, spread: str, load: Callable[[], Any], prepared: Prepared)
         if case.spread != spread:
             continue
         errors = []
-        for plw in PLWS:
-            key = (plw, case.divisor, case.scope, case.micro_batch_examples if case.scope == "micro-batch" else 0)
+        for plw in plws:
+            size = case.micro_batch_examples if case.scope == "micro-batch" else 0
+            key = (plw, case.divisor, case.scope, size)
             gradient = ours(case, plw, load, prepared)
             if rank != 0:
                 continue
@@ -234,13 +257,15 @@ def measure_part(method: str, options: dict[str, Any], model: str, prepared: Pre
     return torch.tensor(errors).square().mean(0).sqrt().tolist()
 
 
-def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepared, file: str) -> None:
+def in_a_process(
+    rank: int, spread: str, port: int, model: str, plws: Sequence[float], prepared: Prepared, file: str
+) -> None:
     torch.set_num_threads(1)
     if spread != SPREADS[0]:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TQDM_DISABLE"] = "1"
-    rows = measure(rank, spread, partial(pretrained.load, model), prepared)
+    rows = measure(rank, spread, partial(pretrained.load, model), plws, prepared)
     if rank == 0:
         torch.save(rows, file)
 
@@ -250,7 +275,9 @@ def in_a_process(rank: int, spread: str, port: int, model: str, prepared: Prepar
 @click.option("--model", default="toy", show_default=True)
 @click.option("--dataset", default="toy-short", show_default=True)
 @click.option("--spreads", default=";".join(SPREADS), show_default=True, help="Separated by semicolons; may be empty.")
-def main(file: Path, model: str, dataset: str, spreads: str) -> None:
+@click.option("--plws", default=",".join(map(str, PLWS)), show_default=True, help="Of the first table.")
+@click.option("--parts/--no-parts", default=True, show_default=True, help="Whether to measure the second table.")
+def main(file: Path, model: str, dataset: str, spreads: str, plws: str, parts: bool) -> None:
     prepared = inputs(model, dataset, {"on_bad_record": "skip"})
     rows = []
     print(f"{'step taken by':<52}{'relative error of the gradient':>31}{'float32, plain':>16}")
@@ -259,7 +286,7 @@ def main(file: Path, model: str, dataset: str, spreads: str) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
             free.close()
-            arguments = (spread, port, model, prepared, answer.name)
+            arguments = (spread, port, model, list(map(float, plws.split(","))), prepared, answer.name)
             multiprocessing.spawn(in_a_process, arguments, nprocs=1 if spread == SPREADS[0] else 2)
             for case, error, floor in torch.load(answer.name, weights_only=False):
                 print(f"{case!s:<52}{error:>31.1e}{floor:>16.1e}", flush=True)
@@ -268,7 +295,7 @@ def main(file: Path, model: str, dataset: str, spreads: str) -> None:
     several = _inputs(model, dataset, {"on_bad_record": "skip"}, STEPS * EXAMPLES)
     processes = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
     print(f"\n{'part of the loop, 1 process, packed':<52}{'error':>9}{'plain':>9}{'from the loop without it':>26}")
-    for method, options in PARTS:
+    for method, options in PARTS if parts else []:
         name = ", ".join(
             [method, "float32"][: 1 if "precision" in options else 2]
             + [value if name == "precision" else name for name, value in options.items()]

@@ -26,9 +26,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import pretrained
 
 MEGA_BATCH = 50  # steps whose examples Trainer sorts by length at a time, by default
@@ -51,7 +51,7 @@ def trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: 
     rows = []
     for example in itertools.chain.from_iterable(steps):
         tokens, segment = (torch.from_numpy(part).long() for part in (example.tokens, example.segment))
-        rows.append({"tokens": tokens, "weights": weights.of(segment)})
+        rows.append({"tokens": tokens, "weights": batches.by_segment(weights, segment)})
 
     def collate(chosen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         tokens, weights = (

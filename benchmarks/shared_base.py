@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from benchmarks.training import draw, save_model
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Batch, Weights
+from plw_mlflow.data.batches import Batch
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import adapters, causal, pretrained
 from plw_mlflow.study import PUBLISHED_PLWS
 from plw_mlflow.training import arithmetic, attention, parallel

@@ -13,28 +13,22 @@ from plw_mlflow.config import PrepareConfig, data_name, short_name
 @command(PrepareConfig)
 def main(config: PrepareConfig) -> None:
     from plw_mlflow import tracking
-    from plw_mlflow.data import prepare, profile, show
-    from plw_mlflow.data.batches import Weights
+    from plw_mlflow.data import prepare, profile, show, weights
     from plw_mlflow.models import pretrained
 
     with tracking.open_run(
         config, f"prepare {data_name(config.dataset, config, short_name)}", experiment=tracking.LOOKING
     ) as run:
         tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
-        prepared = prepare.run(
-            config.dataset,
-            tokenizer,
-            config,
-            template_weight=config.template_weight,
-            completion_weight=config.completion_weight,
-        )
+        loss = weights.of_loss(config.plw, config)
+        prepared = prepare.run(config.dataset, tokenizer, config, loss)
         tracking.log_data(run, prepared)
         prepare.write(prepared, config.output)
-        weights = Weights(config.plw, config.template_weight, config.completion_weight)
         for index in range(min(config.show or 0, len(prepared.training))):
             name, colour = prepared.training.id(index), show.has_colour(sys.stdout)
-            print(show.show(prepared.training[index], tokenizer, weights, name=name, colour=colour))
-        print(text := profile.text(prepared.profile))
+            print(show.show(prepared.training[index], tokenizer, loss, name=name, colour=colour))
+        text = f"{profile.text(prepared.profile)}\n{profile.equals_text(prepared.predicted, loss)}"
+        print(text)
         run.describe(f"```\n{text}\n```")
 
 

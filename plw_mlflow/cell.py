@@ -29,7 +29,7 @@ from plw_mlflow.config import (
     recorded_data_options,
     split_list,
 )
-from plw_mlflow.data import prepare, profile, sources, templates
+from plw_mlflow.data import prepare, profile, sources, templates, weights
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import answer_ends
 from plw_mlflow.environment import outputs, precision
@@ -82,7 +82,7 @@ def lead(config: TrainConfig, run: Run) -> None:
         sets = held_out.read(split_list(config.held_out or ""), tokenizer, config, config.limit)
         held_out.warn_of_overlap(sets, prepared.training)
     tracking.log_data(run, prepared)
-    tracking.log_prompt_weight(run, config.plw, prepared.profile)
+    tracking.log_prompt_weight(run, config.plw, prepared.prompt_share(weights.of_loss(config.plw, config)))
     prepare.write(prepared, config.output)
     print(profile.text(prepared.profile))
     model, has_new_token = _load_model(config, prepared, tokenizer)
@@ -153,13 +153,7 @@ def _prepare(config: TrainConfig) -> tuple[Any, Prepared]:
     settings = pretrained.load_config(config.model)
     _check_recipe(settings, config)
     tokenizer = pretrained.load_tokenizer(config.model, config.tokenizer)
-    prepared = prepare.run(
-        config.dataset,
-        tokenizer,
-        config,
-        template_weight=config.template_weight,
-        completion_weight=config.completion_weight,
-    )
+    prepared = prepare.run(config.dataset, tokenizer, config, weights.of_loss(config.plw, config))
     if isinstance(config, MainConfig):
         measures.check(split_list(config.measures or ""), len(prepared.validation))
     template = templates.file(config.template)

@@ -28,7 +28,9 @@ from plw_mlflow.config.options import (
     PresetOptions,
     RecipeOptions,
     ScoreOptions,
+    WeightOptions,
     no_effect,
+    no_share,
     too_small,
 )
 from plw_mlflow.config.values import (
@@ -75,7 +77,7 @@ class Config(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(PresetOptions, DataOptions, Config):
+class PrepareConfig(PresetOptions, DataOptions, WeightOptions, Config):
     """Look at a data set before training on it."""
 
     model: str = "toy"
@@ -85,14 +87,10 @@ class PrepareConfig(PresetOptions, DataOptions, Config):
     show: int | None = None
     """Print the first so many training examples token by token, with the weight of each (unset: none)."""
     plw: float = 0.242
-    """Prompt loss weight of the tokens shown."""
-    template_weight: float | None = None
-    """Loss weight of the template's own tokens shown (unset: as the prompt)."""
-    completion_weight: float = 1.0
-    """Loss weight of the completion tokens shown."""
+    """Prompt loss weight of the tokens shown, and whose equals under other losses are printed."""
 
     def faults(self) -> list[str]:
-        return too_small(self, 1, "show") + too_small(self, 0, "plw", "template_weight", "completion_weight")
+        return too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,7 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         if self.optimizer == "adamw8bit" and self.parallel == "fsdp2":
             faults.append("the blocks of optimizer adamw8bit cannot be sharded; use optimizer adamw or parallel ddp")
+        faults += no_share(self)
         if self.compile and self.activation_checkpointing:
             faults.append("compile does nothing for layers that activation-checkpointing computes again; choose one")
         if self.log_model == "adapter" and (reason := self._why_no_adapter()):

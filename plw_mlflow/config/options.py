@@ -24,6 +24,8 @@ from plw_mlflow.errors import UserError
 # not become an explicit choice by being passed on, as `mlflow run` passes on every default.
 BY_PRESET: Any = None
 Preset = Literal["toy", "huerta2024", "huerta2024-lora"]
+LossDivisor = Literal["weights", "tokens", "segments", "share"]  # docs/plw.md
+DivisorScope = Literal["step", "micro-batch", "example"]
 Method = Literal["full", "lora", "dora", "qlora"]
 MEASURES = ("weight_distance", "memorisation", "stability", "length", "kl")  # of evaluation/measures.py
 
@@ -207,17 +209,26 @@ class OptimizerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossOptions(Options):
-    """How the loss is computed."""
+class WeightOptions(Options):
+    """What the loss of each token weighs beside the PLW, and by what a step's loss is divided."""
 
     template_weight: float | None = None
     """Loss weight of the template's own tokens (unset: as the prompt)."""
     completion_weight: float = 1.0
     """Loss weight of completion tokens and their end of text."""
-    loss_divisor: Literal["weights", "tokens"] = "weights"
-    """Divide a step's loss by the sum of its token weights, or by the number of tokens of non-zero weight."""
-    divisor_scope: Literal["step", "micro-batch"] = BY_PRESET
-    """Divide once a step, or each micro-batch by its own and then average (toy step, huerta2024 micro-batch)."""
+    loss_divisor: LossDivisor = "weights"
+    """By the sum of weights, the tokens that weigh, these of each side, or PLW as the prompts' share (docs/plw.md)."""
+    divisor_scope: DivisorScope = BY_PRESET
+    """Divide once a step, or each micro-batch or example alone and average (toy step, huerta2024 micro-batch)."""
+
+    def faults(self) -> list[str]:
+        return too_small(self, 0, "template_weight", "completion_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(WeightOptions):
+    """How the loss is computed."""
+
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread evenly over the vocabulary."""
     base_penalty: float = 0.0
@@ -226,7 +237,7 @@ class LossOptions(Options):
     """Order of the distance to the base weights; 1 or more."""
 
     def faults(self) -> list[str]:
-        faults = too_small(self, 0, "template_weight", "completion_weight", "base_penalty")
+        faults = too_small(self, 0, "base_penalty")
         return faults + too_small(self, 1, "base_penalty_order") + no_probability(self, "label_smoothing")
 
 
@@ -254,7 +265,7 @@ class AdapterOptions(Options):
 class MachineOptions(Options):
     """How training uses the machine."""
 
-    micro_batch_examples: int = no_effect(BY_PRESET, unless=lambda values: values["divisor_scope"] != "step")
+    micro_batch_examples: int = no_effect(BY_PRESET, unless=lambda values: values["divisor_scope"] == "micro-batch")
     """Examples per device and forward pass; lower it when memory is short (toy 16, huerta2024 4)."""
     packing: bool = no_effect(BY_PRESET)
     """Pack examples into rows, each seeing itself alone, or pad each to a row (toy true, huerta2024 false)."""
@@ -374,6 +385,22 @@ def not_positive(config: object, *field_names: str) -> list[str]:
         for name in field_names
         if not 0 < (value := getattr(config, name)) < math.inf
     ]
+
+
+def no_share(config: Any) -> list[str]:
+    """A phrase for each weight that cannot be where the PLW is the prompts' share of the loss."""
+    faults = []
+    if config.loss_divisor == "share":
+        if config.plw > 1:
+            faults.append(f"plw must be at most 1 under loss-divisor share, got {config.plw}")
+        if config.template_weight not in (None, 0):
+            faults.append(f"template-weight under loss-divisor share must be 0 or unset, got {config.template_weight}")
+        if config.completion_weight != 1:
+            faults.append(
+                f"completion-weight is {config.completion_weight}, but under loss-divisor share completions have what "
+                "the PLW leaves them"
+            )
+    return faults
 
 
 def no_probability(config: object, *field_names: str) -> list[str]:

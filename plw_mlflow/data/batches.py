@@ -15,30 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from plw_mlflow import seeding
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.errors import UserError
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Loss weight of a token, by the segment it belongs to."""
-
-    plw: float  # of instruction and input
-    template_weight: float | None = None  # None: as the rest of the prompt
-    completion_weight: float = 1.0
-
-    def of(self, segment: Tensor) -> Tensor:
-        """float32 weights for a tensor of segments, of the same shape."""
-        by_segment = torch.empty(len(Segment))
-        by_segment[Segment.TEMPLATE] = self.plw if self.template_weight is None else self.template_weight
-        by_segment[Segment.INSTRUCTION] = by_segment[Segment.INPUT] = self.plw
-        by_segment[Segment.COMPLETION] = self.completion_weight
-        return by_segment[segment]
+# [examples, 2] by what the weights of each example's prompt and completion are multiplied (`weights.factors`), if so.
+Factors = NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,7 @@ class Batch:
         return Batch(**parts)
 
 
-def collate(examples: Sequence[Example], weights: Weights) -> Batch:
+def collate(examples: Sequence[Example], weights: Weights, factors: Factors = None) -> Batch:
     """Pad examples to the longest of them."""
     shape = (len(examples), max(len(example.tokens) for example in examples))
     tokens, is_token, segment = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
@@ -94,10 +82,13 @@ def collate(examples: Sequence[Example], weights: Weights) -> Batch:
     predicted = is_token.clone()
     predicted[:, 0] = 0
     is_completion = (segment == Segment.COMPLETION) & (is_token == 1)
-    return _batch(tokens, weights.of(segment) * predicted, is_completion, attention=is_token)
+    weight = by_segment(weights, segment) * predicted
+    if factors is not None:
+        weight *= torch.from_numpy(factors).float()[torch.arange(len(examples)).unsqueeze(1), is_completion.long()]
+    return _batch(tokens, weight, is_completion, attention=is_token)
 
 
-def pack(examples: Sequence[Example], weights: Weights) -> Batch:
+def pack(examples: Sequence[Example], weights: Weights, factors: Factors = None) -> Batch:
     """Put examples behind one another in one row without padding.
 
     Examples S1 (3 tokens), S2 (2) and S3 (4) make one row of 9 tokens:
@@ -127,10 +118,18 @@ def pack(examples: Sequence[Example], weights: Weights) -> Batch:
     lengths = [len(example.tokens) for example in examples]
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    weight = weights.of(segment)
+    weight = by_segment(weights, segment)
     weight[:, borders[:-1].long()] = 0
     is_completion = segment == Segment.COMPLETION
+    if factors is not None:
+        number = torch.arange(len(examples)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+        weight *= torch.from_numpy(factors).float()[number, is_completion.long()]
     return _batch(tokens, weight, is_completion, positions=positions, borders=borders, longest=max(lengths))
+
+
+def by_segment(weights: Weights, segment: Tensor) -> Tensor:
+    """float32 weights for a tensor of segments, of the same shape, before factors."""
+    return torch.tensor(weights.by_segment, dtype=torch.float32)[segment]
 
 
 def _batch(tokens: Tensor, weights: Tensor, is_completion: Tensor, **rest: Any) -> Batch:

@@ -9,22 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from plw_mlflow.config import DataOptions, cache_folder, data_name, short_name
-from plw_mlflow.data import building, profile, selection, sources, templates
+from plw_mlflow.data import building, profile, selection, sources, templates, weights
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.profile import Contents, Profile, SourceContents
 from plw_mlflow.data.selection import Rows, Split
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.store import Examples, Store
 from plw_mlflow.data.tokens import Encoder
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError
 
 LISTED = 100  # records that are named in a profile
+USUAL = Weights(plw=1.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Prepared:
     profile: Profile
     digest: str  # of all stored tokens and segments, from which the options choose
     largest_token: int
+    predicted: weights.Counts = field(default_factory=lambda: np.zeros((0, len(Segment)), np.int64))  # in training
+
+    def prompt_share(self, loss: Weights) -> float | None:
+        """The share that prompt tokens have in the weight of the loss that is trained on; None where none has any."""
+        return weights.prompt_share(self.predicted, loss)
 
     @cached_property
     def figure(self) -> bytes:
@@ -50,11 +60,9 @@ def run(
     dataset: str,
     tokenizer: Any,
     options: DataOptions,
-    *,
-    template_weight: float | None = None,
-    completion_weight: float = 1.0,
+    loss: Weights = USUAL,
 ) -> Prepared:
-    """Read, invert, tokenise, mix and split a data set, and measure it; the two weights are for the measuring alone.
+    """Read, invert, tokenise, mix and split a data set, and measure it; the weights are for the measuring alone.
 
     Raises UserError where a record is unusable, or where no example is left to train on; ConnectionError where a
     data set has to be downloaded and cannot be.
@@ -88,17 +96,11 @@ def run(
     contents = _contents(
         dataset, options, list(zip(data_sources, stores, strict=True)), rows, split, dropped, duplicates
     )
-    measured = profile.measure(
-        contents,
-        rows.columns,
-        options.max_tokens,
-        options.on_long,
-        template_weight=template_weight,
-        completion_weight=completion_weight,
-    )
+    predicted = profile.predicted_counts(rows.columns, options.max_tokens)[split.is_training]
+    measured = profile.measure(contents, rows.columns, options.max_tokens, predicted, loss)
     digest = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
     largest_token = max(store.about["largest_token"] for store in stores)
-    return Prepared(data_sources, training, validation, measured, digest, largest_token)
+    return Prepared(data_sources, training, validation, measured, digest, largest_token, predicted)
 
 
 def cache_dir(options: DataOptions) -> Path:

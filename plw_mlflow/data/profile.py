@@ -7,14 +7,18 @@ whoever tokenises the prompt alone; in training it may count as completion (`Enc
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from plw_mlflow.config import DivisorScope, LossDivisor
+from plw_mlflow.data import weights
 from plw_mlflow.data.pieces import Segment
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.study import PUBLISHED_PLWS
 
 Counts = NDArray[np.integer[Any]]  # [N], one a record
@@ -92,38 +96,23 @@ class Profile(Contents):
     no_completion_within_max_tokens: float  # share of the records
     template_weight: float | None  # loss weight of the template's tokens; None: as the rest of the prompt
     completion_weight: float  # loss weight of completion tokens
+    loss_divisor: LossDivisor  # what the loss is divided by
+    divisor_scope: DivisorScope
     # By PLW, the share that prompt tokens (template included) have in the loss weight of all tokens that are trained
     # on; None where no token has any.
     effective_prompt_share: dict[str, float | None]
-
-    def prompt_share(self, plw: float) -> float | None:
-        """The share that prompt tokens have in the loss weight at any PLW; None where no token has any.
-
-        The odds of this share are linear in the PLW.
-        """
-        at_0, at_1 = (self.effective_prompt_share[key] for key in ("0", "1"))
-        if at_1 is None:
-            return None
-        if at_1 == 1:  # completions weigh nothing
-            return 1.0 if plw > 0 or at_0 is not None else None
-        odds_at_0, odds_at_1 = (share / (1 - share) for share in (at_0 or 0.0, at_1))
-        odds = odds_at_0 + plw * (odds_at_1 - odds_at_0)
-        return odds / (1 + odds)
 
 
 def measure(
     contents: Contents,
     columns: Mapping[str, Counts],
     max_tokens: int,
-    on_long: Literal["drop", "truncate"],
-    *,
-    template_weight: float | None = None,
-    completion_weight: float = 1.0,
+    predicted: weights.Counts,
+    loss: Weights,
 ) -> Profile:
     """The profile of a data set.
 
-    columns: of each record, before any is dropped or cut (N records, at least one of them within `max_tokens` if
-        longer ones are dropped), the number of
+    columns: of each record, before any is dropped or cut (N records), the number of
         instruction, input, completion: bare tokens;
         template_tokens, instruction_tokens, input_tokens, completion_tokens: tokens of the example by segment;
         length: all tokens of the example;
@@ -131,6 +120,7 @@ def measure(
         straddling_end: tokens among completion_tokens that end in the template's text after an answer;
         completion_kept, template_kept: tokens of the segment within the first `max_tokens` of the example;
         and first: the segment of its first token.
+    predicted: of the examples that are trained on (`predicted_counts`). loss: weights at any PLW.
     """
     straddling, length = columns["straddling"], columns["length"]
     bare = {name: columns[name] for name in ("instruction", "input", "completion")}
@@ -160,39 +150,28 @@ def measure(
         max_tokens=max_tokens,
         longer_than_max_tokens=float(is_cut.mean()),
         no_completion_within_max_tokens=float((columns["completion_kept"] == 0).mean()),
-        template_weight=template_weight,
-        completion_weight=completion_weight,
-        effective_prompt_share=_prompt_shares(
-            columns,
-            max_tokens,
-            ~is_cut if on_long == "drop" else np.ones(len(length), bool),
-            template_weight,
-            completion_weight,
-        ),
+        template_weight=loss.template_weight,
+        completion_weight=loss.completion_weight,
+        loss_divisor=loss.loss_divisor,
+        divisor_scope=loss.divisor_scope,
+        effective_prompt_share={
+            f"{plw:g}": weights.prompt_share(predicted, replace(loss, plw=plw)) for plw in PUBLISHED_PLWS
+        },
     )
 
 
-def _prompt_shares(
-    columns: Mapping[str, Counts],
-    max_tokens: int,
-    is_trained: NDArray[np.bool_],
-    template_weight: float | None,
-    completion_weight: float,
-) -> dict[str, float | None]:
-    """By PLW, the prompts' share of the loss weight of the records that are trained on."""
-    # The first token of an example is never predicted, so it has no weight.
+def predicted_counts(columns: Mapping[str, Counts], max_tokens: int) -> weights.Counts:
+    """Of each record, how many tokens of each segment are predicted within `max_tokens`, as `weights.count` has them.
+
+    Those of the input are counted to the instruction, as both weigh the same. columns: as `measure` takes them.
+    """
+    # The first token of an example is never predicted.
     completion, template = (
-        int((columns[f"{segment.name.lower()}_kept"] - (columns["first"] == segment))[is_trained].sum())
+        columns[f"{segment.name.lower()}_kept"].astype(np.int64) - (columns["first"] == segment)
         for segment in (Segment.COMPLETION, Segment.TEMPLATE)
     )
-    instruction_and_input = (
-        int((np.minimum(columns["length"], max_tokens) - 1)[is_trained].sum()) - completion - template
-    )
-    shares = {}
-    for plw in PUBLISHED_PLWS:
-        weight = plw * instruction_and_input + (plw if template_weight is None else template_weight) * template
-        shares[f"{plw:g}"] = _ratio(weight, weight + completion_weight * completion)
-    return shares
+    all_tokens = np.minimum(columns["length"], max_tokens).astype(np.int64) - 1
+    return np.stack([template, all_tokens - completion - template, np.zeros_like(template), completion], axis=1)
 
 
 def _lengths(counts: Counts) -> Lengths:
@@ -247,13 +226,38 @@ def text(profile: Profile) -> str:
 
 
 def weights_text(profile: Profile) -> str:
-    """The weights, but for PLW, that a profile's prompt shares were computed with; empty for the usual ones."""
-    weights = []
+    """What a profile's prompt shares were computed with beside the PLW; empty where it is the usual."""
+    told = []
     if profile.template_weight is not None:
-        weights.append(f"template weight {profile.template_weight:g}")
+        told.append(f"template weight {profile.template_weight:g}")
     if profile.completion_weight != 1:
-        weights.append(f"completion weight {profile.completion_weight:g}")
-    return f" at {' and '.join(weights)}" if weights else ""
+        told.append(f"completion weight {profile.completion_weight:g}")
+    if Weights(1, None, 1, profile.loss_divisor, profile.divisor_scope).have_factors:
+        told.append(f"loss divisor {profile.loss_divisor} by {profile.divisor_scope}")
+    return f" at {' and '.join(told)}" if told else ""
+
+
+def equals_text(predicted: weights.Counts, loss: Weights) -> str:
+    """The PLWs at which prompts have the same share of the weight under other losses, as a table.
+
+    predicted: of the examples that are trained on (`predicted_counts`).
+    """
+    share = weights.prompt_share(predicted, loss)
+    if share is None:
+        return f"at PLW {loss.plw:g} no token has any weight"
+    lines = [
+        f"at PLW {loss.plw:g} by loss divisor {loss.loss_divisor} and scope {loss.divisor_scope}, prompts have "
+        f"{share:.2%} of the loss weight; the same at PLW",
+        f"  {'':<10}{'by step':>12}{'by example':>12}",
+    ]
+    for divisor in typing.get_args(LossDivisor):
+        other = replace(loss, loss_divisor=divisor)
+        if divisor == "share" and loss.template_weight:  # which that loss has not
+            other = replace(other, template_weight=None)
+        by_scope = [replace(other, divisor_scope=scope) for scope in ("step", "example")]
+        plws = [weights.plw_of_share(predicted, each, share) for each in by_scope]
+        lines.append(f"  {divisor:<10}" + "".join(f"{'none' if plw is None else f'{plw:.4g}':>12}" for plw in plws))
+    return "\n".join(lines)
 
 
 def _source_lines(source: SourceContents) -> list[str]:

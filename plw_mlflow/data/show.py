@@ -1,6 +1,7 @@
 """Show an example token by token, with the weight that training gives each: what is masked, before a run.
 
-The weights come from `batches.collate`, which training uses too. Thin lines separate the tokens, and every character
+The weights come from `batches.collate`, which training uses too. Where they depend on the other examples of a step,
+they are those of a step that has no others. Thin lines separate the tokens, and every character
 that a terminal would not print as it stands is spelled out, so that a record can neither hide a character nor control
 the terminal.
 """
@@ -12,9 +13,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from plw_mlflow.data.batches import Weights, collate
+import numpy as np
+
+from plw_mlflow.data import weights as weighting
+from plw_mlflow.data.batches import collate
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 
 COLOURS = {Segment.TEMPLATE: 90, Segment.INSTRUCTION: 36, Segment.INPUT: 34, Segment.COMPLETION: 32}  # ANSI
 WIDTH = 120
@@ -27,7 +32,10 @@ def show(example: Example, tokenizer: Any, weights: Weights, *, name: str, colou
 
     name: of the record. colour: whether the segments have ANSI colours as well.
     """
-    by_token = collate([example], weights).weights[0].tolist()
+    factors = None
+    if weights.have_factors:  # which depend on a step's other examples; here there are none
+        factors = weighting.factors(weighting.count([example]), weights, np.zeros(1, np.int64))
+    by_token = collate([example], weights, factors).weights[0].tolist()
     is_completion = example.segment == Segment.COMPLETION
     total = sum(by_token)
     of_prompt = sum(itertools.compress(by_token, ~is_completion))

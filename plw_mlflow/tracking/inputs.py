@@ -19,7 +19,6 @@ from plw_mlflow import __version__
 from plw_mlflow.config import short_name
 from plw_mlflow.data import templates
 from plw_mlflow.data.prepare import Prepared
-from plw_mlflow.data.profile import Profile
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking.run import Run
@@ -53,12 +52,11 @@ def log_data(run: Run, prepared: Prepared) -> None:
         mlflow.log_artifact(str(figure))
 
 
-def log_prompt_weight(run: Run, plw: float, profile: Profile) -> None:
+def log_prompt_weight(run: Run, plw: float, share: float | None) -> None:
     """Log what the PLW comes to as metrics, by which MLflow's lists and charts can order the cells.
 
     w_p is the power of the PLW on which scores are fitted, prompt_share the prompts' share of the loss weight.
     """
-    share = profile.prompt_share(plw)
     run.log_metrics({"w_p": plw**EXPONENT} | ({} if share is None else {"prompt_share": share}))
 
 

@@ -28,9 +28,10 @@ from torch.nn.attention import activate_flash_attention_impl
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from plw_mlflow.data.batches import Weights, pack
+from plw_mlflow.data.batches import pack
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import causal, held
 

@@ -21,10 +21,12 @@ from torch.distributed.tensor import DTensor
 from plw_mlflow import seeding
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Batch, Weights
+from plw_mlflow.data import weights as weighting
+from plw_mlflow.data.batches import Batch, Factors
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.tokens import Example
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.errors import RunError, first_line
 from plw_mlflow.training import optimizers, parallel, row_length, state
 from plw_mlflow.training.base_penalty import BasePenalty
@@ -60,7 +62,7 @@ class Trainer:
         self.step = 0  # optimiser steps taken
         self._total_steps = total_steps
         self._config, self._is_packed, self._accelerator = config, is_packed, accelerator
-        self._weights = Weights(config.plw, config.template_weight, config.completion_weight)
+        self._weights = weighting.of_loss(config.plw, config)
         self._model = model
         self._learner = parallel.wrap(
             Learner(model, config.label_smoothing, has_fused_loss=config.compile), config.parallel, accelerator
@@ -94,7 +96,7 @@ class Trainer:
     def prepare(self, examples: Sequence[Example]) -> Step:
         """Make an optimiser step of examples ready for `begin_step`."""
         micro_batches = self._cut(examples, is_step=True)
-        own = self._collate(micro_batches, self._weights)
+        own = self._collate(micro_batches, self._weights, self._factors(micro_batches))
         if self._accelerator.device.type in ASYNCHRONOUS:
             own = [batch.pinned() for batch in own]
         return Step(own, len(micro_batches), sum(len(example.tokens) for example in examples))
@@ -172,16 +174,27 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def _factors(self, micro_batches: Sequence[Sequence[Example]]) -> list[Factors]:
+        """By what the weights of each micro-batch's examples are multiplied, if they are."""
+        if not self._weights.have_factors:
+            return [None] * len(micro_batches)
+        counts = [weighting.count(examples) for examples in micro_batches]
+        lengths = [len(examples) for examples in micro_batches]
+        groups = np.repeat(np.arange(len(lengths)), lengths)
+        found = weighting.factors(np.concatenate(counts), self._weights, groups)
+        return list(np.split(found, np.cumsum(lengths)[:-1]))
+
     def _divisors(self, step: Step) -> list[Tensor]:
         """The divisors D_m of this process's micro-batches, float64 scalars.
 
-        d_m is the sum of a micro-batch's weights (`--loss-divisor weights`), or the number of those that are not 0
-        (`tokens`, as arXiv:2507.07817 has it). By `--divisor-scope`, D_m is
+        d_m is the sum of a micro-batch's weights (`--loss-divisor` weights and share), or the number of those that are
+        not 0 (tokens, as arXiv:2507.07817 has it, and segments). By `--divisor-scope`, D_m is
 
             step         the sum of d_m over all micro-batches of all processes: one divisor, however the step is cut;
-            micro-batch  step.count * d_m, which makes the loss of the step the mean of the micro-batches' own means.
+            micro-batch  step.count * d_m, which makes the loss of the step the mean of the micro-batches' own means;
+            example      as for step: the examples' own divisors are in the weights already (`weights.factors`).
         """
-        if self._config.loss_divisor == "weights":
+        if self._config.loss_divisor in ("weights", "share"):
             own_divisors = [batch.weights.double().sum() for batch in step.own]
         else:
             own_divisors = [batch.weights.count_nonzero().double() for batch in step.own]
@@ -202,11 +215,14 @@ class Trainer:
             return batches.fill(examples, self._row_tokens, multiple=self._accelerator.num_processes)
         return batches.split(examples, config.micro_batch_examples, by_length=True)
 
-    def _collate(self, micro_batches: Sequence[Sequence[Example]], weights: Weights) -> list[Batch]:
+    def _collate(
+        self, micro_batches: Sequence[Sequence[Example]], weights: Weights, factors: Sequence[Factors]
+    ) -> list[Batch]:
         """This process's micro-batches; all get equally many, or a collective call would wait for ever."""
         collate = batches.pack if self._is_packed else batches.collate
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
-        own = [collate(examples, weights) for examples in micro_batches[rank::processes]]
+        own_parts = zip(micro_batches[rank::processes], factors[rank::processes], strict=True)
+        own = [collate(examples, weights, by) for examples, by in own_parts]
         if rank >= len(micro_batches) % processes > 0:
             own.append(collate(micro_batches[0][:1], Weights(0, 0, 0)))
         return own
@@ -224,7 +240,7 @@ class Trainer:
         self._learner.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self._accelerator.device)
         with self._explaining_memory():
-            for cpu_batch in self._collate(self._validation, Weights(plw=1.0)):
+            for cpu_batch in self._collate(self._validation, Weights(plw=1.0), [None] * len(self._validation)):
                 batch = cpu_batch.to(self._accelerator.device)
                 _, nll = self._learner(batch.tokens, batch.weights, batch.rows, **batch.context)
                 sums += _by_side(nll, batch)
@@ -299,10 +315,11 @@ class Trainer:
         """What to do where memory runs out in a forward or backward pass."""
         config = self._config
         option, value = "--micro-batch-examples", config.micro_batch_examples
-        if self._is_packed and config.divisor_scope == "step":
+        if self._is_packed and config.divisor_scope != "micro-batch":
             option, value = "--micro-batch-tokens", self._row_tokens
         # Under divisor-scope micro-batch, what is in one is part of the recipe.
-        harmless = ", which leaves the step's result as it is" if config.divisor_scope == "step" else ""
+        is_recipe = config.divisor_scope == "micro-batch"
+        harmless = "" if is_recipe else ", which leaves the step's result as it is"
         lower = f"lower {option} (now {value}){harmless}, or --max-tokens (now {config.max_tokens})"
         if config.activation_checkpointing or config.compile:  # of which one alone can be had
             return lower

@@ -96,6 +96,8 @@ def is_one_line(text):
         (["--base-penalty", "-1"], "base-penalty must be 0 or more"),
         (["--base-penalty-order", "0.5"], "base-penalty-order must be 1 or more"),
         (["--lora-targets", ","], "lora-targets must name at least one layer"),
+        (["--loss-divisor", "share", "--template-weight", "0.5"], "template-weight under loss-divisor share must be 0"),
+        (["--loss-divisor", "share", "--completion-weight", "2"], "completions have what the PLW leaves them"),
         (["--preset", "mine"], "'mine' is not one of 'toy', 'huerta2024', 'huerta2024-lora'"),
         (["--warmup-ratio", "1.1"], "warmup-ratio must be at most 1"),
         (["--batch-examples", "6", "--micro-batch-examples", "4"], "must be a multiple of"),
@@ -395,6 +397,11 @@ def test_what_to_look_at_is_said_once(config_type, options, is_enough):
             config_type(**options)
 
 
+def test_a_share_is_at_most_1():
+    with pytest.raises(ValueError, match="plw must be at most 1 under loss-divisor share, got"):
+        PrepareConfig(plw=1.5, loss_divisor="share")
+
+
 def test_an_endpoint_has_a_models_name_and_a_tokenizer():
     EvaluateConfig(model="m", endpoint="http://here/v1", tokenizer="toy")
     with pytest.raises(ValueError, match="endpoint needs the name that its server has"):
@@ -415,6 +422,7 @@ def test_the_identity_of_a_cell_leaves_out_what_changes_no_number():
     assert config.digest(TrainConfig(plw=0.1).identity()) != config.digest(TrainConfig().identity())
     assert set(TrainConfig().identity()) >= {"plw", "seed", "method", "loss_divisor", "epochs", "learning_rate"}
     assert "micro_batch_examples" in TrainConfig(divisor_scope="micro-batch").identity()
+    assert "micro_batch_examples" not in TrainConfig(divisor_scope="example").identity()
     assert "lora_rank" in TrainConfig(method="lora").identity()
 
 

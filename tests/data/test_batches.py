@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.weights import Weights
 from tests.conftest import make_example
 
 counts = st.integers(1, 40)

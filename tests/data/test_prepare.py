@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from plw_mlflow import study
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.data import building, files, formats, prepare, profile, selection, templates
-from plw_mlflow.data.batches import Weights, collate
+from plw_mlflow.data.batches import collate
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
+from plw_mlflow.data.weights import Weights
 from tests.conftest import byte_tokenizer
 
 HEAD = len(study.ALPACA_WITHOUT_INPUT) - len("{instruction}")  # bytes of the template around an instruction
@@ -86,12 +87,12 @@ def test_only_the_first_of_many_that_are_too_long_are_named(write, tokenizer):
 def test_the_prompts_share_is_that_of_the_weights_a_batch_has(write, tokenizer, template, opening, on_long):
     """Of `none`, an example starts with the instruction; its first token is then not the template's."""
     options = DataOptions(template=template, max_tokens=HEAD * opening + 24, on_long=on_long, validation_share=1e-9)
-    told = {"template_weight": 0.3, "completion_weight": 2.0}
-    found = prepare.run(write(LONG), tokenizer, options, **told)
+    found = prepare.run(write(LONG), tokenizer, options, Weights(1.0, 0.3, 2.0))
     for plw, share in found.profile.effective_prompt_share.items():
-        batch = collate([*found.training, *found.validation], Weights(float(plw), *told.values()))
+        loss = Weights(float(plw), 0.3, 2.0)
+        batch = collate(list(found.training), loss)
         expected = batch.weights[~batch.is_completion].sum() / batch.weights.sum()
-        assert share == pytest.approx(expected.item())
+        assert share == found.prompt_share(loss) == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from plw_mlflow.config import DataOptions
-from plw_mlflow.data import prepare, profile_figure
-from plw_mlflow.data.profile import Contents, SourceContents, measure, text
+from plw_mlflow.data import prepare, profile, profile_figure
+from plw_mlflow.data.pieces import Segment
+from plw_mlflow.data.profile import Contents, SourceContents, text
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
@@ -57,6 +59,13 @@ def columns(**changes):
     return {name: np.array(values, np.int32) for name, values in (COLUMNS | changes).items()}
 
 
+def measure(contents, columns, max_tokens, on_long, loss=Weights(1.0)):  # noqa: B008
+    """The profile where all that is not dropped is trained on."""
+    is_training = columns["length"] <= max_tokens if on_long == "drop" else slice(None)
+    predicted = profile.predicted_counts(columns, max_tokens)[is_training]
+    return profile.measure(contents, columns, max_tokens, predicted, loss)
+
+
 def test_a_profile_by_hand():
     found = measure(CONTENTS, columns(), max_tokens=12, on_long="truncate")
     assert (found.tokens_bare, found.tokens) == (3 + 1 + 6 + 11, 36)
@@ -96,23 +105,39 @@ def test_the_prompts_share_is_that_of_what_is_trained_on(on_long, prompt, comple
         assert share == pytest.approx(plw * prompt / (plw * prompt + completion))
 
 
-@pytest.mark.parametrize("weights", [{}, {"template_weight": 0.3}, {"completion_weight": 2.0}])
-def test_the_prompts_share_is_known_at_every_plw(weights):
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", **weights)
-    for plw, share in found.effective_prompt_share.items():
-        assert found.prompt_share(float(plw)) == pytest.approx(share)
-    assert found.prompt_share(3) > found.prompt_share(1)
-
-
 def test_the_prompts_share_where_completions_or_all_tokens_weigh_nothing():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", completion_weight=0.0)
-    assert (found.prompt_share(0), found.prompt_share(0.3)) == (None, 1)
-    without_tokens = replace(found, effective_prompt_share=dict.fromkeys(found.effective_prompt_share))
-    assert without_tokens.prompt_share(0.3) is None
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", loss=Weights(1.0, None, 0.0))
+    assert (found.effective_prompt_share["0"], found.effective_prompt_share["0.5"]) == (None, 1)
+    assert "0: undefined" in text(found)
+
+
+def test_what_the_loss_is_divided_by_is_in_the_share_and_in_the_title():
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", loss=Weights(1.0, None, 1.0, "segments"))
+    assert found.effective_prompt_share["0.05"] == pytest.approx(0.05 / 1.05)
+    assert "by PLW at loss divisor segments by step" in text(found)
+    found = measure(CONTENTS, columns(), 12, "drop", Weights(1.0, None, 1.0, "weights", "example"))
+    shares = [0.5 * prompt / (0.5 * prompt + completion) for prompt, completion in ((6, 3), (4, 7))]
+    assert found.effective_prompt_share["0.5"] == pytest.approx(sum(shares) / 2)
+    assert "by PLW at loss divisor weights by example" in text(found)
+
+
+def test_what_a_plw_is_in_other_losses_is_told_in_a_table():
+    predicted = profile.predicted_counts(columns(), 12)[:2]  # 10 tokens of prompts and of completions
+    assert predicted[:, Segment.COMPLETION].tolist() == [3, 7]
+    lines = [line.split() for line in profile.equals_text(predicted, Weights(0.25, None, 1.0, "segments")).split("\n")]
+    assert "20.00% of the loss weight" in " ".join(lines[0])
+    assert lines[1] == ["by", "step", "by", "example"]
+    assert [line[:2] for line in lines[2:]] == [
+        ["weights", "0.25"],
+        ["tokens", "0.25"],
+        ["segments", "0.25"],
+        ["share", "0.2"],
+    ]
+    assert "no token has any weight" in profile.equals_text(predicted[:0], Weights(0.25))
 
 
 def test_weights_other_than_the_plw_are_in_the_share_and_in_the_title():
-    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", template_weight=0.0, completion_weight=2.0)
+    found = measure(CONTENTS, columns(), max_tokens=12, on_long="drop", loss=Weights(1.0, 0.0, 2.0))
     # Of the template, four tokens each, the first is never predicted; instructions and inputs have 3 + 1 tokens.
     assert found.effective_prompt_share["0.5"] == pytest.approx(0.5 * 4 / (0.5 * 4 + 2 * 10))
     assert "by PLW at template weight 0 and completion weight 2" in text(found)

@@ -8,10 +8,11 @@ from hypothesis import given
 from transformers import AutoTokenizer
 
 from plw_mlflow.data import show, templates
-from plw_mlflow.data.batches import Weights, collate
+from plw_mlflow.data.batches import collate
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.toy import TOY_FOLDER
 from tests.conftest import byte_tokenizer
 from tests.data.test_tokens import odd

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.training import attention
 from plw_mlflow.training.learner import Learner
 from tests.conftest import make_example

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
 from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.errors import UserError
 from plw_mlflow.models import adapters, causal
 from plw_mlflow.training import attention, compilation, train

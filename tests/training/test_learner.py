@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import causal, pretrained
 from plw_mlflow.training import attention
 from plw_mlflow.training.learner import Learner

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plw_mlflow.config import TrainConfig
 from plw_mlflow.data import batches
-from plw_mlflow.data.batches import Weights
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import adapters
 from plw_mlflow.training import measured
 from plw_mlflow.training.measured import Meter, Peak, Work

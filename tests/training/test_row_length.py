@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from plw_mlflow.config import TrainConfig
-from plw_mlflow.data.batches import Weights, pack
+from plw_mlflow.data.batches import pack
 from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.data.weights import Weights
 from plw_mlflow.models import adapters, causal, pretrained
 from plw_mlflow.training import arithmetic, attention, parallel, row_length
 from plw_mlflow.training.trainer import Trainer

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -85,34 +86,47 @@ def first_step(folder, **options):
 
 
 def oracle(groups, weights, divisor):
-    """The mean over groups of sum w l / divisor, and its gradients: a row at a time, all logits, in float64.
+    """The mean over groups of their loss, and its gradients: a row at a time, all logits, in float64.
 
     weights: by segment, in the order template, instruction, input, completion.
     """
     model = copy.deepcopy(tiny_llama()).double()
     losses = []
     for group in groups:
-        total, weight, count = torch.zeros((), dtype=torch.float64), 0.0, 0
+        sides = {
+            False: [],
+            True: [],
+        }  # weight and loss of each token that weighs something, by whether it is completion
         for row in group:
             logits = model(torch.tensor([row.tokens.tolist()])).logits[0]
-            for position in range(1, len(row.tokens)):
-                w = weights[row.segment[position]]
+            predicted = range(1, len(row.tokens))
+            lengths = Counter(row.segment[position] == Segment.COMPLETION for position in predicted)
+            for position in predicted:
+                w, side = weights[row.segment[position]], row.segment[position] == Segment.COMPLETION
+                if divisor == "share" and not side:
+                    w *= lengths[True] / lengths[False]
                 if w:
                     target = torch.tensor(int(row.tokens[position]))
-                    total = total + w * cross_entropy(logits[position - 1], target)
-                    weight, count = weight + w, count + 1
-        if count:
-            losses.append(total / {"weights": weight, "tokens": count}[divisor])
-        else:
-            losses.append(total)
+                    sides[bool(side)].append((w, cross_entropy(logits[position - 1], target)))
+        if divisor != "segments":
+            sides = {None: [*sides[False], *sides[True]]}
+        loss = torch.zeros((), dtype=torch.float64)
+        for tokens in filter(None, sides.values()):
+            by = len(tokens) if divisor in ("tokens", "segments") else sum(w for w, _ in tokens)
+            loss = loss + sum(w * nll for w, nll in tokens) / by
+        losses.append(loss)
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+DIVISORS = ("weights", "tokens", "segments", "share")
+
+
 @functools.cache
-def whole_step(plw, divisor):
-    return oracle([EXAMPLES], [plw, plw, plw, 1], divisor)
+def whole_step(plw, divisor, scope="step"):
+    groups = [[row] for row in EXAMPLES] if scope == "example" else [EXAMPLES]
+    return oracle(groups, [plw, plw, plw, 1 - plw if divisor == "share" else 1], divisor)
 
 
 def assert_same_step(found, expected):
@@ -120,7 +134,8 @@ def assert_same_step(found, expected):
     for name, gradient in expected[1].items():
         assert gradient.abs().max() > 1e-3  # well above the absolute tolerance
         # Twice the default relative tolerance of float32: a sum of hundreds of products, in another order.
-        torch.testing.assert_close(found[1][name], gradient, check_dtype=False, rtol=1e-5, atol=2e-6)
+        atol = 2e-6 * max(1, expected[0] / 6)  # the mean of a few tokens' losses is at most 6
+        torch.testing.assert_close(found[1][name], gradient, check_dtype=False, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
@@ -128,12 +143,23 @@ def assert_same_step(found, expected):
 @pytest.mark.parametrize("divisor", ["weights", "tokens"])
 @pytest.mark.parametrize("plw", [0, 0.0005, 0.242, 1])
 def test_a_step_is_the_same_however_it_is_cut(plw, divisor, packing, rows, tmp_path):
+    assert_step_is_the_same(plw, divisor, "step", packing, rows, tmp_path)
+
+
+@pytest.mark.parametrize(("packing", "rows"), [(False, 1), (False, 6), (True, 2)])
+@pytest.mark.parametrize("scope", ["step", "example"])
+@pytest.mark.parametrize("divisor", DIVISORS)
+def test_so_it_is_where_weights_have_factors(divisor, scope, packing, rows, tmp_path):
+    assert_step_is_the_same(0.242, divisor, scope, packing, rows, tmp_path)
+
+
+def assert_step_is_the_same(plw, divisor, scope, packing, rows, tmp_path):
     longest = max(len(row.tokens) for row in EXAMPLES)
     cut = {"micro_batch_examples": rows}
     if packing:  # into rows of 18, 36, 54 and 108 tokens
         cut = {"micro_batch_examples": 1, "max_tokens": longest, "micro_batch_tokens": rows * longest}
-    found = first_step(tmp_path, plw=plw, loss_divisor=divisor, packing=packing, **cut)
-    assert_same_step(found, whole_step(plw, divisor))
+    found = first_step(tmp_path, plw=plw, loss_divisor=divisor, divisor_scope=scope, packing=packing, **cut)
+    assert_same_step(found, whole_step(plw, divisor, scope))
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -184,10 +210,11 @@ def micro_batches(rows, size):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("divisor", ["weights", "tokens"])
+@pytest.mark.parametrize("divisor", DIVISORS)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_batch, packing, tmp_path):
-    expected = oracle(micro_batches(EXAMPLES, micro_batch), [0.242, 0.242, 0.242, 1], divisor)
+    completion = 1 - 0.242 if divisor == "share" else 1
+    expected = oracle(micro_batches(EXAMPLES, micro_batch), [0.242, 0.242, 0.242, completion], divisor)
     found = first_step(
         tmp_path,
         plw=0.242,
@@ -200,7 +227,7 @@ def test_a_divisor_per_micro_batch_gives_the_mean_of_their_means(divisor, micro_
     assert found[0] != pytest.approx(whole_step(0.242, divisor)[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("divisor", ["weights", "tokens"])
+@pytest.mark.parametrize("divisor", ["weights", "tokens", "segments"])
 @pytest.mark.parametrize(("template", "completion"), [(0.0, 1.0), (0.5, 1.0), (None, 3.0), (0.0, 0.0)])
 def test_template_and_completion_may_have_weights_of_their_own(template, completion, divisor, tmp_path):
     plw = 0.25
@@ -225,7 +252,15 @@ def test_nor_where_each_micro_batch_has_its_own_divisor(tmp_path):
     assert_same_step(found, expected)
 
 
-@pytest.mark.parametrize("scope", ["step", "micro-batch"])
+@pytest.mark.parametrize("divisor", DIVISORS)
+def test_an_example_that_weighs_nothing_is_not_among_those_averaged(divisor, tmp_path):
+    found = first_step(
+        tmp_path, training=[*EXAMPLES, PROMPT_ALONE], plw=0, divisor_scope="example", loss_divisor=divisor
+    )
+    assert_same_step(found, whole_step(0, divisor, "example"))
+
+
+@pytest.mark.parametrize("scope", ["step", "micro-batch", "example"])
 def test_a_step_that_weighs_nothing_changes_nothing(scope, tmp_path):
     model = tiny_llama()
     loss, gradients = first_step(
@@ -237,6 +272,7 @@ def test_a_step_that_weighs_nothing_changes_nothing(scope, tmp_path):
 
 
 SCOPES = ("step", "micro-batch")
+WITH_FACTORS = (("segments", "step"), ("share", "step"), ("segments", "example"), ("weights", "example"))
 SPREADS = ("ddp", "fsdp2")
 
 
@@ -267,6 +303,9 @@ def share_steps(folder: Path, spread: str, rank: str) -> None:
     rows = {"micro_batch_tokens": 40, "max_tokens": 20}
     found["packed"] = first_step(folder / "packed", **rows, **options)
     found["computed again"] = first_step(folder / "again", activation_checkpointing=True, **rows, **options)
+    for divisor, scope in WITH_FACTORS:
+        more = {"loss_divisor": divisor, "divisor_scope": scope}
+        found[divisor, scope] = first_step(folder / f"{divisor} by {scope}", **more, **rows, **options)
     torch.save(found, folder / rank)
     for method in METHODS:
         model = resumable(folder / method, method, dropout=0.0, model=tiny_llama(tied=True), parallel=spread).model
@@ -315,7 +354,7 @@ def test_two_processes_take_the_step_of_one(spread, shared_training):
     expected = {
         "step": whole_step(0.242, "weights"),
         "micro-batch": oracle(micro_batches(EXAMPLES, 2), [0.242, 0.242, 0.242, 1], "weights"),
-    }
+    } | {how: whole_step(0.242, *how) for how in WITH_FACTORS}
     for rank in ("0", "1"):
         found = torch.load(shared_training / spread / rank)
         for kind, step in found.items():
