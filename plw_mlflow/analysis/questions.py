@@ -292,8 +292,8 @@ def meaning(rows: Sequence[Row]) -> list[str]:
         )
     else:
         sentences.append(
-            "Luck of training is not in them, as there are not several seeds of the PLWs: a difference may be one of "
-            "two trainings, and not of PLW. Several seeds would show that luck."
+            "Luck of training is not in them, as too few PLWs have several seeds: a difference may be one of two "
+            "trainings, and not of PLW. Two seeds of each PLW would show that luck."
         )
     if any(not row.are_paired for row in rows):
         sentences.append("Where two PLWs have no seed in common, the means over the seeds of each are compared.")

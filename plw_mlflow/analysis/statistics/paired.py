@@ -16,6 +16,8 @@ from scipy import stats
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.transforms import Array
 
+FEWEST = 2  # degrees of freedom that luck is estimated with; with one, the test finds twice as much as it should
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -99,20 +101,21 @@ def score_interval(gained: int, lost: int, questions: int) -> tuple[float, float
 
 
 def luck_of(scores: Array, noise: Array, plws: Sequence[object], seeds: Sequence[object]) -> Luck | None:
-    """The luck of training that runs show which share their PLW and differ in their seed; None if there are none such.
+    """The luck of training that runs show which share their PLW and differ in their seed; None if these are too few.
 
     scores: of runs, [R], each the mean over the tasks. noise: the variance of each that comes from how answers to
     single questions vary between seeds, [R]; NaN where there is one seed. What all runs of a seed share is no luck
-    here, as it drops out of differences between PLWs.
+    here, as it drops out of differences between PLWs; but it counts as luck where else too few runs would be left.
     """
-    columns = [np.array([label == one for label in labels], float) for labels in (plws, seeds) for one in set(labels)]
-    design = np.stack(columns, axis=1)  # [R, P + S]
-    freedom = len(scores) - int(np.linalg.matrix_rank(design))
-    if freedom == 0:
-        return None
-    residuals = scores - design @ np.linalg.lstsq(design, scores)[0]
-    spread = float(residuals @ residuals) / freedom
-    return Luck(max(0.0, spread - float(np.nanmean(noise))), spread, freedom)
+    for labels in ((plws, seeds), (plws,)):
+        columns = [np.array([label == one for label in given], float) for given in labels for one in set(given)]
+        design = np.stack(columns, axis=1)  # [R, P + S]
+        freedom = len(scores) - int(np.linalg.matrix_rank(design))
+        if freedom >= FEWEST:
+            residuals = scores - design @ np.linalg.lstsq(design, scores)[0]
+            spread = float(residuals @ residuals) / freedom
+            return Luck(max(0.0, spread - float(np.nanmean(noise))), spread, freedom)
+    return None
 
 
 def answer_noise(values: Array) -> float:

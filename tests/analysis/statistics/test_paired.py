@@ -68,15 +68,22 @@ def test_models_that_answer_alike_do_not_differ():
 
 
 def test_luck_is_what_seeds_differ_by_beyond_plws_and_beyond_noise():
-    scores = np.array([0.50, 0.54, 0.60, 0.66])  # two PLWs of two seeds
-    plws, seeds = [0, 0, 1, 1], [1, 2, 1, 2]
-    # The seeds differ by 0.04 at one PLW and by 0.06 at the other: residuals of 0.005 around PLW and seed.
-    luck = paired.luck_of(scores, np.full(4, 4e-5), plws, seeds)
-    assert (luck.spread, luck.freedom) == (pytest.approx(4 * 0.005**2), 1)
-    assert luck.variance == pytest.approx(1e-4 - 4e-5)
-    apart = paired.luck_of(scores, np.zeros(4), plws, [0] * 4)  # whose seeds have nothing in common
-    assert (apart.spread, apart.freedom) == (pytest.approx((0.04**2 + 0.06**2) / 4), 2)
-    assert paired.luck_of(scores, np.ones(4), plws, seeds).variance == 0
+    scores = np.array([0.50, 0.54, 0.60, 0.66, 0.70, 0.75])  # three PLWs of two seeds
+    plws, seeds = [0, 0, 1, 1, 2, 2], [1, 2] * 3
+    # The seeds differ by 0.04, 0.06 and 0.05, so by 0.05 everywhere and by 0.005 around it at two PLWs.
+    luck = paired.luck_of(scores, np.full(6, 1e-5), plws, seeds)
+    assert (luck.spread, luck.freedom) == (pytest.approx(4 * 0.005**2 / 2), 2)
+    assert luck.variance == pytest.approx(5e-5 - 1e-5)
+    apart = paired.luck_of(scores, np.zeros(6), plws, [0] * 6)  # whose seeds have nothing in common
+    assert (apart.spread, apart.freedom) == (pytest.approx((0.04**2 + 0.06**2 + 0.05**2) / 2 / 3), 3)
+    assert paired.luck_of(scores, np.ones(6), plws, seeds).variance == 0
+
+
+def test_luck_of_too_few_runs_is_not_given():
+    scores = np.array([0.50, 0.54, 0.60, 0.66])
+    few = paired.luck_of(scores, np.zeros(4), [0, 0, 1, 1], [1, 2, 1, 2])  # what seeds share cannot be told apart
+    assert (few.spread, few.freedom) == (pytest.approx((0.04**2 + 0.06**2) / 4), 2)
+    assert paired.luck_of(scores[:3], np.zeros(3), [0, 0, 1], [1, 2, 1]) is None
     assert paired.luck_of(scores[:2], np.zeros(2), [0, 1], [1, 1]) is None
 
 
