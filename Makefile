@@ -23,8 +23,10 @@ run: setup ## prepare, train and score a toy model at PLW 0.242
 test: setup ## formatting, lint, types and tests, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	@# Types are checked beside the tests, as that takes one core for more than a minute.
+	$(BIN)/mypy & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal; passed=$$?; \
+	wait $$types && exit $$passed
 
 test-slow: setup ## tests that take minutes: killed trainings, lost servers, whole sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
@@ -52,7 +54,7 @@ replication-smoke: replication-data ## one small cell of it
 		--seed 1 --limit 2 --max-records 16 --epochs 1
 
 replication-data: setup
-	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication data --model $(MODEL) --dataset $(RECORDS)
+	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication draw data --model $(MODEL) --dataset $(RECORDS)
 
 claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)

@@ -58,6 +58,7 @@ REPORT = (
     "answers.csv",
     "tasks.csv",
     "against.csv",
+    "axes.csv",
     "claims.csv",
     "power.csv",
     "next.json",

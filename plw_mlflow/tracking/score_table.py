@@ -139,7 +139,11 @@ class ScoredCells:
     def table(self) -> pd.DataFrame:
         """The score table. Raises UserError where the cells are not comparable."""
         notes = self.check()
-        table = self._named(pd.concat([cell.scores.assign(**cell.columns) for cell in self.newest], ignore_index=True))
+        parts = [
+            cell.scores.assign(**cell.columns, prompt_share=cell.run.data.metrics.get("prompt_share"))
+            for cell in self.newest
+        ]
+        table = self._named(pd.concat(parts, ignore_index=True))
         table.attrs |= {"source": self._place, "left_out": self._left_out(), "notes": notes}
         return table
 
