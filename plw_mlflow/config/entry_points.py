@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from plw_mlflow.config import limits
 from plw_mlflow.config.options import (
     BY_PRESET,
     AdapterOptions,
@@ -88,9 +89,16 @@ class PrepareConfig(PresetOptions, DataOptions, WeightOptions, Config):
     """Print the first so many training examples token by token, with the weight of each (unset: none)."""
     plw: float = 0.242
     """Prompt loss weight of the tokens shown, and whose equals under other losses are printed."""
+    fail_if: str | None = None
+    """Limits at which the command fails, such as 'no_end > 0, prompt_cut > 1%' (unset: none; docs/data.md)."""
 
     def faults(self) -> list[str]:
-        return too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
+        faults = too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
+        try:
+            limits.parse(self.fail_if or "")
+        except UserError as error:
+            faults.append(str(error))
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
