@@ -123,7 +123,7 @@ def curve_table(scores: pd.DataFrame) -> pd.DataFrame:
     """The parabola on w_p of each task of a score table, fitted over all runs of a data set."""
     rows = []
     for dataset, part in scores.groupby("dataset"):
-        grid = design.grid(part, str(dataset), make_transform("power", part["plw"]))
+        grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
         for curve in task_curves.fit_task_curves(grid):
             rows.append(
                 {
