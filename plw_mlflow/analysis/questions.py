@@ -146,7 +146,7 @@ def _words(group: dict[str, str]) -> str:
 def _rows(
     group: dict[str, str], tasks: dict[str, Values], metrics: dict[str, str], against: float, plws: list[float]
 ) -> Iterator[Row]:
-    """The comparisons of one group: for each PLW, on its benchmarks together, if there are several, and on each task."""
+    """The comparisons of one group: for each PLW, on its benchmarks together if there are several, and on each task."""
     for plw in plws:
         both = [task for task, values in tasks.items() if {plw, against} <= {one for one, _ in values}]
         benchmarks = [task for task in both if not task.startswith(HELD_OUT)]
