@@ -270,8 +270,13 @@ def _best_of_runs(table: pd.DataFrame, is_short: pd.Series, tasks: list[str]) ->
     """What the highest scores say, or why they say nothing: one claim's trouble must not cost the others."""
     try:
         return _best_runs(table, is_short, tasks)
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
+
+
+def _reason(error: ValueError) -> str:
+    """Why scores say nothing, by the error that they led to, which may be one of numpy's."""
+    return str(error) if isinstance(error, UserError) else "these scores allow no curve"
 
 
 def _ruled(claim: dict[str, Any], part: pd.DataFrame, dataset: str, model: str) -> Judged:
@@ -281,8 +286,8 @@ def _ruled(claim: dict[str, Any], part: pd.DataFrame, dataset: str, model: str) 
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
         return RULES[claim["rule"]](curve, **claim.get("by", {}))
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
 
 
 def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:
