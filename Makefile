@@ -23,8 +23,10 @@ run: setup ## prepare, train and score a toy model at PLW 0.242
 test: setup ## formatting, lint, types and tests, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	@# Types are checked beside the tests, as that takes one core for more than a minute.
+	$(BIN)/mypy & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal; passed=$$?; \
+	wait $$types && exit $$passed
 
 test-slow: setup ## tests that take minutes: killed trainings, lost servers, whole sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal

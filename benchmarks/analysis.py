@@ -162,7 +162,7 @@ def empty(setting: Setting) -> Grid:
     runs = setting.runs
     names = [f"task-{number:02d}" for number in range(setting.tasks)]
     table = runs.merge(pd.DataFrame({"task": names}), how="cross").assign(metric="acc", score=0.0)
-    return design.grid(table, "simulated", make_transform("power", runs["plw"]))
+    return design.grid(table, "simulated", make_transform("w_p", runs["plw"]))
 
 
 def draw(setting: Setting, number: int) -> Array:

@@ -22,15 +22,24 @@ from plw_mlflow.advice import advise, evidence, evidence_figure
 from plw_mlflow.analysis import analyze, claims, score_table, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.score_table import rescale
-from plw_mlflow.analysis.statistics import design, differences, fitting, over_tasks, task_curves
+from plw_mlflow.analysis.statistics import design, differences, fitting, joint, over_tasks, task_curves
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.fitting import Fit
-from plw_mlflow.transforms import CURVE_TERMS, EXPONENT, make_transform
+from plw_mlflow.transforms import AXES, CURVE_TERMS, EXPONENT, make_transform
 
 SHORT, PLAIN, CLEANED = "AlpacaDataShort", "AlpacaData", "AlpacaDataCleaned"
 DATASETS = (PLAIN, CLEANED, SHORT)
 WIT_SETS = ("Tulu-v2", "Alpaca-Cleaned", "LIMA")  # by generation ratio
 MARGIN = 0.01  # one point of accuracy or BLEU
+AXIS_NAMES = {
+    "w_p": "`w_p`: PLW^0.30103",
+    "plw": "`plw`",
+    "logit": "`logit` of PLW",
+    "rank": "`rank` of PLW",
+    "share": "`share` of the prompts",
+    "w_share": "`w_share`: share^0.30103",
+    "w_odds": "`w_odds`: (weight of prompts / of completions)^0.30103",
+}
 RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -39,8 +48,9 @@ RATIOS = (0.01, 0.08, 0.3, 1.0, 3.0, 10.0)
 
 @cache
 def scores() -> pd.DataFrame:
-    """The study's 480 scores, as fractions."""
-    return score_table.read_scores(evidence.TABLES / "v1_scores.csv")
+    """The study's 480 scores, as fractions, with the prompts' share of the loss weight by its Table 1."""
+    table = score_table.read_scores(evidence.TABLES / "v1_scores.csv")
+    return score_table.add_prompt_shares(table, evidence.printed_ratios())
 
 
 @cache
@@ -49,26 +59,26 @@ def analysis() -> Analysis:
     return analyze.analyze(scores(), margin=MARGIN)
 
 
-def grid(table: pd.DataFrame, name: str = "", by: str | None = None, transform: str = "power") -> design.Grid:
+def grid(table: pd.DataFrame, name: str = "", by: str | None = None, axis: str = "w_p") -> design.Grid:
     """A checked table as the models take it."""
-    return design.grid(table, name, make_transform(transform, table["plw"]), by=by)
+    return design.grid(table, name, make_transform(axis, table["plw"], score_table.prompt_odds(table)), by=by)
 
 
 @cache
-def fitted(dataset: str, model: str, scale: str = "none", transform: str = "power") -> Fit:
+def fitted(dataset: str, model: str, scale: str = "none", axis: str = "w_p") -> Fit:
     """One model of one of the study's data sets; the scale `mixed` has BLEU in 0..100 and the rest in 0..1."""
     table = scores()
     if scale == "mixed":
         table = table.assign(score=table["score"].where(table["metric"] != "bleu", 100 * table["score"]))
     else:
         table = rescale(table, scale)
-    return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset, transform=transform))
+    return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset, axis=axis))
 
 
 @cache
 def wit(most: float) -> pd.DataFrame:
     """WIT's runs of PLWs up to `most`."""
-    table = evidence.wit_scores()
+    table = score_table.add_prompt_shares(evidence.wit_scores(), evidence.wit_ratios())
     return table[table["plw"] <= most]
 
 
@@ -79,9 +89,9 @@ def wit_fitted(dataset: str, model: str, most: float) -> Fit:
     return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset))
 
 
-def compared(table: pd.DataFrame, datasets: Sequence[str]) -> Difference:
+def compared(table: pd.DataFrame, datasets: Sequence[str], axis: str = "w_p") -> Difference:
     """The test of a difference between data sets."""
-    return differences.compare_curves(grid(table[table["dataset"].isin(datasets)], by="dataset"), "dataset")
+    return differences.compare_curves(grid(table[table["dataset"].isin(datasets)], by="dataset", axis=axis), "dataset")
 
 
 @cache
@@ -201,24 +211,26 @@ def by_task() -> str:
 
 
 def by_scale() -> str:
-    """AlpacaDataShort under every scale and transform."""
+    """AlpacaDataShort under every scale and on every axis."""
     names = {
-        ("none", "power"): "fractions, w_p = PLW^0.30103",
-        ("minmax", "power"): "each task min-max",
-        ("zscore", "power"): "each task z-scored",
+        ("none", "w_p"): "fractions, w_p = PLW^0.30103",
+        ("minmax", "w_p"): "each task min-max",
+        ("zscore", "w_p"): "each task z-scored",
         ("none", "logit"): "logit of PLW",
         ("none", "rank"): "rank of PLW",
-        ("none", "none"): "PLW itself",
+        ("none", "plw"): "PLW itself",
+        ("none", "share"): "the prompts' share of the loss weight",
+        ("none", "w_share"): "that share^0.30103",
     }
     rows = []
-    for (scale, transform), name in names.items():
+    for (scale, axis), name in names.items():
         shown = []
         for model in ("crossed", "lmm"):
-            fit = fitted(SHORT, model, scale, transform)
+            fit = fitted(SHORT, model, scale, axis)
             shown += [p_value(fit.joint_p), best(fit.optimum_plw, fit.delta_interval)]
         rows.append([name, *shown])
     return markdown(
-        ["scale or transform", "p, `crossed`", "best PLW (95 %, delta)", "p, `lmm`", "best PLW (95 %, delta)"], rows
+        ["scale or axis", "p, `crossed`", "best PLW (95 %, delta)", "p, `lmm`", "best PLW (95 %, delta)"], rows
     )
 
 
@@ -235,6 +247,31 @@ def _between(table: pd.DataFrame, datasets: Sequence[str]) -> str:
         over = tests.get("Hotelling's T^2 over tasks", "too few tasks")
         rows.append([" / ".join(group), over, tests["likelihood ratio, lmm"]])
     return markdown(["data sets", "p, over tasks (Hotelling)", "p, likelihood ratio of `lmm`"], rows)
+
+
+def by_axis() -> str:
+    """All data sets of a collection of runs described together, on every axis."""
+    collections = {
+        "the study, 60 runs": (scores(), DATASETS),
+        "WIT, 60 runs, PLW to 1": (wit(1.0), WIT_SETS),
+        "WIT, 90 runs, PLW to 5": (wit(5.0), WIT_SETS),
+    }
+    rows = []
+    for name, (table, datasets) in collections.items():
+        joined = joint.compare_axes(score_table.check(table))
+        for axis in (None, *(axis for axis in AXES if axis not in joined.refusals)):
+            one = joined.of(axis)
+            assert one.left_out is not None
+            errors = [
+                f"{100 * one.left_out[dataset]:.2f}" + "*" * bool((one.beyond or {}).get(dataset))
+                for dataset in datasets
+            ]
+            row = [name, "no curve" if axis is None else AXIS_NAMES[axis], f"{one.loglik:.1f}", f"{one.aic:.1f}"]
+            each = None if axis is None else joined.of(axis, each=True)
+            row += [", ".join(errors), *(["", ""] if each is None else [f"{each.loglik:.1f}", f"{each.aic:.1f}"])]
+            rows.append(row)
+    head = ["runs", "axis", "one curve: log-likelihood", "AIC", "error on each data set, left out, in points"]
+    return markdown([*head, "a curve each: log-likelihood", "AIC"], rows)
 
 
 def no_effect() -> str:
@@ -347,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
         by_task,
         by_scale,
         between,
+        by_axis,
         no_effect,
         claimed,
         wit_models,
@@ -369,6 +407,7 @@ def headlines() -> dict[str, str]:
     datasets, between_models = advise.by_dataset(evidence_points())
     of_wit = [dataset for dataset in datasets if dataset.study == evidence.WIT]
     rank = fitting.stats.spearmanr([dataset.ratio for dataset in of_wit], [dataset.w for dataset in of_wit]).statistic
+    in_share = compared(score_table.in_prompt_odds(scores()), DATASETS, "share").tests[-1].p
     printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
     return {
         "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",
@@ -380,6 +419,7 @@ def headlines() -> dict[str, str]:
         "gain": f"{100 * gain:.1f} points above it (p = {p_value(p_gain)} over tasks, by `crossed`)",
         "correlation, in print": f"prints a rank correlation of {printed['avg generation ratio']:+.1f}",
         "correlation, here": f"it is {rank:+.1f}",
+        "between, in the share": f"p = {p_value(in_share)} if the curves are in the share",
         "between models": f"SD {math.sqrt(between_models):.2f}",
     }
 

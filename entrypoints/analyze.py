@@ -39,6 +39,7 @@ def main(config: AnalyzeConfig) -> None:
 
 def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     from plw_mlflow import tracking
+    from plw_mlflow.advice import evidence
     from plw_mlflow.analysis import analyze, claims, planning, report, score_table, wording
     from plw_mlflow.environment import outputs
 
@@ -50,10 +51,11 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         table = score_table.fittable(scores)
     for line in score_table.remarks(table):
         print(line)
+    table = score_table.add_prompt_shares(table, evidence.printed_ratios() | config.given_ratios())
     analysis = analyze.analyze(
         table,
         config.scale,
-        transform=config.transform,
+        axis=config.axis,
         margin=config.margin,
         by=by,
         draws=config.bootstrap,
@@ -68,7 +70,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         judged = claims.judge(table, config.scale)
         print(f"\n{claims.text(judged)}")
         run.log_files(outputs.write(folder, {"claims.csv": outputs.table(claims.frame(judged))}))
-    grids = analyze.grids(table, config.scale, config.transform, by)
+    grids = analyze.grids(table, config.scale, config.axis, by)
     return planning.ask(grids, width=config.width if config.power else None, next_plws=config.next)
 
 

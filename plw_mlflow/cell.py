@@ -91,7 +91,8 @@ def lead(config: TrainConfig, run: Run) -> None:
     folder = config.checkpoint_dir / key
     with checkpoints.reserve(folder):
         checkpoints.set_aside_unusable(folder, key)  # before the newest one on disk is compared with the store's
-        run.tag(base_model=contents["base"], precision=contents["precision"], examples_sha256=prepared.digest)
+        run.tag(base_model=contents["base"], precision=contents["precision"])
+        run.tag(examples_sha256=prepared.digest, tokenizer_sha256=contents["tokenizer"])
         peak = measured.find_peak(model, contents["precision"], config.max_tokens)
         run.tag(mfu_peak=peak.named)
         stored = StoredCheckpoints(run, key)

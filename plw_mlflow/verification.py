@@ -42,6 +42,7 @@ from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.tracking import Record
 
 MACHINE = ("processor", "device", "devices", "threads", "processes")  # of the environment; the rest are versions
+CONTENTS = {"examples": "examples_sha256", "base": "base_model", "tokenizer": "tokenizer_sha256"}  # and their tags
 EFFECTS = ("loss", "weights", "scores")  # findings that follow from the others
 MOST_NAMED = 5  # in one line
 
@@ -80,7 +81,8 @@ def run(config: VerifyConfig) -> None:
         content: dict[str, Any] = {"run_id": config.run_id, "when": when, "scope": scope, "summary": summary}
         content["findings"] = [asdict(finding) for finding in findings]
         outputs.write(config.output, {"verification.json": (json.dumps(content, indent=2) + "\n").encode()})
-    if different := [finding.what for finding in findings if finding.is_same is False]:
+    different = [finding.what for finding in findings if finding.is_same is False]
+    if different not in ([], ["machine"]):  # that the machine is another one is no fault of the record
         raise RunError(f"{len(different)} of {len(findings)} comparisons differ: {', '.join(different)}")
 
 
@@ -97,6 +99,8 @@ def summarise(findings: Sequence[Finding]) -> str:
         return f"what differs is {', '.join(changed)}, and nothing that is compared explains why"
     kept = [what for what in effects if what not in changed]
     does = f"; this changes {', '.join(changed)}" if changed else ""
+    if changed and causes == ["machine"]:
+        does += " (another machine may add numbers up in another order: look at how large the differences are)"
     stays = f"; it does not change {', '.join(kept)}" if kept else ""
     return f"what differs is {', '.join(causes)}{does}{stays}"
 
@@ -117,12 +121,9 @@ def _compare(record: Record, config: VerifyConfig) -> Iterator[Finding]:
         again = _options_of_now(record, config, Path(scratch))
         yield _data(record, again)
         key, contents = cell.identify(again)
-        for what, tag, name in (("examples", "examples_sha256", "examples"), ("base", "base_model", "base")):
-            yield _digest(what, contents[name], record.tags.get(tag))
-        is_explained = contents["data"] != record.tags["data_sha256"] or any(
-            contents[name] != record.tags.get(tag)
-            for name, tag in (("examples", "examples_sha256"), ("base", "base_model"))
-        )
+        named = [_digest(what, contents[what], record.tags.get(tag)) for what, tag in CONTENTS.items()]
+        yield from named
+        is_explained = contents["data"] != record.tags["data_sha256"] or any(one.is_same is False for one in named)
         yield _options(record, None if is_explained else key)
         if config.data:
             return
@@ -133,6 +134,15 @@ def _compare(record: Record, config: VerifyConfig) -> Iterator[Finding]:
                 yield _curves(record, repeated)
                 yield _weights(record, repeated)
                 yield from _scores(record, repeated, config)
+        yield from _not_repeated(record)
+
+
+def _not_repeated(record: Record) -> Iterator[Finding]:
+    """What the record holds that a verification does not repeat."""
+    if measures := [name for name in record.metrics if name.startswith("measure/")]:
+        yield Finding("measures", None, f"{', '.join(measures)}: measures are not repeated")
+    if (processes := record.environment.get("processes", "1")) != "1":
+        yield Finding("processes", None, f"the cell was trained by {processes}, and is repeated by one")
 
 
 def _code(record: Record) -> Finding:

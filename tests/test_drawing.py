@@ -12,7 +12,7 @@ PLWS = [0, 0.0005, 0.002236, 0.01, 0.02463, 0.05, 0.1, 0.2463, 0.5, 1]
 
 
 def test_tick_labels_keep_their_distance():
-    labels = drawing.tick_labels(make_transform("power", PLWS))
+    labels = drawing.tick_labels(make_transform("w_p", PLWS))
     places = list(labels)
     assert labels[0] == "0"
     assert labels[1] == "1"

@@ -20,6 +20,7 @@ ROOMS = (
         "tracking",
         "advice",
         "evaluation",
+        "integrations",
         "training",
         "models",
     ),
@@ -58,6 +59,7 @@ def test_imports_point_downwards():
     ]
     assert wrong == []
     assert {(importing, imported) for importing, imported, _ in pairs}.isdisjoint(STRANGERS)
+    assert "integrations" not in {imported for _, imported, _ in pairs}  # which are for people's own programs
 
 
 HEAVY = {"torch", "transformers", "mlflow", "peft", "pandas", "scipy", "matplotlib", "lm_eval", "datasets"}
@@ -98,6 +100,18 @@ def test_preparing_data_imports_no_statistics():
         {"scipy", "statsmodels", "mlflow", "torch", "lm_eval"}
     )
     assert not [module for module in modules if module.startswith("plw_mlflow.analysis")]
+
+
+def test_integrations_need_no_tracking_no_benchmark_and_no_command_line():
+    """Nor `datasets`, though transformers' own Trainer imports it where it is installed."""
+    code = (
+        "import plw_mlflow.integrations; assert not {'datasets', 'transformers.trainer'} & sys.modules.keys(); "
+        "from plw_mlflow.integrations import PLWTrainer"
+    )
+    modules, ended = modules_after(code)
+    assert ended == 0
+    assert "plw_mlflow.integrations.trainer" in modules
+    assert {module.split(".")[0] for module in modules}.isdisjoint({"mlflow", "lm_eval", "click", "matplotlib"})
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--no-such-option"], 2)])

@@ -25,7 +25,7 @@ from plw_mlflow.errors import RunError, UserError
 from plw_mlflow.verification import Finding
 from tests.stores import ROOT, Place
 
-ALL = ("code", "packages", "machine", "model", "data", "examples", "base", "options", "loss", "weights")
+ALL = ("code", "packages", "machine", "model", "data", "examples", "base", "tokenizer", "options", "loss", "weights")
 ALL = (*ALL, "benchmarks", "scores")
 
 
@@ -140,7 +140,7 @@ def test_a_fresh_copy_of_the_repository_repeats_a_cell_until_a_line_is_changed(m
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("DIFFERS")}
     assert {"code", "loss", "weights"} <= lines.keys()
     assert "plw_mlflow/seeding.py has changed (commit" in lines["code"]
-    assert re.search(r"error: \d of 12 comparisons differ: code, ", done.stderr)
+    assert re.search(r"error: \d of 13 comparisons differ: code, ", done.stderr)
 
 
 def copy_project(folder):
@@ -183,7 +183,7 @@ def test_a_parameter_that_was_changed_is_told_from_a_changed_file(moved):
     findings, error = verify(folder, run_id, data=True)
     assert differing(findings) == {"options"}
     assert findings["options"].text.endswith("the cell's key agrees with config.json")
-    assert error == "1 of 8 comparisons differ: options"
+    assert error == "1 of 9 comparisons differ: options"
 
 
 def test_another_package_version_is_named(moved, monkeypatch):
@@ -195,6 +195,28 @@ def test_another_package_version_is_named(moved, monkeypatch):
     findings, _ = verify(folder, run_id, data=True)
     assert differing(findings) == {"packages"}
     assert findings["packages"].text.startswith("pandas 99.9, recorded ")
+
+
+def test_another_machine_is_named_and_is_no_fault(moved, monkeypatch):
+    folder, run_id = moved()
+    here = provenance.fingerprint() | {"processor": "another one"}
+    monkeypatch.setattr(provenance, "fingerprint", lambda: here)
+    findings, error = verify(folder, run_id, data=True)
+    assert (differing(findings), error) == ({"machine"}, "")
+    assert "processor another one, recorded " in findings["machine"].text
+
+
+def test_another_tokenizer_is_named_and_what_is_not_repeated_is_said(moved):
+    folder, run_id = moved()
+    client = mlflow.MlflowClient()
+    client.set_tag(run_id, "plw.tokenizer_sha256", "f" * 64)
+    client.log_metric(run_id, "measure/kl", 0.5)
+    with tracking.recorded(run_id) as record:
+        record.environment["processes"] = "2"
+        said = [finding.text for finding in verification._not_repeated(record)]
+    assert said == ["measure/kl: measures are not repeated", "the cell was trained by 2, and is repeated by one"]
+    findings, error = verify(folder, run_id, data=True)
+    assert (differing(findings), error) == ({"tokenizer"}, "1 of 9 comparisons differ: tokenizer")
 
 
 def test_a_changed_line_of_code_is_named(moved, monkeypatch):
@@ -222,7 +244,7 @@ def test_a_tampered_model_is_named_without_training(moved, method, file, name):
     tamper(folder, run_id, file, name)
     findings, error = verify(folder, run_id, data=True)
     assert differing(findings) == {"model"}
-    assert error == "1 of 8 comparisons differ: model"
+    assert error == "1 of 9 comparisons differ: model"
 
 
 @pytest.mark.slow
@@ -275,5 +297,8 @@ def test_the_summary_says_what_differs_and_what_that_does():
     assert summary(code=False, loss=True, scores=True) == "what differs is code; it does not change loss, scores"
     said = "what differs is data; this changes loss; it does not change scores"
     assert summary(data=False, loss=False, scores=True) == said
+    said = "what differs is machine; it does not change loss"
+    assert summary(machine=False, loss=True) == said
+    assert "this changes loss (another machine may add" in summary(machine=False, loss=False)
     said = "what differs is loss, and nothing that is compared explains why"
     assert summary(code=True, loss=False) == said

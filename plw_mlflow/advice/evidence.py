@@ -180,6 +180,11 @@ def wit() -> list[EvidencePoint]:
     return points
 
 
+def wit_ratios() -> dict[str, float]:
+    """Generation ratios of WIT's data sets."""
+    return {row["dataset"]: float(row["ratio"]) for row in _rows("wit_generation_ratios.csv")}
+
+
 def wit_scores() -> pd.DataFrame:
     """WIT's 450 runs with a response weight above 0 as a score table, in which each language model plays a task.
 
@@ -230,7 +235,7 @@ def _of_table(
 def _grid(part: pd.DataFrame, dataset: str) -> design.Grid:
     if part["plw"].nunique() < 3:
         raise UserError(f"data set {dataset} has {part['plw'].nunique()} PLWs within 0..1; a curve needs 3 or more")
-    return design.grid(part, dataset, make_transform("power", part["plw"]))
+    return design.grid(part, dataset, make_transform("w_p", part["plw"]))
 
 
 def _lead(grid: design.Grid, scale: str) -> Fit:

@@ -20,6 +20,8 @@ from plw_mlflow.analysis.score_table import (
     SCALES,
     SCORE,
     check,
+    in_prompt_odds,
+    prompt_odds,
     rescale,
     task_types,
     widest_difference,
@@ -30,6 +32,7 @@ from plw_mlflow.analysis.statistics import (
     differences,
     equivalence,
     fitting,
+    joint,
     multiple_testing,
     parametric,
     task_curves,
@@ -37,9 +40,10 @@ from plw_mlflow.analysis.statistics import (
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.joint import Joint
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.errors import UserError
-from plw_mlflow.transforms import TRANSFORMS, make_transform
+from plw_mlflow.transforms import AXES, SHARE_AXES, make_transform
 
 T = TypeVar("T")
 
@@ -53,7 +57,7 @@ def analyze(
     table: pd.DataFrame,
     scale: str = "none",
     *,
-    transform: str = "power",
+    axis: str = "w_p",
     margin: float | None = None,
     by: tuple[str, ...] = (),
     draws: int = 2000,
@@ -83,7 +87,7 @@ def analyze(
     drafts: list[_Draft] = []
     for name, part in scaled.groupby("dataset"):
         dataset, attempts = str(name), _Attempts(str(name), refusals)
-        grid = _grid(part, dataset, transform, also=by)
+        grid = _grid(part, dataset, axis, also=by)
         fits_here = _fits(grid, scale, refits, seed, attempts)
         fits += fits_here
         lead = _lead(fits_here, len(part), refusals)
@@ -101,9 +105,9 @@ def analyze(
             equivalence=over_tasks,
             bootstraps=resampled,
             by_task=task_curves.fit_task_curves(grid, types),
-            by_type=_by_type(part, types, attempts, transform, scale, by),
-            scales=[_variant(checked, lead, other, transform, other, by) for other in SCALES],
-            transforms=[_variant(checked, lead, scale, other, other, by) for other in TRANSFORMS],
+            by_type=_by_type(part, types, attempts, axis, scale, by),
+            scales=[_variant(checked, lead, other, axis, other, by) for other in SCALES],
+            axes=[_variant(checked, lead, scale, other, other, by) for other in _axes_of(part)],
         )
         fixed = next((fit for fit in fits_here if fit.model == findings.ON_THESE), None)
         of_these = None if fixed is None else assess(tasks_are_fixed=True)
@@ -112,9 +116,10 @@ def analyze(
         fits=fits,
         refusals=refusals,
         answers=_concluded(drafts, unit, margin),
-        differences=_differences(scaled, by, transform, refusals),
+        differences=_differences(scaled, by, axis, refusals),
+        joint=_joint(scaled, by, refusals),
         scale=scale,
-        transform=transform,
+        axis=axis,
         margin=margin,
         by=by,
     )
@@ -250,7 +255,7 @@ class _Attempts:
 
 
 def _by_type(
-    part: pd.DataFrame, types: dict[str, str], attempts: _Attempts, transform: str, scale: str, by: tuple[str, ...]
+    part: pd.DataFrame, types: dict[str, str], attempts: _Attempts, axis: str, scale: str, by: tuple[str, ...]
 ) -> list[tuple[str, Fit]]:
     """The tasks of each type by themselves, fitted by the first of LEADS that they allow."""
     fits = []
@@ -259,7 +264,7 @@ def _by_type(
         of_kind = part[kinds == kind]
         if len(of_kind) == len(part):
             continue
-        grid = _grid(of_kind, part["dataset"].iloc[0], transform, also=by)
+        grid = _grid(of_kind, part["dataset"].iloc[0], axis, also=by)
         reasons: list[str] = []
         for model in LEADS:
             try:
@@ -273,38 +278,49 @@ def _by_type(
     return fits
 
 
-def grids(
-    table: pd.DataFrame, scale: str = "none", transform: str = "power", by: tuple[str, ...] = ()
-) -> list[design.Grid]:
+def grids(table: pd.DataFrame, scale: str = "none", axis: str = "w_p", by: tuple[str, ...] = ()) -> list[design.Grid]:
     """A table's data sets as the models take them. Raises UserError as `analyze` does."""
     scaled = rescale(check(table, by), scale)
-    return [_grid(part, str(dataset), transform, also=by) for dataset, part in scaled.groupby("dataset")]
+    return [_grid(part, str(dataset), axis, also=by) for dataset, part in scaled.groupby("dataset")]
 
 
 def _grid(
-    part: pd.DataFrame, dataset: str, transform: str, by: str | None = None, also: tuple[str, ...] = ()
+    part: pd.DataFrame, dataset: str, axis: str, by: str | None = None, also: tuple[str, ...] = ()
 ) -> design.Grid:
-    return design.grid(part, dataset, make_transform(transform, part["plw"]), by=by, also=also)
+    return design.grid(part, dataset, make_transform(axis, part["plw"], prompt_odds(part)), by=by, also=also)
 
 
-def _variant(checked: pd.DataFrame, lead: Fit, scale: str, transform: str, name: str, by: tuple[str, ...]) -> Variant:
-    """The lead's answer under another scale or transform."""
+def _joint(scaled: pd.DataFrame, by: tuple[str, ...], refusals: list[Refusal]) -> Joint | None:
+    """All data sets described together, on every axis; None for one data set, or too few scores."""
+    if scaled["dataset"].nunique() < 2:
+        return None
+    attempt = ("one curve for all data sets", partial(joint.compare_axes, scaled, by))
+    return next(iter(_Attempts("all", refusals).results([attempt])), None)
+
+
+def _axes_of(part: pd.DataFrame) -> list[str]:
+    """The axes whose answers may differ on one data set: w_odds is w_p there, and shares may not be known."""
+    known = () if prompt_odds(part) is None else SHARE_AXES
+    return [axis for axis in AXES if axis != "w_odds" and (axis not in SHARE_AXES or axis in known)]
+
+
+def _variant(checked: pd.DataFrame, lead: Fit, scale: str, axis: str, name: str, by: tuple[str, ...]) -> Variant:
+    """The lead's answer under another scale or on another axis."""
     try:
         scaled = rescale(checked, scale)
         part = scaled[scaled["dataset"] == lead.dataset]
-        fit = fitting.fit(lead.model, _grid(part, lead.dataset, transform, also=by), scale)
+        fit = fitting.fit(lead.model, _grid(part, lead.dataset, axis, also=by), scale)
     except ValueError as error:
         return Variant(name, None, None, None, str(error))
     return Variant(name, fit.joint_p, fit.optimum_plw, fit.optimum_set)
 
 
-def _differences(
-    scaled: pd.DataFrame, by: tuple[str, ...], transform: str, refusals: list[Refusal]
-) -> list[Difference]:
+def _differences(scaled: pd.DataFrame, by: tuple[str, ...], axis: str, refusals: list[Refusal]) -> list[Difference]:
     """The tests between the values of columns, over all data sets together."""
     columns = list(dict.fromkeys([*(["dataset"] if scaled["dataset"].nunique() > 1 else []), *by]))
 
     def compare(column: str) -> Difference:
-        return differences.compare_curves(_grid(scaled, "all", transform, column, by), column)
+        table = in_prompt_odds(scaled) if axis in SHARE_AXES else scaled
+        return differences.compare_curves(_grid(table, "all", axis, column, by), column)
 
     return _Attempts("all", refusals).results((f"by {column}", partial(compare, column)) for column in columns)

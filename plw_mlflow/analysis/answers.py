@@ -8,6 +8,7 @@ from plw_mlflow.analysis.statistics.bootstrap import Bootstrap
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.analysis.statistics.joint import Joint
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.statistics.task_curves import TaskCurve
 
@@ -23,7 +24,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Variant:
-    """The answer under another scale of scores or another transform of PLW."""
+    """The answer under another scale of scores or on another axis of PLW."""
 
     name: str
     joint_p: float | None  # None where it could not be fitted
@@ -61,7 +62,7 @@ class Answer:
     by_task: list[TaskCurve]
     by_type: list[tuple[str, Fit]]  # type of task, and the lead's model fitted to its tasks
     scales: list[Variant]
-    transforms: list[Variant]
+    axes: list[Variant]
     these_tasks: Finding  # did PLW move these tasks?
     other_tasks: Finding  # would it move others like them? By the lead, if that takes tasks as a sample
     advice: str  # what to do, in one sentence
@@ -86,8 +87,9 @@ class Analysis:
     refusals: list[Refusal]
     answers: list[Answer]  # a data set each
     differences: list[Difference]
+    joint: Joint | None  # of all data sets; None for one, and where these scores do not allow it
     scale: str
-    transform: str
+    axis: str
     margin: float | None
     by: tuple[str, ...]
 

@@ -20,10 +20,13 @@ from plw_mlflow.transforms import EXPONENT, TERMS, Array, Transform, make_transf
 MOST_TASKS = 48  # that are drawn each by itself: more would be too small to read, or too long a page
 MANY_POINTS = 3000  # from which on an SVG holds them as one picture: each by itself would take megabytes
 SPACING = {
-    "power": f"spaced as w_p = PLW^{EXPONENT}",
+    "w_p": f"spaced as w_p = PLW^{EXPONENT}",
+    "plw": "spaced as it is",
     "logit": "spaced by its logit",
     "rank": "those tried equally spaced",
-    "none": "w_p = PLW",
+    "share": "spaced by the prompts' share of the loss weight",
+    "w_share": f"spaced by the prompts' share of the loss weight, to the {EXPONENT}",
+    "w_odds": f"spaced by the prompts' loss weight over the completions', to the {EXPONENT}",
 }
 
 
@@ -34,7 +37,7 @@ def percent(share: float) -> str:
 
 def transform_of(fit: Fit, table: pd.DataFrame) -> Transform:
     """The transform of a fit; `table` has its data set's rows, as ranks are of all PLWs tried."""
-    return make_transform(fit.transform, table["plw"])
+    return make_transform(fit.axis, table["plw"], fit.prompt_odds)
 
 
 def panels_of(figure: Figure, count: int, columns: int) -> list[Axes]:

@@ -295,7 +295,7 @@ def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:
 
 
 def _grid(part: pd.DataFrame, dataset: str) -> Grid:
-    return grid(part, dataset, make_transform("power", part["plw"]))
+    return grid(part, dataset, make_transform("w_p", part["plw"]))
 
 
 # ------------------------------------------------------------------------------------------------- telling

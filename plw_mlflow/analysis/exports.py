@@ -24,7 +24,7 @@ from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.transforms import EXPONENT, TERMS
 
-SCHEMA = "plw_mlflow.fit/3"
+SCHEMA = "plw_mlflow.fit/4"
 
 
 def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
         "schema": SCHEMA,
         "exponent": EXPONENT,
         "scale": analysis.scale,
-        "transform": analysis.transform,
+        "axis": analysis.axis,
         "table": {
             "source": table.attrs.get("source"),
             "file_sha256": table.attrs.get("file_sha256"),
@@ -79,6 +79,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
             for answer in analysis.answers
         ],
         "differences": [asdict(item) for item in analysis.differences],
+        "joint": None if analysis.joint is None else asdict(analysis.joint),
     }
 
 
@@ -111,7 +112,7 @@ def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
         rows.append(
             {name: fit[name] for name in ("dataset", "model")}
             | {"is_lead": is_lead}
-            | {name: fit[name] for name in ("scale", "transform", "n", "runs", "tasks")}
+            | {name: fit[name] for name in ("scale", "axis", "n", "runs", "tasks")}
             | {"joint_test": fit["joint_tests"][0]["test"], "joint_p": fit["joint_p"]}
             | {name: fit[name] for name in ("holm_p", "has_too_few_runs", "optimum_plw")}
             | {"optimum_set": json.dumps(fit["optimum_set"])}
@@ -120,6 +121,18 @@ def answers_csv(described: dict[str, Any]) -> pd.DataFrame:
             | {name: fit[name] for name in ("is_singular", "converged")}
         )
     return pd.DataFrame(rows)
+
+
+def axes_csv(described: dict[str, Any]) -> pd.DataFrame:
+    """A row per joint description of all data sets: likelihood, AIC, and the error on each data set left out of it."""
+    joint = described["joint"]
+    return pd.DataFrame(
+        [
+            {name: fit[name] for name in ("axis", "curves", "parameters", "loglik", "aic")}
+            | {f"left_out_{dataset}": error for dataset, error in (fit["left_out"] or {}).items()}
+            for fit in joint["fits"]
+        ]
+    )
 
 
 def tasks_csv(described: dict[str, Any]) -> pd.DataFrame:

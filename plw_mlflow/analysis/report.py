@@ -22,7 +22,7 @@ from plw_mlflow import __version__, drawing
 from plw_mlflow.analysis import figures, optima, residuals, wording
 from plw_mlflow.analysis.answers import Analysis, Answer
 from plw_mlflow.analysis.axes import MOST_TASKS, percent, transform_of
-from plw_mlflow.analysis.exports import answers_csv, fits_csv, tasks_csv, to_json
+from plw_mlflow.analysis.exports import answers_csv, axes_csv, fits_csv, tasks_csv, to_json
 from plw_mlflow.analysis.findings import ON_THESE
 from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.analysis.optima import estimate_rows, estimates
@@ -31,6 +31,7 @@ from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.wording import (
     highest_end,
     interval,
+    joint_words,
     name_test,
     remarks,
     set_in_words,
@@ -85,7 +86,7 @@ def html(
             level=LEVEL,
             models=wording.FIT_WORDS,
             scales=wording.SCALE_WORDS,
-            transforms=wording.TRANSFORM_WORDS,
+            axes=wording.AXIS_WORDS,
             profile=profile(table, analysis.by),
             account=account(table, analysis.by),
             missing=list(missing_tasks.items()),
@@ -119,6 +120,7 @@ def _environment() -> jinja2.Environment:
         "set": set_in_words,
         "test": name_test,
         "highest": highest_end,
+        "joint": joint_words,
         "remarks": remarks,
     }
     return environment
@@ -243,9 +245,9 @@ def file_names(keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
 def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str) -> list[Path]:
     """Write an analysis into a directory, and return the files' paths.
 
-    `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, and every figure as PNG and SVG. `table` is the
-    one the analysis is of; its attribute `left_out`, if any, lists what was left out of it and why. `command` makes the
-    analysis again.
+    `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, `axes.csv` (of several data sets), and every
+    figure as PNG and SVG. `table` is the one the analysis is of; its attribute `left_out`, if any, lists what was left
+    out of it and why. `command` makes the analysis again.
     Everything is made before anything is written, and each file is put in place whole, so an error leaves the directory
     as it was.
     """
@@ -266,6 +268,8 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     }
     for name, rows_of in (("fits", fits_csv), ("answers", answers_csv), ("tasks", tasks_csv)):
         contents[f"{name}.csv"] = outputs.table(rows_of(described))
+    if analysis.joint is not None:
+        contents["axes.csv"] = outputs.table(axes_csv(described))
     for key, figure in drawn.items():
         contents |= {f"{names[key]}.png": drawing.png(figure), f"{names[key]}.svg": svgs[key]}
 

@@ -1,6 +1,7 @@
 """Score tables: reading, checking, and bringing to one scale.
 
-One row per model, data set, PLW, seed and task. Mixed scales (BLEU in 0..100 beside accuracies in 0..1) change every
+One row per model, data set, PLW, seed and task. The column prompt_share, where there is one, has the prompts' share of
+the loss weight that the run was trained with. Mixed scales (BLEU in 0..100 beside accuracies in 0..1) change every
 answer, so such a table is refused; nothing is guessed.
 """
 
@@ -10,6 +11,7 @@ import csv
 import difflib
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ NAMES = ["model", "dataset", "task", "metric"]
 COLUMNS = ["model", "dataset", "plw", "seed", "task", "metric", "score"]
 SCORE = ["model", "dataset", "plw", "seed", "task"]  # what one score is of
 RUN = SCORE[:-1]
-WITHIN_RUNS = ("task", "metric", "task_type", "score", "stderr", "n", "plw")
+WITHIN_RUNS = ("task", "metric", "task_type", "score", "stderr", "n", "plw", "prompt_share")
+OPTIONAL_NUMBERS = ("stderr", "n", "prompt_share")
 # How files begin that are taken for tables of scores and are none that can be read here.
 OTHER_FILES = {
     b"PK\x03\x04": "an Excel file (or another zip archive)",
@@ -160,14 +163,16 @@ def _typed(table: pd.DataFrame, also: tuple[str, ...]) -> pd.DataFrame:
     for column in NAMES:
         refuse(is_blank(column), column, "a name is needed")
         typed[column] = table[column].astype(str)
-    for column in ["plw", "seed", "score", *(column for column in ("stderr", "n") if column in table)]:
+    for column in ["plw", "seed", "score", *(column for column in OPTIONAL_NUMBERS if column in table)]:
         numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-        may_be_blank = column in ("stderr", "n")
+        may_be_blank = column in OPTIONAL_NUMBERS
         is_bad = ~np.isfinite(numbers) & ~(is_blank(column) & may_be_blank)
         refuse(is_bad, column, "but must be a finite number; mend the row")
         refuse(numbers.abs() > 1e12, column, "too large to be one; mend the row")
         if column != "score":
             refuse(numbers < 0, column, "but must be 0 or more; mend the row")
+        if column == "prompt_share":
+            refuse(numbers > 1, column, "but a share is at most 1; mend the row")
         typed[column] = numbers
     for column in also:
         refuse(is_blank(column), column, "but runs differ by it")
@@ -198,6 +203,56 @@ def _check_scores(typed: pd.DataFrame, also: tuple[str, ...]) -> None:
             raise UserError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
         if part.groupby("task")["score"].nunique().max() == 1:
             raise UserError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
+
+
+def add_prompt_shares(table: pd.DataFrame, ratios: Mapping[str, float]) -> pd.DataFrame:
+    """The table with the prompts' share of the loss weight filled in where it is not known and the ratio is.
+
+    ratios: generation ratios, completion tokens over prompt tokens, by data set.
+    """
+    known = table["prompt_share"] if "prompt_share" in table else pd.Series(np.nan, table.index)
+    plw = pd.to_numeric(table["plw"], errors="coerce")
+    filled = table.assign(prompt_share=known.fillna(plw / (plw + table["dataset"].map(dict(ratios)))))
+    filled.attrs = table.attrs
+    return filled
+
+
+def prompt_odds(part: pd.DataFrame) -> tuple[float, float] | None:
+    """The loss weight of prompts over that of completions at PLW 0 and at PLW 1, of one data set; None if not known.
+
+    It is linear in the PLW, so a line is laid through that of the runs. Models with other tokenizers differ in it, and
+    the line is then their mean.
+    """
+    if "prompt_share" not in part or not part["prompt_share"].between(0, 1, inclusive="left").all():
+        return None
+    plw, share = part["plw"].to_numpy(float), part["prompt_share"].to_numpy(float)
+    odds = share / (1 - share)
+    if not odds[plw > 0].all():
+        return None
+    at_0 = float(odds[plw == 0].mean()) if (plw == 0).any() else 0.0
+    slope = float(((odds - at_0)[plw > 0] / plw[plw > 0]).mean())
+    return (at_0, at_0 + slope) if slope > 0 else None
+
+
+def odds_of_rows(table: pd.DataFrame) -> pd.Series | None:
+    """The loss weight of prompts over that of completions of each row's run; None where a data set's is not known."""
+    odds = pd.Series(np.nan, table.index)
+    for _, part in table.groupby("dataset"):
+        if (ends := prompt_odds(part)) is None:
+            return None
+        odds[part.index] = ends[0] + part["plw"] * (ends[1] - ends[0])
+    return odds
+
+
+def in_prompt_odds(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with these odds in the place of its PLWs, so that rows of several data sets lie on one axis of shares.
+
+    Raises UserError where they are not known.
+    """
+    odds = odds_of_rows(table)
+    if odds is None:
+        raise UserError("the prompts' share of the loss weight is not known for all data sets")
+    return table.assign(plw=odds, prompt_share=odds / (1 + odds))
 
 
 def fittable(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,8 +7,11 @@ import numpy as np
 from plw_mlflow.analysis.answers import Analysis, Answer
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit, JointTest
+from plw_mlflow.analysis.statistics.joint import Joint
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.transforms import EXPONENT, TERMS, make_transform
+
+AS_GOOD = 2.0  # difference of AIC within which two descriptions count as equally good
 
 
 def verdict(fit: Fit, equal: Equivalence | None = None, holm_p: float | None = None) -> str:
@@ -55,7 +58,7 @@ def set_in_words(optimum_set: list[list[float]] | None, plws: list[float]) -> st
 
 def highest_end(fit: Fit) -> float:
     """The end of the PLWs tried at which the curve is higher."""
-    ends = make_transform(fit.transform, fit.plws)([fit.plws[0], fit.plws[-1]])
+    ends = make_transform(fit.axis, fit.plws, fit.prompt_odds)([fit.plws[0], fit.plws[-1]])
     heights = [fit.coefficients["w_p"] * w + fit.coefficients["w_p^2"] * w**2 for w in ends]
     return fit.plws[0] if heights[0] > heights[1] else fit.plws[-1]
 
@@ -106,7 +109,23 @@ def _differences(analysis: Analysis) -> list[str]:
         tests = ", ".join(f"{test.test} p = {test.p:.2g}" for test in difference.tests)
         conclusion = "Too few runs to tell" if difference.has_too_few_runs else tests
         lines.append(f"Does the curve differ by {difference.by}? {conclusion}.")
+    if analysis.joint is not None:
+        lines.append(joint_words(analysis.joint))
     return lines
+
+
+def joint_words(joint: Joint) -> str:
+    """Which axis describes all data sets by one curve best, and whether one curve will do, by AIC."""
+    best, in_w_p, each = joint.best, joint.of("w_p"), joint.of("w_p", each=True)
+    if joint.of(None).aic <= best.aic:
+        return "No single curve for all data sets is better (by AIC) than none, on any axis."
+    gain = in_w_p.aic - best.aic
+    beside = "" if best.axis == "w_p" else f", {gain:.1f} lower than in {AXIS_WORDS['w_p']}"
+    first = f"Of single curves for all data sets, the one in {AXIS_WORDS[str(best.axis)]} has the lowest AIC{beside}."
+    lead, other = best.aic - each.aic, f"{first} A curve for each data set in {AXIS_WORDS['w_p']} has an AIC"
+    if lead > AS_GOOD:
+        return f"{other} lower by {lead:.1f}, so a single one does not do."
+    return f"{other} {'lower' if lead > 0 else 'higher'} by {abs(lead):.1f}, so a single one does as well."
 
 
 SCALE_WORDS = {
@@ -115,11 +134,14 @@ SCALE_WORDS = {
     "minmax": "each task 0 to 1",
     "zscore": "each task mean 0, SD 1",
 }
-TRANSFORM_WORDS = {
-    "power": f"PLW^{EXPONENT}",
+AXIS_WORDS = {
+    "w_p": f"PLW^{EXPONENT}",
+    "plw": "PLW itself",
     "logit": "logit of PLW",
     "rank": "rank of PLW",
-    "none": "PLW itself",
+    "share": "the prompts' share of the loss weight",
+    "w_share": f"the prompts' share^{EXPONENT}",
+    "w_odds": f"(weight of prompts / weight of completions)^{EXPONENT}",
 }
 # What each statistical model is, and what it can be trusted for.
 FIT_WORDS = {
@@ -184,12 +206,12 @@ def remarks(fit: Fit) -> str:
 
 
 def stability(answer: Answer) -> str:
-    """Whether the conclusion stays the same under other scales and transforms."""
+    """Whether the conclusion stays the same under other scales and on other axes."""
     if answer.lead.has_too_few_runs:
-        return "With too few runs to tell, no scale or transform can be relied on."
+        return "With too few runs to tell, no scale or axis can be relied on."
     is_significant = answer.lead.joint_p < LEVEL
     named = [(SCALE_WORDS[variant.name], variant) for variant in answer.scales] + [
-        (TRANSFORM_WORDS[variant.name], variant) for variant in answer.transforms
+        (AXIS_WORDS[variant.name], variant) for variant in answer.axes
     ]
     tried = [(name, variant) for name, variant in named if variant.joint_p is not None]
     differing = [name for name, variant in tried if ((variant.joint_p or 0) < LEVEL) != is_significant]
@@ -197,7 +219,7 @@ def stability(answer: Answer) -> str:
     if differing:
         text += f"; it is otherwise under {len(differing)} of {len(tried)}: {', '.join(differing)}."
     else:
-        text += " under every scale and transform that could be fitted."
+        text += " under every scale and axis that could be fitted."
     peaks = [variant.optimum_plw for _, variant in tried if variant.optimum_plw is not None]
     if peaks and len(peaks) == len(tried) and min(peaks) < max(peaks):
         text += f" The peak moves between PLW {min(peaks):.3g} and {max(peaks):.3g}."

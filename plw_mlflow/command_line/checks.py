@@ -51,7 +51,17 @@ PROFILE, SCORES, ADVICE = (
     ("advice.json", "advice.png"),
 )
 VERIFICATION = ("verification.json",)
-REPORT = ("fit.json", "report.html", "fits.csv", "answers.csv", "tasks.csv", "claims.csv", "power.csv", "next.json")
+REPORT = (
+    "fit.json",
+    "report.html",
+    "fits.csv",
+    "answers.csv",
+    "tasks.csv",
+    "axes.csv",
+    "claims.csv",
+    "power.csv",
+    "next.json",
+)
 FIGURES = (
     "answer-*",
     "curve-*",

@@ -414,6 +414,25 @@ class SweepConfig(
         return MainConfig(**{**shared, **combination, "output": None})
 
 
+def _given_ratios(spelled: str | None) -> dict[str, float]:
+    """Generation ratios by the data set's name, of "mine=0.5,other=7"; ValueError where a number is none."""
+    pairs = [pair.rpartition("=") for pair in split_list(spelled or "")]
+    return {name.strip(): float(ratio) for name, _, ratio in pairs}
+
+
+def _faults_of_ratios(spelled: str | None) -> list[str]:
+    try:
+        given = _given_ratios(spelled)
+        is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())
+    except ValueError:
+        is_wrong = True
+    if is_wrong:
+        return [f"ratios must be like mine=0.5,other=7, got {spelled}"]
+    if len(given) < len(split_list(spelled or "")):
+        return [f"ratios must name each data set once, got {spelled}"]
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig(Config):
     """Fit score against prompt loss weight."""
@@ -428,8 +447,10 @@ class AnalyzeConfig(Config):
     """Only runs that this search filter of MLflow finds, such as "params.epochs = '3.0'" (unset: all)."""
     scale: Literal["none", "fraction", "minmax", "zscore"] = "none"
     """Scale of scores: as they are; those of 0..100 divided by 100; or each task to 0..1, or to mean 0 and SD 1."""
-    transform: Literal["power", "logit", "rank", "none"] = "power"
-    """From PLW to w_p, on which curves are parabolas: PLW^0.30103, its logit, its rank, or PLW itself."""
+    axis: Literal["w_p", "plw", "logit", "rank", "share", "w_share", "w_odds"] = "w_p"
+    """What curves are parabolas in: w_p = PLW^0.30103, PLW, its logit or rank, or the prompts' share of loss weight."""
+    ratios: str | None = None
+    """Generation ratios of data sets, comma-separated, where runs do not tell the share: mine=0.5,other=7."""
     by: str | None = None
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
@@ -450,6 +471,10 @@ class AnalyzeConfig(Config):
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
     """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
+
+    def given_ratios(self) -> dict[str, float]:
+        """The generation ratios that are given, by the data set's name."""
+        return _given_ratios(self.ratios)
 
     def subject(self) -> str:
         """What is analysed, in a word or two."""
@@ -475,7 +500,7 @@ class AnalyzeConfig(Config):
             faults.append("next needs scores, not assume")
         if self.assume is not None and self.claims:
             faults.append("claims needs scores, not assume")
-        return faults
+        return faults + _faults_of_ratios(self.ratios)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,8 +534,7 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
 
     def given_ratios(self) -> dict[str, float]:
         """The generation ratios that are given, by the data set's name."""
-        pairs = [pair.rpartition("=") for pair in split_list(self.ratios or "")]
-        return {name.strip(): float(ratio) for name, _, ratio in pairs}
+        return _given_ratios(self.ratios)
 
     def faults(self) -> list[str]:
         faults = []
@@ -524,16 +548,7 @@ class AdviseConfig(PresetOptions, DataOptions, Config):
             faults.append("where selects runs of MLflow: give experiment")
         if self.ratios is not None and self.scores is None and self.experiment is None:
             faults.append("ratios belong to your own runs: give scores or experiment")
-        try:
-            given = self.given_ratios()
-            is_wrong = not all(name and 0 < ratio < math.inf for name, ratio in given.items())
-        except ValueError:
-            is_wrong = True
-        if is_wrong:
-            faults.append(f"ratios must be like mine=0.5,other=7, got {self.ratios}")
-        elif len(given) < len(split_list(self.ratios or "")):
-            faults.append(f"ratios must name each data set once, got {self.ratios}")
-        return faults
+        return faults + _faults_of_ratios(self.ratios)
 
 
 @dataclass(frozen=True, kw_only=True)

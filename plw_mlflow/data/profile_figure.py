@@ -50,7 +50,7 @@ def _draw_prompt_shares(axes: Axes, profile: Profile) -> None:
     plws = [float(plw) for plw in profile.effective_prompt_share]
     shares = np.array(list(profile.effective_prompt_share.values()), float)  # None, an undefined one, as NaN
     axes.plot(np.array(plws) ** EXPONENT, shares, "-o", color=CURVE_BLUE, linewidth=2, markersize=5)
-    ticks = tick_labels(make_transform("power", plws), axis_width=0.6)
+    ticks = tick_labels(make_transform("w_p", plws), axis_width=0.6)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlabel(f"prompt loss weight (PLW), spaced as w_p = PLW^{EXPONENT}")
     axes.set_ylabel("prompts' share of the loss weight")

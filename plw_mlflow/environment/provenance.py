@@ -20,6 +20,7 @@ from plw_mlflow.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("conda.yaml", "entrypoints", "image/entrypoint.py", "paper", "plw_mlflow")
+NO_CODE = ("paper/claims.json",)  # it follows every page of ours, and decides nothing that is logged
 # Those that decide what a cell's model and its scores are.
 CODE_OF_CELLS = (
     *(f"plw_mlflow/{room}" for room in ("assets/toy", "data", "evaluation", "models", "toy", "training")),
@@ -83,8 +84,11 @@ def code_files(root: Path, parts: Sequence[str] = CODE) -> dict[str, str]:
     for part in parts:
         files = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*"))
         for file in files:
-            if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
-                by_name[file.relative_to(root).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+            name = file.relative_to(root).as_posix()
+            if name in NO_CODE or "__pycache__" in file.parts or file.name.startswith("."):
+                continue
+            if file.is_file():
+                by_name[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return by_name
 
 

@@ -74,7 +74,7 @@ class Decision:
 
 def first_plws(plws: Sequence[float]) -> list[float]:
     """FIRST of these PLWs, as equally spaced on w_p as they allow, with both ends."""
-    transform = make_transform("power", plws)
+    transform = make_transform("w_p", plws)
     free = {plw: float(transform(plw)) for plw in sorted(plws)}
     chosen = []
     for place in np.linspace(min(free.values()), max(free.values()), FIRST):
@@ -135,7 +135,7 @@ def interval(fit: Fit, grid: Grid) -> tuple[float, str]:
 
 def _fill(tried: Sequence[float], left: Mapping[float, int], number: int, reason: str) -> Choice:
     """At most so many PLWs of those left, one after the other the farthest from those tried."""
-    transform, times, chosen = make_transform("power", tried), dict(left), list[float]()
+    transform, times, chosen = make_transform("w_p", tried), dict(left), list[float]()
     for _ in range(min(number, sum(left.values()))):
         there = transform([*tried, *chosen])
         apart = {plw: float(np.abs(there - transform(plw)).min()) for plw, count in times.items() if count > 0}

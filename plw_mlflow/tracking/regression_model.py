@@ -56,7 +56,7 @@ class Regression(PythonModel):
         if dataset not in self._answers:
             raise ValueError(f"no fit of data set {dataset!r}; there are {', '.join(sorted(self._answers))}")
         answer, lead = self._answers[dataset]
-        w = float(Transform(lead["transform"], tuple(lead["plws"]))(plw))
+        w = float(Transform(lead["axis"], tuple(lead["plws"]), tuple(lead["prompt_odds"]))(plw))
         point = np.array([1.0, w, w**2])  # of the curve, in terms of TERMS
         if task is None:
             curve, offset = lead, point - lead["centre"]

@@ -118,7 +118,11 @@ class ScoredCells:
     def table(self) -> pd.DataFrame:
         """The score table. Raises UserError where the cells are not comparable."""
         notes = self.check()
-        table = pd.concat([cell.scores.assign(**cell.columns) for cell in self.newest], ignore_index=True)
+        parts = [
+            cell.scores.assign(**cell.columns, prompt_share=cell.run.data.metrics.get("prompt_share"))
+            for cell in self.newest
+        ]
+        table = pd.concat(parts, ignore_index=True)
         if table["method"].nunique() > 1:
             table["model"] += " (" + table["method"] + ")"
         for name in self._also:

@@ -48,7 +48,7 @@ def fit_one(table, model="lmm", scale="none"):
     """One model of a table of one data set."""
     scaled = score_table.rescale(score_table.check(table), scale)
     dataset = scaled["dataset"].iloc[0]
-    return fitting.fit(model, design.grid(scaled, dataset, make_transform("power", scaled["plw"])), scale)
+    return fitting.fit(model, design.grid(scaled, dataset, make_transform("w_p", scaled["plw"])), scale)
 
 
 def simulate(seed=1, b=(0.5, 0.1, -0.08), sd_task=0.2, sd=0.01, tasks=6, seeds=2, dataset="short", keep=1.0):
@@ -431,7 +431,7 @@ def test_analysis_needs_only_a_table():
 
 def test_fit_json_is_json_and_unrounded(study, analysis, study_fits):
     told = json.loads(json.dumps(exports.to_json(analysis, study), allow_nan=False))
-    assert told["schema"] == "plw_mlflow.fit/3"
+    assert told["schema"] == "plw_mlflow.fit/4"
     assert told["table"]["rows"] == 480
     assert told["table"]["missing"] == []
     assert [(fit["dataset"], fit["model"]) for fit in told["fits"]] == [

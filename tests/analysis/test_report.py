@@ -189,12 +189,12 @@ def test_every_estimate_of_the_optimum_is_told(study):
             assert rows[f"{kind} ({fit.model})"][3] == percent(fit.interior_probability)
 
 
-def test_every_scale_and_transform_is_told(study):
+def test_every_scale_and_axis_is_told(study):
     _, analysis, page, _ = study
     for number, answer in enumerate(analysis.answers):
         for head, variants, words in (
             ("scores", answer.scales, wording.SCALE_WORDS),
-            ("PLW", answer.transforms, wording.TRANSFORM_WORDS),
+            ("PLW", answer.axes, wording.AXIS_WORDS),
         ):
             table = [one for one in page.tables if one[0][:2] == [head, "joint p"]][number]
             assert [row[0] for row in table[1:]] == [words[one.name] for one in variants]
@@ -316,7 +316,7 @@ def test_one_interval_leads_everywhere():
     assert "optimum_interval" not in json.dumps(told)
     axes = figures.draw_overview(analysis.answers, table).axes[2]
     spans = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
-    transform = make_transform("power", STUDY_PLWS)
+    transform = make_transform("w_p", STUDY_PLWS)
     assert spans == [pytest.approx(tuple(transform(ends))) for ends in short.lead.optimum_set]
     curve = figures.draw_curve(short.lead, table[table["dataset"] == "AlpacaDataShort"], shows_effect=False)
     labels = [text.get_text().replace("\n", " ") for text in curve.axes[0].get_legend().get_texts()]
@@ -370,7 +370,7 @@ def test_few_tasks_are_reported_by_what_they_allow(tmp_path, tasks, lead):
 def test_absent_pieces_leave_no_hole(tmp_path, study):
     _, analysis, _, _ = study
     bare = [
-        dataclasses.replace(one, equivalence=None, bootstraps=[], by_task=[], by_type=[], scales=[], transforms=[])
+        dataclasses.replace(one, equivalence=None, bootstraps=[], by_task=[], by_type=[], scales=[], axes=[])
         for one in analysis.answers
     ]
     analysis = dataclasses.replace(analysis, answers=bare, differences=[], refusals=[])
@@ -383,12 +383,13 @@ def test_absent_pieces_leave_no_hole(tmp_path, study):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("transform", ["logit", "rank", "none"])
-def test_other_transforms_and_scales_are_drawn_and_told(tmp_path, transform):
+@pytest.mark.parametrize("axis", ["logit", "rank", "plw", "share"])
+def test_other_axes_and_scales_are_drawn_and_told(tmp_path, axis):
     table = simulate(keep=0.97)
-    analysis = analyze.analyze(table, "zscore", transform=transform, draws=0)
+    table = score_table.add_prompt_shares(table, dict.fromkeys(table["dataset"], 0.1))
+    analysis = analyze.analyze(table, "zscore", axis=axis, draws=0)
     shown = page_of(analysis, table, tmp_path).shown
-    assert f"Curves are parabolas in w_p = {wording.TRANSFORM_WORDS[transform]}" in shown
+    assert f"Curves are parabolas in w_p = {wording.AXIS_WORDS[axis]}" in shown
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -16,7 +16,7 @@ BEST = 0.4  # on w_p
 
 @pytest.fixture(scope="module")
 def table():
-    random, transform = np.random.default_rng(0), make_transform("power", PLWS)
+    random, transform = np.random.default_rng(0), make_transform("w_p", PLWS)
     rows = [
         ("m", "d", plw, seed, task, "acc", 0.5 - 0.3 * (float(transform(plw)) - BEST) ** 2 + random.normal(0, 0.01))
         for plw in PLWS
@@ -36,7 +36,7 @@ def test_an_adaptive_sweep_uses_a_part_of_the_grid_until_the_interval_is_as_narr
 
 def test_a_drawn_grid_has_the_curve_and_the_noise_of_the_real_one(table):
     drawn = [adaptive.draw(table, np.random.default_rng(seed)) for seed in range(20)]
-    transform = make_transform("power", PLWS)
+    transform = make_transform("w_p", PLWS)
     assert float(transform(drawn[0][1])) == pytest.approx(BEST, abs=0.05)
     scores = np.stack([like.sort_values(["task", "plw", "seed"])["score"].to_numpy() for like, _ in drawn])
     assert scores.std(axis=0).mean() == pytest.approx(0.01, rel=0.3)

@@ -4,11 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from plw_mlflow import tracking
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.data import prepare
+from plw_mlflow.data.weights import Weights
+from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from tests.conftest import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -47,3 +50,29 @@ def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeyp
     assert kept == ([f"template/{name}"] if name.endswith(".jinja") else [])
     for path in kept:
         assert Path(store.download_artifacts(run.id, path, str(tmp_path))).read_text() == content
+
+
+@pytest.mark.parametrize("scope", ["step", "example"])
+@pytest.mark.parametrize("plw", [0.0, 0.01, 0.242, 1.0])
+def test_the_share_that_a_cell_logs_is_that_of_a_count_by_hand(store, tmp_path, plw, scope):
+    """A token is a byte here. An example's first one is never predicted, and each completion has an end of text."""
+    records = [
+        {"instruction": f"Say {number} times.", "input": "b" * (number % 3), "output": "c" * (number % 7 + 1)}
+        for number in range(40)
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    prepared = prepare.run(str(tmp_path / "mine.jsonl"), byte_tokenizer(), DataOptions(validation_share=0.3))
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        share = prepared.prompt_share(Weights(plw, loss_divisor="weights", divisor_scope=scope))
+        tracking.log_prompt_weight(run, plw, share)
+    trained = [records[int(prepared.training.id(n).rpartition(":")[2]) - 1] for n in range(len(prepared.training))]
+    assert 0 < len(trained) < 40  # the others are for validation
+    prompts = [(ALPACA_WITH_INPUT if one["input"] else ALPACA_WITHOUT_INPUT).format(**one) for one in trained]
+    of_prompts = [plw * (len(prompt) - 1) for prompt in prompts]
+    of_completions = [len(one["output"]) + 1 for one in trained]
+    if scope == "step":
+        expected = sum(of_prompts) / (sum(of_prompts) + sum(of_completions))
+    else:
+        expected = np.mean([a / (a + b) for a, b in zip(of_prompts, of_completions, strict=True)])
+    logged = store.get_run(run.id).data.metrics["prompt_share"]
+    assert logged == pytest.approx(expected, rel=1e-12)

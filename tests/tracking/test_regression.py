@@ -98,7 +98,7 @@ def test_its_code_has_a_name_of_its_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     copy = importlib.import_module(f"{code.name}.transforms")
     assert copy.Transform is not Transform
-    assert copy.Transform("power", (0.0, 1.0))(0.1) == Transform("power", (0.0, 1.0))(0.1)
+    assert copy.Transform("w_p", (0.0, 1.0))(0.1) == Transform("w_p", (0.0, 1.0))(0.1)
 
 
 def test_it_serves_over_http(fit_json, model, tmp_path):

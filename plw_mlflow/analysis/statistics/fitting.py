@@ -54,12 +54,13 @@ class Fit:
     model: str  # the statistical model's name
     dataset: str
     scale: str  # what was done to the scores before the fit
-    transform: str  # from PLW to w_p
+    axis: str  # on which the curve is a parabola
     n: int  # scores
     runs: int
     tasks: int
     fewest_runs: int  # of such a study that let its tests be near the error rates they claim
-    plws: list[float]  # tried, ascending: what the transform goes by
+    plws: list[float]  # tried, ascending: what the transform to the axis goes by, as by the next one
+    prompt_odds: tuple[float, float]  # loss weight of prompts over completions, at PLW 0 and 1; (0, 1) on other axes
     coefficients: dict[str, float]  # for `beta` of the logit
     standard_errors: dict[str, float]
     degrees_of_freedom: dict[str, float | None]  # of the t tests; None where they are infinite
@@ -375,12 +376,13 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         model=model,
         dataset=grid.dataset,
         scale=scale,
-        transform=grid.transform.name,
+        axis=grid.transform.name,
         n=int((~np.isnan(grid.scores)).sum()),
         runs=len(grid.scores),
         tasks=len(grid.tasks),
         fewest_runs=fewest_runs(len(grid.terms), 1 if result.keeps_level else len(grid.tasks)),
         plws=list(grid.transform.plws),
+        prompt_odds=grid.transform.prompt_odds,
         coefficients=dict(zip(result.terms, b.tolist(), strict=True)),
         standard_errors=dict(zip(result.terms, errors.tolist(), strict=True)),
         degrees_of_freedom={

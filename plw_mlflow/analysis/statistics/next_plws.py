@@ -30,8 +30,8 @@ class NoOptimumError(UserError):
 class Proposal:
     """Which PLWs to run next, to know better where the optimum is.
 
-    Standard errors are the optimum's, on w_p: means over the curves that the scores allow, so above that of the fit,
-    as flatter curves than the estimated one are among them.
+    Standard errors are the optimum's, on the axis: means over the curves that the scores allow, so above that of the
+    fit, as flatter curves than the estimated one are among them.
     """
 
     dataset: str
@@ -43,6 +43,7 @@ class Proposal:
     error_at_last: float  # with any number of runs, as tasks differ
     share_that_stays: float  # of the optimum's variance with any number of runs
     interior_probability: float  # of a maximum inside the range, which the errors take for granted
+    axis: str  # on which the curve is a parabola
     width_then: float  # of the optimum's 95 % interval in PLW, if slope and bend stay as they are estimated now
 
     def text(self) -> str:
@@ -56,8 +57,8 @@ class Proposal:
         return (
             f"{self.dataset}: run next, with new seeds, PLW {', '.join(f'{plw:g}' for plw in self.plws)} "
             f"({self.runs} run{'s' * (self.runs > 1)}).\n"
-            f"  Expected standard error of the optimum on w_p: {self.error_now:.3g} now, {self.error_then:.3g} then, "
-            f"{self.error_at_last:.3g} with any number of runs.\n"
+            f"  Expected standard error of the optimum on {self.axis}: {self.error_now:.3g} now, "
+            f"{self.error_then:.3g} then, {self.error_at_last:.3g} with any number of runs.\n"
             f"  {stays} A maximum inside the range has probability {self.interior_probability:.2f}."
         )
 
@@ -172,6 +173,7 @@ def propose(
         float(np.sqrt(last).mean()),
         float((last / now).mean()),
         float(inside.mean()),
+        grid.transform.name,
         _width(known, known.covariances(inverse), grid.transform),
     )
 

@@ -104,7 +104,7 @@ def parse_truth(text: str) -> Truth:
             raise UserError(f"assume: {name} must be a number, got {value!r}") from None
     if missing := [name for name in STATED if name not in values]:
         raise UserError(f"assume lacks {', '.join(missing)}; --power prints all of them for a table of scores")
-    return Truth(**values, transform=Transform("power", PUBLISHED_PLWS))
+    return Truth(**values, transform=Transform("w_p", PUBLISHED_PLWS))
 
 
 def estimate_truth(grid: Grid) -> Truth:

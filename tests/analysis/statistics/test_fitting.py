@@ -37,7 +37,7 @@ LOW, HIGH = 0.0, 1.0
 
 def grid_of(table, dataset, **options):
     part = table[table["dataset"] == dataset] if dataset != "all" else table
-    return design.grid(part, dataset, make_transform("power", part["plw"]), **options)
+    return design.grid(part, dataset, make_transform("w_p", part["plw"]), **options)
 
 
 @cache
@@ -378,7 +378,7 @@ def test_a_task_without_an_optimum_is_highest_at_an_end_of_the_plws_tried():
 def test_data_sets_with_incomplete_runs_are_compared():
     table = score_table.read_scores(STUDY)
     table = table.drop(index=[table.index[5], table.index[300]])
-    grid = design.grid(table, "all", make_transform("power", table["plw"]), by="dataset")
+    grid = design.grid(table, "all", make_transform("w_p", table["plw"]), by="dataset")
     found = differences.compare_curves(grid, "dataset")
     assert [test.test.split()[0] for test in found.tests] == ["Hotelling's", "likelihood"]
     assert "2 of 60 runs" in found.notes[0]

@@ -26,7 +26,7 @@ TRUTH = Truth(
     task_correlation=-0.9,
     run_sd=0.002,
     residual_sd=0.005,
-    transform=Transform("power", PUBLISHED_PLWS),
+    transform=Transform("w_p", PUBLISHED_PLWS),
 )
 
 
@@ -323,7 +323,7 @@ def test_a_plan_needs_something_to_find(changes, width, told):
 
 def test_spaced_plws_are_equally_far_apart_on_the_curve():
     assert power.spaced_plws(TRUTH.transform, 5) == (0, 0.01, 0.1, 0.385, 1)
-    wide = Transform("power", (0.0, 0.5, 2.0))
+    wide = Transform("w_p", (0.0, 0.5, 2.0))
     assert power.spaced_plws(wide, 4)[-1] == 2
 
 

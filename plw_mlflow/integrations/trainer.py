@@ -1,0 +1,162 @@
+"""transformers' Trainer with a prompt loss weight.
+
+Two of the Trainer's methods are replaced: the one that counts what the loss of a step is divided by, and the one that
+computes the loss of a micro-batch. Weights travel as a column of the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import Trainer
+
+from plw_mlflow.errors import UserError
+from plw_mlflow.integrations.collator import IGNORED, MASKS, PLWCollator, Weighing, completions
+from plw_mlflow.integrations.own_loop import check_divisor, check_plw, divisor, weighted_nll
+
+TRIED = "transformers 5.23.0 and TRL 1.16.0"
+ROWS_LOOKED_AT = 1000  # for both prompt and completion, at most
+# What is replaced or relied on, with the arguments that it is called with.
+CALLED_WITH = {
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+    "_set_signature_columns_if_needed": ["self"],
+}
+
+
+def check_signatures(trainer: type, package: str, version: str) -> None:
+    """Raise UserError where a trainer's methods are called with other arguments than those of the versions tried."""
+    for name, expected in CALLED_WITH.items():
+        method: Callable[..., Any] | None = getattr(trainer, name, None)
+        found = list(inspect.signature(method).parameters) if method else []
+        if found != expected:
+            raise UserError(
+                f"{package} {version} cannot be used: its {trainer.__name__}.{name} takes ({', '.join(found)}), not "
+                f"({', '.join(expected)}); install what PLW was tried with, {TRIED}"
+            )
+
+
+check_signatures(Trainer, "transformers", transformers.__version__)
+
+
+class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What makes a trainer derived from transformers' one train with a PLW; it stands before that one."""
+
+    data_collator: Any
+    loss_is_scaled_for_ga: bool | None = True  # it is divided by the whole step's divisor
+
+    def __init__(self, *args: Any, plw: float, loss_divisor: str = "weights", **kwargs: Any) -> None:
+        check_plw(plw)
+        check_divisor(loss_divisor)
+        if kwargs.get("compute_loss_func") is not None:
+            raise UserError("compute_loss_func cannot be given, as the loss is what a PLW is about")
+        self.plw, self.loss_divisor = plw, loss_divisor
+        super().__init__(*args, **kwargs)
+        self.data_collator = Weighing(self.data_collator, plw)
+        if self.args.n_gpu > 1:
+            raise UserError("several GPUs in one process are not supported; start a process for each by torchrun")
+        if (shares := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) > 1:
+            raise UserError(f"{shares} processes share each batch, which is not supported; give each its own batches")
+        _check_rows(self.train_dataset, plw)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        names = ("labels", "weights", "attention_mask", *MASKS)
+        self._signature_columns += [name for name in names if name not in self._signature_columns]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The divisor of the step whose micro-batches in this process these are."""
+        if not batch_samples:
+            return None
+        return divisor([batch["weights"].to(device) for batch in batch_samples], self.loss_divisor)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """A micro-batch's part of the loss of its step; times the processes, over which gradients are averaged."""
+        whole = num_items_in_batch
+        if whole is None:
+            whole = self._get_num_items_in_batch([inputs], self.args.device)
+        context = {name: value for name, value in inputs.items() if name not in ("weights", "labels")}
+        with self.accelerator.autocast():
+            total = weighted_nll(
+                model, weights=inputs["weights"], label_smoothing=self.args.label_smoothing_factor, **context
+            )
+        reciprocal = torch.where(whole > 0, 1 / whole, 0.0).float()  # 0 where no token weighs anything
+        loss = total * reciprocal * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**context, use_cache=False)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As in transformers; where only the loss is asked for, no logits are made."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+class PLWTrainer(WeightedLoss, Trainer):
+    """transformers' Trainer, which trains prompt tokens with the weight `plw` and completion tokens with 1.
+
+    Its arguments are those of transformers' Trainer, and:
+
+    plw: the prompt loss weight.
+    loss_divisor: of a step, "weights" for the sum of all weights or "tokens" for the number of those that are not 0.
+    max_tokens, packing: of `PLWCollator`, which makes the batches unless `data_collator` is given. That one's batches
+        need `labels`, in which tokens outside completions are -100, or `weights`.
+
+    Rows have the columns that `PLWCollator` names. Raises UserError for what is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        *more: Any,
+        plw: float,
+        loss_divisor: str = "weights",
+        max_tokens: int | None = None,
+        packing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is None:
+            data_collator = PLWCollator(plw, max_tokens, packing)
+        elif packing or max_tokens is not None:
+            raise UserError("max_tokens and packing are those of the default collator; a data_collator has its own")
+        super().__init__(model, args, data_collator, *more, plw=plw, loss_divisor=loss_divisor, **kwargs)
+
+
+def _check_rows(dataset: Any, plw: float) -> None:
+    """Raise UserError for a data set in which a PLW has no effect, as its first rows are all prompt or all completion.
+
+    Rows without marks are passed over, as a collator may make them.
+    """
+    kinds: set[bool] = set()
+    for row in itertools.islice(dataset or (), ROWS_LOOKED_AT):
+        if row.get("weights") is not None or not any(row.get(name) is not None for name in ("labels", *MASKS)):
+            return
+        kinds.update(completions(row)[1:].tolist())
+        if len(kinds) == 2:
+            return
+    if kinds == {True} and plw != 1:
+        raise UserError(
+            "every token is marked as completion, so the PLW would change nothing; have the prompts' labels be "
+            f"{IGNORED}, or have TRL set them by assistant_only_loss=True or completion_only_loss=True"
+        )
+    if kinds == {False}:
+        raise UserError(
+            "no token is marked as completion; a chat template marks what the assistant says only where it holds "
+            "{% generation %}"
+        )

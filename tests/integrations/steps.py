@@ -1,0 +1,100 @@
+"""Steps that are taken by our loop, by an oracle and by other trainers with our loss, for their gradients."""
+
+import functools
+import tempfile
+from contextlib import contextmanager
+
+import numpy as np
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import TrainingArguments
+
+from benchmarks import exactness
+from benchmarks.exactness import EXAMPLES, Case
+from plw_mlflow.data.pieces import Segment
+from plw_mlflow.data.prepare import Prepared
+from plw_mlflow.integrations import PLWTrainer
+from tests.conftest import VOCABULARY, make_example, tiny_llama
+
+PLWS = exactness.PLWS
+QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "dataloader_pin_memory": False}
+
+
+def prepared(count=EXAMPLES):
+    """Examples of random tokens, of unequal lengths, with prompts and completions of unequal lengths."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for prompt, completion in rng.integers(2, 24, (count, 2)).tolist():
+        tokens = rng.integers(2, VOCABULARY, prompt + completion)
+        examples.append(make_example(tokens, [Segment.INSTRUCTION] * prompt + [Segment.COMPLETION] * completion))
+    return Prepared((), examples, examples[:1], {}, "", 0)
+
+
+def rows(examples):
+    """The same as rows of a data set for other trainers."""
+    return [
+        {"input_ids": e.tokens.tolist(), "completion_mask": (e.segment == Segment.COMPLETION).astype(int).tolist()}
+        for e in examples
+    ]
+
+
+def model():
+    """A tiny LLaMA whose gradients float32 can tell to a few parts in ten million."""
+    return tiny_llama(initializer_range=0.1)
+
+
+def case(accumulation, packing, divisor, spread=exactness.SPREADS[0]):
+    return Case(spread, accumulation, packing, divisor, "step")
+
+
+@contextmanager
+def recorded(model):
+    """Within the block, the gradients with which optimisers take steps, flat float64, in the model's order."""
+    gradients = []
+
+    def record(*_):
+        gradients.append(exactness.flat([p.grad for p in model.parameters() if p.requires_grad]))
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        yield gradients
+    finally:
+        hook.remove()
+
+
+def arguments(folder, kind=TrainingArguments, **changes):
+    return kind(folder, **QUIET | {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"} | changes)
+
+
+def trainers_gradient(one, plw, model, examples, **options):
+    """The gradient of the step that `PLWTrainer` takes."""
+    with tempfile.TemporaryDirectory() as folder, recorded(model) as gradients:
+        settings = arguments(
+            folder,
+            per_device_train_batch_size=one.micro_batch_examples,
+            gradient_accumulation_steps=one.accumulation,
+        )
+        trainer = PLWTrainer(
+            model, settings, train_dataset=rows(examples), plw=plw, loss_divisor=one.divisor, packing=one.packing
+        )
+        trainer.train()
+    return gradients[0]
+
+
+@functools.cache
+def oracle(plw, divisor):
+    """The true gradient of the step, however it is cut."""
+    return exactness.oracle(case(1, False, divisor), plw, model().double(), prepared().training)
+
+
+@functools.cache
+def ours(plw, divisor, packing):
+    """The gradient of the step that our loop takes."""
+    return exactness.ours(case(1, packing, divisor), plw, model, prepared())
+
+
+def difference(left, right):
+    return float((left - right).norm() / right.norm())
+
+
+def parameters(model):
+    return exactness.flat(list(model.parameters()))

@@ -1,0 +1,69 @@
+"""Do weights stay with their tokens where rows are padded, cut and packed?"""
+
+import pytest
+import torch
+
+from plw_mlflow.errors import UserError
+from plw_mlflow.integrations import PLWCollator
+from plw_mlflow.integrations.collator import Weighing
+
+ROWS = [
+    {"input_ids": [2, 5, 6, 7, 1], "labels": [-100, -100, -100, 7, 1]},
+    {"input_ids": [2, 8, 1], "labels": [-100, 8, 1]},
+]
+
+
+def test_rows_are_padded():
+    batch = PLWCollator(0.5)(ROWS)
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 7, 1], [2, 8, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch["weights"].tolist() == [[0, 0.5, 0.5, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 7, 1], [-100, 8, 1, -100, -100]]
+
+
+def test_rows_are_cut_and_packed():
+    batch = PLWCollator(0.5, max_tokens=4, packing=True)(ROWS)
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 7, 2, 8, 1]]
+    assert batch["weights"].tolist() == [[0, 0.5, 0.5, 1, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 7]
+    assert batch["max_length_q"] == 4
+
+
+@pytest.mark.parametrize(
+    ("marks", "weights"),
+    [
+        ({"completion_mask": [0, 0, 1, 1]}, [0, 0.5, 1, 1]),
+        ({"assistant_masks": [1, 0, 0, 1]}, [0, 0.5, 0.5, 1]),
+        ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 1, 0]}, [0, 0.5, 1, 0.5]),
+        ({"labels": torch.tensor([5, -100, -100, 8]), "completion_mask": None}, [0, 0.5, 0.5, 1]),
+        ({"weights": [3, 0.25, 0, 2], "labels": [5, 6, 7, 8]}, [0, 0.25, 0, 2]),
+    ],
+)
+def test_marks_become_weights(marks, weights):
+    assert PLWCollator(0.5)([{"input_ids": [5, 6, 7, 8], **marks}])["weights"].tolist() == [weights]
+
+
+def test_padding_in_a_row_is_taken_out():
+    row = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "completion_mask": [0, 0, 0, 1]}
+    batch = PLWCollator(0.5)([row])
+    assert batch["input_ids"].tolist() == [[5, 6]]
+    assert batch["weights"].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [5, 6]}, "none that tells its completion"),
+        ({"input_ids": [5, 6], "weights": [1.0]}, "2 tokens, but weights or marks for 1"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "completion_mask": [1]}, "marks for 1 and for 2 tokens"),
+    ],
+)
+def test_rows_without_marks_are_refused(row, message):
+    with pytest.raises(UserError, match=message):
+        PLWCollator(0.5)([row])
+
+
+def test_a_collator_without_labels_is_refused():
+    with pytest.raises(UserError, match="neither labels nor weights"):
+        Weighing(lambda rows: {"input_ids": torch.ones(1, 2)}, 0.5)([])

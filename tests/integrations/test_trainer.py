@@ -1,0 +1,173 @@
+"""Does transformers' Trainer with our loss take our steps, and leave the model as it is otherwise?"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from benchmarks import exactness
+from plw_mlflow.config import TrainConfig
+from plw_mlflow.data import batches
+from plw_mlflow.errors import UserError
+from plw_mlflow.integrations import PLWCollator, PLWTrainer
+from plw_mlflow.integrations import trainer as trainers
+from plw_mlflow.training import train
+from tests.integrations import steps
+
+CASES = list(itertools.product(steps.PLWS, ("weights", "tokens"), (1, 4), (True, False)))
+
+
+@pytest.mark.parametrize(("plw", "divisor", "accumulation", "packing"), CASES)
+def test_its_gradients_are_our_loops_and_the_oracles(plw, divisor, accumulation, packing):
+    one = steps.case(accumulation, packing, divisor)
+    found = steps.trainers_gradient(one, plw, steps.model(), steps.prepared().training)
+    assert steps.difference(found, steps.oracle(plw, divisor)) < 1e-6
+    assert steps.difference(found, steps.ours(plw, divisor, packing)) < 1e-6
+
+
+def lora(model):
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # with zeros, most gradients would be 0
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return adapted
+
+
+def test_adapters_of_peft_get_the_oracles_gradients():
+    examples, one = steps.prepared().training, steps.case(4, True, "weights")
+    found = steps.trainers_gradient(one, 0.242, lora(steps.model()), examples)
+    exact = exactness.oracle(one, 0.242, lora(steps.model()).double(), examples)
+    assert steps.difference(found, exact) < 1e-6
+
+
+def test_twenty_steps_give_our_loops_weights(tmp_path):
+    config = TrainConfig(
+        plw=0.242,
+        learning_rate=1e-2,
+        batch_examples=4,
+        micro_batch_examples=2,
+        epochs=1,
+        max_grad_norm=1.0,
+        packing=False,
+        precision="float32",
+        warmup_ratio=0.1,
+    )
+    prepared = steps.prepared(80)
+    ours = train.run(config, prepared, steps.model(), tmp_path).model
+    assert steps.difference(steps.parameters(ours), steps.parameters(steps.model())) > 0.1
+    order = batches.steps(80, 4, seed=config.seed, first=0, total=20)
+    ordered = [prepared.training[index] for index in itertools.chain.from_iterable(order)]
+    arguments = TrainingArguments(
+        tmp_path,
+        **steps.QUIET,
+        max_steps=20,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup_ratio * 20),
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    model = steps.model()
+    trainer = PLWTrainer(model, arguments, train_dataset=steps.rows(ordered), plw=0.242)
+    trainer.train()
+    assert steps.difference(steps.parameters(model), steps.parameters(ours)) < 1e-5
+
+
+def test_a_trained_model_generates_and_is_saved_as_any_other(tmp_path):
+    model = lora(steps.model())
+    trainer = PLWTrainer(
+        model, steps.arguments(tmp_path, bf16=True), train_dataset=steps.rows(steps.prepared().training), plw=0.1
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert "forward" not in vars(model.get_base_model())
+    loaded = PeftModel.from_pretrained(steps.model(), tmp_path / "saved")
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.autocast("cpu", enabled=False):
+        expected = loaded.generate(tokens, max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), expected)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits.shape[1] == 3
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_evaluation_is_the_weighted_one(tmp_path, packing):
+    examples = steps.prepared(4).training
+    arguments = steps.arguments(tmp_path, per_device_eval_batch_size=4)
+    rows = steps.rows(examples)
+    trainer = PLWTrainer(
+        steps.model(), arguments, train_dataset=rows, eval_dataset=rows, plw=0.1, loss_divisor="tokens", packing=packing
+    )
+    batch = PLWCollator(0.1)(rows)
+    logits = steps.model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    weights = batch["weights"][:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+    expected = (nll * weights).sum() / weights.count_nonzero()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_logits_are_given_to_metrics(tmp_path):
+    rows = steps.rows(steps.prepared(4).training)
+    shapes = []
+
+    def look(prediction):
+        shapes.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"fine": 1.0}
+
+    arguments = steps.arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = PLWTrainer(steps.model(), arguments, train_dataset=rows, eval_dataset=rows, plw=0.1, compute_metrics=look)
+    assert trainer.evaluate()["eval_fine"] == 1
+    ((logits, labels),) = shapes
+    assert logits[:2] == labels
+
+
+def test_a_step_without_a_weight_changes_nothing(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "weights": [0.0, 0.0, 0.0]}]
+    model = steps.model()
+    PLWTrainer(model, steps.arguments(tmp_path), train_dataset=rows, plw=0.0).train()
+    assert torch.equal(steps.parameters(model), steps.parameters(steps.model()))
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"labels": [5, 6, 7]}, "the PLW would change nothing"),
+        ({"assistant_masks": [0, 0, 0]}, "{% generation %}"),
+    ],
+)
+def test_rows_in_which_a_plw_has_no_effect_are_refused(tmp_path, marks, message):
+    with pytest.raises(UserError, match=message):
+        PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=[{"input_ids": [5, 6, 7], **marks}], plw=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plw": -1.0},
+        {"plw": math.nan},
+        {"plw": 0.1, "loss_divisor": "rows"},
+        {"plw": 0.1, "compute_loss_func": lambda *_: 0},
+        {"plw": 0.1, "data_collator": PLWCollator(0.1), "packing": True},
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, options):
+    with pytest.raises(UserError):
+        PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=[], **options)
+
+
+def test_another_signature_is_refused_in_one_line():
+    class Later(trainers.Trainer):
+        def compute_loss(self, model, inputs, loss_context):
+            return 0
+
+    with pytest.raises(UserError, match=r"Later\.compute_loss takes \(self, model, inputs, loss_context\)") as caught:
+        trainers.check_signatures(Later, "transformers", "9.0")
+    assert "transformers 5.23.0 and TRL 1.16.0" in str(caught.value)
+    assert "\n" not in str(caught.value)
