@@ -359,6 +359,18 @@ def ratios() -> str:
     return markdown(["generation ratio", "best PLW, on average", "95 %", "95 %, one more data set and model"], rows)
 
 
+def singles() -> str:
+    """Single runs in print that have figures."""
+    rows = []
+    for runs in sorted(advise.advise(1.0, evidence_points()).single_runs, key=lambda runs: runs.ratio or math.inf):
+        if runs.gain is not None and runs.scores is not None and runs.ratio is not None:
+            gain, reach = (100 * part for part in runs.gain)
+            scores = [f"{100 * score:.1f}" for score in runs.scores]
+            difference = f"{gain:+.1f} ({gain - reach:+.1f} to {gain + reach:+.1f})"
+            rows.append([runs.dataset, f"{runs.ratio:.3g}", *scores, difference])
+    return markdown(["data set", "generation ratio", "PLW 0", "PLW 1", "difference, points (95 %)"], rows)
+
+
 def slopes() -> str:
     """Each study's slope, and all together, with Tulu-v2's ratio as guessed and elsewhere."""
     rows = []
@@ -391,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
         wit_points,
         wit_between,
         ratios,
+        singles,
         slopes,
     )
 }

@@ -104,8 +104,8 @@ def make_transform(axis: str, plws: ArrayLike, prompt_odds: tuple[float, float] 
         raise UserError("axis logit is for PLWs within 0..1, some of them between; use w_p")
     if axis in SHARE_AXES and prompt_odds is None:
         raise UserError(
-            f"axis {axis} needs the prompts' share of the loss weight, which these runs do not tell; give a column "
-            "prompt_share, or generation ratios (--ratios)"
+            f"axis {axis} needs the prompts' share of the loss weight of every run, as of PLW times prompt tokens; "
+            "give a column prompt_share, or generation ratios (--ratios)"
         )
     return Transform(axis, tried, prompt_odds or (0.0, 1.0))
 

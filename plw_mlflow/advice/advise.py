@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from plw_mlflow.advice import single_runs
 from plw_mlflow.advice.evidence import OWN, EvidencePoint, to_plw
 from plw_mlflow.advice.pooling import Pooled, pool
+from plw_mlflow.advice.single_runs import SingleRuns
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.data.profile import Profile
 from plw_mlflow.errors import UserError
@@ -93,6 +95,7 @@ class Advice:
     own_share: float  # of the precision behind the suggestion
     slopes: list[Slope]
     points: list[EvidencePoint]
+    single_runs: list[SingleRuns]  # in print, which have no weight
 
     @property
     def plw(self) -> float | None:
@@ -146,7 +149,10 @@ def advise(
         reach = NORMAL / math.sqrt(precisions.sum())
         low, high = w - reach, w + reach
     name = dataset[0] if dataset else None
-    return Advice(ratio, name, tuple(task_types), w, low, high, line, own, share, _slopes(points), list(points))
+    singles = single_runs.published(task_types)
+    return Advice(
+        ratio, name, tuple(task_types), w, low, high, line, own, share, _slopes(points), list(points), singles
+    )
 
 
 def measured_ratio(profile: Profile) -> float:

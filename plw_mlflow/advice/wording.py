@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from plw_mlflow.advice.advise import WHOLE, Advice, Line, Slope
 from plw_mlflow.advice.evidence import OWN, STUDY, WIT, EvidencePoint, to_plw
+from plw_mlflow.advice.single_runs import SingleRuns
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 
 WIDE = 0.5  # width of an interval of w_p from which on it is called wide
@@ -39,6 +40,7 @@ def sentences(advice: Advice) -> list[str]:
         else:
             wide = "That is a wide interval, which rules out little; " if advice.width > WIDE else ""
             lines.append(f"{wide}PLW 0 lies {'within' if low == 0 else 'outside'} it.")
+        lines.append(_share_words(advice, low, high))
     lines += [*_own_words(advice), *_nearest_words(advice)]
     if advice.line is not None:
         lines += _line_words(advice, advice.line)
@@ -59,6 +61,7 @@ def sentences(advice: Advice) -> list[str]:
     if flat:
         listed = ", ".join(f"{dataset} ({n} of {curves[study, dataset]})" for (study, dataset), n in flat.items())
         lines.append(f"No evidence are curves that could be flat, or highest anywhere: of {listed}.")
+    lines += _single_words(advice)
     guessed = sorted({point.dataset for point in advice.points if point.ratio_is == "guessed"})
     if guessed:
         lines.append(f"Nobody has printed the generation ratio of {', '.join(guessed)}, which is guessed.")
@@ -107,6 +110,35 @@ def _p(point: EvidencePoint) -> str:
 def _best(point: EvidencePoint) -> str:
     low, high = point.interval
     return f"{point.plw:.2g} ({low:.2g} to {high:.2g})"
+
+
+def _share_words(advice: Advice, low: float, high: float) -> str:
+    """What the suggestion means on data of this ratio."""
+    assert advice.plw is not None
+    shares = [plw / (plw + advice.ratio) for plw in (advice.plw, low, high)]
+    return "It gives prompts {:.0%} of the loss weight on such data, and its interval {:.0%} to {:.0%}.".format(*shares)
+
+
+def _single_words(advice: Advice) -> list[str]:
+    """Of the single runs with figures, those whose data set is nearest in ratio."""
+    known = [runs for runs in advice.single_runs if runs.gain is not None and runs.ratio is not None]
+    if not known:
+        return []
+    nearest = min(known, key=lambda runs: abs(math.log((runs.ratio or 1) / advice.ratio)))
+    return [
+        f"Single runs in print have no weight here, as they have one seed. The nearest in ratio ({nearest.ratio:.2g}) "
+        f"is of {nearest.study}, on {nearest.dataset}: {_gain(nearest)}."
+    ]
+
+
+def _gain(runs: SingleRuns) -> str:
+    if runs.gain is None or runs.plws is None:
+        return runs.says
+    gain, reach = runs.gain
+    return (
+        f"PLW {runs.plws[1]:g} less PLW {runs.plws[0]:g} is {100 * gain:+.1f} points "
+        f"({100 * (gain - reach):+.1f} to {100 * (gain + reach):+.1f}) on {runs.task}"
+    )
 
 
 def _line_words(advice: Advice, line: Line) -> list[str]:
@@ -165,4 +197,10 @@ def text(advice: Advice) -> str:
         shown = [f"{mark}{point.ratio:.3g}", best, p, f"{_named(point)}: {point.what}"]
         lines.append("  ".join(f"{part:{width}}" for part, (_, width) in zip(shown, columns, strict=True)).rstrip())
     lines.append("p is of no effect of PLW at all, where runs are not too few to tell; ~ is a guess.")
+    if advice.single_runs:
+        lines += ["", "Single runs in print, without weight (95 % of the questions alone, not of seeds):"]
+    for runs in sorted(advice.single_runs, key=lambda runs: runs.ratio or math.inf):
+        ratio = "?" if runs.ratio is None else f"{runs.ratio:.3g}"
+        lines.append(f"{ratio:8}  {runs.dataset} of {runs.study}: {_gain(runs)}")
+    lines += dict.fromkeys(f"{runs.study}: {runs.caveat} ({runs.source})." for runs in advice.single_runs)
     return "\n".join(lines)

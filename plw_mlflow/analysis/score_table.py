@@ -40,6 +40,7 @@ OTHER_FILES = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
+OFF_LINE = 0.02
 SCALES = ("none", "fraction", "minmax", "zscore")
 
 
@@ -220,8 +221,9 @@ def add_prompt_shares(table: pd.DataFrame, ratios: Mapping[str, float]) -> pd.Da
 def prompt_odds(part: pd.DataFrame) -> tuple[float, float] | None:
     """The loss weight of prompts over that of completions at PLW 0 and at PLW 1, of one data set; None if not known.
 
-    It is linear in the PLW, so a line is laid through that of the runs. Models with other tokenizers differ in it, and
-    the line is then their mean.
+    It is linear in the PLW, so a line is laid through that of the runs: the mean, where models have other tokenizers.
+    It is not known either where runs are off the line, by more than OFF_LINE of a share. So it is where each example's
+    loss is divided by its own weights, or where the PLW itself is a share.
     """
     if "prompt_share" not in part or not part["prompt_share"].between(0, 1, inclusive="left").all():
         return None
@@ -231,7 +233,9 @@ def prompt_odds(part: pd.DataFrame) -> tuple[float, float] | None:
         return None
     at_0 = float(odds[plw == 0].mean()) if (plw == 0).any() else 0.0
     slope = float(((odds - at_0)[plw > 0] / plw[plw > 0]).mean())
-    return (at_0, at_0 + slope) if slope > 0 else None
+    line = at_0 + plw * slope
+    is_off = np.abs(line / (1 + line) - share).max() > OFF_LINE
+    return None if is_off or slope == 0 else (at_0, at_0 + slope)
 
 
 def odds_of_rows(table: pd.DataFrame) -> pd.Series | None:

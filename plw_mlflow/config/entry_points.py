@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from plw_mlflow.config import limits
 from plw_mlflow.config.options import (
     BY_PRESET,
     AdapterOptions,
@@ -88,9 +89,16 @@ class PrepareConfig(PresetOptions, DataOptions, WeightOptions, Config):
     """Print the first so many training examples token by token, with the weight of each (unset: none)."""
     plw: float = 0.242
     """Prompt loss weight of the tokens shown, and whose equals under other losses are printed."""
+    fail_if: str | None = None
+    """Limits at which the command fails, such as 'no_end > 0, prompt_cut > 1%' (unset: none; docs/data.md)."""
 
     def faults(self) -> list[str]:
-        return too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
+        faults = too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
+        try:
+            limits.parse(self.fail_if or "")
+        except UserError as error:
+            faults.append(str(error))
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,6 +463,8 @@ class AnalyzeConfig(Config):
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
     """Difference of scores that counts as none; tests whether PLW's effect is smaller (unset: not tested)."""
+    against: str | None = None
+    """PLW that the others are compared with, question by question (0,0.1: these two alone; docs/analysis.md)."""
     claims: bool = False
     """Judge the study's claims (paper/claims.json) by these scores: reproduced, contradicted, or cannot tell."""
     bootstrap: int = 2000
@@ -470,7 +480,18 @@ class AnalyzeConfig(Config):
     next: int | None = None
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, against.csv, claims.csv, power.csv, next.json (unset: only MLflow)."""
+
+    def compared(self) -> tuple[float, float | None]:
+        """The PLW that others are compared with, and the only other one, if `against` names two. Raises ValueError."""
+        against, *others = (float(text) for text in (self.against or "").split(","))
+        if (
+            len({against, *others}) != 1 + len(others)
+            or len(others) > 1
+            or not all(map(math.isfinite, [against, *others]))
+        ):
+            raise ValueError
+        return against, others[0] if others else None
 
     def given_ratios(self) -> dict[str, float]:
         """The generation ratios that are given, by the data set's name."""
@@ -498,6 +519,13 @@ class AnalyzeConfig(Config):
                     faults.append(f"{name} is {spell(value)}, but that is for power: give --power")
         if self.assume is not None and self.next is not None:
             faults.append("next needs scores, not assume")
+        if self.against is not None:
+            try:
+                self.compared()
+            except ValueError:
+                faults.append(f"against must be a PLW, or two different ones like 0,0.1, got {self.against}")
+            if self.assume is not None:
+                faults.append("against needs questions of runs, not assume")
         if self.assume is not None and self.claims:
             faults.append("claims needs scores, not assume")
         return faults + _faults_of_ratios(self.ratios)

@@ -18,7 +18,7 @@ import tokenizers
 from tqdm import tqdm
 
 from plw_mlflow.config import DataOptions, digest
-from plw_mlflow.data import files, formats, inversion
+from plw_mlflow.data import audit, files, formats, inversion
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.sources import Source
@@ -46,6 +46,7 @@ CODE = (
     "data/templates",
     "data/chat_template",
     "data/tokens",
+    "data/audit",
     "data/store",
     "data/building",
 )
@@ -182,6 +183,7 @@ def _write_batch(
             [records[index] is not as_read[index] for index in usable],
             bare[usable],
             examples,
+            audit.flags([records[index] for index in usable], examples, encoder),
         )
     return len(usable)
 

@@ -90,9 +90,20 @@ class ChatTemplate:
             )
         return pieces + outline.end
 
-    def _rendered(self, turns: Sequence[Turn], texts: Sequence[str]) -> str:
+    def served(self, record: Record) -> str | None:
+        """What a server gives a model to answer: all text before a record's last answer, with the generation prompt.
+
+        None where the template refuses a conversation that ends before the answer.
+        """
+        turns = turns_of(record, self.completion_turns)[:-1]
+        try:
+            return self._rendered(turns, [turn.text for turn in turns], add_generation_prompt=True)
+        except _Unfit:
+            return None
+
+    def _rendered(self, turns: Sequence[Turn], texts: Sequence[str], **how: bool) -> str:
         messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
-        ((is_fit, text),) = _RENDERER.results(self._source, messages, self._tokenizer.special_tokens_map)
+        ((is_fit, text),) = _RENDERER.results(self._source, messages, self._tokenizer.special_tokens_map | how)
         if not is_fit:
             raise _Unfit(text)
         return str(text)

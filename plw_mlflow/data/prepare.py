@@ -96,8 +96,19 @@ def run(
     contents = _contents(
         dataset, options, list(zip(data_sources, stores, strict=True)), rows, split, dropped, duplicates
     )
-    predicted = profile.predicted_counts(rows.columns, options.max_tokens)[split.is_training]
-    measured = profile.measure(contents, rows.columns, options.max_tokens, predicted, loss)
+    predicted = profile.predicted_counts(rows.columns, options.max_tokens)
+    counted = profile.count_faults(
+        rows.columns,
+        ~split.is_dropped,
+        predicted,
+        loss,
+        max_tokens=options.max_tokens,
+        left_out=sum(len(store.about["skipped"]) for store in stores),
+        too_long=len(dropped),
+        duplicates=duplicates,
+    )
+    predicted = predicted[split.is_training]
+    measured = profile.measure(contents, rows.columns, options.max_tokens, predicted, loss, counted)
     digest = hashlib.sha256("".join(store.about["digest"] for store in stores).encode()).hexdigest()
     largest_token = max(store.about["largest_token"] for store in stores)
     return Prepared(data_sources, training, validation, measured, digest, largest_token, predicted)

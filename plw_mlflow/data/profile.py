@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plw_mlflow.config import DivisorScope, LossDivisor
-from plw_mlflow.data import weights
+from plw_mlflow.config.limits import COUNTED
+from plw_mlflow.data import audit, weights
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.weights import Weights
 from plw_mlflow.study import PUBLISHED_PLWS
@@ -91,6 +92,8 @@ class Profile(Contents):
     completion_shorter_than_prompt_with_template: float  # share of the records
     border_straddled: float  # share of the records in which a token straddles the end of the prompt
     end_straddled: float  # share of the records in which a token straddles the end of an answer
+    audit: dict[str, int]  # by name of a fault, the examples that have it (docs/data.md)
+    completion_share: dict[str, float]  # of an example's predicted tokens, by share of the examples as in `quantiles`
     max_tokens: int  # longest example
     longer_than_max_tokens: float  # share of the records
     no_completion_within_max_tokens: float  # share of the records
@@ -109,6 +112,7 @@ def measure(
     max_tokens: int,
     predicted: weights.Counts,
     loss: Weights,
+    counted: Mapping[str, int],
 ) -> Profile:
     """The profile of a data set.
 
@@ -120,7 +124,8 @@ def measure(
         straddling_end: tokens among completion_tokens that end in the template's text after an answer;
         completion_kept, template_kept: tokens of the segment within the first `max_tokens` of the example;
         and first: the segment of its first token.
-    predicted: of the examples that are trained on (`predicted_counts`). loss: weights at any PLW.
+    predicted: of the examples that are trained on (`predicted_counts`). loss: weights at any PLW. counted: of
+        `count_faults`.
     """
     straddling, length = columns["straddling"], columns["length"]
     bare = {name: columns[name] for name in ("instruction", "input", "completion")}
@@ -147,6 +152,8 @@ def measure(
         completion_shorter_than_prompt_with_template=float((templated["completion"] < templated["prompt"]).mean()),
         border_straddled=float((straddling > 0).mean()),
         end_straddled=float((columns["straddling_end"] > 0).mean()),
+        audit=dict(counted),
+        completion_share=_completion_shares(predicted),
         max_tokens=max_tokens,
         longer_than_max_tokens=float(is_cut.mean()),
         no_completion_within_max_tokens=float((columns["completion_kept"] == 0).mean()),
@@ -174,10 +181,51 @@ def predicted_counts(columns: Mapping[str, Counts], max_tokens: int) -> weights.
     return np.stack([template, all_tokens - completion - template, np.zeros_like(template), completion], axis=1)
 
 
+def count_faults(
+    columns: Mapping[str, Counts],
+    is_used: NDArray[np.bool_],
+    predicted: weights.Counts,
+    loss: Weights,
+    *,
+    max_tokens: int,
+    **others: int,
+) -> dict[str, int]:
+    """How many of the records have each fault, by name.
+
+    columns: of N records, as `measure` takes them. is_used: bool [N], true for those that are not dropped.
+    predicted: of all N (`predicted_counts`). loss: the weights of training. others: what is counted elsewhere.
+    """
+    bits, is_cut = columns["audit"], columns["length"] > max_tokens
+    has_none = columns["completion_kept"] == 0
+    lost_end = is_cut & (columns["completion_kept"] < columns["completion_tokens"])
+    masses = (predicted * (np.array(loss.by_segment) != 0)).sum(1)
+    if loss.loss_divisor == "share":  # of which a prompt without completion has nothing
+        masses = masses * (predicted[:, Segment.COMPLETION] > 0)
+    found = {name: bits & bit > 0 for name, bit in audit.BITS.items()} | {
+        "no_completion": has_none,
+        "all_masked": masses == 0,
+        "no_end": lost_end | (bits & audit.BITS["without_end_token"] > 0),
+        "prompt_cut": is_cut & has_none,
+    }
+    counts = {name: int((is_faulty & is_used).sum()) for name, is_faulty in found.items()} | others
+    return {name: counts[name] for name in COUNTED}
+
+
 def _lengths(counts: Counts) -> Lengths:
     quantiles = np.quantile(counts, QUANTILES, method="inverted_cdf")
     by_share = {f"{quantile:g}": int(value) for quantile, value in zip(QUANTILES, quantiles, strict=True)}
     return Lengths(float(counts.mean()), float(counts.std()), by_share)
+
+
+def _completion_shares(predicted: weights.Counts) -> dict[str, float]:
+    """Quantiles of the share that the completion has in the tokens of an example that are predicted."""
+    totals = predicted.sum(1)
+    has_any = totals > 0
+    if not has_any.any():
+        return {}
+    shares = predicted[has_any, Segment.COMPLETION] / totals[has_any]
+    quantiles = np.quantile(shares, QUANTILES, method="inverted_cdf")
+    return {f"{quantile:g}": float(value) for quantile, value in zip(QUANTILES, quantiles, strict=True)}
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -220,6 +268,14 @@ def text(profile: Profile) -> str:
         lines.append(
             f"answers' ends         in {profile.end_straddled:.2%} of the records a token straddles one: completion"
         )
+    if profile.completion_share:
+        shown = [
+            f"{_quantile_title(quantile)} {profile.completion_share[f'{quantile:g}']:.1%}"
+            for quantile in (0, *SHOWN_QUANTILES)
+        ]
+        lines.append("completion's share   of an example's tokens: " + ", ".join(shown))
+    faults = [f"{name} {number}" for name, number in profile.audit.items() if number]
+    lines.append("audit               " + (", ".join(faults) or "nothing found") + "  (docs/data.md)")
     shares = [f"{plw}: {_number(share)}" for plw, share in profile.effective_prompt_share.items()]
     lines += [f"prompts' share of the loss weight, by PLW{weights_text(profile)}", "  " + "  ".join(shares)]
     return "\n".join(lines)
@@ -290,4 +346,4 @@ def _number(value: float | None) -> str:
 
 
 def _quantile_title(quantile: float) -> str:
-    return {0.5: "median", 1: "longest"}.get(quantile, f"{quantile:.0%}")
+    return {0.5: "median", 1: "most"}.get(quantile, f"{quantile:.0%}")

@@ -33,7 +33,7 @@ from plw_mlflow.errors import UserError, first_line
 
 BARE = ("instruction", "input", "completion")  # tokens of a record's own texts, each tokenised alone
 BY_SEGMENT = {segment: f"{segment.name.lower()}_tokens" for segment in Segment}  # tokens of the example
-COUNTS = (*BARE, *BY_SEGMENT.values(), "length", "straddling", "straddling_end")
+COUNTS = (*BARE, *BY_SEGMENT.values(), "length", "straddling", "straddling_end", "audit")  # the last: `audit.flags`
 SCHEMA = pa.schema(
     [("number", pa.int64()), ("key", pa.binary(16)), ("inverted", pa.bool_())]
     + [(name, pa.int32()) for name in COUNTS]
@@ -60,12 +60,14 @@ class Writer:
         inverted: Sequence[bool],
         bare: np.ndarray,
         examples: Sequence[Example],
+        flags: np.ndarray,
     ) -> None:
         """Write the examples of some records.
 
         numbers: where each record stood in its source.
         keys: of each record as it was read (`Record.key`).
         bare: int [N, 3] tokens of instruction, input and completion, each alone.
+        flags: int32 [N], of `audit.flags`.
 
         Raises UserError where they cannot be written.
         """
@@ -75,7 +77,7 @@ class Writer:
         cells = np.repeat(np.arange(len(examples)), lengths) * len(Segment) + segment
         by_segment = np.bincount(cells, minlength=len(examples) * len(Segment)).reshape(-1, len(Segment))
         straddling = np.array([(example.straddling, example.straddling_end) for example in examples])
-        counts = np.column_stack([bare, by_segment, lengths, straddling]).astype(np.int32)
+        counts = np.column_stack([bare, by_segment, lengths, straddling, flags]).astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         offsets = pa.array(starts)
         columns = [pa.array(numbers, pa.int64()), pa.array(keys, pa.binary(16)), pa.array(inverted, pa.bool_())]

@@ -69,6 +69,9 @@ class Encoder:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special
         }
+        #: The special tokens by their spelling, and the one that begins a text, if there is one.
+        self.specials = {token.content: n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.bos: int | None = tokenizer.bos_token_id
         self._opening, self._closing = ([], []) if template.is_whole else _around(tokenizer)
         # Padding and truncation are what the last call through transformers left behind; each call sets them again.
         tokenizer.backend_tokenizer.no_padding()

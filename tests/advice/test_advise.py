@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import linalg, optimize, stats
 
-from plw_mlflow.advice import advise, evidence, evidence_figure, exports, wording
+from plw_mlflow.advice import advise, evidence, evidence_figure, exports, single_runs, wording
 from plw_mlflow.advice.evidence import OWN, STUDY, WIT, EvidencePoint
 from plw_mlflow.advice.pooling import pool
 from plw_mlflow.config import AdviseConfig
@@ -405,3 +405,38 @@ def test_the_image_has_the_tables():
     assert "COPY paper /code/paper" in (ROOT / "Dockerfile").read_text()
     assert "!paper" in (ROOT / ".dockerignore").read_text().splitlines()
     assert ROOT / "paper/tables" == evidence.TABLES
+
+
+# ------------------------------------------------------------------------------------------------- single runs
+
+
+def test_a_single_runs_uncertainty_is_that_of_its_questions():
+    """By hand: 4.42 % and 9.78 % of 805 questions, as two shares that are not of the same questions."""
+    (runs,) = (one for one in single_runs.published() if one.dataset == "Less MMLU Chat")
+    assert runs.plws == (0, 1)
+    assert runs.ratio == pytest.approx(1 / 26.33, abs=5e-4)
+    error = math.sqrt(0.0442 * 0.9558 / 805 + 0.0978 * 0.9022 / 805)
+    assert runs.gain == pytest.approx((0.0536, 1.959964 * error))
+
+
+def test_single_runs_are_told_with_their_caveats_and_have_no_weight(monkeypatch):
+    points = evidence.published()
+    with_them = advise.advise(0.04, points)
+    text = wording.text(with_them)
+    assert "The nearest in ratio (0.038) is of Instruction Modelling 2024, on Less MMLU Chat: PLW 1 less" in text
+    assert "of the weights tried, 0 on the prompt was best" in text
+    assert "https://github.com/hitz-zentroa/GoLLIE/issues/16" in text
+    told = json.loads(json.dumps(exports.to_json(with_them), allow_nan=False))["single_runs"]
+    assert len(told) == 9
+    assert [one["gain"] for one in told if one["says"]] == [None, None]
+    assert [one.study for one in single_runs.published(["multiple-choice"])] == ["GoLLIE 2024", "tokenkit 2026"]
+    monkeypatch.setattr(single_runs, "published", lambda task_types: [])
+    without = advise.advise(0.04, points)
+    assert (without.w, without.low, without.high) == (with_them.w, with_them.low, with_them.high)
+    assert "ingle runs" not in wording.text(without)
+
+
+def test_a_suggestion_says_what_share_it_comes_to():
+    lines = wording.sentences(advise.advise(0.5, [point(0.5, 0.05, r, d) for r, d in ((0.1, "a"), (1, "b"), (9, "c"))]))
+    assert lines[0].startswith("Suggested PLW 0.1,")
+    assert lines[2].startswith("It gives prompts 17% of the loss weight on such data, and its interval")

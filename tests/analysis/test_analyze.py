@@ -18,6 +18,7 @@ from plw_mlflow.analysis import analyze, exports, score_table, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.statistics import design, fitting, random_intercept
 from plw_mlflow.analysis.statistics.fitting import Fit
+from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import EXPONENT, make_transform
 
 TABLES = Path(__file__).parents[2] / "paper" / "tables"
@@ -467,3 +468,20 @@ def test_a_score_table_is_not_read_beyond_any_that_is_one(tmp_path, monkeypatch)
     monkeypatch.setattr(score_table, "MOST_BYTES", 8)
     with pytest.raises(ValueError, match=r"scores.csv: more than 0 MiB, which no score table needs"):
         score_table.read_scores(path)
+
+
+def test_shares_are_taken_from_the_table_and_else_from_ratios():
+    rows = [("m", "d", plw, 1, "t", "acc", plw) for plw in (0.0, 0.1, 0.5, 1.0)]
+    table = pd.DataFrame(rows, columns=score_table.COLUMNS)
+    assert score_table.prompt_odds(table) is None
+    by_ratio = score_table.add_prompt_shares(table, {"d": 0.25})
+    assert by_ratio["prompt_share"].tolist() == pytest.approx([0, 0.1 / 0.35, 0.5 / 0.75, 0.8])
+    assert score_table.prompt_odds(by_ratio) == pytest.approx((0, 4))
+    known = table.assign(prompt_share=[0.2, 0.28, None, 0.5])  # odds 0.25 at PLW 0 and 1 at PLW 1
+    assert score_table.add_prompt_shares(known, {"d": 9.0})["prompt_share"][:2].tolist() == [0.2, 0.28]
+    assert score_table.prompt_odds(known.dropna().iloc[[0, 2]]) == pytest.approx((0.25, 1))
+    assert score_table.prompt_odds(table.assign(prompt_share=table["plw"])) is None  # as where a PLW is a share
+    assert score_table.prompt_odds(table.assign(prompt_share=[0, 0.5, 0.6, 0.7])) is None
+    assert score_table.odds_of_rows(by_ratio).tolist() == pytest.approx([0, 0.4, 2, 4])
+    with pytest.raises(UserError, match="a share is at most 1"):
+        score_table.check(table.assign(prompt_share=1.5))

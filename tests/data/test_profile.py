@@ -59,11 +59,11 @@ def columns(**changes):
     return {name: np.array(values, np.int32) for name, values in (COLUMNS | changes).items()}
 
 
-def measure(contents, columns, max_tokens, on_long, loss=Weights(1.0)):  # noqa: B008
+def measure(contents, columns, max_tokens, on_long, loss=Weights(1.0), **counted):  # noqa: B008
     """The profile where all that is not dropped is trained on."""
     is_training = columns["length"] <= max_tokens if on_long == "drop" else slice(None)
     predicted = profile.predicted_counts(columns, max_tokens)[is_training]
-    return profile.measure(contents, columns, max_tokens, predicted, loss)
+    return profile.measure(contents, columns, max_tokens, predicted, loss, counted)
 
 
 def test_a_profile_by_hand():
@@ -167,6 +167,15 @@ def test_quantiles_are_lengths_that_occur(counts):
     assert (quantiles[0], quantiles[-1]) == (min(counts), max(counts))
     assert found.mean == pytest.approx(statistics.fmean(counts))
     assert found.deviation == pytest.approx(statistics.pstdev(counts))
+
+
+def test_the_audit_and_the_completions_shares_are_told():
+    found = measure(CONTENTS, columns(), 12, "drop", no_end=2, all_masked=0)
+    # Of the examples that are trained on, 3 of 9 and 7 of 11 predicted tokens.
+    assert (found.completion_share["0"], found.completion_share["1"]) == pytest.approx((3 / 9, 7 / 11))
+    assert "an example's tokens: 0% 33.3%, 5% 33.3%, median 33.3%, 95% 63.6%, most 63.6%" in text(found)
+    assert "audit               no_end 2  (docs/data.md)" in text(found)
+    assert "nothing found" in text(measure(CONTENTS, columns(), 12, "drop"))
 
 
 def test_the_table_has_what_a_person_asks():

@@ -39,7 +39,7 @@ def build_from(batches):
             examples = [make_example(np.arange(len(one)) + 100 * n, one) for n, one in zip(numbers, batch, strict=True)]
             bare = np.array([[n, 2 * n, 3 * n] for n in numbers])
             keys = [n.to_bytes(16) for n in numbers]
-            writer.add(numbers, keys, [n % 2 == 0 for n in numbers], bare, examples)
+            writer.add(numbers, keys, [n % 2 == 0 for n in numbers], bare, examples, np.array(numbers))
             number += len(batch)
         return {"said": "of them"}
 
