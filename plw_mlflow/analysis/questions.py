@@ -21,6 +21,7 @@ from plw_mlflow.transforms import Array
 FILE = "questions.parquet"  # beside scores.csv
 CELL = ["dataset", "model", "plw", "seed"]
 COLUMNS = ["task", "metric", "doc_id", "document", "value"]  # what is used of each question
+HELD_OUT = "held_out_"  # how tasks begin that are of held-out records; each of their metrics is compared by itself
 MOST_NAMED = 5  # questions that differ, in an error
 
 Values = dict[tuple[float, int], Array]  # by PLW and seed, the value on each question of a task, [Q]
@@ -80,7 +81,12 @@ def compare(
 
     Raises UserError where runs were asked different questions, and where a PLW has no run.
     """
-    metrics, notes = questions.attrs["metrics"], list(questions.attrs.get("notes", []))
+    notes = list(questions.attrs.get("notes", []))
+    is_held_out = questions["task"].str.startswith(HELD_OUT)
+    by_metric = questions["task"].where(~is_held_out, questions["task"] + " " + questions["metric"])
+    questions = questions.assign(task=by_metric)
+    of_held_out = questions[is_held_out].drop_duplicates("task")
+    metrics = questions.attrs["metrics"] | dict(zip(of_held_out["task"], of_held_out["metric"], strict=True))
     questions = questions[questions["metric"] == questions["task"].map(metrics)]
     names = list(dict.fromkeys(["dataset", "model", *also]))
     rows: list[Row] = []
@@ -140,10 +146,11 @@ def _words(group: dict[str, str]) -> str:
 def _rows(
     group: dict[str, str], tasks: dict[str, Values], metrics: dict[str, str], against: float, plws: list[float]
 ) -> Iterator[Row]:
-    """The comparisons of one group: for each PLW, on all tasks together, if there are several, and on each."""
+    """The comparisons of one group: for each PLW, on its benchmarks together if there are several, and on each task."""
     for plw in plws:
         both = [task for task, values in tasks.items() if {plw, against} <= {one for one, _ in values}]
-        for chosen in ([both] if len(both) > 1 else []) + [[task] for task in both]:
+        benchmarks = [task for task in both if not task.startswith(HELD_OUT)]
+        for chosen in ([benchmarks] if len(benchmarks) > 1 else []) + [[task] for task in both]:
             of_these = [tasks[task] for task in chosen]
             mine, theirs, are_paired = _seeds(of_these, plw, against)
             if not mine or not theirs:
@@ -297,6 +304,8 @@ def meaning(rows: Sequence[Row]) -> list[str]:
         )
     if any(not row.are_paired for row in rows):
         sentences.append("Where two PLWs have no seed in common, the means over the seeds of each are compared.")
+    if any(row.metric == "completion_loss" for row in rows):
+        sentences.append("A completion_loss is in nats a token, the mean over records, and less of it is better.")
     if any(row.metric == "bleu" for row in rows):
         sentences.append("BLEU is that of each sentence here, whose mean is not the BLEU of the corpus.")
     return sentences

@@ -114,3 +114,15 @@ def test_questions_lie_beside_the_scores(tmp_path):
     asked(TWO).drop(columns="value").to_parquet(tmp_path / questions.FILE)
     with pytest.raises(UserError, match="holds no questions as main, evaluate and sweep write them"):
         questions.read_beside(scores)
+
+
+def test_each_measure_of_held_out_records_is_compared_by_itself_and_in_no_mean():
+    scored = together(asked(TWO), asked(TWO, task="piqa", seed=2))
+    new = [asked(TWO, task="held_out_new", metric=metric, seed=3) for metric in ("completion_loss", "exact_match")]
+    table = pd.concat([scored, *new], ignore_index=True)
+    table.attrs = scored.attrs
+    found = questions.compare(table, 0.0, 1.0)
+    names = ["mean of 2 tasks", "arc", "held_out_new completion_loss", "held_out_new exact_match", "piqa"]
+    assert [row.task for row in found.rows] == names
+    assert found.rows[0].found.questions == 80
+    assert "less of it is better" in questions.text(found)
