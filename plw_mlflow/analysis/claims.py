@@ -399,8 +399,7 @@ def _is_the_studys(part: pd.DataFrame) -> bool:
 def _best_of_runs(scores: _Scores, tasks: list[str]) -> Judged:
     """What the highest scores say, or why they say nothing: one claim's trouble must not cost the others."""
     try:
-<<<<<<< HEAD
-        return _best_runs(table, is_short, tasks)
+        return _best_runs(scores, tasks)
     except ValueError as error:
         return CANNOT_TELL, _reason(error)
 
@@ -408,11 +407,6 @@ def _best_of_runs(scores: _Scores, tasks: list[str]) -> Judged:
 def _reason(error: ValueError) -> str:
     """Why scores say nothing, by the error that they led to, which may be one of numpy's."""
     return str(error) if isinstance(error, UserError) else "these scores allow no curve"
-=======
-        return _best_runs(scores, tasks)
-    except UserError as error:
-        return CANNOT_TELL, str(error)
->>>>>>> trunk
 
 
 def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: str, model: str) -> Judged:
@@ -421,15 +415,9 @@ def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: 
         curve = _Curve(scores.grid(part, dataset), model)
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
-<<<<<<< HEAD
-        return RULES[claim["rule"]](curve, **claim.get("by", {}))
+        return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
     except ValueError as error:
         return CANNOT_TELL, _reason(error)
-=======
-        return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
-    except UserError as error:
-        return CANNOT_TELL, str(error)
->>>>>>> trunk
 
 
 def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:

@@ -7,13 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-<<<<<<< HEAD
-from plw_mlflow.analysis import claims, score_table
-from plw_mlflow.environment import outputs
-=======
 from plw_mlflow.advice import evidence
 from plw_mlflow.analysis import analyze, claims, score_table
->>>>>>> trunk
+from plw_mlflow.environment import outputs
 from tests.analysis.test_analyze import STUDY_PLWS, simulate
 from tests.stores import ROOT
 
