@@ -56,7 +56,8 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         table = score_table.fittable(scores)
     for line in score_table.remarks(table):
         print(line)
-    table = score_table.add_prompt_shares(table, evidence.printed_ratios() | config.given_ratios())
+    ratios = evidence.printed_ratios() | config.given_ratios()
+    table = score_table.add_prompt_shares(table, ratios)
     analysis = analyze.analyze(
         table,
         config.scale,
@@ -72,7 +73,9 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
     print(wording.table_text(analysis))
     run.describe(f"{wording.verdicts(analysis)}\n\n```sh\n{command}\n```")
     if config.claims:
-        judged = claims.judge(table, config.scale)
+        if config.scores is None:
+            ratios |= tracking.generation_ratios(config.experiment, config.where, config.run_id) | config.given_ratios()
+        judged = claims.judge(table, config.scale, by=by, ratios=ratios)
         print(f"\n{claims.text(judged)}")
         run.log_files(outputs.write(folder, {"claims.csv": outputs.table(claims.frame(judged))}))
     grids = analyze.grids(table, config.scale, config.axis, by)

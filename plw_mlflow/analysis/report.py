@@ -141,16 +141,20 @@ def colour_of(answer: Answer) -> str:
 
 
 def raw_means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """PLW against the mean score of its cells: curves, and for each PLW the texts of these, with the highest marked."""
+    """PLW against the mean score of its cells: curves, and for each PLW the texts of these, with the highest marked.
+
+    None is marked in curves whose PLWs were scored by different models. The notes say what was left out.
+    """
     rows = mean_scores(table, by)
-    rows["is_highest"] = rows["score"] == rows.groupby("curve")["score"].transform("max")
+    is_highest = rows["score"] == rows.groupby("curve")["score"].transform("max")
+    rows["is_highest"] = is_highest & ~rows["curve"].isin(rows.attrs["unlike"])
     cells = {
         (plw, curve): (in_words(score, error), is_highest)
         for curve, plw, score, error, is_highest in rows.itertuples(index=False, name=None)
     }
     curves = sorted(rows["curve"].unique())
     by_plw = [(plw, [cells.get((plw, curve), ("", False)) for curve in curves]) for plw in sorted(rows["plw"].unique())]
-    return {"curves": curves, "rows": by_plw}
+    return {"curves": curves, "rows": by_plw, "notes": rows.attrs["notes"]}
 
 
 def profile(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:

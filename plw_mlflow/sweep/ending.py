@@ -176,11 +176,14 @@ def _peaks(analysis: Analysis) -> dict[str, float]:
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:
-    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set."""
+    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set.
+
+    Below are lines on what was left out.
+    """
     rows = mean_scores(table, by)
     rows["shown"] = [in_words(score, error) for score, error in zip(rows["score"], rows["error"], strict=True)]
     wide = rows.pivot_table(index="plw", columns="curve", values="shown", aggfunc="first", sort=True)
     wide.index = [f"{plw:g}" for plw in wide.index]
     wide.index.name = "PLW"
     wide.columns.name = None
-    return wide.reset_index().to_string(index=False, na_rep="")
+    return "\n".join([wide.reset_index().to_string(index=False, na_rep=""), *rows.attrs["notes"]])

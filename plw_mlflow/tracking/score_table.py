@@ -59,10 +59,13 @@ def questions(
     return cells.questions(columns, dict(zip(scores["task"], scores["metric"], strict=True)))
 
 
-def generation_ratios(experiment: str, where: str | None = None) -> dict[str, float]:
-    """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
+def generation_ratios(experiment: str | None, where: str | None = None, sweep: str | None = None) -> dict[str, float]:
+    """The generation ratio of each data set that scored cells were trained on, as they measured it.
+
+    The cells are those of an experiment, or of a sweep.
+    """
     ratios: dict[str, float] = {}
-    for cell in ScoredCells(experiment=experiment, where=where).newest:
+    for cell in ScoredCells(sweep=sweep, experiment=experiment, where=where).newest:
         name = cell.columns["dataset"]
         if name in ratios:
             continue
