@@ -28,8 +28,8 @@ test: setup ## formatting, lint, types and tests, as CI runs them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal; passed=$$?; \
 	wait $$types && exit $$passed
 
-test-slow: setup ## tests that take minutes: killed trainings, lost servers, whole sweeps
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+test-slow: setup output/trl ## tests that take minutes: killed trainings, lost servers, whole sweeps
+	OMP_NUM_THREADS=1 PYTHONPATH=output/trl $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 study: setup ## a toy study: ten PLWs, two data sets, two seeds, analysed
 	$(BIN)/python -m entrypoints.sweep --seed 1234,1235 --jobs $(JOBS) --cores-per-cell 1 --output output/study
@@ -75,10 +75,12 @@ test-browser: ui-store ## look at those pages with Chromium, which has to be ins
 	test -d output/playwright || $(PIP) --target output/playwright playwright==1.65.2
 	PLW_TEST_STORE=$(HERE)/output/ui PYTHONPATH=output/playwright $(BIN)/python -m pytest tests/browser
 
-# TRL is needed by one benchmark alone, which leaves it out where it is missing.
-bench: setup ## benchmarks that need nothing but this machine, in under 30 minutes on two cores
+# TRL is needed by a benchmark and by the tests of PLWSFTTrainer alone, which leave it out where it is missing.
+output/trl: | setup
 	mkdir -p output
-	test -d output/trl || $(PIP) --no-deps --target output/trl trl==1.16.0 || echo "TRL cannot be had; going on without it"
+	$(PIP) --no-deps --target $@ trl==1.16.0 || echo "TRL cannot be had; going on without it"
+
+bench: setup output/trl ## benchmarks that need nothing but this machine, in under 30 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --json output/training_15M.json --shapes 15M \
 		--lengths alpaca --plw 0.1 --steps 1 --rounds 1
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --json output/training_135M.json --shapes 135M \

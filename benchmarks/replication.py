@@ -31,6 +31,7 @@ import click
 import pandas as pd
 
 from plw_mlflow import tracking
+from plw_mlflow.analysis.questions import HELD_OUT
 from plw_mlflow.analysis.score_table import RUN
 from plw_mlflow.analysis.statistics import design, task_curves
 from plw_mlflow.config import DataOptions
@@ -107,7 +108,7 @@ def held_out_table(questions: pd.DataFrame) -> pd.DataFrame:
     the single texts.
     """
     rows = []
-    for cell, part in questions[questions["task"].str.startswith("held_out_")].groupby([*RUN, "task", "metric"]):
+    for cell, part in questions[questions["task"].str.startswith(HELD_OUT)].groupby([*RUN, "task", "metric"]):
         task, metric = cell[-2:]
         score = float(part["value"].mean())
         if metric == held_out.COMPLETION_LOSS:
@@ -123,7 +124,7 @@ def curve_table(scores: pd.DataFrame) -> pd.DataFrame:
     """The parabola on w_p of each task of a score table, fitted over all runs of a data set."""
     rows = []
     for dataset, part in scores.groupby("dataset"):
-        grid = design.grid(part, str(dataset), make_transform("power", part["plw"]))
+        grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
         for curve in task_curves.fit_task_curves(grid):
             rows.append(
                 {

@@ -299,7 +299,7 @@ def no_effect() -> str:
 def claimed() -> str:
     """The study's claims that its scores can judge, by both questions."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for one in claims.judge(scores()):
+    for one in claims.judge(scores(), ratios=evidence.printed_ratios()):
         if not one.question:
             continue
         row = rows.setdefault((one.claim, one.dataset), [one.says, one.source, one.dataset, "", ""])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from plw_mlflow import cell, tracking
+from plw_mlflow.analysis import questions
 from plw_mlflow.config import MainConfig, TrainConfig
 from plw_mlflow.environment.outputs import LIST, LOCK
 from plw_mlflow.models import adapters, pretrained
@@ -396,9 +397,16 @@ def test_sweep_is_a_parent_with_a_child_per_cell_and_an_analysis(new_place):
     (lead,) = (one for one in fit["fits"] if one["model"] == answer["lead"])
     assert predicted["score"][0] == pytest.approx(lead["coefficients"]["intercept"])  # w_p is 0 at PLW 0
 
-    new_place.run("analyze", "--run-id", parent.info.run_id, "--output", "again")
+    out, _ = new_place.run("analyze", "--run-id", parent.info.run_id, "--against", "0", "--output", "again")
     again = json.loads((new_place.folder / "again" / "fit.json").read_text())
     assert again["fits"] == fit["fits"]
+    assert "PLWs less PLW 0, question by question" in out
+    compared = pd.read_csv(new_place.folder / "again" / "against.csv")
+    assert list(compared["plw"].unique()) == [0.1, 1.0]
+    assert set(compared["questions"]) == {4, 12}
+    assert "Question by question against PLW 0" in (new_place.folder / "again" / "report.html").read_text()
+    beside = questions.compare(questions.read_beside(new_place.folder / "sweep" / "scores.csv"), 0.0)
+    assert list(questions.frame(beside)["p"]) == pytest.approx(list(compared["p"]))
 
 
 @pytest.mark.slow

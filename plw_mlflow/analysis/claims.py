@@ -3,8 +3,13 @@
 The claims and what each is judged by are in paper/claims.json; the rules are here, a function a kind. They were fixed
 before any scores but the study's own were judged. Each rule asks for a 95 % interval: a claim is reproduced where the
 whole interval agrees with it, contradicted where none of it does, and else these scores cannot tell. For `none` and
-`gain` the ends are two one-sided 95 % bounds of every difference: a two-sided 90 % interval. Each claim is judged for
-both questions, these tasks and others like them, and by itself: nothing is corrected for the number of claims.
+`gain` the interval is of the largest of all differences between two PLWs. All of them are below its upper end, which is
+the largest of their one-sided 95 % bounds; that one is above its lower end is shown by bounds that hold for all of them
+at once (Scheffé). Each claim is judged for both questions, these tasks and others like them, and by itself: nothing is
+corrected for the number of claims.
+
+Claims that name a number of points need a scale that has points. Printed numbers are of the study's own scores, and are
+compared with no others.
 """
 
 from __future__ import annotations
@@ -12,8 +17,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +29,7 @@ import pandas as pd
 from scipy import stats
 
 from plw_mlflow.analysis import findings
-from plw_mlflow.analysis.score_table import check, rescale
+from plw_mlflow.analysis.score_table import SCORE, check, read_scores, rescale, widest_difference
 from plw_mlflow.analysis.statistics import equivalence, fitting, fixed_tasks, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid, grid
 from plw_mlflow.analysis.statistics.fitting import Fit
@@ -35,6 +40,9 @@ from plw_mlflow.transforms import Array, make_transform
 
 FILE = Path(__file__).parents[2] / "paper" / "claims.json"
 REPRODUCED, CONTRADICTED, CANNOT_TELL = "reproduced", "contradicted", "cannot tell"
+STUDY = FILE.parent / "tables" / "v1_scores.csv"  # the scores that the study has printed
+SHORT_RATIO = 1.0  # data with a smaller generation ratio are short: their completions are shorter than their prompts
+NO_POINTS = "the scale of these scores has no points"
 QUESTIONS = {"these tasks": findings.ON_THESE, "others like them": findings.ON_OTHERS[0]}
 Judged = tuple[str, str]  # the verdict, and what it rests on
 
@@ -50,6 +58,7 @@ class Judgement:
     question: str
     verdict: str
     found: str  # the interval or number that it rests on
+    data_are: str = ""  # short or long, and by what that is known
 
 
 @dataclass(frozen=True)
@@ -75,39 +84,71 @@ class _Curve:
             return fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
         return over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
 
-    def reach(self, contrast: Array, level: float = LEVEL) -> tuple[float, float]:
+    @cached_property
+    def plws(self) -> list[float]:
+        """Those tried."""
+        return sorted(set(self.grid.runs["plw"]))
+
+    @cached_property
+    def steps(self) -> fixed_tasks.RunMeans | over_tasks.MeanCurve:
+        """The mean of each of `plws` in place of a curve, with residuals about these. Raises UserError without any."""
+        whole = self.whole
+        at = np.column_stack([*((whole.runs["plw"] == plw).to_numpy(float) for plw in self.plws), whole.x[:, 3:]])
+        contrasts = np.eye(at.shape[1])[1 : len(self.plws)] - np.eye(at.shape[1])[0]
+        if self.model == findings.ON_THESE:
+            return fixed_tasks.fit(whole.scores, at, contrasts)
+        return over_tasks.fit(whole.scores, at, contrasts, runs_differ=True)
+
+    def reach(self, contrast: Array) -> tuple[float, float]:
         """The interval of a contrast of slope and bend."""
-        value, error, freedom = (float(part) for part in self.curves.t_test(contrast @ self.whole.contrasts)[:3])
-        half = stats.t.ppf(1 - level / 2, freedom) * error
+        value, error, freedom = self._parts(self.curves, contrast @ self.whole.contrasts)
+        half = stats.t.ppf(1 - LEVEL / 2, freedom) * error
         return value - half, value + half
+
+    def reach_of_means(self, start: float, end: float) -> tuple[float, float]:
+        """The interval of the difference between the means of two PLWs. Raises UserError where runs are too few."""
+        each = np.eye(self.steps.contrasts.shape[1])
+        value, error, freedom = self._parts(self.steps, each[self.plws.index(end)] - each[self.plws.index(start)])
+        half = stats.t.ppf(1 - LEVEL / 2, freedom) * error
+        return value - half, value + half
+
+    @staticmethod
+    def _parts(fitted: fixed_tasks.RunMeans | over_tasks.MeanCurve, contrast: Array) -> tuple[float, float, float]:
+        value, error, freedom = (float(part) for part in fitted.t_test(contrast)[:3])
+        return value, error, freedom
 
     def rise(self, start: float, end: float) -> Array:
         """From one PLW to another, as a contrast of slope and bend."""
         w = self.grid.transform([start, end])
         return np.array([w[1] - w[0], w[1] ** 2 - w[0] ** 2])
 
-    def differences(self) -> list[tuple[float, float]]:
-        """The intervals of the sizes of all differences between two PLWs tried, at one-sided 95 %."""
-        reaches = [
-            self.reach(self.rise(*pair), 2 * LEVEL) for pair in combinations(sorted(set(self.grid.runs["plw"])), 2)
-        ]
-        return [(max(0.0, low, -high), max(-low, high)) for low, high in reaches]
+    def largest_difference(self) -> tuple[float, float]:
+        """The interval of the largest difference between two PLWs tried, as the module's docstring has it."""
+        low = high = 0.0
+        for pair in combinations(self.plws, 2):
+            value, error, freedom = self._parts(self.curves, self.rise(*pair) @ self.whole.contrasts)
+            at_once = math.sqrt(2 * stats.f.ppf(1 - LEVEL, 2, freedom)) * error  # as curves have two coefficients
+            low = max(low, abs(value) - at_once)
+            high = max(high, abs(value) + stats.t.ppf(1 - LEVEL, freedom) * error)
+        return low, high
 
 
 # ------------------------------------------------------------------------------------------------- the rules
 
 
-def _effect(curve: _Curve, margin: float) -> Judged:
+def _effect(curve: _Curve, margin: float | None) -> Judged:
     """PLW moves the scores. Contradicted where all differences are shown to be within the margin, without an effect."""
-    p, equal = curve.fit.joint_p, _equal(curve, margin)
-    verdict = REPRODUCED if p < LEVEL else CONTRADICTED if (equal.p or 0) < LEVEL else CANNOT_TELL
-    return verdict, f"p = {p:.2g}"
+    p = curve.fit.joint_p
+    is_none = margin is not None and (_equal(curve, margin).p or 0) < LEVEL
+    return REPRODUCED if p < LEVEL else CONTRADICTED if is_none else CANNOT_TELL, f"p = {p:.2g}"
 
 
-def _none(curve: _Curve, margin: float) -> Judged:
+def _none(curve: _Curve, margin: float | None) -> Judged:
     """All differences between PLWs are within the margin. Contradicted where one is shown to be larger."""
-    low, high = (max(ends) for ends in zip(*curve.differences(), strict=True))
+    low, high = curve.largest_difference()
     found = f"largest difference {low:.4f} to {high:.4f}; p of a curve = {curve.fit.joint_p:.2g}"
+    if margin is None:
+        return CANNOT_TELL, f"{found}; {NO_POINTS}"
     return REPRODUCED if high < margin else CONTRADICTED if low > margin else CANNOT_TELL, found
 
 
@@ -156,27 +197,42 @@ def _peaks_at_an_end(curve: _Curve, low: float, high: float) -> Judged:
 def _extreme(curve: _Curve, plw: float, sign: int, below: float = math.inf) -> Judged:
     """One PLW has the lowest expected score (sign -1) or the highest (1) of those tried, or of those below a PLW.
 
-    Every difference to it must have its sign; it is contradicted where one is shown to have the other.
+    Every difference to it must have its sign, of the curve and of the PLWs' own means; the claim is contradicted where
+    one is shown to have the other sign, by both. A curve alone says nothing of a PLW that does not lie on it.
     """
-    others = [other for other in sorted(set(curve.grid.runs["plw"])) if other != plw and other < below]
-    if plw not in set(curve.grid.runs["plw"]) or not others:
+    others = [other for other in curve.plws if other != plw and other < below]
+    if plw not in curve.plws or not others:
         return CANNOT_TELL, f"PLW {plw:g} was not tried beside others"
-    reaches = [curve.reach(sign * curve.rise(other, plw)) for other in others]
-    least = min(range(len(others)), key=lambda number: reaches[number][0])
-    verdict = REPRODUCED if reaches[least][0] > 0 else CANNOT_TELL
-    if any(high < 0 for _, high in reaches):
-        verdict, least = CONTRADICTED, min(range(len(others)), key=lambda number: reaches[number][1])
-    low, high = sorted(sign * end for end in reaches[least])
+    of_curve, found = _is_beyond(plw, others, sign, lambda other: curve.reach(curve.rise(other, plw)))
+    if of_curve == CANNOT_TELL:
+        return of_curve, found
+    try:
+        of_means, by_means = _is_beyond(plw, others, sign, lambda other: curve.reach_of_means(other, plw))
+    except UserError as error:
+        return CANNOT_TELL, f"{found} by the curve; of means: {error}"
+    return of_curve if of_means == of_curve else CANNOT_TELL, f"{found} by the curve; {by_means} by means"
+
+
+def _is_beyond(plw: float, others: list[float], sign: int, reach: Callable[[float], tuple[float, float]]) -> Judged:
+    """Whether one PLW's score is beyond those of others, by the intervals of its differences to them."""
+    reaches = [reach(other) for other in others]
+    signed = [(low, high) if sign > 0 else (-high, -low) for low, high in reaches]
+    least = min(range(len(others)), key=lambda number: signed[number][0])
+    verdict = REPRODUCED if signed[least][0] > 0 else CANNOT_TELL
+    if any(high < 0 for _, high in signed):
+        verdict, least = CONTRADICTED, min(range(len(others)), key=lambda number: signed[number][1])
+    low, high = reaches[least]
     return verdict, f"PLW {plw:g} less PLW {others[least]:g}: {low:+.4f} to {high:+.4f}"
 
 
-def _gain(curve: _Curve, low: float, high: float) -> Judged:
+def _gain(curve: _Curve, low: float | None, high: float | None) -> Judged:
     """The largest difference between two PLWs lies between two numbers."""
-    least, most = (max(ends) for ends in zip(*curve.differences(), strict=True))
-    verdict = (
-        REPRODUCED if low <= least and most <= high else CONTRADICTED if most < low or high < least else CANNOT_TELL
-    )
-    return verdict, f"largest difference {least:.4f} to {most:.4f}"
+    least, most = curve.largest_difference()
+    found = f"largest difference {least:.4f} to {most:.4f}"
+    if low is None or high is None:
+        return CANNOT_TELL, f"{found}; {NO_POINTS}"
+    is_beyond = most < low or high < least
+    return REPRODUCED if low <= least and most <= high else CONTRADICTED if is_beyond else CANNOT_TELL, found
 
 
 def _printed(curve: _Curve, model: str, of: str, value: float, tolerance: float) -> Judged:
@@ -197,27 +253,30 @@ RULES: dict[str, Callable[..., Judged]] = {
     "gain": _gain,
     "printed": _printed,
 }
+IN_POINTS = {"effect": ("margin",), "none": ("margin",), "gain": ("low", "high")}  # of rules; 1 is 100 points
 
 
 def _equal(curve: _Curve, margin: float) -> equivalence.Equivalence:
     return equivalence.assess_equivalence(curve.grid, margin, tasks_are_fixed=curve.model == findings.ON_THESE)
 
 
-def _best_runs(table: pd.DataFrame, is_short: pd.Series, tasks: list[str]) -> Judged:
+def _best_runs(scores: _Scores, tasks: list[str]) -> Judged:
     """The highest score of all runs on each of some tasks is one of short data.
 
     The interval is of the difference between the highest of these and the highest of the others, by the noise of a
     single run on that task: the residual SD of the data sets' own curves.
     """
+    if unknown := [name for name, kind in scores.kinds.items() if kind.name == ""]:
+        return CANNOT_TELL, f"{', '.join(unknown)}: {scores.kinds[unknown[0]].reason}"
     lowest, highest, found, are_highest = math.inf, math.inf, [], 0
     for task in tasks:
-        of_task = table[table["task"] == task]
-        short = is_short[of_task.index]
+        of_task = scores.table[scores.table["task"] == task]
+        short = of_task["dataset"].map(lambda name: scores.kinds[name].name == "short")
         if short.all() or not short.any():
             return CANNOT_TELL, f"no scores of both kinds of data on {task}"
         squares = freedom = 0.0
         for dataset, part in of_task.groupby("dataset"):
-            one = fixed_tasks.fit((g := _grid(part, str(dataset))).scores, g.x, g.contrasts)
+            one = fixed_tasks.fit((g := scores.grid(part, str(dataset))).scores, g.x, g.contrasts)
             squares, freedom = squares + float(one.variance) * one.free, freedom + one.free
         difference = float(of_task["score"][short].max() - of_task["score"][~short].max())
         are_highest += difference > 0
@@ -231,58 +290,134 @@ def _best_runs(table: pd.DataFrame, is_short: pd.Series, tasks: list[str]) -> Ju
 # ------------------------------------------------------------------------------------------------- judging
 
 
-def judge(table: pd.DataFrame, scale: str = "none", file: Path = FILE) -> list[Judgement]:
-    """Every claim on a table of scores. Raises UserError as `analyze` does."""
-    table = rescale(check(table), scale).reset_index(drop=True)
+@dataclass(frozen=True)
+class _Kind:
+    """Whether data are short or long (empty where nobody knows), and how that is known."""
+
+    name: str
+    reason: str
+
+    @classmethod
+    def of(cls, dataset: str, ratio: float | None, short: str, long: str) -> _Kind:
+        """By the generation ratio where it is known; else by the name, if that says one of the two."""
+        if ratio is not None:
+            return cls("short" if ratio < SHORT_RATIO else "long", f"the generation ratio is {ratio:.3g}")
+        said = [kind for kind, words in (("short", short), ("long", long)) if re.search(words, dataset, re.IGNORECASE)]
+        if len(said) == 1:
+            return cls(said[0], "so its name says; the generation ratio is not known")
+        return cls("", "whether its completions are short or long is not known; --ratios NAME=RATIO says it")
+
+    def __str__(self) -> str:
+        return f"{self.name} data: {self.reason}" if self.name else self.reason
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """A table of scores as claims are judged by it."""
+
+    table: pd.DataFrame  # checked, on one scale
+    by: tuple[str, ...]  # columns that tell runs apart beside the table's own
+    unit: findings.Unit
+    kinds: dict[str, _Kind]  # of data sets
+
+    def grid(self, part: pd.DataFrame, dataset: str) -> Grid:
+        """A data set's scores as the models take them."""
+        return grid(part, dataset, make_transform("w_p", part["plw"]), also=self.by)
+
+    def in_its_scale(self, rule: str, by: Mapping[str, Any]) -> dict[str, Any]:
+        """A rule's numbers, those in points on the scale of these scores; None in their place if that has no points."""
+        point = self.unit.point if self.unit.has_points else None
+        of_points = {name: None if point is None else by[name] * 100 * point for name in IN_POINTS.get(rule, ())}
+        return {**by, **of_points}
+
+
+def judge(
+    table: pd.DataFrame,
+    scale: str = "none",
+    file: Path = FILE,
+    *,
+    by: tuple[str, ...] = (),
+    ratios: Mapping[str, float] | None = None,
+) -> list[Judgement]:
+    """Every claim on a table of scores. Raises UserError as `analyze` does.
+
+    by: columns that tell runs apart beside the table's own. ratios: generation ratios by data set, as far as they are
+    known; data are short or long by these, and by their names where they are not known.
+    """
+    table = rescale(check(table, by), scale).reset_index(drop=True)
     told = json.loads(file.read_text())
-    is_short = table["dataset"].map(lambda name: bool(re.search(told["short_data"], name, re.IGNORECASE)))
-    return [one for claim in told["study"] for one in _judge(claim, table, is_short)]
+    words = told["short_data"], told["long_data"]
+    kinds = {name: _Kind.of(name, (ratios or {}).get(name), *words) for name in sorted(table["dataset"].unique())}
+    unit = findings.Unit(widest_difference(table, scale), has_points=scale in ("none", "fraction"))
+    scores = _Scores(table, by, unit, kinds)
+    return [
+        replace(one, data_are=str(kinds[one.dataset]) if one.dataset in kinds else "")
+        for claim in told["study"]
+        for one in _judge(claim, scores)
+    ]
 
 
-def _judge(claim: dict[str, Any], table: pd.DataFrame, is_short: pd.Series) -> Iterator[Judgement]:
+def _judge(claim: dict[str, Any], scores: _Scores) -> Iterator[Judgement]:
     head = claim["id"], claim["claim"], claim["source"]
     if "rule" not in claim:
         yield Judgement(*head, "", "", CANNOT_TELL, claim["not_judged"])
         return
     if claim["rule"] == "best_runs":
-        yield Judgement(*head, "all", "these tasks", *_best_of_runs(table, is_short, claim["tasks"]))
+        yield Judgement(*head, "all", "these tasks", *_best_of_runs(scores, claim["tasks"]))
         return
     on = claim.get("dataset")
-    of_data = table["dataset"] == on if on else is_short == (claim["data"] == "short")
-    names = sorted(table["dataset"][of_data].unique())
-    if not names:
-        yield Judgement(
-            *head, on or f"{claim['data']} data", "", CANNOT_TELL, "there are no such data among the scores"
-        )
+    names = [name for name, kind in scores.kinds.items() if (name == on if on else kind.name == claim["data"])]
+    unknown = [] if on else [name for name, kind in scores.kinds.items() if kind.name == ""]
+    if not names and not unknown:
+        where = on or f"{claim['data']} data"
+        yield Judgement(*head, where, "", CANNOT_TELL, "there are no such data among the scores")
+    for dataset in unknown:
+        yield Judgement(*head, dataset, "", CANNOT_TELL, scores.kinds[dataset].reason)
     for dataset in names:
-        part = table[(table["dataset"] == dataset) & _is_asked(claim, table)]
+        part = scores.table[(scores.table["dataset"] == dataset) & _is_asked(claim, scores.table)]
         if part.empty:
             kinds = ", ".join(claim.get("types", claim.get("tasks", [])))
             yield Judgement(*head, dataset, "", CANNOT_TELL, f"no task of {kinds} among the scores")
             continue
+        if claim["rule"] == "printed" and not _is_the_studys(part):
+            yield Judgement(*head, dataset, "", CANNOT_TELL, "a number of the study's own scores, and these are others")
+            continue
         for question, model in QUESTIONS.items():
             if question != "these tasks" and claim["rule"] == "printed":
                 continue
-            yield Judgement(*head, dataset, question, *_ruled(claim, part, dataset, model))
+            yield Judgement(*head, dataset, question, *_ruled(claim, scores, part, dataset, model))
 
 
-def _best_of_runs(table: pd.DataFrame, is_short: pd.Series, tasks: list[str]) -> Judged:
+def _is_the_studys(part: pd.DataFrame) -> bool:
+    """Whether scores of a data set are just those that the study has printed of it."""
+    printed = check(read_scores(STUDY))
+    columns = [*SCORE, "score"]
+    theirs = printed[printed["dataset"] == part["dataset"].iloc[0]][columns].sort_values(SCORE)
+    return len(part) == len(theirs) and bool((part[columns].sort_values(SCORE).to_numpy() == theirs.to_numpy()).all())
+
+
+def _best_of_runs(scores: _Scores, tasks: list[str]) -> Judged:
     """What the highest scores say, or why they say nothing: one claim's trouble must not cost the others."""
     try:
-        return _best_runs(table, is_short, tasks)
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+        return _best_runs(scores, tasks)
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
 
 
-def _ruled(claim: dict[str, Any], part: pd.DataFrame, dataset: str, model: str) -> Judged:
+def _reason(error: ValueError) -> str:
+    """Why scores say nothing, by the error that they led to, which may be one of numpy's."""
+    return str(error) if isinstance(error, UserError) else "these scores allow no curve"
+
+
+def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: str, model: str) -> Judged:
     """What a claim's rule says, or why it says nothing."""
     try:
-        curve = _Curve(_grid(part, dataset), model)
+        curve = _Curve(scores.grid(part, dataset), model)
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
-        return RULES[claim["rule"]](curve, **claim.get("by", {}))
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+        return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
 
 
 def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:
@@ -294,10 +429,6 @@ def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:
     return pd.Series(True, table.index)
 
 
-def _grid(part: pd.DataFrame, dataset: str) -> Grid:
-    return grid(part, dataset, make_transform("w_p", part["plw"]))
-
-
 # ------------------------------------------------------------------------------------------------- telling
 
 
@@ -307,12 +438,15 @@ def frame(judgements: list[Judgement]) -> pd.DataFrame:
 
 
 def text(judgements: list[Judgement]) -> str:
-    """As the terminal shows it: each claim, and below it what each data set's scores say of it."""
-    lines, last = [], ""
+    """As the terminal shows it: what the data are; then each claim, and below it what each data set's scores say."""
+    lines, last = (
+        [f"{dataset}: {kind}" for dataset, kind in {one.dataset: one.data_are for one in judgements}.items() if kind],
+        "",
+    )
     for one in judgements:
         if one.claim != last:
             lines += ["", f"{one.says} ({one.source})"]
             last = one.claim
         where = ", ".join(filter(None, (one.dataset, one.question)))
         lines.append(f"  {one.verdict}{f' on {where}' if where else ''}: {one.found}")
-    return "\n".join(lines[1:])
+    return "\n".join(lines).strip()

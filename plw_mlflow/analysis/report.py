@@ -19,13 +19,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from plw_mlflow import __version__, drawing
-from plw_mlflow.analysis import figures, optima, residuals, wording
+from plw_mlflow.analysis import figures, optima, questions, residuals, wording
 from plw_mlflow.analysis.answers import Analysis, Answer
 from plw_mlflow.analysis.axes import MOST_TASKS, percent, transform_of
 from plw_mlflow.analysis.exports import answers_csv, axes_csv, fits_csv, tasks_csv, to_json
 from plw_mlflow.analysis.findings import ON_THESE
 from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.analysis.optima import estimate_rows, estimates
+from plw_mlflow.analysis.questions import Compared
 from plw_mlflow.analysis.score_table import RUN, SCORE, check, rescale
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.wording import (
@@ -55,10 +56,12 @@ def html(
     described: dict[str, Any],
     drawn: dict[tuple[str, str], bytes],
     command: str,
+    compared: Compared | None = None,
 ) -> str:
     """The report of an analysis of a table.
 
     described: what fit.json holds. drawn: the SVG of each figure, by `drawings`' keys. command: how to make it again.
+    compared: PLWs question by question, if that was asked for.
     """
     missing_tasks: dict[tuple[Any, ...], list[str]] = {}  # by cell
     for row in described["table"]["missing"]:
@@ -95,6 +98,9 @@ def html(
             table=described["table"],
             command=command,
             versions=versions(),
+            compared=compared,
+            compared_groups=[] if compared is None else questions.groups(compared),
+            meaning=questions.meaning,
         )
     )
 
@@ -122,6 +128,7 @@ def _environment() -> jinja2.Environment:
         "highest": highest_end,
         "joint": joint_words,
         "remarks": remarks,
+        "reach": questions.reach,
     }
     return environment
 
@@ -134,16 +141,20 @@ def colour_of(answer: Answer) -> str:
 
 
 def raw_means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """PLW against the mean score of its cells: curves, and for each PLW the texts of these, with the highest marked."""
+    """PLW against the mean score of its cells: curves, and for each PLW the texts of these, with the highest marked.
+
+    None is marked in curves whose PLWs were scored by different models. The notes say what was left out.
+    """
     rows = mean_scores(table, by)
-    rows["is_highest"] = rows["score"] == rows.groupby("curve")["score"].transform("max")
+    is_highest = rows["score"] == rows.groupby("curve")["score"].transform("max")
+    rows["is_highest"] = is_highest & ~rows["curve"].isin(rows.attrs["unlike"])
     cells = {
         (plw, curve): (in_words(score, error), is_highest)
         for curve, plw, score, error, is_highest in rows.itertuples(index=False, name=None)
     }
     curves = sorted(rows["curve"].unique())
     by_plw = [(plw, [cells.get((plw, curve), ("", False)) for curve in curves]) for plw in sorted(rows["plw"].unique())]
-    return {"curves": curves, "rows": by_plw}
+    return {"curves": curves, "rows": by_plw, "notes": rows.attrs["notes"]}
 
 
 def profile(table: pd.DataFrame, by: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -238,12 +249,14 @@ def file_names(keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
-def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str) -> list[Path]:
+def write(
+    analysis: Analysis, table: pd.DataFrame, directory: Path, command: str, compared: Compared | None = None
+) -> list[Path]:
     """Write an analysis into a directory, and return the files' paths.
 
     `fit.json`, `report.html`, `fits.csv`, `answers.csv`, `tasks.csv`, `axes.csv` (of several data sets), and every
     figure as PNG and SVG. `table` is the one the analysis is of; its attribute `left_out`, if any, lists what was left
-    out of it and why. `command` makes the analysis again.
+    out of it and why. `command` makes the analysis again. `compared`: PLWs question by question, if that was asked for.
     Everything is made before anything is written, and each file is put in place whole, so an error leaves the directory
     as it was.
     """
@@ -257,7 +270,7 @@ def write(analysis: Analysis, table: pd.DataFrame, directory: Path, command: str
     described = to_json(analysis, table)
     for answer in described["answers"]:
         answer["figure"] = names["curve", answer["dataset"]] + ".png"
-    page = html(analysis, table, described, svgs, command)
+    page = html(analysis, table, described, svgs, command, compared)
     contents = {
         "report.html": page.encode(),
         "fit.json": (json.dumps(described, indent=2, allow_nan=False) + "\n").encode(),

@@ -57,6 +57,7 @@ REPORT = (
     "fits.csv",
     "answers.csv",
     "tasks.csv",
+    "against.csv",
     "axes.csv",
     "claims.csv",
     "power.csv",

@@ -258,6 +258,10 @@ class SweepAxes(Options):
     """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
 
 
+# Of sbatch: what a job runs, and where what it writes goes.
+SLURM_OPTIONS_OF_SWEEPS = {"array", "chdir", "error", "input", "output", "test_only", "wait", "wrap"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(Options):
     """How the cells are run; options of data, training and scoring may be comma-separated lists, too."""
@@ -290,6 +294,8 @@ class EngineOptions(Options):
             faults.append(f"slurm must be like partition=gpu,time=2:00:00, got {self.slurm}")
         elif self.slurm_options().get("cluster", "slurm") not in ("slurm", "local"):
             faults.append(f"the cluster of slurm must be slurm or local, got {self.slurm_options()['cluster']}")
+        elif taken := sorted(SLURM_OPTIONS_OF_SWEEPS & self.slurm_options().keys()):
+            faults.append(f"slurm must leave what a job runs and writes to the sweep, got {', '.join(taken)}")
         return faults
 
     def slurm_options(self) -> dict[str, Any]:
@@ -463,6 +469,8 @@ class AnalyzeConfig(Config):
     """Columns between whose values curves are compared, comma-separated; data sets always are."""
     margin: float | None = None
     """Difference of scores that counts as none; tests whether PLW's effect is smaller (unset: not tested)."""
+    against: str | None = None
+    """PLW that the others are compared with, question by question (0,0.1: these two alone; docs/analysis.md)."""
     claims: bool = False
     """Judge the study's claims (paper/claims.json) by these scores: reproduced, contradicted, or cannot tell."""
     bootstrap: int = 2000
@@ -478,7 +486,18 @@ class AnalyzeConfig(Config):
     next: int | None = None
     """Propose so many PLWs to run next: those that say most about where the optimum is (unset: none)."""
     output: Path | None = None
-    """Folder for fit.json, report.html, figures, claims.csv, power.csv and next.json (unset: MLflow alone has them)."""
+    """Folder for fit.json, report.html, figures, against.csv, claims.csv, power.csv, next.json (unset: only MLflow)."""
+
+    def compared(self) -> tuple[float, float | None]:
+        """The PLW that others are compared with, and the only other one, if `against` names two. Raises ValueError."""
+        against, *others = (float(text) for text in (self.against or "").split(","))
+        if (
+            len({against, *others}) != 1 + len(others)
+            or len(others) > 1
+            or not all(map(math.isfinite, [against, *others]))
+        ):
+            raise ValueError
+        return against, others[0] if others else None
 
     def given_ratios(self) -> dict[str, float]:
         """The generation ratios that are given, by the data set's name."""
@@ -506,6 +525,13 @@ class AnalyzeConfig(Config):
                     faults.append(f"{name} is {spell(value)}, but that is for power: give --power")
         if self.assume is not None and self.next is not None:
             faults.append("next needs scores, not assume")
+        if self.against is not None:
+            try:
+                self.compared()
+            except ValueError:
+                faults.append(f"against must be a PLW, or two different ones like 0,0.1, got {self.against}")
+            if self.assume is not None:
+                faults.append("against needs questions of runs, not assume")
         if self.assume is not None and self.claims:
             faults.append("claims needs scores, not assume")
         return faults + _faults_of_ratios(self.ratios)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plw_mlflow.analysis.questions import HELD_OUT
 from plw_mlflow.config import DataOptions, short_name
 from plw_mlflow.data import prepare
 from plw_mlflow.data.pieces import Segment
@@ -77,7 +78,7 @@ def _read(name: str, tokenizer: Any, options: DataOptions, limit: int | None) ->
         raise UserError(f"held-out data set {name} has no record with a prompt and a completion")
     numbers, examples = [number for number, _ in usable], [example for _, example in usable]
     template = f"template {options.template}"
-    return HeldOut(f"held_out_{short_name(name)}", numbers, examples, prepared.sources[0], template)
+    return HeldOut(HELD_OUT + short_name(name), numbers, examples, prepared.sources[0], template)
 
 
 def warn_of_overlap(sets: Sequence[HeldOut], training: Sequence[Example]) -> None:

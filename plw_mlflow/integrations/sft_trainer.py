@@ -27,5 +27,17 @@ class PLWSFTTrainer(WeightedLoss, SFTTrainer):
     Raises UserError for what is not supported, such as labels that mark no prompt.
     """
 
-    def __init__(self, *args: Any, plw: float, loss_divisor: str = "weights", **kwargs: Any) -> None:
-        super().__init__(*args, plw=plw, loss_divisor=loss_divisor, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *more: Any,
+        plw: float,
+        loss_divisor: str = "weights",
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is None and "weights" in (getattr(train_dataset, "column_names", None) or ()):
+            raise UserError("TRL loses a column of weights, as it cuts and packs labels alone; use PLWTrainer for them")
+        super().__init__(model, args, data_collator, train_dataset, *more, plw=plw, loss_divisor=loss_divisor, **kwargs)

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import Trainer
 
 from plw_mlflow.errors import UserError
-from plw_mlflow.integrations.collator import IGNORED, MASKS, PLWCollator, Weighing, completions
+from plw_mlflow.integrations.collator import IGNORED, MASKS, PLWCollator, Weighing
 from plw_mlflow.integrations.own_loop import check_divisor, check_plw, divisor, weighted_nll
 
 TRIED = "transformers 5.23.0 and TRL 1.16.0"
-ROWS_LOOKED_AT = 1000  # for both prompt and completion, at most
+ROWS_LOOKED_AT = 1000  # at most, for both prompt and completion
 # What is replaced or relied on, with the arguments that it is called with.
 CALLED_WITH = {
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
@@ -64,7 +64,29 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             raise UserError("several GPUs in one process are not supported; start a process for each by torchrun")
         if (shares := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) > 1:
             raise UserError(f"{shares} processes share each batch, which is not supported; give each its own batches")
-        _check_rows(self.train_dataset, plw)
+        self._check_marks()
+
+    def _check_marks(self) -> None:
+        """Raise UserError where a PLW has no effect, as the first batches are all prompt or all completion."""
+        kinds: set[bool] = set()
+        for row in itertools.islice(self.train_dataset or (), ROWS_LOOKED_AT):
+            batch = self.data_collator([row])
+            if row.get("weights") is not None or "labels" not in batch:  # whose two kinds are not all
+                return
+            is_token = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+            kinds.update((batch["labels"] != IGNORED)[:, 1:][is_token[:, 1:]].tolist())
+            if len(kinds) == 2:
+                return
+        if kinds == {True} and self.plw != 1:
+            raise UserError(
+                f"labels mark every token as completion, so the PLW would change nothing; let them be {IGNORED} on "
+                "prompts, or have TRL do so by assistant_only_loss=True or completion_only_loss=True"
+            )
+        if kinds == {False}:
+            raise UserError(
+                "no token is marked as completion; a chat template marks what the assistant says only where it holds "
+                "{% generation %}"
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -84,7 +106,7 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         whole = num_items_in_batch
         if whole is None:
             whole = self._get_num_items_in_batch([inputs], self.args.device)
-        context = {name: value for name, value in inputs.items() if name not in ("weights", "labels")}
+        context = {name: value for name, value in inputs.items() if name not in ("weights", "labels", *MASKS)}
         with self.accelerator.autocast():
             total = weighted_nll(
                 model, weights=inputs["weights"], label_smoothing=self.args.label_smoothing_factor, **context
@@ -136,27 +158,3 @@ class PLWTrainer(WeightedLoss, Trainer):
         elif packing or max_tokens is not None:
             raise UserError("max_tokens and packing are those of the default collator; a data_collator has its own")
         super().__init__(model, args, data_collator, *more, plw=plw, loss_divisor=loss_divisor, **kwargs)
-
-
-def _check_rows(dataset: Any, plw: float) -> None:
-    """Raise UserError for a data set in which a PLW has no effect, as its first rows are all prompt or all completion.
-
-    Rows without marks are passed over, as a collator may make them.
-    """
-    kinds: set[bool] = set()
-    for row in itertools.islice(dataset or (), ROWS_LOOKED_AT):
-        if row.get("weights") is not None or not any(row.get(name) is not None for name in ("labels", *MASKS)):
-            return
-        kinds.update(completions(row)[1:].tolist())
-        if len(kinds) == 2:
-            return
-    if kinds == {True} and plw != 1:
-        raise UserError(
-            "every token is marked as completion, so the PLW would change nothing; have the prompts' labels be "
-            f"{IGNORED}, or have TRL set them by assistant_only_loss=True or completion_only_loss=True"
-        )
-    if kinds == {False}:
-        raise UserError(
-            "no token is marked as completion; a chat template marks what the assistant says only where it holds "
-            "{% generation %}"
-        )

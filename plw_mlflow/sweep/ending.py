@@ -16,7 +16,7 @@ from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.means import in_words, mean_scores
 from plw_mlflow.config import SweepConfig, digest
 from plw_mlflow.environment import outputs
-from plw_mlflow.evaluation import task_sets
+from plw_mlflow.evaluation import questions, task_sets
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.tracking import pages
 
@@ -49,6 +49,8 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             said = "\n\n".join([*_analyse(config, account, set(runs.values())), *best])
             run.tag(conclusion=said, analysed=analysed)
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))
+        if config.output is not None and runs:
+            print("\n".join(_write_questions(config.output, run, config.by(), set(runs.values()))))
         cells = account.sweep.save_view(config.sweep_name(), (run.read_tag("tasks") or "").split(), config.differing())
         run.describe("\n\n".join(_description(account, said or "", cells, decided)))
     print("\n" + "\n".join([_counts(account), *_remarks(account)]))
@@ -144,6 +146,19 @@ def _analyse(config: SweepConfig, account: Account, finished: set[str]) -> list[
     return said
 
 
+def _write_questions(folder: Path, run: tracking.Run, also: tuple[str, ...], finished: set[str]) -> list[str]:
+    """Write every question's scores of all cells into the output folder; gives a line on each that has kept none.
+
+    They are only there, as each cell's run has its own already.
+    """
+    try:
+        asked = tracking.questions(sweep=run.id, also=also, only=finished)
+    except ValueError as error:  # cells of earlier versions have kept none, or are not comparable
+        return [f"note: {questions.FILE} is not written: {error}"]
+    outputs.write(folder, {questions.FILE: questions.parquet(asked)})
+    return [f"note: {note}" for note in asked.attrs["notes"]]
+
+
 def _best(table: pd.DataFrame, by: tuple[str, ...]) -> dict[str, float]:
     """The highest mean score of the cells that differ in nothing but their seed, and its PLW."""
     scores = table.groupby(list(dict.fromkeys([*by, "dataset", "model", "plw"])), dropna=False)["score"].mean()
@@ -161,11 +176,14 @@ def _peaks(analysis: Analysis) -> dict[str, float]:
 
 
 def means(table: pd.DataFrame, by: tuple[str, ...] = ()) -> str:
-    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set."""
+    """PLW against the mean score of its cells, with its standard error: a line a PLW, a column a data set.
+
+    Below are lines on what was left out.
+    """
     rows = mean_scores(table, by)
     rows["shown"] = [in_words(score, error) for score, error in zip(rows["score"], rows["error"], strict=True)]
     wide = rows.pivot_table(index="plw", columns="curve", values="shown", aggfunc="first", sort=True)
     wide.index = [f"{plw:g}" for plw in wide.index]
     wide.index.name = "PLW"
     wide.columns.name = None
-    return wide.reset_index().to_string(index=False, na_rep="")
+    return "\n".join([wide.reset_index().to_string(index=False, na_rep=""), *rows.attrs["notes"]])

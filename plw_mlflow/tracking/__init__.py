@@ -37,7 +37,7 @@ from plw_mlflow.tracking.records import CURVES, Record, note_verification, readi
 from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
-from plw_mlflow.tracking.score_table import generation_ratios, score_table
+from plw_mlflow.tracking.score_table import generation_ratios, questions, score_table
 from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
 from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before, measured_before, open_sweep
 
@@ -79,6 +79,7 @@ __all__ = [
     "open_run",
     "open_sweep",
     "patiently",
+    "questions",
     "read_scores",
     "reading",
     "recorded",

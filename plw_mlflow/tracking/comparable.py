@@ -34,7 +34,7 @@ from plw_mlflow.errors import UserError
 from plw_mlflow.evaluation.prompting import HARNESS
 from plw_mlflow.tracking.cells import cell_columns, parameters
 from plw_mlflow.tracking.run import Run
-from plw_mlflow.tracking.scores import read_scores
+from plw_mlflow.tracking.scores import read_questions, read_scores
 
 CELL_FIELDS = {field.name for field in fields(CellOptions)}
 SCORE_FIELDS = {field.name for field in fields(ScoreOptions)}
@@ -65,6 +65,10 @@ class Cell:
     def scores(self) -> pd.DataFrame:
         """The run's score table."""
         return read_scores(Run(self.run_id))
+
+    def questions(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Every question's scores of the run (`read_questions`), with the columns that tell the cell from others."""
+        return read_questions(Run(self.run_id), columns).assign(**self.columns)
 
     @property
     def run_id(self) -> str:

@@ -39,10 +39,34 @@ def score_table(
     return ScoredCells(sweep=sweep, experiment=experiment, also=also, where=where, only=only).table()
 
 
-def generation_ratios(experiment: str, where: str | None = None) -> dict[str, float]:
-    """The generation ratio of each data set that an experiment's scored cells were trained on, as they measured it."""
+def questions(
+    *,
+    sweep: str | None = None,
+    experiment: str | None = None,
+    also: tuple[str, ...] = (),
+    where: str | None = None,
+    only: Collection[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Every question's scores of the cells that `score_table` has, with its columns of cells.
+
+    columns: those of questions to read (unset: all). `attrs["metrics"]` has the metric by which the score table takes
+    each task, and `attrs["notes"]` a line on each run that has kept no questions.
+
+    Raises UserError as `score_table` does, and where no run has kept any.
+    """
+    cells = ScoredCells(sweep=sweep, experiment=experiment, also=also, where=where, only=only)
+    scores = cells.table()
+    return cells.questions(columns, dict(zip(scores["task"], scores["metric"], strict=True)))
+
+
+def generation_ratios(experiment: str | None, where: str | None = None, sweep: str | None = None) -> dict[str, float]:
+    """The generation ratio of each data set that scored cells were trained on, as they measured it.
+
+    The cells are those of an experiment, or of a sweep.
+    """
     ratios: dict[str, float] = {}
-    for cell in ScoredCells(experiment=experiment, where=where).newest:
+    for cell in ScoredCells(sweep=sweep, experiment=experiment, where=where).newest:
         name = cell.columns["dataset"]
         if name in ratios:
             continue
@@ -123,16 +147,37 @@ class ScoredCells:
             cell.scores.assign(**cell.columns, prompt_share=cell.run.data.metrics.get("prompt_share", math.nan))
             for cell in self.newest
         ]
-        table = pd.concat(parts, ignore_index=True)
-        if table["method"].nunique() > 1:
+        table = self._named(pd.concat(parts, ignore_index=True))
+        table.attrs |= {"source": self._place, "left_out": self._left_out(), "notes": notes}
+        return table
+
+    def questions(self, columns: Sequence[str] | None, metrics: dict[str, str]) -> pd.DataFrame:
+        """As the function of this name; metrics: of each task, the one in the score table."""
+        parts, notes = [], []
+        for cell in self.newest:
+            part = cell.questions(columns)
+            if part.empty:
+                where = f"PLW {cell.columns['plw']:g}, seed {cell.columns['seed']} on {cell.columns['dataset']}"
+                notes.append(f"run {cell.run_id} ({where}) has kept no questions; score it again by evaluate --run-id")
+            else:
+                parts.append(part)
+        if not parts:
+            raise UserError(
+                f"{self._place}: no run has kept its questions, as runs of earlier versions; score them again by "
+                "evaluate --run-id"
+            )
+        table = self._named(pd.concat(parts, ignore_index=True))
+        table.attrs |= {"metrics": metrics, "notes": notes}
+        return table
+
+    def _named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table of cells, with the method in the model's name if there are several, and unset values named."""
+        if len({cell.columns["method"] for cell in self.newest}) > 1:
             table["model"] += " (" + table["method"] + ")"
         for name in self._also:
             if (table[name] == "").any():  # the reports have to name this value beside the others
                 table[name] = table[name].astype(str).replace("", "unset")
-        if "method" not in self._also:
-            table = table.drop(columns="method")
-        table.attrs |= {"source": self._place, "left_out": self._left_out(), "notes": notes}
-        return table
+        return table if "method" in self._also else table.drop(columns="method")
 
     def _cell(self, run: mlflow.entities.Run) -> Cell:
         params = parameters(run)

@@ -51,6 +51,22 @@ def read_scores(run: Run) -> pd.DataFrame:
         return pd.read_csv(run.client.download_artifacts(run.id, "scores.csv", folder))
 
 
+def read_questions(run: Run, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Every question's scores of the run, of each task from its last evaluation; empty if it kept none.
+
+    columns: those to read beside `task` and `evaluation` (unset: all).
+    """
+    names = sorted(item.path for item in run.client.list_artifacts(run.id, "questions"))
+    wanted = None if columns is None else list(dict.fromkeys(["task", "evaluation", *columns]))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [run.client.download_artifacts(run.id, name, folder) for name in names]
+        parts = [pd.read_parquet(file, columns=wanted) for file in files]
+    if not parts:
+        return pd.DataFrame()
+    found = pd.concat(parts, ignore_index=True)  # ids of evaluations are times, so the last one is the largest
+    return found[found["evaluation"] == found.groupby("task")["evaluation"].transform("max")]
+
+
 def log_measures(run: Run, measures: dict[str, float]) -> None:
     """Log the study's mechanism measures, each as measure/NAME."""
     metrics = {f"measure/{name}": value for name, value in measures.items()}

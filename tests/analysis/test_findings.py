@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from plw_mlflow.analysis import analyze, exports, findings, means, score_table, wording
+from plw_mlflow.analysis import analyze, exports, findings, means, report, score_table, wording
 from tests.analysis.test_analyze import simulate
 from tests.stores import ROOT
 
@@ -186,4 +187,34 @@ def test_means_can_be_told_for_each_model():
 def test_the_means_of_a_curve_are_over_the_same_tasks():
     table = simulate(tasks=4)
     shown = means.mean_scores(without(table, plw=0.1, task="task2"))
-    pd.testing.assert_frame_equal(shown, means.mean_scores(without(table, task="task2")))
+    there = means.mean_scores(without(table, task="task2"))
+    assert shown.attrs.pop("notes") == ["short: the means leave out task2 (some cells lack them)"]
+    assert there.attrs.pop("notes") == []
+    pd.testing.assert_frame_equal(shown, there)
+
+
+def test_a_plw_that_lacks_a_weak_model_does_not_look_good():
+    """The strong model scores best near PLW 0.1; at PLW 1 the weak model's cells have failed."""
+    strong = simulate(b=(0.6, 0.3, -0.3), sd=0.001, tasks=2)
+    weak = without(strong.assign(model="weak", score=strong["score"] - 0.4), plw=1)
+    shown = means.mean_scores(pd.concat([strong, weak]))
+    pd.testing.assert_frame_equal(
+        shown[["plw", "score", "error"]], means.mean_scores(strong)[["plw", "score", "error"]]
+    )
+    assert shown.attrs["notes"] == ["short: the means leave out weak (no cells at PLW 1)"]
+    assert shown.loc[shown["score"].idxmax(), "plw"] < 0.5
+    neither = pd.concat([without(strong, plw=0), weak])
+    marked = report.raw_means(neither)
+    assert not any(is_highest for _, cells in marked["rows"] for _, is_highest in cells)
+    assert "may be of different models" in marked["notes"][0]
+
+
+def test_models_count_alike_in_a_mean_and_its_error():
+    """Ten cells of one model, by hand: (0.8 + 0.2) / 2, and half the root of the models' squared errors."""
+    many = pd.DataFrame({"model": "a", "seed": range(10), "score": [0.79, 0.81] * 5})
+    few = pd.DataFrame({"model": "b", "seed": range(2), "score": [0.19, 0.21]})
+    table = pd.concat([many, few]).assign(dataset="d", plw=0.1, task="t", metric="acc")
+    (row,) = means.mean_scores(table).to_dict("records")
+    assert row["score"] == pytest.approx(0.5)
+    squares = many["score"].var() / 10 + few["score"].var() / 2
+    assert row["error"] == pytest.approx(np.sqrt(squares) / 2)

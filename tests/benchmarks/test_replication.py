@@ -31,7 +31,7 @@ def test_a_sets_loss_is_of_all_its_tokens_and_other_measures_are_means():
 
 def test_a_parabola_is_found_again():
     plws = np.array([0, 0.01, 0.05, 0.2463, 0.5, 1.0] * 2)
-    w = make_transform("power", plws)(plws)
+    w = make_transform("w_p", plws)(plws)
     noise = np.random.default_rng(3).normal(scale=1e-4, size=12)
     rows = [
         {**CELL, "plw": plw, "seed": number // 6, "task": "t", "metric": "m", "score": 0.3 + 0.2 * x - 0.15 * x**2 + e}

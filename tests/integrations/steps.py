@@ -1,6 +1,8 @@
 """Steps that are taken by our loop, by an oracle and by other trainers with our loss, for their gradients."""
 
 import functools
+import gc
+import itertools
 import tempfile
 from contextlib import contextmanager
 
@@ -13,7 +15,7 @@ from benchmarks.exactness import EXAMPLES, Case
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.integrations import PLWTrainer
-from tests.conftest import VOCABULARY, make_example, tiny_llama
+from tests.conftest import VOCABULARY, byte_tokenizer, make_example, tiny_llama
 
 PLWS = exactness.PLWS
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "dataloader_pin_memory": False}
@@ -55,9 +57,11 @@ def recorded(model):
         gradients.append(exactness.flat([p.grad for p in model.parameters() if p.requires_grad]))
 
     hook = register_optimizer_step_pre_hook(record)
+    gc.freeze()  # as transformers collects garbage in each training, which takes most of its time here
     try:
         yield gradients
     finally:
+        gc.unfreeze()
         hook.remove()
 
 
@@ -65,19 +69,60 @@ def arguments(folder, kind=TrainingArguments, **changes):
     return kind(folder, **QUIET | {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"} | changes)
 
 
-def trainers_gradient(one, plw, model, examples, **options):
+def by_trainer(one, plw, model, examples):
     """The gradient of the step that `PLWTrainer` takes."""
     with tempfile.TemporaryDirectory() as folder, recorded(model) as gradients:
-        settings = arguments(
-            folder,
-            per_device_train_batch_size=one.micro_batch_examples,
-            gradient_accumulation_steps=one.accumulation,
-        )
         trainer = PLWTrainer(
-            model, settings, train_dataset=rows(examples), plw=plw, loss_divisor=one.divisor, packing=one.packing
+            model,
+            arguments(folder, **cut(one)),
+            train_dataset=rows(examples),
+            plw=plw,
+            loss_divisor=one.divisor,
+            packing=one.packing,
         )
         trainer.train()
     return gradients[0]
+
+
+def by_trl(one, plw, model, examples):
+    """The gradient of the step that `PLWSFTTrainer` takes, on rows whose labels TRL builds of their masks."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from plw_mlflow.integrations import PLWSFTTrainer
+
+    with tempfile.TemporaryDirectory() as folder, recorded(model) as gradients:
+        settings = arguments(
+            folder,
+            SFTConfig,
+            **cut(one),
+            padding_free=one.packing,
+            max_length=None,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=False,  # which is its default
+        )
+        PLWSFTTrainer(
+            model,
+            settings,
+            train_dataset=Dataset.from_list(rows(examples)),
+            processing_class=byte_tokenizer(),
+            plw=plw,
+            loss_divisor=one.divisor,
+        ).train()
+    return gradients[0]
+
+
+GRADIENTS = {"Trainer": by_trainer, "SFTTrainer": by_trl}
+CASES = list(itertools.product(PLWS, ("weights", "tokens"), (1, 4), (True, False)))
+
+
+def cut(one):
+    """The options of a trainer that make it cut a step as the case has it."""
+    return {
+        "per_device_train_batch_size": one.micro_batch_examples,
+        "gradient_accumulation_steps": one.accumulation,
+    }
 
 
 @functools.cache

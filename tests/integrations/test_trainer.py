@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    TrainingArguments,
+)
 
 from benchmarks import exactness
 from plw_mlflow.config import TrainConfig
@@ -15,15 +20,14 @@ from plw_mlflow.errors import UserError
 from plw_mlflow.integrations import PLWCollator, PLWTrainer
 from plw_mlflow.integrations import trainer as trainers
 from plw_mlflow.training import train
+from tests.conftest import byte_tokenizer
 from tests.integrations import steps
 
-CASES = list(itertools.product(steps.PLWS, ("weights", "tokens"), (1, 4), (True, False)))
 
-
-@pytest.mark.parametrize(("plw", "divisor", "accumulation", "packing"), CASES)
+@pytest.mark.parametrize(("plw", "divisor", "accumulation", "packing"), steps.CASES)
 def test_its_gradients_are_our_loops_and_the_oracles(plw, divisor, accumulation, packing):
     one = steps.case(accumulation, packing, divisor)
-    found = steps.trainers_gradient(one, plw, steps.model(), steps.prepared().training)
+    found = steps.by_trainer(one, plw, steps.model(), steps.prepared().training)
     assert steps.difference(found, steps.oracle(plw, divisor)) < 1e-6
     assert steps.difference(found, steps.ours(plw, divisor, packing)) < 1e-6
 
@@ -39,7 +43,7 @@ def lora(model):
 
 def test_adapters_of_peft_get_the_oracles_gradients():
     examples, one = steps.prepared().training, steps.case(4, True, "weights")
-    found = steps.trainers_gradient(one, 0.242, lora(steps.model()), examples)
+    found = steps.by_trainer(one, 0.242, lora(steps.model()), examples)
     exact = exactness.oracle(one, 0.242, lora(steps.model()).double(), examples)
     assert steps.difference(found, exact) < 1e-6
 
@@ -145,6 +149,26 @@ def test_a_step_without_a_weight_changes_nothing(tmp_path):
 def test_rows_in_which_a_plw_has_no_effect_are_refused(tmp_path, marks, message):
     with pytest.raises(UserError, match=message):
         PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=[{"input_ids": [5, 6, 7], **marks}], plw=0.1)
+
+
+def test_a_collator_that_passes_over_masks_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    rows = steps.rows(steps.prepared(4).training)
+    with pytest.raises(UserError, match="the PLW would change nothing"):
+        PLWTrainer(steps.model(), steps.arguments(tmp_path), collate, train_dataset=rows, plw=0.1)
+
+
+def test_labels_of_another_collator_become_weights(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    arguments = steps.arguments(tmp_path, per_device_train_batch_size=2, train_sampling_strategy="sequential")
+    trainer = PLWTrainer(steps.model(), arguments, DataCollatorForSeq2Seq(tokenizer), train_dataset=rows, plw=0.5)
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["weights"].tolist() == [[0, 0.5, 1, 1], [0, 1, 0, 0]]
+    trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ def test_a_data_sets_generation_ratio_is_what_a_run_of_it_measured(store):
     scored(MainConfig(plw=1.0, dataset="toy-long"), ("a", 0.3))
     store.log_dict(run.id, {"generation_ratio": 0.18}, "profile.json")
     assert tracking.generation_ratios("Default") == {"toy-short": 0.18}
+    sweep = store.create_run("0").info.run_id
+    store.set_tag(run.id, "mlflow.parentRunId", sweep)
+    assert tracking.generation_ratios(None, sweep=sweep) == {"toy-short": 0.18}
     with pytest.raises(ValueError, match="there is no experiment 'none'"):
         tracking.generation_ratios("none")
 

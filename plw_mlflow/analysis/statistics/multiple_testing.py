@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
 
-def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
+K = TypeVar("K")
+
+
+def adjust_by_holm(p_values: dict[K, float]) -> dict[K, float]:
     """p-values with Holm's (1979) correction for testing all of them, in the same order."""
     ordered = sorted(p_values, key=lambda name: p_values[name])
     adjusted, highest = {}, 0.0

@@ -1,0 +1,24 @@
+"""Do two processes, each with its own micro-batches, take the steps of one?"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.integrations import steps
+from tests.stores import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("trainer", "package"), [("Trainer", "transformers"), ("SFTTrainer", "trl")])
+def test_their_gradients_are_the_oracles(trainer, package, tmp_path):
+    pytest.importorskip(package, reason=f"needs {package}, which make test-slow installs to output/trl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["-m", "tests.integrations.two_processes", str(tmp_path / "gradients.pt"), trainer]
+    subprocess.run([*command, *program], cwd=ROOT, check=True)
+    gradients = torch.load(tmp_path / "gradients.pt")
+    assert gradients.keys() == set(steps.CASES)
+    for (plw, divisor, accumulation, packing), gradient in gradients.items():
+        assert steps.difference(gradient, steps.oracle(plw, divisor)) < 1e-6, (plw, divisor, accumulation, packing)
