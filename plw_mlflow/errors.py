@@ -148,6 +148,8 @@ def not_installed(error: ModuleNotFoundError) -> str:
     if package in ("plw_mlflow", "entrypoints", ""):
         raise error
     root = Path(__file__).resolve().parents[1]
+    if not (root / "Makefile").exists():  # installed by pip, perhaps without what commands need
+        return f"{sys.executable} has no package {package}; install the project again with pip install '.[study]'"
     folder, to_root = ("", "") if Path.cwd() == root else (f"{root}/", f"-C {root} ")
     return (
         f"{sys.executable} has no package {package}; activate the project's environment (source "

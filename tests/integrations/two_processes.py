@@ -1,9 +1,8 @@
 """Takes steps by other trainers with our loss, and saves their gradients: a program for torchrun.
 
-Its arguments are a file for the gradients, and the trainers, of `steps.GRADIENTS`.
+Its arguments are a file for the gradients, and which of `steps.GRADIENTS` takes the steps.
 """
 
-import itertools
 import sys
 
 import torch
@@ -13,13 +12,13 @@ from benchmarks import exactness
 from tests.integrations import steps
 
 
-def main(file, *names):
+def main(file, trainer):
     torch.set_num_threads(1)
     found = {}
-    for name, key in itertools.product(names, steps.CASES):
-        plw, divisor, accumulation, packing = key
+    for plw, divisor, accumulation, packing in steps.CASES:
         one = steps.case(accumulation, packing, divisor, exactness.SPREADS[1])
-        found[name, key] = steps.GRADIENTS[name](one, plw, steps.model(), steps.prepared().training)
+        gradient = steps.GRADIENTS[trainer](one, plw, steps.model(), steps.prepared().training)
+        found[plw, divisor, accumulation, packing] = gradient
     if dist.get_rank() == 0:
         torch.save(found, file)
     dist.destroy_process_group()
