@@ -400,8 +400,13 @@ def _best_of_runs(scores: _Scores, tasks: list[str]) -> Judged:
     """What the highest scores say, or why they say nothing: one claim's trouble must not cost the others."""
     try:
         return _best_runs(scores, tasks)
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
+
+
+def _reason(error: ValueError) -> str:
+    """Why scores say nothing, by the error that they led to, which may be one of numpy's."""
+    return str(error) if isinstance(error, UserError) else "these scores allow no curve"
 
 
 def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: str, model: str) -> Judged:
@@ -411,8 +416,8 @@ def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: 
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
         return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
-    except UserError as error:
-        return CANNOT_TELL, str(error)
+    except ValueError as error:
+        return CANNOT_TELL, _reason(error)
 
 
 def _is_asked(claim: dict[str, Any], table: pd.DataFrame) -> pd.Series:

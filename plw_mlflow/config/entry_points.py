@@ -258,6 +258,10 @@ class SweepAxes(Options):
     """Methods, comma-separated: full, lora, dora, qlora (toy full, huerta2024 full, huerta2024-lora lora)."""
 
 
+# Of sbatch: what a job runs, and where what it writes goes.
+SLURM_OPTIONS_OF_SWEEPS = {"array", "chdir", "error", "input", "output", "test_only", "wait", "wrap"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(Options):
     """How the cells are run; options of data, training and scoring may be comma-separated lists, too."""
@@ -290,6 +294,8 @@ class EngineOptions(Options):
             faults.append(f"slurm must be like partition=gpu,time=2:00:00, got {self.slurm}")
         elif self.slurm_options().get("cluster", "slurm") not in ("slurm", "local"):
             faults.append(f"the cluster of slurm must be slurm or local, got {self.slurm_options()['cluster']}")
+        elif taken := sorted(SLURM_OPTIONS_OF_SWEEPS & self.slurm_options().keys()):
+            faults.append(f"slurm must leave what a job runs and writes to the sweep, got {', '.join(taken)}")
         return faults
 
     def slurm_options(self) -> dict[str, Any]:

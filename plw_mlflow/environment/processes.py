@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +59,7 @@ def identity(pid: int | None = None) -> str:
 
 def has_ended(process: str) -> bool | None:
     """Whether a process, by its `identity`, has ended; None where that cannot be known, as on another machine."""
-    own = identity()
-    if not process or not own or process.split("/")[:2] != own.split("/")[:2]:
+    own, parts = identity().split("/"), process.split("/")
+    if len(parts) != 4 or parts[:2] != own[:2] or not re.fullmatch("[0-9]{1,9}", parts[2]):
         return None
-    return identity(int(process.split("/")[2])) != process
+    return identity(int(parts[2])) != process

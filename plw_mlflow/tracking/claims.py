@@ -19,6 +19,7 @@ after its answer was lost might remove the claim that somebody else has made mea
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from plw_mlflow.tracking.signs import SIGN_SECONDS
 SILENT_SECONDS = 180.0  # after which a claim without a sign of life is taken for abandoned
 UNSEEN_SECONDS = 60.0  # after which silence is counted anew: while nobody looked, the store may have been away for all
 PREFIX = "plw-claim"
+NUMBERED = re.compile(r"-[0-9]{1,9}$")
 DESCRIPTION = "A process is at work on this; the name is removed when it ends (plw_mlflow/tracking/claims.py)."
 
 
@@ -185,10 +187,11 @@ def _holder(claim: RegisteredModel) -> str:
 
 
 def _search_patiently(beginning: str) -> list[RegisteredModel]:
-    """All claims whose names begin so."""
+    """All claims whose names begin so. What else has such a name, but no number at its end, is none."""
     query = f"name LIKE '{PREFIX}-{beginning}%'"
     client = mlflow.MlflowClient()
-    return list(patiently("looking at claims", lambda: client.search_registered_models(query, max_results=1000)))
+    found = patiently("looking at claims", lambda: client.search_registered_models(query, max_results=1000))
+    return [model for model in found if NUMBERED.search(model.name)]
 
 
 def _is_held_by(full_name: str, holder: str) -> bool:

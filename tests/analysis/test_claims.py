@@ -9,6 +9,7 @@ import pytest
 
 from plw_mlflow.advice import evidence
 from plw_mlflow.analysis import analyze, claims, score_table
+from plw_mlflow.environment import outputs
 from tests.analysis.test_analyze import STUDY_PLWS, simulate
 from tests.stores import ROOT
 
@@ -196,3 +197,24 @@ def test_the_text_has_every_claim(study):
     assert list(claims.frame(list(study.values()))) == [
         *("claim", "says", "source", "dataset", "question", "verdict", "found", "data_are")
     ]
+
+
+def test_tasks_that_were_scored_at_few_plws_leave_the_other_claims():
+    """As where a sweep went on with another list of tasks."""
+    table = simulate(tasks=4, dataset="my-short").replace({"task": {"task0": "arc_challenge", "task1": "piqa"}})
+    few = table[(table["task"] != "arc_challenge") | table["plw"].isin([0, 0.1])]
+    few = few[(few["task"] != "piqa") | (few["plw"] == 0)]
+    judged = {(one.claim, one.question): one for one in claims.judge(few)}
+    assert judged["arc-concave", "these tasks"].found == "a curve takes 3 PLWs, and there is none but 0, 0.1"
+    assert judged["piqa-concave", "these tasks"].found == "a curve takes 3 PLWs, and there is none but 0"
+    assert judged["short-effect", "these tasks"].verdict != ""
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "\x1b[2Jshort", "\u202einverted", "short,<b>", "a" * 5000])
+def test_odd_names_in_a_strangers_table_are_judged_as_names(name, tmp_path):
+    table = simulate(tasks=4, dataset=name)
+    judged = claims.judge(table)
+    assert {one.dataset for one in judged if one.question} <= {name, "all"}
+    rows = outputs.table(claims.frame(judged)).decode()
+    assert "\n=cmd" not in rows
+    assert not any(line.startswith(("=", "+", "@")) or ",=" in line for line in rows.splitlines())

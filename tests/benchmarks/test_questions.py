@@ -15,7 +15,7 @@ def test_rejections_are_those_of_the_tests_by_name():
     assert found["McNemar, mid-p"] == found["McNemar, exact"] == 0.5
     assert stats.binomtest(2, 14).pvalue < 0.05 < stats.binomtest(6, 13).pvalue
     assert found["unpaired"] == 0
-    assert found["interval holds"] == 1
+    assert found["interval holds"] == 0.5
 
 
 def test_a_balanced_model_of_answers_is_that_of_their_analysis_of_variance():

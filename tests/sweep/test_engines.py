@@ -8,7 +8,7 @@ import pytest
 
 from plw_mlflow.config import SweepConfig
 from plw_mlflow.environment import processes
-from plw_mlflow.errors import UserError
+from plw_mlflow.errors import UserError, without_passwords
 from plw_mlflow.sweep import account as accounts
 from plw_mlflow.sweep import local, ray_tasks, running, slurm_jobs
 from plw_mlflow.sweep.display import Lines
@@ -95,6 +95,13 @@ def test_options_of_slurm(text, expected):
     ("options", "message"),
     [
         ({"engine": "slurm", "slurm": "gpu"}, "slurm must be like partition=gpu"),
+        ({"engine": "slurm", "slurm": "partition=gpu\nrm x,time=1"}, "slurm must be like partition=gpu"),
+        ({"engine": "slurm", "slurm": "../x=1"}, "slurm must be like partition=gpu"),
+        (
+            {"engine": "slurm", "slurm": "wrap=true,test-only=1"},
+            "leave what a job runs and writes to the sweep, got test_o",
+        ),
+        ({"engine": "slurm", "slurm": "output=/etc/motd"}, "leave what a job runs and writes to the sweep, got output"),
         ({"engine": "slurm", "slurm": "cluster=pbs"}, "the cluster of slurm must be slurm or local"),
         ({"slurm": "partition=gpu"}, "slurm is for another engine"),
         ({"ray_address": "auto"}, "ray-address is for another engine"),
@@ -131,3 +138,13 @@ def test_a_machine_without_slurm_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no SLURM here"):
         slurm_jobs._check({"partition": "gpu"})
+
+
+def test_a_password_in_rays_address_is_not_shown(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"ray://me:secret@127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(UserError) as refused:
+            ray_tasks._connect(None, address)
+    assert "secret" not in without_passwords(str(refused.value))  # as every command prints it
+    assert "there is no Ray cluster at ray://" in str(refused.value)

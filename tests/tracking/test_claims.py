@@ -171,3 +171,22 @@ def test_of_many_threads_one_takes_a_claim(client):
     for thread in threads:
         thread.join()
     assert len(taken) == 1
+
+
+def test_what_is_called_like_a_claim_and_is_none_is_in_nobodys_way(client):
+    for name in ("plw-claim-work-now", "plw-claim-work-", "plw-claim-work-1-x"):
+        client.create_registered_model(name)
+    claimant = Claims()
+    assert claimant.take("work")
+    assert claimant.of_others("wo") == set()
+    claimant.release("work")
+    assert len(names(client)) == 3
+
+
+def test_a_claim_with_forged_tags_is_a_strangers_claim(client):
+    boot, namespace, *_ = processes.identity().split("/")
+    for number, process in enumerate(
+        (f"{boot}/{namespace}", f"{boot}/{namespace}/x/1", f"{boot}/{namespace}/9/9/9"), 1
+    ):
+        client.create_registered_model(f"plw-claim-work{number}-1", {"plw.process": process})
+        assert not Claims().take(f"work{number}")

@@ -48,7 +48,9 @@ class Grid:
 
     @cached_property
     def contrasts(self) -> Array:
-        """Which coefficients are the curve's, [2, P]."""
+        """Which coefficients are the curve's, [2, P]. Raises UserError where the PLWs are too few for a curve."""
+        if not {*CURVE_TERMS} <= {*self.terms}:
+            raise UserError(f"a curve takes 3 PLWs, and there is none but {_numbers(sorted(set(self.runs['plw'])))}")
         return np.eye(len(self.terms))[[self.terms.index(term) for term in CURVE_TERMS]]
 
     @cached_property
@@ -192,6 +194,8 @@ def _columns(
     x = np.column_stack(columns)
     kept = [0]
     for column in range(1, x.shape[1]):  # factors may say the same (a model per data set): the first one stays
+        if not x[:, column].any():
+            continue
         if np.linalg.matrix_rank(x[:, [*kept, column]] / np.linalg.norm(x[:, [*kept, column]], axis=0)) > len(kept):
             kept.append(column)
     return x[:, kept], tuple(terms[column] for column in kept)
