@@ -21,6 +21,9 @@ from plw_mlflow.analysis.wording import highest_end, interval
 ON_THESE = "fixed-tasks"  # the model that answers the first question
 ON_OTHERS = ("crossed", "lmm-slopes")  # the models that can answer the second
 MOST_SEEDS = 99  # that advice names
+FEWEST_FREE = 5  # degrees of freedom of runs' SD below which it says too little to plan by
+SURE = 0.9  # that the SD is not above its upper bound, and not below its lower one
+SHOWS_NOISE = "would show by how much runs differ anyway, and so how many it takes"
 LEFT_OUT = "Left out: "  # how the note begins in which a fit says what it did not use
 
 
@@ -88,7 +91,9 @@ def _finding(
         words += ", which may be chance." if kind != "yes" else "; where is not settled." * fit.optimum_set_is_unbounded
         words = words.removesuffix(".") + "."
     if equal is not None and equal.smallest_margin is not None:
-        words += f" No two PLWs tried differ by more than {unit.words(equal.smallest_margin)} (95 % sure)."
+        words += (
+            f" By the curve, no two PLWs tried differ by more than {unit.words(equal.smallest_margin)} (95 % sure)."
+        )
     if equal is not None and equal.p is not None and equal.margin is not None:
         shown = "is" if equal.p < LEVEL else "is not"
         words += f" That none differ by {unit.words(equal.margin)} {shown} shown (p = {equal.p:.2g})."
@@ -137,18 +142,32 @@ def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: floa
     if fit is None:
         if (more := seeds_for_noise(grid)) == 0:
             return f"These runs cannot tell: {why_not}."
-        so = "would show by how much runs differ anyway, and so how many it takes"
-        return f"These runs cannot tell: {_seeds(more)} {so}."
+        return f"These runs cannot tell: {_seeds(more)} {SHOWS_NOISE}."
     if equal is None or margin is None:
         return (
             "These runs cannot tell; --margin names a difference that matters, and then says how many seeds it takes."
         )
-    more = seeds_needed(fit, equal.standard_error, grid, margin)
-    return f"These runs cannot tell: {_seeds(more)} would, if PLW makes a difference of {unit.words(margin)}."
+    if (free := fit.runs - len(fit.coefficients)) < FEWEST_FREE:
+        return f"These runs cannot tell: {_seeds(math.ceil((FEWEST_FREE - free) / _cells(grid)))} {SHOWS_NOISE}."
+    low, high = (seeds_needed(fit, error, grid, margin) for error in _bounds(equal.standard_error, free))
+    so = f"would probably, if PLW makes a difference of {unit.words(margin)}"
+    return f"These runs cannot tell: {_seeds(low, high)} {so}."
 
 
-def _seeds(more: int) -> str:
-    return f"{more} more seed{'s' * (more > 1)}" if more <= MOST_SEEDS else f"more than {MOST_SEEDS} more seeds"
+def _bounds(standard_error: float, free: int) -> list[float]:
+    """Between which the true standard error lies, by that of these runs. free: its degrees of freedom."""
+    return [standard_error * math.sqrt(free / float(stats.chi2.ppf(share, free))) for share in (SURE, 1 - SURE)]
+
+
+def _seeds(low: int, high: int | None = None) -> str:
+    """A number of seeds, or a range."""
+    if low > MOST_SEEDS:
+        return f"more than {MOST_SEEDS} more seeds"
+    if high is not None and high > MOST_SEEDS:
+        return f"{low} to more than {MOST_SEEDS} more seeds"
+    if high is not None and high > low:
+        return f"{low} to {high} more seeds"
+    return f"{low} more seed{'s' * (low > 1)}"
 
 
 def seeds_for_noise(grid: Grid) -> int:

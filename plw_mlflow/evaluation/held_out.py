@@ -53,7 +53,7 @@ def read(names: Sequence[str], tokenizer: Any, options: DataOptions, limit: int 
     too long are left out. Raises UserError where two data sets have one name, or one has no completion to measure.
     """
     given = {each.name: getattr(options, each.name) for each in fields(DataOptions)}
-    for name in ("mix", "mix_invert", "mix_share", "invert", "max_records", "format", "output"):
+    for name in ("mix", "mix_invert", "mix_share", "invert", "max_records", "output"):
         del given[name]
     alone = DataOptions(**given)
     sets = [_read(name, tokenizer, alone, limit) for name in names]

@@ -7,6 +7,7 @@ has lists in place of tables, whose columns MLflow sets without space between.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from plw_mlflow.errors import without_passwords
 from plw_mlflow.models import licences
 from plw_mlflow.tracking.cells import cell_columns, parameters
 from plw_mlflow.tracking.connection import get_run, suppressing_missing
-from plw_mlflow.tracking.run import DESCRIBED, Run, is_ours, text_digest
+from plw_mlflow.tracking.run import DESCRIBED, Run, is_ours, listed, text_digest
 
 CHARACTERS = 5000  # of a description; databases keep no more
 MOST_STEPS = 5  # in the list of losses
-MOST_TASKS = 40  # in the list of scores
+CAVEAT_CHARACTERS = 400  # which may speak of every benchmark
 # The options that decide most of a recipe, in the order in which a card has them.
 RECIPE = (
     *("preset", "template", "max_tokens", "epochs", "batch_examples", "learning_rate", "warmup_ratio", "weight_decay"),
@@ -83,14 +84,16 @@ def card(run: Run, version: ModelVersion, scores: pd.DataFrame) -> str:
             f"[{_plain(str(found.info.run_name))}]({link}), of the code {found.data.tags.get('plw.git_commit', '')}",
         ),
     ]
-    parts = [
+    before = [
         f"# {_plain(columns['model'])} on {_plain(columns['dataset'])} at PLW {columns['plw']:g}",
         f"Fine-tuned by method {params['method']} with seed {columns['seed']}. In the loss, a prompt token has "
         f"{columns['plw']:g} times the weight of a completion token.",
         "\n".join(f"- {what}: {text}" for what, text in about),
         *_warnings(tags, sources),
         "## Scores",
-        *_scores(scores, found),
+    ]
+    after = [
+        *_of_all_scores(scores, found),
         "## Recipe",
         ", ".join(f"{name.replace('_', '-')} {_code(value)}" for name, value in _recipe(params)),
         *_losses(run, found.data.metrics, link),
@@ -99,7 +102,9 @@ def card(run: Run, version: ModelVersion, scores: pd.DataFrame) -> str:
         "## Intended use",
         _use(params),
     ]
-    text = without_passwords("\n\n".join(part for part in parts if part))
+    room = CHARACTERS - len("\n\n".join(filter(None, [*before, *after]))) - len("\n\n")
+    parts = [*before, listed(_scores(scores), room), *after]
+    text = without_passwords("\n\n".join(filter(None, parts)))
     return text if len(text) <= CHARACTERS else text[: CHARACTERS - 2] + " …"
 
 
@@ -115,25 +120,32 @@ def _warnings(tags: Mapping[str, str], sources: Sequence[Mapping[str, Any]]) -> 
     return lines
 
 
-def _scores(table: pd.DataFrame, found: Entity) -> list[str]:
-    if table.empty:
-        return ["It has not been scored."]
-    lines = [
+def _scores(table: pd.DataFrame) -> list[str]:
+    """A line for each score."""
+    return [
         f"- {_code(str(row['task']))} {row['metric']}: **{row['score']:.4f}**"
         + ("" if pd.isna(row["stderr"]) else f" ± {row['stderr']:.4f}")
         + f" ({row['n']:,} questions, {row['num_fewshot']} examples before each)"
-        for row in table.head(MOST_TASKS).to_dict("records")
+        for row in table.to_dict("records")
     ]
-    parts = ["\n".join(lines)]
-    if len(table) > MOST_TASKS:
-        parts.append(f"The scores of {len(table) - MOST_TASKS} more benchmarks are in `scores.csv` of the run.")
+
+
+def _of_all_scores(table: pd.DataFrame, found: Entity) -> list[str]:
+    """The mean of the scores, and what they may not be compared with."""
+    if table.empty:
+        return ["It has not been scored."]
+    parts = []
     tags, metrics = found.data.tags, found.data.metrics
     keys = tags.get("plw.score_tasks", "").split(",")
     if "score" in metrics:
         parts.append(f"The mean of {len(keys)} benchmarks, on a scale from 0 to 1, is **{metrics['score']:.4f}**.")
     if caveat := tags.get("plw.score_caveat"):
-        parts.append(f"It cannot be compared with published scores: {_plain(caveat)}.")
+        parts.append(f"It cannot be compared with published scores: {_cut(_plain(caveat))}.")
     return parts
+
+
+def _cut(caveat: str) -> str:
+    return textwrap.shorten(caveat, CAVEAT_CHARACTERS, placeholder=" …")
 
 
 def _recipe(params: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import pandas as pd
 
 from plw_mlflow.config import MainConfig, TrainConfig, flag, spell
 from plw_mlflow.tracking import pages
+from plw_mlflow.tracking.cards import CAVEAT_CHARACTERS
 from plw_mlflow.tracking.cells import cell_columns, parameters
 from plw_mlflow.tracking.connection import patiently
-from plw_mlflow.tracking.run import Run
+from plw_mlflow.tracking.run import TAG_CHARACTERS, Run, listed
 from plw_mlflow.tracking.scores import read_scores
 
 PLACES = ("output", "checkpoint_dir", "cache_dir")  # options that do not say what a cell is
@@ -23,17 +25,20 @@ ALWAYS = ("plw", "model", "dataset", "method", "seed")  # options that a command
 def describe_cell(run: Run) -> None:
     """Say on the page of a cell's run what was trained on what, how well it does, and how to load and repeat it."""
     entity = patiently("reading the run", lambda: run.client.get_run(run.id))
+    scores = _scores(patiently("reading the scores", lambda: read_scores(run)))
+    caveat = entity.data.tags.get("plw.score_caveat", "")
     parts = [
         _summary(entity),
         _of_sweep(entity, run.client),
-        _scores(patiently("reading the scores", lambda: read_scores(run))),
-        entity.data.tags.get("plw.score_caveat", "") and f"Not comparable: {entity.data.tags['plw.score_caveat']}.",
+        "",  # where the scores go
+        caveat and f"Not comparable: {textwrap.shorten(caveat, CAVEAT_CHARACTERS, placeholder=' …')}.",
         _losses(entity.data.metrics),
         _loading(entity.data.tags),
         f"To repeat it:\n\n```sh\n{_command(parameters(entity))}\n```",
         f"`python -m entrypoints.verify --run-id {run.id}` repeats it from what is recorded, and compares.",
         f"[The lengths of its data]({pages.file_page(entity.info.experiment_id, run.id, 'profile.png')})",
     ]
+    parts[2] = listed(scores, TAG_CHARACTERS - len("\n\n".join(filter(None, parts))) - len("\n\n"))
     run.describe("\n\n".join(filter(None, parts)))
 
 
@@ -66,13 +71,13 @@ def _of_sweep(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> str:
     )
 
 
-def _scores(table: pd.DataFrame) -> str:
-    """The scores of a score table with their standard errors. MLflow sets a table's columns without space between."""
+def _scores(table: pd.DataFrame) -> list[str]:
+    """The scores of a score table with their standard errors, a line each, as MLflow sets a table's columns close."""
     lines = []
     for row in table.to_dict("records"):
         error = f" ± {row['stderr']:.4f}" if pd.notna(row.get("stderr")) else ""
         lines.append(f"- {code(row['task'])} {row['metric']}: **{row['score']:.4f}{error}** ({row['n']} questions)")
-    return "\n".join(lines)
+    return lines
 
 
 def _losses(metrics: Mapping[str, float]) -> str:

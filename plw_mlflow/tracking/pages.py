@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def opened(page: str) -> str:
     store = connection.address()
     if store.startswith("http"):
         return address(page)
-    command = f"mlflow ui --backend-store-uri {store}"
+    command = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     if store != mlflow.get_tracking_uri():  # it holds a password
         command = 'MLFLOW_BACKEND_STORE_URI="$MLFLOW_TRACKING_URI" mlflow ui'
     return f"{command}    then open {address(page)}"

@@ -97,7 +97,9 @@ def reading(run_id: str) -> Iterator[Record]:
             name=str(found.info.run_name),
             options=run.config(folder),
             parameters=parameters(found),
-            tags={name.removeprefix("plw."): value for name, value in found.data.tags.items() if "plw." in name}
+            tags={
+                name.removeprefix("plw."): value for name, value in found.data.tags.items() if name.startswith("plw.")
+            }
             | {"data_sha256": run.read_tag("data_sha256") or ""},
             environment=read("environment.json"),
             code=read("code.json"),

@@ -176,6 +176,15 @@ class Run:
         patiently("describing the run", describe)
 
 
+def listed(lines: Sequence[str], room: int) -> str:
+    """As many lines as there is room for, in characters; a last line then says how many more `scores.csv` has."""
+    for shown in range(len(lines), 0, -1):
+        more = [f"- and {len(lines) - shown} more, in `scores.csv` of the run"] * (shown < len(lines))
+        if len(text := "\n".join([*lines[:shown], *more])) <= room:
+            return text
+    return f"{len(lines)} scores are in `scores.csv` of the run." if lines else ""
+
+
 def text_digest(text: str) -> str:
     """What identifies a description that this package has written."""
     return digest({"text": text})

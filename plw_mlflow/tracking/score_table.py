@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ class ScoredCells:
         """The score table. Raises UserError where the cells are not comparable."""
         notes = self.check()
         parts = [
-            cell.scores.assign(**cell.columns, prompt_share=cell.run.data.metrics.get("prompt_share"))
+            cell.scores.assign(**cell.columns, prompt_share=cell.run.data.metrics.get("prompt_share", math.nan))
             for cell in self.newest
         ]
         table = self._named(pd.concat(parts, ignore_index=True))

@@ -153,10 +153,21 @@ def test_seeds_that_are_named_are_enough():
     error = answer.these_tasks.equivalence.standard_error
     more = findings.seeds_needed(fit, error, grid, 0.01)
     assert 1 < more < findings.MOST_SEEDS
-    assert answer.advice == (f"These runs cannot tell: {more} more seeds would, if PLW makes a difference of 1 point.")
+    # By the bounds of the SD that chi square has for 7 degrees of freedom, 10 % and 90 %.
+    low, high = (findings.seeds_needed(fit, error * (7 / x) ** 0.5, grid, 0.01) for x in (12.01704, 2.833107))
+    assert low < more < high
+    shown = f"{low} to {'more than 99' if high > 99 else high} more seeds would probably"
+    assert answer.advice == f"These runs cannot tell: {shown}, if PLW makes a difference of 1 point."
     assert findings.seeds_needed(fit, error, grid, 0.02) < more
     assert findings.seeds_needed(fit, error, grid, 1e-6) == findings.MOST_SEEDS + 1
     assert findings.seeds_needed(fit, error, grid, 1.0) == 1
+
+
+def test_few_degrees_of_freedom_are_too_few_to_plan_by():
+    """Five runs leave two; a seed more adds five."""
+    table = simulate(seeds=1, b=(0.5, 0, 0), sd=0.05)
+    (answer,) = analyze.analyze(table[table["plw"].isin([0, 0.01, 0.1, 0.5, 1])], draws=0).answers
+    assert answer.advice == f"These runs cannot tell: 1 more seed {findings.SHOWS_NOISE}."
 
 
 def test_differences_are_told_in_points_where_scores_have_them():

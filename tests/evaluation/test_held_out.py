@@ -57,6 +57,16 @@ def test_options_that_choose_among_the_cells_own_records_do_not_choose_here(toy,
     assert len(found.examples) == len(RECORDS)
 
 
+def test_the_format_that_is_given_is_that_of_a_held_out_file_too(toy, new_file, tmp_path):
+    rows = [{**record, "prompt": record["instruction"], "completion": record["output"]} for record in RECORDS]
+    new_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(cache_dir=tmp_path / "cache", format="prompt-completion")
+    (found,) = held_out.read([str(new_file)], toy[1], options)
+    assert len(found.examples) == len(RECORDS)
+    with pytest.raises(UserError, match="say which with --format"):
+        held_out.read([str(new_file)], toy[1], DataOptions(cache_dir=tmp_path / "cache"))
+
+
 def test_two_sets_of_one_name_are_refused(toy, new_file, options):
     with pytest.raises(UserError, match="different names"):
         held_out.read([str(new_file), str(new_file)], toy[1], options)

@@ -64,6 +64,16 @@ def test_a_licence_that_nobody_knows_permits_nothing(store, registered):
     assert "plw.noncommercial" not in store.get_model_version(*registered[1:]).tags
 
 
+def test_many_benchmarks_leave_room_for_how_to_load_a_model(store, registered):
+    run, name, number = registered
+    add_scores(run, *((f"mmlu_high_school_government_and_politics_{task}", 0.25) for task in range(57)))
+    text = store.get_model_version(name, number).description
+    assert "more, in `scores.csv` of the run" in text
+    assert "load_model(" in text
+    assert text.endswith("Nobody has checked that what it writes is true or harmless.")
+    assert len(text) <= 5000
+
+
 def test_what_somebody_has_written_of_a_version_stays(store, registered):
     run, name, number = registered
     store.update_model_version(name, number, description="mine")

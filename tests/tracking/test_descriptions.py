@@ -31,6 +31,21 @@ def test_a_cell_says_what_it_is_and_how_well_it_does(store):
     assert "Of the sweep" not in text
 
 
+def test_many_benchmarks_leave_room_for_how_to_repeat_a_cell(store):
+    tasks = [f"mmlu_high_school_government_and_politics_{number}" for number in range(120)]
+    run = scored(MainConfig(plw=0.1), *((task, 0.25) for task in tasks))
+    run.tag(score_caveat="; ".join(f"{task}: only the first 4 of 9 documents" for task in tasks)[:4000])
+    run.tag(model_version="plw-toy-toy-short/3")
+    text = description(store, run)
+    shown = text.count("(5 questions)")
+    assert 20 < shown < 120
+    assert f"- and {120 - shown} more, in `scores.csv` of the run" in text
+    assert "load_model(" in text
+    assert f"entrypoints.verify --run-id {run.id}" in text
+    assert text.count("```") == 4
+    assert 4800 < len(text) <= 5000
+
+
 def test_what_somebody_has_written_of_a_run_stays(store):
     run = scored(MainConfig(), ("one", 0.25))
     run.describe("first")

@@ -35,6 +35,14 @@ def test_a_data_sets_generation_ratio_is_what_a_run_of_it_measured(store):
         tracking.generation_ratios("none")
 
 
+def test_the_prompts_share_that_a_run_has_logged_is_a_column(store):
+    for plw, share in ((0.0, 0.0), (0.5, 0.4)):
+        store.log_metric(scored(MainConfig(plw=plw), ("a", 0.2)).id, "prompt_share", share)
+    scored(MainConfig(plw=1.0), ("a", 0.3))  # by an earlier version
+    table = tracking.score_table(experiment="Default").sort_values("plw")
+    assert table["prompt_share"].tolist() == pytest.approx([0.0, 0.4, float("nan")], nan_ok=True)
+
+
 def test_runs_without_scores_are_left_out_and_listed(store):
     scored(MainConfig(plw=0.0), ("a", 0.2))
     running = scored(MainConfig(plw=0.5), ("a", 0.3)).id
