@@ -1,7 +1,8 @@
 """transformers' Trainer with a prompt loss weight.
 
-Two of the Trainer's methods are replaced: the one that counts what the loss of a step is divided by, and the one that
-computes the loss of a micro-batch. Weights travel as a column of the batch.
+Weights travel as a column of the batch. What is replaced in the Trainer is what counts the divisor of a step's loss and
+what computes the loss of a micro-batch; besides, evaluation makes no logits that nobody asks for, and the columns that
+make weights are not taken for unused ones.
 """
 
 from __future__ import annotations
