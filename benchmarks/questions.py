@@ -153,7 +153,7 @@ def crossed() -> Iterator[Row]:
 def _of_curves(number: int, luck: float, questions: int = 1500) -> Row:
     random = np.random.default_rng([SEED, number, round(10 * luck)])
     plws = np.repeat(PUBLISHED_PLWS, number)
-    w = make_transform("power", plws)(plws)
+    w = make_transform("w_p", plws)(plws)
     x = np.stack([np.ones_like(w), w, w**2], 1)
     shape = 4 * (w - w**2)  # a peak of 1 inside
     noise = 0.005  # about the SD of a run's score of so many answers, of questions that are mostly easy or hard
