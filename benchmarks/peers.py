@@ -1,5 +1,7 @@
 """Other trainers as benchmarks.training runs them: transformers' Trainer with a weighted loss, and TRL's SFTTrainer.
 
+`PLWTrainer` is among them: it is beside a weighted loss over full logits, in the same loop.
+
 Both are given what they need to be fast on a CPU, as far as it could be found by trying; `training.TRAINERS` has the
 settings. The base of a LoRA is loaded in the type of the arithmetic, so that they need not cast it for each product.
 
@@ -29,6 +31,7 @@ from plw_mlflow.data import batches
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.tokens import Example
 from plw_mlflow.data.weights import Weights
+from plw_mlflow.integrations import PLWTrainer
 from plw_mlflow.models import pretrained
 
 MEGA_BATCH = 50  # steps whose examples Trainer sorts by length at a time, by default
@@ -69,6 +72,21 @@ def trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: 
         )
         peer = WeightedTrainer(_model(folder, config), arguments, data_collator=collate, train_dataset=rows)
         _train(peer, report)
+
+
+def plw_trainer(folder: Path, config: TrainConfig, steps: Sequence[Step], settings: Settings, report: Report) -> None:
+    """Train by transformers' Trainer with the loss of this package, on packed rows in the order that is given."""
+    rows = []
+    for example in itertools.chain.from_iterable(steps):
+        is_completion = example.segment == Segment.COMPLETION
+        rows.append({"input_ids": _tokens(example), "completion_mask": is_completion.tolist()})
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            **_arguments(config, scratch, len(steps)),
+            per_device_train_batch_size=settings.micro_batch_examples,
+            gradient_accumulation_steps=config.batch_examples // settings.micro_batch_examples,
+        )
+        _train(PLWTrainer(_model(folder, config), arguments, train_dataset=rows, plw=config.plw, packing=True), report)
 
 
 class WeightedTrainer(HFTrainer):

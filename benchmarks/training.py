@@ -12,9 +12,10 @@ printed are medians over the stretches:
 
 Ours are the trainer's default options. transformers' Trainer is shown with its default, 8 padded examples at a time;
 with one at a time, which needs no padding; and grouped by length. Grouped, a step has examples of like lengths, so that
-the steps are others than everybody's; those measured are spread evenly over the lengths. TRL's settings are the fastest
-that were found (`TRAINERS`). It knows no weight between 0 and 1, but is as fast at any, so that ours at PLW 0.1 stands
-beside TRL at 1 (whole texts), and the losses are compared at 1.
+the steps are others than everybody's; those measured are spread evenly over the lengths. `PLWTrainer` is the same
+Trainer with our loss, on packed rows of 8 examples and of one. TRL's settings are the fastest that were found
+(`TRAINERS`). It knows no weight between 0 and 1, but is as fast at any, so that ours at PLW 0.1 stands beside TRL at 1
+(whole texts), and the losses are compared at 1.
 
 Shapes are 15M and 110M (of llama2.c's stories) and 135M (SmolLM2's), with random weights; `--model` adds another model.
 The lengths of the examples are drawn from those of Alpaca (`LENGTHS`), or `--data` and `--tokenizer` give real ones.
@@ -199,6 +200,8 @@ TRAINERS = {
     "Trainer": Trainer(peers.trainer, Settings(micro_batch_examples=8)),
     "Trainer, one at a time": Trainer(peers.trainer, Settings(micro_batch_examples=1)),
     "Trainer, grouped": Trainer(peers.trainer, Settings(micro_batch_examples=4), is_grouped=True),
+    "PLWTrainer": Trainer(peers.plw_trainer, Settings(micro_batch_examples=8)),
+    "PLWTrainer, one at a time": Trainer(peers.plw_trainer, Settings(micro_batch_examples=1)),
     "TRL, packed": Trainer(peers.trl_packed, Settings(row_tokens=512)),
     "TRL, grouped": Trainer(peers.trl_padded, Settings(micro_batch_examples=4), is_grouped=True),
 }

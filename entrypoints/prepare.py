@@ -8,7 +8,6 @@ if not __package__:  # run as a file: packages are found from the project's fold
 
 from entrypoints import command
 from plw_mlflow.config import PrepareConfig, data_name, limits, short_name
-from plw_mlflow.errors import RunError
 
 
 @command(PrepareConfig)
@@ -31,14 +30,7 @@ def main(config: PrepareConfig) -> None:
         text = f"{profile.text(prepared.profile)}\n{profile.equals_text(prepared.predicted, loss)}"
         print(text)
         run.describe(f"```\n{text}\n```")
-        counted, records = prepared.profile.audit, prepared.profile.records
-        broken = [
-            f"{limit.name} is {counted[limit.name]} of {records} records, and {limit} was given as a limit"
-            for limit in limits.parse(config.fail_if or "")
-            if limit.is_broken(counted[limit.name], records)
-        ]
-        if broken:
-            raise RunError("; ".join(broken))
+        profile.check_limits(prepared.profile, limits.parse(config.fail_if or ""))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def compare(
     each task by, and `attrs["notes"]`, if it is there, a line on what is not among the questions. other: the only PLW
     that is compared with `against` (unset: all). also: columns beside data set and model that tell curves apart.
 
-    Raises UserError where runs were asked different questions, and where a PLW has no run.
+    Raises UserError where runs were asked different questions, and where no data set and model has runs to compare.
     """
     notes = list(questions.attrs.get("notes", []))
     is_held_out = questions["task"].str.startswith(HELD_OUT)
@@ -90,6 +90,7 @@ def compare(
     questions = questions[questions["metric"] == questions["task"].map(metrics)]
     names = list(dict.fromkeys(["dataset", "model", *also]))
     rows: list[Row] = []
+    lacking: list[str] = []
     for _, part in questions.groupby(names, dropna=False):
         group = {name: str(part[name].iloc[0]) for name in names}
         tasks: dict[str, Values] = {}
@@ -101,13 +102,15 @@ def compare(
         tried = sorted({plw for values in tasks.values() for plw, _ in values})
         if missing := [plw for plw in (against, other) if plw is not None and plw not in tried]:
             there = ", ".join(f"{plw:g}" for plw in tried) or "none"
-            raise UserError(f"{_words(group)}: no questions of PLW {missing[0]:g}; there are those of PLW {there}")
+            lacking.append(f"{_words(group)}: no questions of PLW {missing[0]:g}; there are those of PLW {there}")
+            continue
         pairs = [plw for plw in tried if plw != against and other in (None, plw)]
         rows += _corrected(list(_rows(group, tasks, metrics, against, pairs)))
     if not rows:
-        raise UserError(f"no two PLWs to compare: there is none beside {against:g} with questions of the same task")
+        lonely = f"no two PLWs to compare: there is none beside {against:g} with questions of the same task"
+        raise UserError("; ".join(lacking) or lonely)
     plws = int(questions.groupby("dataset")["plw"].nunique().max())
-    return Compared(against, rows, plws, list(dict.fromkeys(notes)))
+    return Compared(against, rows, plws, list(dict.fromkeys([*notes, *lacking])))
 
 
 def _values(of_task: pd.DataFrame, task: str, group: dict[str, str]) -> Values:

@@ -8,7 +8,7 @@ whoever tokenises the prompt alone; in training it may count as completion (`Enc
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plw_mlflow.config import DivisorScope, LossDivisor
-from plw_mlflow.config.limits import COUNTED
+from plw_mlflow.config.limits import COUNTED, Limit
 from plw_mlflow.data import audit, weights
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.weights import Weights
+from plw_mlflow.errors import RunError
 from plw_mlflow.study import PUBLISHED_PLWS
 
 Counts = NDArray[np.integer[Any]]  # [N], one a record
@@ -209,6 +210,17 @@ def count_faults(
     }
     counts = {name: int((is_faulty & is_used).sum()) for name, is_faulty in found.items()} | others
     return {name: counts[name] for name in COUNTED}
+
+
+def check_limits(profile: Profile, limits: Sequence[Limit]) -> None:
+    """Raise RunError with the limits that what was counted breaks."""
+    broken = [
+        f"{limit.name} is {profile.audit[limit.name]} of {profile.records} records, and {limit} was given as a limit"
+        for limit in limits
+        if limit.is_broken(profile.audit[limit.name], profile.records)
+    ]
+    if broken:
+        raise RunError("; ".join(broken))
 
 
 def _lengths(counts: Counts) -> Lengths:

@@ -1,7 +1,8 @@
 """transformers' Trainer with a prompt loss weight.
 
-Two of the Trainer's methods are replaced: the one that counts what the loss of a step is divided by, and the one that
-computes the loss of a micro-batch. Weights travel as a column of the batch.
+Weights travel as a column of the batch. What is replaced in the Trainer is what counts the divisor of a step's loss and
+what computes the loss of a micro-batch; besides, evaluation makes no logits that nobody asks for, and the columns that
+make weights are not taken for unused ones.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import transformers
 from torch import Tensor
 from transformers import Trainer
 
-from plw_mlflow.errors import UserError
+from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.integrations.collator import IGNORED, MASKS, PLWCollator, Weighing
 from plw_mlflow.integrations.own_loop import check_divisor, check_plw, divisor, weighted_nll
+from plw_mlflow.models import causal
 
 TRIED = "transformers 5.23.0 and TRL 1.16.0"
 ROWS_LOOKED_AT = 1000  # at most, for both prompt and completion
@@ -65,6 +67,36 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if (shares := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) > 1:
             raise UserError(f"{shares} processes share each batch, which is not supported; give each its own batches")
         self._check_marks()
+        if getattr(self.data_collator.collator, "packing", False) or getattr(self, "padding_free", False):
+            self._check_packing()
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Raise UserError where a model gives an example that is packed behind another something else than alone."""
+        model = causal.unwrap(self.model)
+        if any(parameter.is_meta for parameter in model.parameters()):  # which have no numbers yet
+            return
+        was_training = model.training
+        model.eval()  # without dropout
+        try:
+            with self.accelerator.autocast():
+                packed, alone = map(self._hidden_states, ([_row(7), _row(5)], [_row(5)]))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{model.config.model_type} takes no packed rows ({first_line(error)})") from error
+        finally:
+            model.train(was_training)
+        # A difference that matters is a good part of the numbers themselves.
+        is_exact = model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        tolerance = 1e-3 if is_exact else 5e-2
+        if not (packed[:, 7:] - alone).abs().max() <= tolerance * alone.abs().max():  # NaN is not <= either
+            raise UserError(
+                f"an example packed behind another gives {model.config.model_type} something else than alone; leave "
+                "packing out, or load the model with another attn_implementation"
+            )
+
+    def _hidden_states(self, rows: list[dict[str, Any]]) -> Tensor:
+        batch = _context(self._prepare_inputs(self.data_collator(rows)))
+        return causal.hidden_states(self.model, batch.pop("input_ids"), **batch).float()
 
     def _check_marks(self) -> None:
         """Raise UserError where a PLW has no effect, as the first batches are all prompt or all completion."""
@@ -106,7 +138,7 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         whole = num_items_in_batch
         if whole is None:
             whole = self._get_num_items_in_batch([inputs], self.args.device)
-        context = {name: value for name, value in inputs.items() if name not in ("weights", "labels", *MASKS)}
+        context = _context(inputs)
         with self.accelerator.autocast():
             total = weighted_nll(
                 model, weights=inputs["weights"], label_smoothing=self.args.label_smoothing_factor, **context
@@ -158,3 +190,12 @@ class PLWTrainer(WeightedLoss, Trainer):
         elif packing or max_tokens is not None:
             raise UserError("max_tokens and packing are those of the default collator; a data_collator has its own")
         super().__init__(model, args, data_collator, *more, plw=plw, loss_divisor=loss_divisor, **kwargs)
+
+
+def _context(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch goes into the model."""
+    return {name: value for name, value in batch.items() if name not in ("weights", "labels", *MASKS)}
+
+
+def _row(tokens: int) -> dict[str, list[int]]:
+    return {"input_ids": list(range(tokens)), "labels": list(range(tokens))}

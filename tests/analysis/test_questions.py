@@ -88,6 +88,12 @@ def test_a_plw_without_runs_and_a_lonely_one_are_refused():
         questions.compare(together(asked([(0.0, 1)])), 0.0)
 
 
+def test_a_data_set_without_the_plw_leaves_the_others():
+    found = questions.compare(together(asked(TWO), asked([(0.5, 1), (1.0, 1)], dataset="stray")), 0.0)
+    assert {row.group["dataset"] for row in found.rows} == {"short"}
+    assert found.notes == ["stray, toy: no questions of PLW 0; there are those of PLW 0.5, 1"]
+
+
 def test_a_metric_of_the_corpus_alone_is_left_out_with_its_reason():
     corpus = asked(TWO, task="wmt", metric="ter").assign(value=np.nan)
     found = questions.compare(together(asked(TWO), corpus), 0.0)

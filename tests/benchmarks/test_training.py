@@ -39,8 +39,9 @@ def test_peers_train_the_loss_that_we_train(folder, method):
     examples = pool(64)
     taken = {
         who: training.take_steps(Case("tiny", method, "alpaca"), Contestant(who, "float32", 0.1), folder, examples, 1)
-        for who in ("ours", "Trainer", "Trainer, grouped")
+        for who in ("ours", "Trainer", "Trainer, grouped", "PLWTrainer")
     }
+    assert taken["PLWTrainer"].first_loss == pytest.approx(taken["ours"].first_loss, rel=1e-5)
     assert taken["Trainer"].first_loss == pytest.approx(taken["ours"].first_loss, rel=1e-5)
     assert taken["Trainer, grouped"].first_loss == pytest.approx(taken["ours"].first_loss, rel=1e-5)
     assert taken["Trainer"].tokens == taken["ours"].tokens == sum(len(example.tokens) for example in examples[32:])

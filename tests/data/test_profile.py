@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from plw_mlflow.config import DataOptions
+from plw_mlflow.config import DataOptions, limits
 from plw_mlflow.data import prepare, profile, profile_figure
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.profile import Contents, SourceContents, text
 from plw_mlflow.data.weights import Weights
+from plw_mlflow.errors import RunError
 from plw_mlflow.study import PUBLISHED_PLWS
 
 # Three records: of the second, one of the seven completion tokens straddles the prompt's end; the third is long.
@@ -176,6 +177,17 @@ def test_the_audit_and_the_completions_shares_are_told():
     assert "an example's tokens: 0% 33.3%, 5% 33.3%, median 33.3%, 95% 63.6%, most 63.6%" in text(found)
     assert "audit               no_end 2  (docs/data.md)" in text(found)
     assert "nothing found" in text(measure(CONTENTS, columns(), 12, "drop"))
+
+
+def test_a_limit_that_is_broken_is_told_with_its_count():
+    found = measure(CONTENTS, columns(), 12, "drop", no_end=2, all_masked=0)
+    profile.check_limits(found, limits.parse("no_end > 2, all_masked > 0, no_end > 70%"))
+    with pytest.raises(RunError) as error:
+        profile.check_limits(found, limits.parse("no_end > 0, all_masked > 0, no_end >= 60%"))
+    assert str(error.value) == (
+        "no_end is 2 of 3 records, and no_end > 0 was given as a limit; "
+        "no_end is 2 of 3 records, and no_end >= 60% was given as a limit"
+    )
 
 
 def test_the_table_has_what_a_person_asks():

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    MambaConfig,
+    MambaForCausalLM,
     TrainingArguments,
 )
 
@@ -158,6 +160,15 @@ def test_a_collator_that_passes_over_masks_is_refused(tmp_path):
     rows = steps.rows(steps.prepared(4).training)
     with pytest.raises(UserError, match="the PLW would change nothing"):
         PLWTrainer(steps.model(), steps.arguments(tmp_path), collate, train_dataset=rows, plw=0.1)
+
+
+def test_packing_that_would_mix_examples_is_refused(tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.5))
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}]
+    with pytest.raises(UserError, match="packed"):
+        PLWTrainer(model, steps.arguments(tmp_path), train_dataset=rows, plw=0.1, packing=True)
+    PLWTrainer(model, steps.arguments(tmp_path), train_dataset=rows, plw=0.1)
 
 
 def test_labels_of_another_collator_become_weights(tmp_path):
