@@ -2,8 +2,9 @@
 
 paper/claims.json has two lists of them. `pages` has all: for each section of each page its numbers in their order, and
 what they claim; where they were measured, also the command, the hardware, the minutes, and the share of a value within
-which it should be found again. A section fails where its page has other numbers. Whoever has measured anew, or edits
-a page, has the list follow by --accept, which says what it changes.
+which it should be found again. A section is guarded: it fails where its page has other numbers, in digits or in words,
+in prose, tables and examples; that says nothing of whether they are right. "One" and ordinals are no numbers here.
+Whoever has measured anew, or edits a page, has the list follow by --accept, which says what it changes.
 
 `numbers` has those that a command here measures by itself. An entry has the words of the page that hold the number
 (`quote`), and where in what the command leaves the value is found. It fails where the page no longer has these words;
@@ -36,12 +37,13 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "paper" / "claims.json"
 LONG_MINUTES = 5  # an entry that takes longer is run by --all alone
 SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
-WORDS = "half|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|sixty"
-UNITS = "second|minute|hour|time|point|percent|processor"
-# In digits, with thousands and a power of ten; or in words before a unit ("half a minute", "six and eight minutes").
+WORDS = (
+    "half|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty|hundred"
+)
+# In digits, with a sign where something opens before it, with thousands and a power of ten; or in words.
 NUMBER = re.compile(
-    rf"(?<![\w.])\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?(?: × 10[{SUPERSCRIPTS}]+)?"
-    rf"|\b(?:{WORDS})\b(?=(?: an?| and| to| or)?(?: (?:{WORDS}))?[ -](?:{UNITS}))"
+    rf"(?:(?:^|(?<=[\s(|=,\[]))[-+−])?(?<![\w.])\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?(?: × 10[{SUPERSCRIPTS}]+)?"
+    rf"|\b(?i:{WORDS})\b"
 )
 NEEDS = {"GPU": "a GPU", "quiet": "a machine that does nothing else", "other": "what this machine may not have"}
 
@@ -105,8 +107,10 @@ def pages_of(root: Path) -> list[str]:
 
 
 def sections_of(root: Path, page: str) -> dict[str, str]:
-    """The text of each section of a page that holds numbers, by its heading, without examples of code."""
-    text = re.sub(r"^```.*?^```$", "", (root / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    """The text of each section of a page that holds numbers, by its heading, with its examples of code."""
+    fence = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
+    # A comment in an example is no heading.
+    text = fence.sub(lambda block: re.sub("^#", " #", block[0], flags=re.MULTILINE), (root / page).read_text())
     parts = re.split(r"^#+ (.*)$", text, flags=re.MULTILINE)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     return {heading: part for heading, part in found.items() if NUMBER.search(part)}
@@ -130,17 +134,17 @@ def changed(section: Section, text: str) -> str | None:
 
 
 def judge_section(section: Section, root: Path, listed: list[Number]) -> tuple[str, str]:
-    """The verdict on a section (passed, failed or not run), and why."""
+    """The verdict on a section (guarded, failed or not run), and why: that its numbers are listed measures none."""
     text = sections_of(root, section.page).get(section.heading, "")
     if fault := changed(section, text):
         return "failed", f"{fault}; --accept makes the list follow"
     as_listed = f"its numbers ({len(section.numbers.split('|'))}) are as listed"
     if section.command is None:
-        return "passed", f"{as_listed}; nothing measures them"
+        return "guarded", f"{as_listed}; nothing measures them"
     flat = " ".join(text.split())
     measured = [number for number in listed if number.page == section.page and _is_measured_in(number, text, flat)]
     if section.hardware == "CPU" and measured:
-        return "passed", f"{as_listed}; entries that measure some: {', '.join(number.id for number in measured)}"
+        return "guarded", f"{as_listed}; entries that measure some: {', '.join(number.id for number in measured)}"
     minutes = "hours" if section.minutes is None else f"{section.minutes:g} minutes"
     needs = NEEDS.get(section.hardware or "", f"{minutes}, and a person who compares")
     return "not run", f"{as_listed}; measuring them anew, within {section.within:.0%}, needs {needs}: {section.command}"
@@ -218,6 +222,7 @@ class Measurements:
 
     def __init__(self, root: Path) -> None:
         self.root, self._printed = root, dict[str, str]()
+        self.count = 0  # of the entries measured
         self.store = root / "output" / "claims" / "store"  # of this call alone: what was measured before is not taken
 
     def printed(self, command: str) -> str:
@@ -234,6 +239,7 @@ class Measurements:
     def value(self, number: Number) -> float:
         """An entry's number as it is now. Raises RuntimeError, or LookupError where it is not found."""
         text = self.printed(number.command) if number.command else ""
+        self.count += 1
         if number.file is None:
             if (found := re.search(number.pattern or "", text)) is None:
                 raise LookupError(f"{number.command} prints nothing like {number.pattern}")
@@ -284,6 +290,7 @@ def judge(number: Number, measured: Measurements, *, are_all_wanted: bool) -> tu
 def _tables(number: Number, measured: Measurements) -> tuple[str, str]:
     """Whether every table of a page is what the command prints."""
     assert number.command is not None
+    measured.count += 1
     printed, page = measured.printed(number.command), (measured.root / number.page).read_text()
     tables = re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     wrong = [name for name, table in tables if table not in printed]
@@ -317,7 +324,7 @@ def main(are_all_wanted: bool, are_quotes_alone: bool, is_accepted: bool) -> Non
     listed, entries, measured = sections(), numbers(), Measurements(ROOT)
     shutil.rmtree(measured.store, ignore_errors=True)
     measured.store.mkdir(parents=True)
-    counts = dict.fromkeys(("passed", "failed", "not run"), 0)
+    counts = dict.fromkeys(("passed", "guarded", "failed", "not run"), 0)
 
     def tell(verdict: str, text: str) -> None:
         counts[verdict] += 1
@@ -334,12 +341,14 @@ def main(are_all_wanted: bool, are_quotes_alone: bool, is_accepted: bool) -> Non
     for number in entries:
         if are_quotes_alone:
             fault = misquoted(number)
-            verdict, why = ("failed", fault) if fault else ("passed", "as the list has it")
+            verdict, why = ("failed", fault) if fault else ("guarded", "as the list has it")
         else:
             verdict, why = judge(number, measured, are_all_wanted=are_all_wanted)
         tell(verdict, f"{number.page}, {number.id}: {number.claim}: {why}")
     print("\n" + "\n".join(coverage(listed)))
-    print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    of_all = sum(len(section.numbers.split("|")) for section in listed)
+    print(f"\n{of_all} numbers are guarded, {measured.count} entries were measured in this run")
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if counts["failed"]:
         sys.exit(1)
 

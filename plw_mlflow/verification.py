@@ -8,10 +8,12 @@ digest or commit of the model. What they name is looked for on this machine.
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import tempfile
 import time
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from io import StringIO
@@ -25,6 +27,7 @@ from plw_mlflow import cell, tracking
 from plw_mlflow.config import (
     DATA_FILE_ENDINGS,
     MODELS,
+    DataOptions,
     ScoreOptions,
     TrainConfig,
     VerifyConfig,
@@ -36,14 +39,17 @@ from plw_mlflow.config import (
 from plw_mlflow.data import sources
 from plw_mlflow.environment import outputs, provenance
 from plw_mlflow.environment.provenance import CODE_OF_CELLS
-from plw_mlflow.errors import RunError, UserError, did_you_mean
+from plw_mlflow.errors import RunError, UserError, did_you_mean, first_line
 from plw_mlflow.evaluation import evaluate, held_out, prompting
+from plw_mlflow.evaluation.scores import Evaluation
 from plw_mlflow.evaluation.tasks import load_tasks
 from plw_mlflow.tracking import Record
 
 MACHINE = ("processor", "device", "devices", "threads", "processes")  # of the environment; the rest are versions
 CONTENTS = {"examples": "examples_sha256", "base": "base_model", "tokenizer": "tokenizer_sha256"}  # and their tags
-EFFECTS = ("loss", "weights", "scores")  # findings that follow from the others
+EFFECTS = ("loss", "weights", "scores", "logged")  # findings that follow from the others
+COLUMNS = ("score", "stderr")  # of scores.csv
+AXES = ("w_p", "prompt_share")  # metrics that analyses read beside scores
 MOST_NAMED = 5  # in one line
 
 
@@ -54,6 +60,7 @@ class Finding:
     what: str
     is_same: bool | None  # None where it could not be compared
     text: str
+    is_fault: bool = True  # if it differs; else it is said, and does not fail the verification by itself
 
     def line(self) -> str:
         """The finding for a person."""
@@ -67,11 +74,16 @@ def run(config: VerifyConfig) -> None:
     Raises RunError that names what differs, and UserError where the cell cannot be repeated here.
     """
     findings = []
+    failed: UserError | None = None  # with what was found before, which may have taken hours
     with tracking.recorded(str(config.run_id)) as record:
         print(f"run {record.run.id}: {record.name}", flush=True)
-        for finding in _compare(record, config):
-            print(finding.line(), flush=True)
-            findings.append(finding)
+        try:
+            for finding in _compare(record, config):
+                print(finding.line(), flush=True)
+                findings.append(finding)
+        except UserError as error:
+            failed = error
+            findings.append(Finding("the rest", None, str(error)))
     summary = summarise(findings)
     print(summary)
     scope = "scores alone" if config.scores else "digests alone" if config.data else "run again"
@@ -81,8 +93,10 @@ def run(config: VerifyConfig) -> None:
         content: dict[str, Any] = {"run_id": config.run_id, "when": when, "scope": scope, "summary": summary}
         content["findings"] = [asdict(finding) for finding in findings]
         outputs.write(config.output, {"verification.json": (json.dumps(content, indent=2) + "\n").encode()})
+    if failed is not None:
+        raise failed
     different = [finding.what for finding in findings if finding.is_same is False]
-    if different not in ([], ["machine"]):  # that the machine is another one is no fault of the record
+    if any(finding.is_fault for finding in findings if finding.is_same is False):
         raise RunError(f"{len(different)} of {len(findings)} comparisons differ: {', '.join(different)}")
 
 
@@ -98,7 +112,7 @@ def summarise(findings: Sequence[Finding]) -> str:
     if not causes:
         return f"what differs is {', '.join(changed)}, and nothing that is compared explains why"
     kept = [what for what in effects if what not in changed]
-    does = f"; this changes {', '.join(changed)}" if changed else ""
+    does = f"; this may be why {', '.join(changed)} differ{'s' * (len(changed) == 1)}" if changed else ""
     if changed and causes == ["machine"]:
         does += " (another machine may add numbers up in another order: look at how large the differences are)"
     stays = f"; it does not change {', '.join(kept)}" if kept else ""
@@ -112,10 +126,11 @@ def _compare(record: Record, config: VerifyConfig) -> Iterator[Finding]:
         torch.set_num_threads(int(record.environment["threads"]))  # which decide in which order numbers are added up
     here = provenance.fingerprint()
     yield _environment("packages", record.environment, here, [name for name in here if name not in MACHINE])
-    yield _environment("machine", record.environment, here, MACHINE)
+    # That the machine is another one is no fault of the record.
+    yield replace(_environment("machine", record.environment, here, MACHINE), is_fault=False)
     yield _logged_files(record)
     if config.scores:
-        yield from _scores(record, record, config)
+        yield from _guarded("scores", lambda: _scores(record, record, config))
         return
     with tempfile.TemporaryDirectory() as scratch:
         again = _options_of_now(record, config, Path(scratch))
@@ -127,14 +142,24 @@ def _compare(record: Record, config: VerifyConfig) -> Iterator[Finding]:
         yield _options(record, None if is_explained else key)
         if config.data:
             return
+        for number in set(_latest(record).values()):  # what is not here is said before the training
+            _scoring(record, record.evaluations[number], config)
         with tracking.scratch_run(again) as run:
             with redirect_stdout(StringIO()):  # which says where the run is that is thrown away
                 cell.lead(again, run)
             with tracking.reading(run.id) as repeated:
-                yield _curves(record, repeated)
-                yield _weights(record, repeated)
-                yield from _scores(record, repeated, config)
+                yield from _guarded("loss", lambda: [_curves(record, repeated)])
+                yield from _guarded("weights", lambda: [_weights(record, repeated)])
+                yield from _guarded("scores", lambda: _scores(record, repeated, config))
         yield from _not_repeated(record)
+
+
+def _guarded(what: str, compare: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """The findings of a comparison, or that it cannot be made: what lies in a store may be of any kind."""
+    try:
+        yield from compare()
+    except Exception as error:
+        yield Finding(what, False, f"cannot be compared: {first_line(error)}")
 
 
 def _not_repeated(record: Record) -> Iterator[Finding]:
@@ -155,7 +180,10 @@ def _code(record: Record) -> Finding:
         for name in sorted(here.keys() | there.keys(), key=lambda name: (not name.startswith(CODE_OF_CELLS), name))
         if here.get(name) != there.get(name)
     ]
-    return Finding("code", not changed, f"{_listed(changed) or f'{len(here)} files'} ({commits})")
+    is_of_cells = any(name.startswith(CODE_OF_CELLS) for name in changed)
+    text = _listed(changed) or f"{len(here)} files"
+    none_of_cells = "; none of them decides what a cell's model and scores are" * (bool(changed) and not is_of_cells)
+    return Finding("code", not changed, f"{text}{none_of_cells} ({commits})", is_fault=is_of_cells)
 
 
 def _environment(what: str, there: Mapping[str, str], here: Mapping[str, str], names: Iterable[str]) -> Finding:
@@ -388,22 +416,24 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(record: Record, source: Record, config: VerifyConfig) -> Iterator[Finding]:
-    """The findings of benchmarks and scores: each evaluation of the cell is repeated.
+    """The findings of benchmarks, scores, and what is logged of these: each evaluation of the cell is repeated.
 
     source: of the model that is scored.
     """
-    latest: dict[str, int] = {}  # the evaluation of each task that counts
-    for number, results in enumerate(record.evaluations):
-        latest |= dict.fromkeys(results.get("benchmarks", {}), number)
+    latest = _latest(record)
     numbers = sorted(set(latest.values()))
     if not numbers:
         reason = "is older than this comparison" if record.evaluations else "was not scored"
         yield Finding("scores", None, f"the cell {reason}")
         return
     benchmarks, texts, count = [], [], 0
+    found_again = Evaluation([], {})
     for number in numbers:
         there = record.evaluations[number]
-        here = _score_again(record, source, there, config)
+        again = _score_again(record, source, there, config)
+        here = again.results
+        found_again.scores.extend(score for score in again.scores if latest.get(score.task) == number)
+        found_again.questions.extend(row for row in again.questions if latest.get(row["task"]) == number)
         for task in (task for task, its in latest.items() if its == number):
             if here["benchmarks"].get(task) != there["benchmarks"][task]:
                 benchmarks.append(f"{task} has other documents than recorded")
@@ -414,6 +444,75 @@ def _scores(record: Record, source: Record, config: VerifyConfig) -> Iterator[Fi
                     texts.append(f"{task} {name} {_shown(found)}, recorded {_shown(value)}")
     yield Finding("benchmarks", not benchmarks, _listed(benchmarks) or ", ".join(latest))
     yield Finding("scores", not texts, _listed(texts) or f"{count} numbers of {len(latest)} tasks")
+    yield from _guarded("logged", lambda: [_logged(record, source, found_again)])
+
+
+def _latest(record: Record) -> dict[str, int]:
+    """Of each task the number of its last evaluation, which is the one that counts."""
+    latest: dict[str, int] = {}
+    for number, results in enumerate(record.evaluations):
+        latest |= dict.fromkeys(results.get("benchmarks", {}), number)
+    return latest
+
+
+def _logged(record: Record, source: Record, again: Evaluation) -> Finding:
+    """Whether the numbers that people and analyses read are those found again: metrics, scores.csv, and questions.
+
+    source: of the model that was scored.
+    """
+    expected: dict[str, float | None] = {}
+    for score in again.scores:
+        name = f"the metric {score.task}/{score.metric}"
+        expected |= {name: score.score} | ({} if score.stderr is None else {f"{name}_stderr": score.stderr})
+    of_score = {*record.tags.get("score_tasks", "").split(",")}
+    counted = {score.key: score.score for score in again.scores if score.key in of_score}
+    if counted.keys() == of_score:
+        expected["the metric score"] = statistics.fmean(counted.values())
+    expected |= {f"the metric {name}": source.metrics[name] for name in AXES if name in source.metrics}
+    recorded: dict[str, float | None] = {f"the metric {name}": value for name, value in record.metrics.items()}
+    for column in COLUMNS:
+        in_csv = f"{column} in scores.csv of"
+        expected |= {f"{in_csv} {one.task}/{one.metric}": getattr(one, column) for one in again.primary}
+        recorded |= {
+            f"{in_csv} {row['task']}/{row['metric']}": row[column]
+            for row in tracking.read_scores(record.run).to_dict("records")
+        }
+    of_csv = {name for name in recorded if "in scores.csv of" in name}
+    texts = [
+        f"{name} {_shown(expected.get(name))}, recorded {_shown(recorded.get(name))}"
+        for name in sorted(expected.keys() | of_csv)
+        if not _is_same_number(expected.get(name), recorded.get(name))
+    ]
+    questions, told = _questions(record, again)
+    said = f"{len(expected)} numbers of metrics and scores.csv, {told}"
+    return Finding("logged", not [*texts, *questions], _listed([*texts, *questions]) or said)
+
+
+def _questions(record: Record, again: Evaluation) -> tuple[list[str], str]:
+    """In what the kept scores of questions differ, and what was compared."""
+    kept = tracking.read_questions(record.run, ["metric", "doc_id", "document", "value", "prediction"])
+    if kept.empty:
+        return [], "no questions are kept"
+    here = {(row["task"], row["metric"], row["doc_id"]): row for row in again.questions}
+    there = {(row["task"], row["metric"], row["doc_id"]): row for row in kept.to_dict("records")}
+    different = [
+        key
+        for key in here.keys() | there.keys()
+        if key not in here
+        or key not in there
+        or not _is_same_number(here[key]["value"], there[key]["value"])
+        or any(here[key][name] != there[key][name] for name in ("document", "prediction"))
+    ]
+    if not different:
+        return [], f"{len(there)} of questions"
+    task, metric, number = min(different)
+    return [f"{len(different)} of {len(there)} questions' scores, such as {task} {metric} of document {number}"], ""
+
+
+def _is_same_number(one: float | None, other: float | None) -> bool:
+    """Whether two numbers are the same but for how a file spells them; none and NaN are one."""
+    one, other = (None if value is None or math.isnan(value) else value for value in (one, other))
+    return one is other if one is None or other is None else math.isclose(one, other, rel_tol=1e-12)
 
 
 def _numbers(results: Mapping[str, Any], task: str) -> dict[str, float]:
@@ -426,24 +525,42 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.6g}"
 
 
-def _score_again(record: Record, source: Record, there: Mapping[str, Any], config: VerifyConfig) -> Mapping[str, Any]:
-    """The results of an evaluation that is repeated with its options. there: its results."""
-    scoring = there["scoring"]
-    given = {name: scoring.get(name) for name in evaluate.SCORED_BY}  # older records lack some
+@dataclass(frozen=True)
+class _Scoring:
+    """By what an evaluation is repeated, all of which is here."""
+
+    options: ScoreOptions
+    data: DataOptions  # of held-out sets
+    held_out: tuple[Mapping[str, Any], ...]  # these sets as they were recorded
+
+
+def _scoring(record: Record, there: Mapping[str, Any], config: VerifyConfig) -> _Scoring:
+    """By what an evaluation is repeated. there: its results. Raises UserError where benchmarks or data are not here."""
+    given = {name: there["scoring"].get(name) for name in evaluate.SCORED_BY}  # older records lack some
     # Benchmarks that were the hub's do not become files because the training data are found in a folder.
     options = ScoreOptions(**given, data_dir=_data_dir(record, config) if there["documents_sha256"] else None)
-    tasks = load_tasks(options)
-    precision = scoring["precision"]
+    load_tasks(options)
+    data = replace(recorded_data_options(record.options, _data_dir(record, config)), cache_dir=config.cache_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        for each in there.get("held_out", []):
+            _place_of_data(each, data.data_dir, Path(scratch))
+    return _Scoring(options, data, tuple(there.get("held_out", [])))
+
+
+def _score_again(record: Record, source: Record, there: Mapping[str, Any], config: VerifyConfig) -> Evaluation:
+    """An evaluation that is repeated with its options. there: its results."""
+    scoring = _scoring(record, there, config)
+    tasks = load_tasks(scoring.options)
+    precision = there["scoring"]["precision"]
     held_in = torch.bfloat16 if precision == "bfloat16" else None
     is_adapter = source.model is not None and (source.model / "peft").is_dir()
     model, tokenizer = tracking.load_model(source.run, config.base if is_adapter else None, held_in)
     wrapping = None
-    if options.apply_template:
+    if scoring.options.apply_template:
         border = record.options.get("prompt_border", "offsets")
         wrapping = prompting.wrapping(record.options["template"], tokenizer, border)
-    data = recorded_data_options(record.options, _data_dir(record, config))
     with tempfile.TemporaryDirectory() as scratch:
-        names = [_place_of_data(each, data.data_dir, Path(scratch)) for each in there.get("held_out", [])]
-        sets = held_out.read(names, tokenizer, replace(data, cache_dir=config.cache_dir), options.limit)
-    found = evaluate.run(model, tokenizer, tasks, options, options.fewshot_seed, None, wrapping, precision, sets)
-    return found.results
+        names = [_place_of_data(each, scoring.data.data_dir, Path(scratch)) for each in scoring.held_out]
+        sets = held_out.read(names, tokenizer, scoring.data, scoring.options.limit)
+    seed = scoring.options.fewshot_seed
+    return evaluate.run(model, tokenizer, tasks, scoring.options, seed, None, wrapping, precision, sets)

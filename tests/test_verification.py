@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -26,7 +27,7 @@ from plw_mlflow.verification import Finding
 from tests.stores import ROOT, Place
 
 ALL = ("code", "packages", "machine", "model", "data", "examples", "base", "tokenizer", "options", "loss", "weights")
-ALL = (*ALL, "benchmarks", "scores")
+ALL = (*ALL, "benchmarks", "scores", "logged")
 
 
 @functools.cache
@@ -140,7 +141,7 @@ def test_a_fresh_copy_of_the_repository_repeats_a_cell_until_a_line_is_changed(m
     lines = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("DIFFERS")}
     assert {"code", "loss", "weights"} <= lines.keys()
     assert "plw_mlflow/seeding.py has changed (commit" in lines["code"]
-    assert re.search(r"error: \d of 13 comparisons differ: code, ", done.stderr)
+    assert re.search(r"error: \d of 14 comparisons differ: code, ", done.stderr)
 
 
 def copy_project(folder):
@@ -255,8 +256,63 @@ def test_a_tampered_model_is_named_with_its_weights(moved):
     assert differing(findings) == {"model", "weights"}
     assert "1 of 38 tensors, by at most 1 (model.embed_tokens.weight)" in findings["weights"].text
     findings, _ = verify(folder, run_id, scores=True)
-    assert tuple(findings) == ("code", "packages", "machine", "model", "benchmarks", "scores")
+    assert tuple(findings) == ("code", "packages", "machine", "model", "benchmarks", "scores", "logged")
     assert "model" in differing(findings)
+
+
+def test_tampered_scores_are_named_where_people_and_analyses_read_them(moved):
+    folder, run_id = moved()
+    findings, error = verify(folder, run_id, scores=True)
+    assert (differing(findings), error) == (set(), "")
+    assert findings["logged"].text.endswith(" of questions")
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        for table in ("metrics", "latest_metrics"):
+            where = "run_uuid = ? AND key IN ('score', 'toy_choice/acc')"
+            database.execute(f"UPDATE {table} SET value = value + 0.01 WHERE {where}", (run_id,))
+    files = folder / f"mlruns/0/{run_id}/artifacts"
+    scores = pd.read_csv(files / "scores.csv")
+    scores.assign(score=scores["score"] + 0.01).to_csv(files / "scores.csv", index=False)
+    (kept,) = (files / "questions").glob("*.parquet")
+    questions = pd.read_parquet(kept)
+    questions.assign(value=1 - questions["value"]).to_parquet(kept)
+    findings, error = verify(folder, run_id, scores=True)
+    assert error == "1 of 7 comparisons differ: logged"
+    for name in ("the metric score ", "the metric toy_choice/acc ", "score in scores.csv of toy_choice/acc "):
+        assert name in findings["logged"].text
+    assert "questions' scores, such as" in findings["logged"].text
+    kept.write_bytes(b"none")
+    assert "cannot be compared" in verify(folder, run_id, scores=True)[0]["logged"].text
+
+
+def test_what_is_missing_for_the_scores_is_said_before_the_training(moved, monkeypatch):
+    folder, run_id = moved()
+    monkeypatch.setattr(cell, "lead", None)  # whoever trains fails otherwise
+    (folder / "new.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data set .*new.jsonl is not here"):
+        verify(folder, run_id)
+    found = json.loads((folder / "found" / "verification.json").read_text())["findings"]
+    assert [finding["what"] for finding in found][-2:] == ["options", "the rest"]
+    assert "plw.verified" in mlflow.MlflowClient().get_run(run_id).data.tags
+
+
+def test_a_comparison_that_cannot_be_made_leaves_the_others(tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"none")
+    (finding,) = verification._guarded("weights", lambda: [Finding("weights", not verification._places(tmp_path), "")])
+    assert (finding.what, finding.is_same) == ("weights", False)
+    assert "cannot be compared: " in finding.text
+
+
+def test_code_that_decides_nothing_of_a_cell_is_named_and_is_no_fault(moved, monkeypatch):
+    folder, run_id = moved()
+    copy_project(folder)
+    monkeypatch.setattr(provenance, "ROOT", folder)
+    with (folder / "plw_mlflow/analysis/report.py").open("a") as file:
+        file.write("# changed\n")
+    findings, error = verify(folder, run_id, data=True)
+    assert (differing(findings), error) == ({"code"}, "")
+    assert "none of them decides what a cell's model and scores are" in findings["code"].text
 
 
 def tamper(folder, run_id, file, name, by=0.5):
@@ -295,10 +351,10 @@ def test_the_summary_says_what_differs_and_what_that_does():
     assert summary(data=None, code=True) == "all is as recorded, to the bit: code"
     assert summary(code=False) == "what differs is code"
     assert summary(code=False, loss=True, scores=True) == "what differs is code; it does not change loss, scores"
-    said = "what differs is data; this changes loss; it does not change scores"
+    said = "what differs is data; this may be why loss differs; it does not change scores"
     assert summary(data=False, loss=False, scores=True) == said
     said = "what differs is machine; it does not change loss"
     assert summary(machine=False, loss=True) == said
-    assert "this changes loss (another machine may add" in summary(machine=False, loss=False)
+    assert "this may be why loss differs (another machine may add" in summary(machine=False, loss=False)
     said = "what differs is loss, and nothing that is compared explains why"
     assert summary(code=True, loss=False) == said

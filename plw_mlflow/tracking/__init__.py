@@ -38,7 +38,7 @@ from plw_mlflow.tracking.regression import log_regression
 from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.tracking.score_table import generation_ratios, questions, score_table
-from plw_mlflow.tracking.scores import log_measures, log_scores, read_scores
+from plw_mlflow.tracking.scores import log_measures, log_scores, read_questions, read_scores
 from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before, measured_before, open_sweep
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "open_sweep",
     "patiently",
     "questions",
+    "read_questions",
     "read_scores",
     "reading",
     "recorded",

@@ -115,12 +115,41 @@ def test_an_edited_number_of_any_section_fails_until_it_is_accepted(copy):
     ("text", "numbers"),
     [
         ("12,345.6 MiB, p = 4 × 10⁻⁷, 2e-5, w_p", "12,345.6|4 × 10⁻⁷|2e-5"),
-        ("half a minute, between six and eight minutes, one of two models", "half|six|eight"),
+        ("half a minute, between six and eight minutes, one of two models", "half|six|eight|two"),
+        (
+            "a correlation of +0.5 (-3 to 4), slope=-0.0391,bend=+2; from 0-1, Two of five",
+            "+0.5|-3|4|-0.0391|+2|0|1|Two|five",
+        ),
         ("v1 of 7B-3 and toy-2", "7|3|2"),
     ],
 )
 def test_what_counts_as_a_number(text, numbers):
     assert claims.spelled_in(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("page", "words", "edited"),
+    [
+        ("docs/analysis.md", "0.116 now, 0.108 then, 0.104", "0.916 now, 0.308 then, 0.204"),
+        ("docs/analysis.md", "78% of its variance", "18% of its variance"),
+        ("docs/analysis.md", "slope=0.0511,bend=-0.0391", "slope=0.0511,bend=0.0391"),
+        ("docs/analysis.md", "two of five such studies", "four of five such studies"),
+        ("docs/study.md", "rank correlation of +0.5", "rank correlation of -0.5"),
+    ],
+)
+def test_an_edit_in_an_example_of_a_sign_or_of_a_word_fails(copy, page, words, edited):
+    file = copy / page
+    assert words in file.read_text()
+    file.write_text(file.read_text().replace(words, edited, 1))
+    assert [one.page for one in SECTIONS if claims.judge_section(one, copy, LISTED)[0] == "failed"] == [page]
+
+
+def test_every_entry_can_be_measured():
+    """By what its command prints, or by what it leaves in a file."""
+    for one in LISTED:
+        assert one.tables or one.pattern or (one.file and one.at), one.id
+    case = {"case": "frozen head of 32000, plw 0", "metric": "ms", "ours": 3.8, "peer": "full logits"}
+    assert claims.walk([case, {**case, "peer": "bare products"}], number("gpu-loss-0").at) == 3.8
 
 
 def test_a_tiny_p_may_differ_by_a_factor():
@@ -131,7 +160,7 @@ def test_a_tiny_p_may_differ_by_a_factor():
 def test_what_cannot_be_run_here_is_said():
     measured = claims.Measurements(ROOT)
     verdict, why = claims.judge(number("gpu-loss-0"), measured, are_all_wanted=True)
-    assert (verdict, why) == ("not run", "needs a GPU: python -m benchmarks.gpu")
+    assert (verdict, why) == ("not run", f"needs a GPU: {number('gpu-loss-0').command}")
     verdict, why = claims.judge(number("toy-p"), measured, are_all_wanted=False)
     assert (verdict, why) == ("not run", "takes 25 minutes; give --all: make study")
 
