@@ -219,10 +219,21 @@ def real(scores: Path) -> Iterator[Row]:
         for run in wide.columns:
             by_seed.setdefault(run[0], []).append(wide[run].to_numpy())
         both = [pair for runs in by_seed.values() for pair in combinations(runs, 2)]
+        if not both:
+            print(f"left out: {dataset}, {model}, {task}: no seed has all questions at two PLWs")
+            continue
         chosen = [both[place] for place in np.unique(np.linspace(0, len(both) - 1, MOST_PAIRS).round().astype(int))]
         head = {"dataset": dataset, "model": model, "task": task, "questions": len(wide), "pairs of runs": len(chosen)}
+        room = min(_wrong(first, second) for first, second in chosen)
         for gain in PLANTED:
+            if gain >= room:  # too few answers are wrong for so many to become right
+                continue
             yield head | {"planted": gain} | _means([_of_pair(first, second, gain) for first, second in chosen])
+
+
+def _wrong(first: Array, second: Array) -> float:
+    """The share of answers of two runs that are wrong, and so can become right; 1 where answers are more than that."""
+    return float(1 - (first + second).mean() / 2) if np.isin([first, second], (0, 1)).all() else 1.0
 
 
 def _of_pair(first: Array, second: Array, gain: float) -> Row:

@@ -57,6 +57,8 @@ class Transform:
             odds = at_0 + plw * (at_1 - at_0)
             amount = odds if self.name == "w_odds" else odds / (1 + odds)
             return np.asarray(amount if self.name == "share" else amount**EXPONENT)
+        if self.name != "plw":
+            raise ValueError(f"there is no axis {self.name!r}")
         return plw.copy()
 
     def back(self, w: ArrayLike) -> Array:

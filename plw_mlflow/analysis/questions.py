@@ -191,10 +191,10 @@ def _luck(tasks: list[Values], *, are_paired: bool) -> paired.Luck | None:
 
 
 def _corrected(rows: list[Row]) -> list[Row]:
-    """Rows with p-values corrected for each other by Holm: those of single tasks, and those of all tasks together."""
+    """Rows with p-values corrected by Holm, for each other: benchmarks, their means, and held-out records apart."""
     corrected = []
-    for is_mean in (True, False):
-        family = {number: row for number, row in enumerate(rows) if (row.tasks > 1) == is_mean}
+    for kind in {_kind(row) for row in rows}:
+        family = {number: row for number, row in enumerate(rows) if _kind(row) == kind}
         plain = multiple_testing.adjust_by_holm({number: row.found.paired.p for number, row in family.items()})
         lucky = multiple_testing.adjust_by_holm(
             {number: row.found.with_luck.p for number, row in family.items() if row.found.with_luck is not None}
@@ -204,6 +204,10 @@ def _corrected(rows: list[Row]) -> list[Row]:
             for number, row in family.items()
         ]
     return [row for _, row in sorted(corrected, key=lambda pair: pair[0])]
+
+
+def _kind(row: Row) -> str:
+    return "held-out" if row.task.startswith(HELD_OUT) else "mean" if row.tasks > 1 else "benchmark"
 
 
 # ------------------------------------------------------------------------------------------------- telling

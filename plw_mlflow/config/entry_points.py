@@ -108,7 +108,9 @@ class TrainConfig(CellOptions, PresetOptions, DataOptions, RecipeOptions, Config
     def faults(self) -> list[str]:
         faults = [] if self.micro_batch_tokens == "auto" else too_small(self, self.max_tokens, "micro_batch_tokens")
         if self.micro_batch_tokens is not None and (self.divisor_scope == "micro-batch" or not self.packing):
-            faults.append("micro-batch-tokens is for packed rows under divisor-scope step; lower micro-batch-examples")
+            faults.append(
+                "micro-batch-tokens is for packed rows under divisor-scope step or example; lower micro-batch-examples"
+            )
         if self.method == "qlora" and self.parallel == "fsdp2":
             faults.append("the 4-bit base of method qlora cannot be sharded; use parallel ddp")
         if self.optimizer == "adamw8bit" and self.parallel == "fsdp2":

@@ -68,6 +68,10 @@ def compare(first: Sequence[Array], second: Sequence[Array], luck: Luck | None =
         gained, lost = int((by_question[0] > 0).sum()), int((by_question[0] < 0).sum())
         low, high = score_interval(gained, lost, len(by_question[0]))
         paired, test = Tested(error, low, high, float(mcnemar(gained, lost))), "McNemar, mid-p"
+    elif error == 0 and difference != 0:  # the same on every question, of which a t test would be certain
+        number = sum(len(d) for d in by_question)
+        low, high = sorted(difference * end for end in score_interval(number, 0, number))
+        paired, test = Tested(error, low, high, float(mcnemar(number, 0))), "sign test, mid-p"
     own = sum(float(values.mean(0).var(ddof=1)) / values.shape[1] for values in [*first, *second])
     unpaired = _t_test(difference, own**0.5 / tasks, np.inf)
     with_luck = None

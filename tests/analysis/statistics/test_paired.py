@@ -101,3 +101,11 @@ def test_noise_of_answers_is_the_residual_of_questions_and_seeds():
     # Both seeds score 0.75, so their residuals are half the differences, 0, -1, 1, 0, of 3 degrees of freedom.
     assert paired.answer_noise(values) == pytest.approx((4 * 0.25) / 3 / 4)
     assert np.isnan(paired.answer_noise(values[:1]))
+
+
+def test_a_difference_that_is_the_same_on_every_question_has_a_p_and_an_interval():
+    ones, zeros = np.ones((2, 5)), np.zeros((2, 5))
+    found = paired.compare([ones], [zeros])
+    assert found.test == "sign test, mid-p"
+    assert found.paired.p == pytest.approx(2 * 0.5**5 - 0.5**5)
+    assert found.paired.low < 1 <= found.paired.high
