@@ -218,6 +218,7 @@ def test_the_figure_is_drawn_whatever_the_data():
         assert (image < 128).mean() > 0.01  # some ink
 
 
+@pytest.mark.slow
 def test_alpacas_lengths_are_the_papers_to_the_last_digit(shared):
     """Table 1 of arXiv:2401.13586v1, and the counts with the template in ../shared/data/README.md.
 
@@ -246,6 +247,7 @@ def test_alpacas_lengths_are_the_papers_to_the_last_digit(shared):
     assert "NON-COMMERCIAL" in text(found)
 
 
+@pytest.mark.slow
 def test_dollys_ratios(shared):
     """../shared/data/README.md."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "data/models/llama-tokenizer-hf")

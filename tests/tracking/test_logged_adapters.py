@@ -195,7 +195,7 @@ def test_the_best_cells_adapter_becomes_a_whole_model(logged, store):
     tags = store.get_model_version(name, "2").tags
     assert (tags["plw.form"], tags["plw.merged_from"], tags["plw.method"]) == ("whole model", "1", "lora")
     for number, form in (("1", "adapter, which needs its base"), ("2", "whole model in float32")):
-        assert f"| form | {form} |" in store.get_model_version(name, number).description
+        assert f"- form: {form}\n" in store.get_model_version(name, number).description
     loaded, _ = tracking.load_registered(f"models:/{name}/2")
     close(loaded(TOKENS).logits, expected)
     assert loaded.generation_config.eos_token_id == [1, 7]
