@@ -242,8 +242,7 @@ def _of_pair(first: Array, second: Array, gain: float) -> Row:
     number = len(first)
     if np.isin([first, second], (0, 1)).all():
         right, one = float((first * second).mean()), float((first != second).mean()) / 2
-        wrong = 1 - right - one  # of the first of them, whose wrong answers become right with this chance
-        chance = gain / wrong
+        chance = gain / _wrong(first, second)  # with which wrong answers of the first of them become right
         neither = (1 - right - 2 * one) * (1 - chance)
         shares = [right + one * chance, one + (1 - right - 2 * one) * chance, one * (1 - chance), neither]
         found = rejections(random.multinomial(number, shares, DRAWS).astype(float), gain)

@@ -31,10 +31,9 @@ import click
 import pandas as pd
 
 from plw_mlflow import tracking
-from plw_mlflow.analysis.questions import HELD_OUT
 from plw_mlflow.analysis.score_table import RUN
 from plw_mlflow.analysis.statistics import design, task_curves
-from plw_mlflow.config import DataOptions
+from plw_mlflow.config import HELD_OUT, DataOptions
 from plw_mlflow.data import formats, inversion, prepare, sources, templates
 from plw_mlflow.data.records import Fault, Record
 from plw_mlflow.data.tokens import Encoder

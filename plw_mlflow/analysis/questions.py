@@ -15,13 +15,14 @@ import pandas as pd
 
 from plw_mlflow.analysis.statistics import multiple_testing, paired
 from plw_mlflow.analysis.statistics.paired import Comparison, Tested
+from plw_mlflow.config import HELD_OUT
+from plw_mlflow.environment import outputs
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import Array
 
-FILE = "questions.parquet"  # beside scores.csv
+FILE = outputs.QUESTIONS
 CELL = ["dataset", "model", "plw", "seed"]
 COLUMNS = ["task", "metric", "doc_id", "document", "value"]  # what is used of each question
-HELD_OUT = "held_out_"  # how tasks begin that are of held-out records; each of their metrics is compared by itself
 MOST_NAMED = 5  # questions that differ, in an error
 
 Values = dict[tuple[float, int], Array]  # by PLW and seed, the value on each question of a task, [Q]
@@ -82,6 +83,7 @@ def compare(
     Raises UserError where runs were asked different questions, and where no data set and model has runs to compare.
     """
     notes = list(questions.attrs.get("notes", []))
+    # Each metric of held-out records is compared by itself.
     is_held_out = questions["task"].str.startswith(HELD_OUT)
     by_metric = questions["task"].where(~is_held_out, questions["task"] + " " + questions["metric"])
     questions = questions.assign(task=by_metric)

@@ -20,6 +20,7 @@ from plw_mlflow.config.entry_points import (
 )
 from plw_mlflow.config.options import (
     BY_PRESET,
+    HELD_OUT,
     MEASURES,
     TEXT_FIELDS,
     CellOptions,

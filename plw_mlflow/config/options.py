@@ -28,6 +28,7 @@ LossDivisor = Literal["weights", "tokens", "segments", "share"]  # docs/plw.md
 DivisorScope = Literal["step", "micro-batch", "example"]
 Method = Literal["full", "lora", "dora", "qlora"]
 MEASURES = ("weight_distance", "memorisation", "stability", "length", "kl")  # of evaluation/measures.py
+HELD_OUT = "held_out_"  # how the names of tasks begin that are of held-out records
 
 
 # The next three mark fields that are no part of `TrainConfig.identity`, which tells one trained model from another and

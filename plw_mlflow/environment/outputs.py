@@ -28,6 +28,7 @@ from plw_mlflow.errors import RunError, UserError, first_line
 
 LARGE_BYTES = 1 << 26  # a larger file is known by its size and time, as it takes long to hash gigabytes of weights
 MODEL, ADAPTER = "model", "adapter"  # folders of a trained model (export.py)
+QUESTIONS = "questions.parquet"  # every question's scores, beside scores.csv
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 LIST, LOCK = ".plw_mlflow.json", ".plw_mlflow.lock"
 UNFINISHED = ".plw_mlflow-"  # with which the names of unfinished files and folders begin

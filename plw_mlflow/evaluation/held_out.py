@@ -7,17 +7,17 @@ part of a run's `score`, whose tasks have prompts of the harness.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plw_mlflow.analysis.questions import HELD_OUT
-from plw_mlflow.config import DataOptions, short_name
+from plw_mlflow.config import HELD_OUT, DataOptions, recorded_data_options, short_name
 from plw_mlflow.data import prepare
 from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.sources import Source
@@ -52,10 +52,8 @@ def read(names: Sequence[str], tokenizer: Any, options: DataOptions, limit: int 
     All records are taken, or the first `limit`; they are neither mixed nor inverted, and those that the options drop as
     too long are left out. Raises UserError where two data sets have one name, or one has no completion to measure.
     """
-    given = {each.name: getattr(options, each.name) for each in fields(DataOptions)}
-    for name in ("mix", "mix_invert", "mix_share", "invert", "max_records", "output"):
-        del given[name]
-    alone = DataOptions(**given)
+    choosing = ("mix", "mix_invert", "mix_share", "invert", "max_records")
+    alone = recorded_data_options({name: value for name, value in vars(options).items() if name not in choosing}, None)
     sets = [_read(name, tokenizer, alone, limit) for name in names]
     if len({each.task for each in sets}) < len(sets):
         raise UserError(f"held-out data sets need different names, got {', '.join(names)}")
@@ -64,16 +62,18 @@ def read(names: Sequence[str], tokenizer: Any, options: DataOptions, limit: int 
 
 def _read(name: str, tokenizer: Any, options: DataOptions, limit: int | None) -> HeldOut:
     prepared = prepare.run(name, tokenizer, options)
-    by_number = {
-        int(part.id(index).rpartition(":")[2]): part[index]
+    places = {
+        int(part.id(index).rpartition(":")[2]): (part, index)
         for part in (prepared.training, prepared.validation)
         for index in range(len(part))
     }
-    usable = [
+    in_order = ((number, part[index]) for number, (part, index) in sorted(places.items(), key=lambda place: place[0]))
+    have_both = (
         (number, example)
-        for number, example in sorted(by_number.items())
+        for number, example in in_order
         if (example.segment == Segment.COMPLETION).any() and len(prompt(example))
-    ][:limit]
+    )
+    usable = list(itertools.islice(have_both, limit))
     if not usable:
         raise UserError(f"held-out data set {name} has no record with a prompt and a completion")
     numbers, examples = [number for number, _ in usable], [example for _, example in usable]
@@ -83,6 +83,8 @@ def _read(name: str, tokenizer: Any, options: DataOptions, limit: int | None) ->
 
 def warn_of_overlap(sets: Sequence[HeldOut], training: Sequence[Example]) -> None:
     """Warn where a held-out example is among those that the model is trained on."""
+    if not sets:
+        return  # all training examples would be read for nothing
     trained_on = {example.tokens.tobytes() for example in training}
     for each in sets:
         if known := sum(example.tokens.tobytes() in trained_on for example in each.examples):

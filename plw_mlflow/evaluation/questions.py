@@ -22,7 +22,6 @@ from plw_mlflow.evaluation.scores import Evaluation, Score, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "questions.parquet"  # in an output folder
 DIGEST_CHARACTERS = 16  # of the document's SHA-256
 
 
@@ -135,4 +134,4 @@ def parquet(frame: pd.DataFrame) -> bytes:
 def write(evaluation: Evaluation, score_rows: list[dict[str, Any]], folder: Path | None) -> None:
     """Write every question's scores to FOLDER/questions.parquet, if a folder is given."""
     if folder is not None and evaluation.questions:
-        outputs.write(folder, {FILE: parquet(table(evaluation, score_rows))})
+        outputs.write(folder, {outputs.QUESTIONS: parquet(table(evaluation, score_rows))})

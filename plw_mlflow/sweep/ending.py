@@ -154,8 +154,8 @@ def _write_questions(folder: Path, run: tracking.Run, also: tuple[str, ...], fin
     try:
         asked = tracking.questions(sweep=run.id, also=also, only=finished)
     except ValueError as error:  # cells of earlier versions have kept none, or are not comparable
-        return [f"note: {questions.FILE} is not written: {error}"]
-    outputs.write(folder, {questions.FILE: questions.parquet(asked)})
+        return [f"note: {outputs.QUESTIONS} is not written: {error}"]
+    outputs.write(folder, {outputs.QUESTIONS: questions.parquet(asked)})
     return [f"note: {note}" for note in asked.attrs["notes"]]
 
 
