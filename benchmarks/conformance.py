@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from benchmarks.trainers import cases, commands, material, oracle
 from benchmarks.trainers.names import as_transformers
 
 HERE = Path(__file__).parent
+PADDING = material.SPECIAL.index(material.PAD)
 TRAINED = 1e-3  # a token counts as trained on if its weight is so much of the largest
 
 
@@ -41,9 +43,10 @@ def environment(places: Path, name: str) -> Path:
 
 def take_steps(trainer: Any, chosen: Sequence[Any], places: Path, scratch: Path) -> Iterator[tuple[Any, Any]]:
     """Have a trainer take the steps of cases, and read from each gradient what it did."""
-    alone, spread = [], []
+    alone: list[tuple[cases.Case, dict[str, Any]]] = []
+    spread: list[tuple[cases.Case, dict[str, Any]]] = []
     for case in chosen:
-        folder = scratch / trainer.name.replace(" ", "-") / case.name.replace(" ", "-")
+        folder = scratch / trainer.name.replace(" ", "-") / folder_name(case)
         shutil.rmtree(folder, ignore_errors=True)
         program = trainer.start(cases.write(case, folder))
         if isinstance(program, str):
@@ -55,8 +58,24 @@ def take_steps(trainer: Any, chosen: Sequence[Any], places: Path, scratch: Path)
             run_probe(trainer, [step for _, step in group], group[0][0].processes, places, scratch)
         for case, step in group:
             folder = Path(step["folder"])
-            ended = len(list(folder.glob("rank*.pt"))) == case.processes
-            yield case, judge(folder) if ended else {"failed": last_line(folder / "output.txt")}
+            if len(list(folder.glob("rank*.pt"))) == case.processes:
+                known = (
+                    [row.tokens for row in rows_seen(folder.parent / folder_name(cases.WHOLE))] if case.packing else []
+                )
+                yield case, judge(folder, known)
+            else:
+                yield case, {"failed": last_error(folder)}
+
+
+def folder_name(case: cases.Case) -> str:
+    """The folder in which a case's step is taken, in that of its trainer."""
+    return re.sub("[^0-9a-z.]+", "-", case.name.lower())
+
+
+def rows_seen(folder: Path) -> list[oracle.Row]:
+    """The rows of tokens, without padding, with which all processes have called the model in a step."""
+    ranks = [torch.load(file, weights_only=False) for file in sorted(folder.glob("rank*.pt"))]
+    return [row for rank in ranks for batch in rank["micro_batches"] for row in oracle.rows_of(batch, PADDING)]
 
 
 def run_probe(trainer: Any, steps: list[dict[str, Any]], processes: int, places: Path, scratch: Path) -> None:
@@ -75,7 +94,8 @@ def run_probe(trainer: Any, steps: list[dict[str, Any]], processes: int, places:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(HERE.parent) if trainer.environment == "ours" else "",
     }
-    with (Path(steps[0]["folder"]) / "output.txt").open("w") as output:
+    # Steps that are forked have an output of their own.
+    with (Path(steps[0]["folder"]) / ("imports.txt" if processes == 1 else "output.txt")).open("w") as output:
         subprocess.run(
             [str(environment(places, trainer.environment)), *command],
             cwd=scratch,
@@ -86,10 +106,15 @@ def run_probe(trainer: Any, steps: list[dict[str, Any]], processes: int, places:
         )
 
 
-def last_line(file: Path) -> str:
-    """The last line of what a program printed."""
-    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "nothing was printed"
+def last_error(folder: Path) -> str:
+    """The last line of what a step that failed printed that names an error, or the last line at all."""
+    for name in ("output.txt", "imports.txt"):
+        if (folder / name).exists():
+            lines = [line.strip() for line in (folder / name).read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if re.search(r"\w+(Error|Exception)(:|$)", line)]
+            if found := [*lines[-1:], *errors]:
+                return found[-1]
+    return "nothing was printed"
 
 
 @functools.cache
@@ -98,14 +123,17 @@ def the_oracle() -> oracle.Oracle:
     return oracle.Oracle(material.model().double())
 
 
-def judge(folder: Path) -> dict[str, Any]:
-    """The weights of tokens in the step that was taken in a folder, and what follows from them."""
-    ranks = [torch.load(file, weights_only=False) for file in sorted(folder.glob("rank*.pt"))]
-    padding = material.SPECIAL.index(material.PAD)
-    texts = [text for rank in ranks for batch in rank["micro_batches"] for text in oracle.texts_of(batch, padding)]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    gradient = as_transformers(ranks[0]["gradient"])
+def judge(folder: Path, known: Sequence[oracle.Tokens]) -> dict[str, Any]:
+    """The weights of tokens in the step that was taken in a folder, and what follows from them.
+
+    known: the texts of the same records in steps without packing.
+    """
+    step = torch.load(folder / "rank0.pt", weights_only=False)
+    gradient = as_transformers(step["gradient"])
+    rows = rows_seen(folder)
+    texts = [part for row in rows for part in oracle.cut(row.tokens, known)]
     found = the_oracle().weights(gradient, texts)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
     positions = [found.by_position(text) for text in texts]
     weights = [weight for row in positions for weight in row]
     largest = max(map(abs, weights))
@@ -114,16 +142,18 @@ def judge(folder: Path) -> dict[str, Any]:
     shown = [show(tokenizer.convert_ids_to_tokens(text), row, mean) for text, row in zip(texts, positions, strict=True)]
     return {
         "texts": len(texts),
-        "rows": [list(batch["input_ids"].shape) for rank in ranks for batch in rank["micro_batches"]],
+        "rows": len(rows),
         "tokens": len(weights),
         "trained": len(trained),
         "sum": sum(weights),
         "smallest": min(trained) / mean,
         "largest": max(trained) / mean,
         "residual": found.residual,
+        # Where rows are packed: what is left if their texts attended to each other.
+        "residual_as_one": the_oracle().residual_as_one(gradient, rows) if len(rows) < len(texts) else None,
         "condition": found.condition,
         "shown": sorted(shown),
-        "versions": ranks[0]["versions"],
+        "versions": step["versions"],
     }
 
 
@@ -143,6 +173,9 @@ def install(name: str, places: Path) -> None:
     venv.create(places / name, with_pip=True)
     for arguments in commands.PACKAGES[name]:
         subprocess.run([str(environment(places, name)), "-m", "pip", "install", *arguments], check=True)
+    for module in commands.EMPTY_MODULES.get(name, ()):
+        (folder,) = (places / name).glob("lib/python*/site-packages")
+        (folder / f"{module}.py").touch()
 
 
 @click.command(help=__doc__)
@@ -150,7 +183,11 @@ def install(name: str, places: Path) -> None:
 @click.option("--trainers", default="", help="Names, separated by commas (empty: all).")
 @click.option("--cases", "names", default="", help="Names, separated by commas (empty: all).")
 @click.option(
-    "--environments", type=click.Path(path_type=Path), default="output/trainers", show_default=True, help="Folder of them."
+    "--environments",
+    type=click.Path(path_type=Path),
+    default="output/trainers",
+    show_default=True,
+    help="Folder of them.",
 )
 @click.option("--install", "installed", default="", help="Make these environments, separated by commas, and end.")
 @click.option("--scratch", type=click.Path(path_type=Path), default="output/conformance", show_default=True)
@@ -166,7 +203,8 @@ def main(file: Path | None, trainers: str, names: str, environments: Path, insta
     for trainer in commands.TRAINERS:
         if trainers and trainer.name not in trainers.split(","):
             continue
-        chosen = [case for case in cases.CASES if not names or case.name in names.split(",")]
+        every = [*cases.CASES, *cases.VARIANTS.get(trainer.name, [])]
+        chosen = [case for case in every if not names or case.name in names.split(",")]
         for case, found in take_steps(trainer, chosen, places, scratch):
             results.setdefault(trainer.name, {})[case.name] = found
             print(f"{trainer.name:<14} {case.name:<24} {line(found)}", flush=True)

@@ -6,31 +6,51 @@ NAME is of `TRAINERS`. Run by the Python of the trainer's environment, so nothin
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-QUIET = {"report_to": [], "save_strategy": "no", "use_cpu": True, "dataloader_pin_memory": False, "bf16": False}
-STEP = {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+QUIET: dict[str, Any] = {
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "bf16": False,
+}
+STEP: dict[str, Any] = {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
 
 
 def transformers_trainer(case: dict[str, Any]) -> None:
     """transformers' Trainer on rows with labels, which are -100 on prompts."""
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
-    from transformers import AutoTokenizer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainingArguments,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
-    collator = DataCollatorWithFlattening() if case["packing"] else DataCollatorForSeq2Seq(tokenizer)
+    collator: Any = DataCollatorWithFlattening() if case["packing"] else DataCollatorForSeq2Seq(tokenizer)
+    if case["options"].get("collator") == "language modeling":
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     model = AutoModelForCausalLM.from_pretrained(case["model"])
     arguments = TrainingArguments(case["folder"], **QUIET, **STEP, **cut(case))
     rows = labelled_rows(case, tokenizer)
+    if case["options"]:
+        rows = [{"input_ids": row["input_ids"]} for row in rows]
     Trainer(model, arguments, data_collator=collator, train_dataset=rows).train()
 
 
 def plw_trainer(case: dict[str, Any]) -> None:
     """Our PLWTrainer on the same rows."""
-    from plw_mlflow.integrations import PLWTrainer
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    from plw_mlflow.integrations import PLWTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
     model = AutoModelForCausalLM.from_pretrained(case["model"])
@@ -56,14 +76,75 @@ def trl_sft_trainer(case: dict[str, Any]) -> None:
         **cut(case),
         max_length=case["max_tokens"],
         packing=case["packing"],
-        assistant_only_loss=case["records"] == "conversations",
         gradient_checkpointing=False,
-        **case["options"],
+        **{"assistant_only_loss": case["records"] == "conversations"} | case["options"],
     )
     SFTTrainer(case["model"], arguments, train_dataset=Dataset.from_list(rows)).train()
 
 
-TRAINERS = {"transformers": transformers_trainer, "PLWTrainer": plw_trainer, "trl": trl_sft_trainer}
+def litgpt_finetune(case: dict[str, Any]) -> None:
+    """litgpt's own command, on a checkpoint that is made by what its convert_to_litgpt calls."""
+    import runpy
+
+    import torch
+    from litgpt.config import Config
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import save_config
+    from safetensors.torch import load_file
+
+    # Each process converts it for itself, so that none has to wait for another.
+    folder = Path(case["folder"]) / f"process{os.environ.get('RANK', '0')}"
+    checkpoint = Path(shutil.copytree(case["model"], folder / "checkpoint"))
+    given = json.loads((checkpoint / "config.json").read_text())
+    config = Config(
+        name="tiny",
+        block_size=given["max_position_embeddings"],
+        vocab_size=given["vocab_size"],
+        padded_vocab_size=given["vocab_size"],
+        n_layer=given["num_hidden_layers"],
+        n_head=given["num_attention_heads"],
+        n_query_groups=given["num_key_value_heads"],
+        n_embd=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        norm_eps=given["rms_norm_eps"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    weights: dict[str, Any] = {}
+    copy_weights_hf_llama(config, {}, weights, load_file(checkpoint / "model.safetensors"))
+    torch.save(weights, checkpoint / "lit_model.pth")
+    save_config(config, checkpoint)
+    for name in ("train", "val"):
+        shutil.copy(f"{case['folder']}/alpaca.json", folder / f"{name}.json")
+    options = {
+        "data": "JSON",
+        "data.json_path": folder,
+        "data.prompt_style": "alpaca",
+        "data.num_workers": 0,
+        "precision": "32-true",
+        "devices": case["processes"],
+        "train.global_batch_size": case["micro_batch"] * case["accumulation"] * case["processes"],
+        "train.micro_batch_size": case["micro_batch"],
+        "train.max_seq_length": case["max_tokens"],
+        "train.lr_warmup_steps": 1,
+        "train.epochs": 1,
+        "out_dir": folder / "out",
+        "data.mask_prompt": "true",
+    } | case["options"]
+    given_options = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    sys.argv = ["litgpt", "finetune_full", str(checkpoint), *given_options]
+    runpy.run_module("litgpt", run_name="__main__", alter_sys=True)
+
+
+TRAINERS = {
+    "litgpt": litgpt_finetune,
+    "transformers": transformers_trainer,
+    "PLWTrainer": plw_trainer,
+    "trl": trl_sft_trainer,
+}
 
 
 def cut(case: dict[str, Any]) -> dict[str, Any]:

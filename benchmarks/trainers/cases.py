@@ -41,11 +41,38 @@ CASES = (
 )
 
 
+# What is asked of some trainers besides: other options, of which their documentation tells.
+VARIANTS = {
+    "transformers": [
+        Case("collator for language models", pad=material.EOS, options={"collator": "language modeling"}),
+    ],
+    "TRL": [
+        Case("two turns by default", "conversations", micro_batch=4, options={"assistant_only_loss": False}),
+        Case("packed, wrapped", micro_batch=4, packing=True, options={"packing_strategy": "wrapped"}),
+    ],
+    "litgpt": [Case("by default", options={"data.mask_prompt": "false"})],
+    "LLaMA-Factory": [
+        Case("packed by default", packing=True, options={"packing": True, "neat_packing": False}),
+        Case("two turns, mask_history", "conversations", micro_batch=4, options={"mask_history": True}),
+    ],
+    "LLaMA-Factory v1": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
+    "ms-swift": [
+        Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),
+        Case("two turns, last_round", "conversations", micro_batch=4, options={"loss_scale": "last_round"}),
+    ],
+    "PLWTrainer": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
+}
+
+
 def write(case: Case, folder: Path) -> dict[str, Any]:
     """Write the model and the records of a case, in all formats, to a folder. Returns the case with their places."""
     folder.mkdir(parents=True, exist_ok=True)
     material.write_model(folder / "model", pad=case.pad)
-    chosen = {"records": material.RECORDS, "empty": material.EMPTY, "conversations": material.CONVERSATIONS}
+    chosen: dict[str, Any] = {
+        "records": material.RECORDS,
+        "empty": material.EMPTY,
+        "conversations": material.CONVERSATIONS,
+    }
     conversations = [turns if isinstance(turns, list) else [turns] for turns in chosen[case.records]]
     firsts = [turns[0] for turns in conversations]
     written: dict[str, list[dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE that has the words of templates and records, and begins each text as LLaMA's does."""
-    texts = [ALPACA * 3, CHAT_TEMPLATE] + [" ".join(turn) for turn in RECORDS + EMPTY + sum(CONVERSATIONS, [])] * 2
+    turns = [*RECORDS, *EMPTY, *itertools.chain.from_iterable(CONVERSATIONS)]
+    texts = [ALPACA * 3, CHAT_TEMPLATE] + [" ".join(turn) for turn in turns] * 2
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -100,12 +102,10 @@ def model() -> LlamaForCausalLM:
 def write_model(folder: Path, *, pad: str = PAD) -> None:
     """Write the model and its tokenizer to a folder, from which all trainers load them.
 
-    pad: the token that both name as padding.
+    pad: the token that the tokenizer names as padding.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = model()
-    made.config.pad_token_id = SPECIAL.index(pad)
-    made.save_pretrained(folder)
+    model().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     # As versions before 5 have it.
     written |= {"rope_theta": written["rope_parameters"]["rope_theta"], "torch_dtype": "float32"}

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a model was called with, without padding."""
+
+    tokens: Tokens
+    positions: Tokens | None
 
 
 @dataclass(frozen=True)
@@ -52,66 +59,84 @@ class Oracle:
             self._add(text)
             for end in range(1, len(text)):
                 counts[text[: end + 1]] = counts.get(text[: end + 1], 0) + 1
-        names = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        if unknown := gradient.keys() - names:
-            raise ValueError(f"the model has no parameters {', '.join(sorted(unknown))}")
-        seen = torch.cat(
-            [gradient[name].double().flatten() if name in gradient else torch.zeros(s.numel()) for name, s in names.items()]
-        ).double()
         columns = torch.stack([self._columns[prefix] for prefix in counts], 1)
-        scales = columns.norm(dim=0)
-        rotation, triangle = torch.linalg.qr(columns / scales)
-        found = torch.linalg.solve_triangular(triangle, (rotation.T @ seen).unsqueeze(1), upper=True).squeeze(1) / scales
+        seen = self._flat(gradient)
+        found, condition = least_squares(columns, seen)
         values = dict(zip(counts, found.tolist(), strict=True))
-        residual = float((columns @ found - seen).norm() / seen.norm())
-        return Weights(values, counts, residual, float(torch.linalg.cond(triangle)))
+        return Weights(values, counts, float((columns @ found - seen).norm() / seen.norm()), condition)
+
+    def residual_as_one(self, gradient: Mapping[str, Tensor], rows: Sequence[Row]) -> float:
+        """The residual if each token attended to the whole row before it, at the positions that the rows give it."""
+        columns = torch.stack([column for row in rows for column in self._gradients(row.tokens, row.positions)], 1)
+        seen = self._flat(gradient)
+        found, _ = least_squares(columns, seen)
+        return float((columns @ found - seen).norm() / seen.norm())
+
+    def _flat(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        parameters = dict(self.model.named_parameters())
+        if unknown := gradient.keys() - parameters:
+            raise ValueError(f"the model has no parameters {', '.join(sorted(unknown))}")
+        every = [gradient.get(name, torch.zeros_like(parameter)) for name, parameter in parameters.items()]
+        return torch.cat([values.detach().double().flatten() for values in every])
 
     def _add(self, text: Tokens) -> None:
-        """Compute the gradient of each of a text's tokens that is not known yet."""
-        missing = [end for end in range(1, len(text)) if text[: end + 1] not in self._columns]
-        if not missing:
-            return
-        tokens = torch.tensor(text).unsqueeze(0)
-        losses = nn.functional.cross_entropy(self._logits(tokens)[0, :-1], tokens[0, 1:], reduction="none")
+        """Compute the gradients of a text's tokens, if they are not all known."""
+        prefixes = [text[: end + 1] for end in range(1, len(text))]
+        if not all(prefix in self._columns for prefix in prefixes):
+            self._columns |= zip(prefixes, self._gradients(text), strict=True)
+
+    def _gradients(self, text: Tokens, positions: Tokens | None = None) -> list[Tensor]:
+        """The gradient of the negative log-likelihood of each token but the first, flat."""
+        tokens = torch.tensor([text])
+        # With a mask of ones, transformers does not take positions that start anew for borders.
+        context = {} if positions is None else {"position_ids": torch.tensor([positions])}
+        logits = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **context).logits
+        losses = nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
         parameters = list(self.model.parameters())
-        for end in missing:
-            parts = torch.autograd.grad(losses[end - 1], parameters, retain_graph=True)
-            self._columns[text[: end + 1]] = torch.cat([part.flatten() for part in parts])
-
-    def _logits(self, tokens: Tensor) -> Any:
-        return self.model(input_ids=tokens).logits
+        parts = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        return [torch.cat([part.flatten() for part in gradient]) for gradient in parts]
 
 
-def texts_of(batch: Mapping[str, Tensor], padding: int, known: Sequence[Tokens] = ()) -> list[Tokens]:
-    """The texts in the rows of a micro-batch, without padding and cut where they were packed.
+def least_squares(columns: Tensor, seen: Tensor) -> tuple[Tensor, float]:
+    """What columns have to be multiplied by to be nearest to what was seen, and the condition of that."""
+    scales = columns.norm(dim=0)
+    rotation, triangle = torch.linalg.qr(columns / scales)
+    found = torch.linalg.solve_triangular(triangle, (rotation.T @ seen).unsqueeze(1), upper=True)
+    return found.squeeze(1) / scales, float(torch.linalg.cond(triangle))
 
-    known: texts of which packed rows are made; without any, rows are cut where positions start anew.
-    """
-    texts: list[Tokens] = []
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    for number, row in enumerate(batch["input_ids"].tolist()):
-        if mask is not None and mask.shape == batch["input_ids"].shape:
-            row = [token for token, seen in zip(row, mask[number].tolist(), strict=True) if seen]
+
+def rows_of(batch: Mapping[str, Tensor], padding: int) -> list[Row]:
+    """The rows of a micro-batch without their padding."""
+    tokens = batch["input_ids"]
+    # Masks of other shapes say which tokens attend to which, not which are padding.
+    same_shape = {name: values for name, values in batch.items() if values.shape == tokens.shape}
+    mask, positions = same_shape.get("attention_mask", torch.ones_like(tokens)), same_shape.get("position_ids")
+    rows = []
+    for number, kept in enumerate(mask.bool()):
+        row = tuple(tokens[number][kept].tolist())
         while row and row[-1] == padding:
             row = row[:-1]
-        if known:
-            texts += cut(tuple(row), known)
-        elif positions is not None and positions.shape == batch["input_ids"].shape:
-            starts = [at for at in range(len(row)) if positions[number, at] == 0] or [0]
-            texts += [tuple(row[a:b]) for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
-        else:
-            texts.append(tuple(row))
-    return [text for text in texts if len(text) > 1]
+        at = tuple(positions[number][kept][: len(row)].tolist()) if positions is not None else None
+        if len(row) > 1:
+            rows.append(Row(row, at))
+    return rows
 
 
 def cut(row: Tokens, known: Sequence[Tokens]) -> list[Tokens]:
-    """The known texts that stand behind one another in a row. Raises ValueError where it holds something else."""
-    parts = []
+    """The known texts that stand behind one another in a row; the first may lack its beginning, the last its end.
+
+    A row is one text where nothing is known. Raises ValueError where a row holds something else.
+    """
+    parts: list[Tokens] = []
     at = 0
-    while at < len(row):
-        fitting = [text for text in known if row[at : at + len(text)] == text]
+    while at < len(row) and known:
+        rest = row[at:]
+        fitting = [text for text in known if rest[: len(text)] == text or text[: len(rest)] == rest]
+        if not fitting and not parts:
+            ends = [text[start:] for text in known for start in range(1, len(text) - 1)]
+            fitting = [text for text in ends if rest[: len(text)] == text]
         if not fitting:
             raise ValueError(f"no known text begins at {at} of {row}")
-        parts.append(max(fitting, key=len))
+        parts.append(max(fitting, key=len)[: len(rest)])
         at += len(parts[-1])
-    return parts
+    return [part for part in parts if len(part) > 1] or [row]

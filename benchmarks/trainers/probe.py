@@ -5,8 +5,8 @@ itself, a file or -m and a module, with its arguments. A program runs as it woul
 of an optimiser, the gradient of each parameter is saved, with the rows of tokens that the model has been called with,
 and the process ends. Nothing is asked of the trainer, and none of its labels or losses are looked at.
 
-As importing a trainer takes most of the time, it is done once (`imports`), and each step then is a fork of this process;
-a step of several processes, which torchrun starts with this program, is the only one in its file, and not forked.
+As importing a trainer takes most of the time, it is done once (`imports`), and each step then is a fork of this
+process; a step of several processes, which torchrun starts with this program, is the only one in its file, and is not.
 
 This file is run by the Python of each trainer's environment, and so imports torch alone.
 """
@@ -31,8 +31,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 INPUTS = ("input_ids", "position_ids", "attention_mask")
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "lightning")
-PACKAGES += ("litgpt", "llamafactory", "ms-swift", "axolotl", "torchtune")
+PACKAGES = ["torch", "transformers", "accelerate", "peft", "trl", "lightning"]
+PACKAGES += ["litgpt", "llamafactory", "ms-swift", "axolotl", "torchtune"]
 SECONDS = 300  # that a step may take
 
 
@@ -58,7 +58,7 @@ class Probe:
             finally:
                 self._depth -= 1
 
-        nn.Module.__call__ = seen_call  # type: ignore[method-assign,assignment]
+        nn.Module.__call__ = seen_call  # type: ignore[method-assign]
 
     def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the inputs of the outermost call of a model that is to be trained."""
