@@ -1,6 +1,7 @@
 """Is each fault that masks, cuts or shifts trained tokens counted, and are clean data found clean?"""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from plw_mlflow.config import PrepareConfig
 from plw_mlflow.config.limits import COUNTED, parse
 from plw_mlflow.data import audit, prepare, templates
+from plw_mlflow.data.profile import check_limits
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.data.weights import Weights
+from plw_mlflow.errors import RunError
 from tests.conftest import byte_tokenizer
 
 CHAT = (
@@ -76,6 +79,19 @@ def test_template_drift(prompt, counted):
     assert counted(CHATS, template=CHAT.replace("[assistant]{% endif %}", prompt + "{% endif %}")) == {
         "template_drift": 20
     }
+
+
+@pytest.mark.parametrize("turns", ["last", "every"])
+def test_a_blank_before_answers_is_drift_where_it_is_a_token_of_its_own(turns, counted):
+    """Llama 2's template writes one that its generation prompt lacks, and SentencePiece makes it part of the answer."""
+    blank = byte_tokenizer().tokenize(" ")[0]
+    template = CHAT.replace(
+        "]{{ message['content'] }}", "]{{ ' ' if message['role'] == 'assistant' }}{{ message['content'] }}"
+    )
+    assert "' '" in template
+    options = {"template": template, "completion_turns": turns}
+    assert counted(CHATS, byte_tokenizer((blank, "t")), **options) == {}
+    assert counted(CHATS, byte_tokenizer(), **options) == {"template_drift": 20}
 
 
 def test_doubled_bos(counted):
@@ -151,6 +167,17 @@ def test_limits_are_read_as_they_are_written():
     for limit, broken, kept in zip(limits, (1, 3, 1), (0, 2, 2), strict=True):
         assert limit.is_broken(broken, 200)
         assert not limit.is_broken(kept, 200)
+
+
+@pytest.mark.parametrize(("limit", "is_broken"), [("left_out > 74%", True), ("left_out > 75%", False)])
+def test_a_share_of_what_was_left_out_is_of_all_records(limit, is_broken, tmp_path):
+    rows = [*CLEAN[:10], *({"instruction": f"{n}", "output": ""} for n in range(30))]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = PrepareConfig(template="none", on_bad_record="skip", cache_dir=tmp_path / "cache")
+    found = prepare.run(str(tmp_path / "data.json"), byte_tokenizer(), options).profile
+    expectation = pytest.raises(RunError, match="left_out is 30 of 40 records") if is_broken else nullcontext()
+    with expectation:
+        check_limits(found, parse(limit))
 
 
 @pytest.mark.parametrize(
