@@ -25,12 +25,17 @@ from plw_mlflow.data.tokens import Encoder, Example
 BITS = {name: 1 << number for number, name in enumerate(IN_TOKENS)}
 
 
-def flags(records: Sequence[Record], examples: Sequence[Example], encoder: Encoder) -> NDArray[np.int32]:
+def flags(
+    records: Sequence[Record],
+    rendered: Sequence[list[Piece] | Fault],
+    examples: Sequence[Example],
+    encoder: Encoder,
+) -> NDArray[np.int32]:
     """What is wrong with each record or its example: int32 [N], the sum of its BITS.
 
-    examples: as the encoder has made them of the records.
+    rendered, examples: as the encoder has made them of the records.
     """
-    prompts = [_served(encoder, record) for record in records]
+    prompts = [_served(encoder, record, pieces) for record, pieces in zip(records, rendered, strict=True)]
     tokens = encoder.prompts([prompt.pieces for prompt in prompts])
     specials = re.compile("|".join(map(re.escape, encoder.specials)) or r"\b\B")
     parts = zip(records, examples, prompts, tokens, strict=True)
@@ -45,9 +50,8 @@ class _Served(NamedTuple):
     is_without_blanks: bool  # that the template writes before the answer in training
 
 
-def _served(encoder: Encoder, record: Record) -> _Served:
+def _served(encoder: Encoder, record: Record, rendered: list[Piece] | Fault) -> _Served:
     """What is served of a record. What a chat template does before the last answer, it is taken to do before all."""
-    rendered = encoder.render(record)
     assert not isinstance(rendered, Fault), "a record that has an example has a rendering"
     pieces, template = prompt_pieces(rendered), encoder.template
     if not isinstance(template, ChatTemplate):

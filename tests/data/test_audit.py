@@ -123,10 +123,10 @@ def test_border_off_by_one(step):
     encoder = Encoder(tokenizer, templates.load("none", tokenizer))
     record = Record("1", "ab", "", "cd")
     (example,) = encoder.encode([record])
-    assert audit.flags([record], [example], encoder).tolist() == [0]
+    assert audit.flags([record], [encoder.render(record)], [example], encoder).tolist() == [0]
     shifted = replace(example, segment=np.roll(example.segment, step))
     shifted.segment[0], shifted.segment[-1] = example.segment[0], example.segment[-1]
-    assert audit.flags([record], [shifted], encoder).tolist() == [audit.BITS["border_drift"]]
+    assert audit.flags([record], [encoder.render(record)], [shifted], encoder).tolist() == [audit.BITS["border_drift"]]
 
 
 # And others.
@@ -154,7 +154,9 @@ def test_an_example_without_an_end_token_is_found():
     record = Record("1", "ab", "", "cd")
     (example,) = encoder.encode([record])
     endless = replace(example, tokens=example.tokens[:-1], segment=example.segment[:-1])
-    assert audit.flags([record], [endless], encoder).tolist() == [audit.BITS["without_end_token"]]
+    assert audit.flags([record], [encoder.render(record)], [endless], encoder).tolist() == [
+        audit.BITS["without_end_token"]
+    ]
 
 
 # Limits.
