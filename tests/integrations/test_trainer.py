@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
@@ -34,19 +34,10 @@ def test_its_gradients_are_our_loops_and_the_oracles(plw, divisor, accumulation,
     assert steps.difference(found, steps.ours(plw, divisor, packing)) < 1e-6
 
 
-def lora(model):
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:  # with zeros, most gradients would be 0
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return adapted
-
-
 def test_adapters_of_peft_get_the_oracles_gradients():
     examples, one = steps.prepared().training, steps.case(4, True, "weights")
-    found = steps.by_trainer(one, 0.242, lora(steps.model()), examples)
-    exact = exactness.oracle(one, 0.242, lora(steps.model()).double(), examples)
+    found = steps.by_trainer(one, 0.242, steps.lora(steps.model()), examples)
+    exact = exactness.oracle(one, 0.242, steps.lora(steps.model()).double(), examples)
     assert steps.difference(found, exact) < 1e-6
 
 
@@ -86,7 +77,7 @@ def test_twenty_steps_give_our_loops_weights(tmp_path):
 
 
 def test_a_trained_model_generates_and_is_saved_as_any_other(tmp_path):
-    model = lora(steps.model())
+    model = steps.lora(steps.model())
     trainer = PLWTrainer(
         model, steps.arguments(tmp_path, bf16=True), train_dataset=steps.rows(steps.prepared().training), plw=0.1
     )

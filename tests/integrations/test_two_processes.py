@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import exactness
 from tests.integrations import steps
 from tests.stores import ROOT
 
@@ -19,6 +20,9 @@ def test_their_gradients_are_the_oracles(trainer, package, tmp_path):
     program = ["-m", "tests.integrations.two_processes", str(tmp_path / "gradients.pt"), trainer]
     subprocess.run([*command, *program], cwd=ROOT, check=True)
     gradients = torch.load(tmp_path / "gradients.pt")
+    one = steps.case(1, False, "weights")
+    of_adapters = exactness.oracle(one, 0.242, steps.lora(steps.model()).double(), steps.prepared().training)
+    assert steps.difference(gradients.pop("lora"), of_adapters) < 1e-6
     assert gradients.keys() == set(steps.CASES)
     for (plw, divisor, accumulation, packing), gradient in gradients.items():
         assert steps.difference(gradient, steps.oracle(plw, divisor)) < 1e-6, (plw, divisor, accumulation, packing)

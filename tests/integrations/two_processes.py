@@ -1,6 +1,6 @@
 """Takes steps by other trainers with our loss, and saves their gradients: a program for torchrun.
 
-Its arguments are a file for the gradients, and which of `steps.GRADIENTS` takes the steps.
+Its arguments are a file for the gradients, and which of `steps.GRADIENTS` takes the steps. One step trains adapters.
 """
 
 import sys
@@ -19,6 +19,8 @@ def main(file, trainer):
         one = steps.case(accumulation, packing, divisor, exactness.SPREADS[1])
         gradient = steps.GRADIENTS[trainer](one, plw, steps.model(), steps.prepared().training)
         found[plw, divisor, accumulation, packing] = gradient
+    one = steps.case(4, True, "weights", exactness.SPREADS[1])
+    found["lora"] = steps.GRADIENTS[trainer](one, 0.242, steps.lora(steps.model()), steps.prepared().training)
     if dist.get_rank() == 0:
         torch.save(found, file)
     dist.destroy_process_group()
