@@ -15,6 +15,7 @@ The records are drawn once, without regard to PLW or seed. Only those are drawn 
     questions.parquet   a row for each cell, question and metric
     held_out.csv        a row for each cell, kind of new records and measure; the loss with its sign turned, so that
                         more is better in all of them
+    cells.csv           a row for each cell: its options, and the seconds from its start to its end
 
 `curves FILE` fits a parabola on w_p to each measure of a held_out.csv, over all runs of a data set. `verdicts FOLDER`
 judges the registered hypotheses by what was published there.
@@ -276,6 +277,9 @@ def publish(folder: Path, sweep: str) -> None:
     tracking.score_table(sweep=sweep).to_csv(folder / "scores.csv", index=False)
     questions.drop(columns="evaluation").to_parquet(folder / "questions.parquet", index=False, compression="zstd")
     held_out_table(questions).to_csv(folder / "held_out.csv", index=False)
+    rows = [{"run": one.run_id, "seconds": round(one.seconds)} | one.options for one in tracking.measured_before()]
+    cells = pd.DataFrame(rows).astype({"seed": int, "plw": float}).sort_values(["seed", "dataset", "plw"])
+    cells.to_csv(folder / "cells.csv", index=False)
 
 
 @main.command()
