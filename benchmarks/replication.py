@@ -18,7 +18,7 @@ The records are drawn once, without regard to PLW or seed. Only those are drawn 
     cells.csv           a row for each cell: its options, and the seconds from its start to its end
 
 `curves FILE` fits a parabola on w_p to each measure of a held_out.csv, over all runs of a data set. `verdicts FOLDER`
-judges the registered hypotheses by what was published there.
+judges the registered hypotheses by what was published there, and `means FOLDER` prints a table of means.
 """
 
 from __future__ import annotations
@@ -287,6 +287,23 @@ def publish(folder: Path, sweep: str) -> None:
 def curves(file: Path) -> None:
     """Print the parabola of each measure of FILE, a held_out.csv."""
     print(curve_table(pd.read_csv(file)).to_string(index=False, float_format="{:.4g}".format))
+
+
+def mean_table(scores: pd.DataFrame, held_out_scores: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds of each data set and PLW: of the benchmarks' mean, and of each measure of new records."""
+    by = ["dataset", "plw"]
+    both = pd.concat([scores.assign(task="mean of benchmarks"), held_out_scores])
+    return both.pivot_table(index=by, columns="task", values="score", aggfunc="mean").reset_index()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+def means(folder: Path) -> None:
+    """Print the mean of each data set, PLW and measure in FOLDER, as a table in Markdown."""
+    table = mean_table(read_scores(folder / "scores.csv"), pd.read_csv(folder / "held_out.csv"))
+    print("| " + " | ".join(table.columns) + " |\n" + "|---" * len(table.columns) + "|")
+    for row in table.itertuples(index=False):
+        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row) + " |")
 
 
 @main.command()

@@ -63,6 +63,17 @@ def test_records_are_drawn_that_fit_in_both_forms(tmp_path):
     )
 
 
+def test_means_are_over_seeds_and_benchmarks():
+    scores = [
+        {**CELL, "seed": seed, "task": task, "score": seed + number}
+        for seed in (1, 2)
+        for number, task in enumerate("ab")
+    ]
+    new = [{**CELL, "seed": seed, "task": "held_out_new bleu", "score": seed / 10} for seed in (1, 2)]
+    (row,) = replication.mean_table(pd.DataFrame(scores), pd.DataFrame(new)).to_dict("records")
+    assert row == {"dataset": "d", "plw": 0.1, "held_out_new bleu": pytest.approx(0.15), "mean of benchmarks": 2.0}
+
+
 def cells(rise, gain):
     """Scores and questions of 24 cells: on short data `rise` from PLW 0 to a peak, and new records better by `gain`."""
     rng = np.random.default_rng(1)
