@@ -15,8 +15,10 @@ The records are drawn once, without regard to PLW or seed. Only those are drawn 
     questions.parquet   a row for each cell, question and metric
     held_out.csv        a row for each cell, kind of new records and measure; the loss with its sign turned, so that
                         more is better in all of them
+    cells.csv           a row for each cell: its options, and the seconds from its start to its end
 
-`curves FILE` fits a parabola on w_p to each measure of a held_out.csv, over all runs of a data set.
+`curves FILE` fits a parabola on w_p to each measure of a held_out.csv, over all runs of a data set. `verdicts FOLDER`
+judges the registered hypotheses by what was published there, and `means FOLDER` prints a table of means.
 """
 
 from __future__ import annotations
@@ -25,14 +27,22 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import click
 import pandas as pd
 
 from plw_mlflow import tracking
-from plw_mlflow.analysis.score_table import RUN
-from plw_mlflow.analysis.statistics import design, task_curves
+from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis.findings import ON_THESE
+from plw_mlflow.analysis.questions import Row, in_brackets, reach, read_beside
+from plw_mlflow.analysis.questions import compare as compare_questions
+from plw_mlflow.analysis.score_table import RUN, read_scores
+from plw_mlflow.analysis.statistics import design, fitting, task_curves
+from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.equivalence import assess_equivalence
+from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.config import HELD_OUT, DataOptions
 from plw_mlflow.data import formats, inversion, prepare, sources, templates
 from plw_mlflow.data.records import Fault, Record
@@ -140,6 +150,118 @@ def curve_table(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# ------------------------------------------------------------------------------------------------- the hypotheses
+
+SHORT, CLEANED = "alpaca_short.jsonl", "alpaca_cleaned.jsonl"
+AS_GOOD_AS_NONE = 0.02  # a range of the fitted curve below this is no effect
+HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the cells say of one hypothesis of docs/replication.md."""
+
+    number: int
+    says: str
+    verdict: str
+    found: str
+
+
+def judge(scores: pd.DataFrame, questions: pd.DataFrame) -> list[Verdict]:
+    """Judge the registered hypotheses. scores: of all cells. questions: of the same cells, as `compare` takes them."""
+    grids = {grid.dataset: grid for grid in analyze.grids(scores)}
+    against_0 = compare_questions(questions, 0.0).rows
+    return [
+        _short_data_have_a_peak(grids[SHORT]),
+        _long_data_do_not_care(grids[CLEANED]),
+        _nothing_is_worse_than_0(scores[scores["dataset"] == SHORT]),
+        _some_prompt_weight_helps([row for row in against_0 if _is_of(row, SHORT, held_out.COMPLETION_LOSS)]),
+        _all_prompt_weight_does_not_help(
+            [
+                row
+                for row in against_0
+                for dataset, metric in product((SHORT, CLEANED), (held_out.EXACT_MATCH, held_out.BLEU))
+                if row.plw == 1 and _is_of(row, dataset, metric)
+            ]
+        ),
+    ]
+
+
+def _is_of(row: Row, dataset: str, metric: str) -> bool:
+    """Whether a comparison is by that measure of new records of the kind that the cells were trained on."""
+    return row.group["dataset"] == dataset and row.task == f"{HELD_OUT}{Path(dataset).stem}_new {metric}"
+
+
+def _short_data_have_a_peak(grid: Grid) -> Verdict:
+    fit = fitting.fit(ON_THESE, grid)
+    bend, peak = fit.coefficients["w_p^2"], fit.optimum_plw
+    is_peak = bend < 0 and peak is not None and 0 < peak < 1
+    shape = f"highest at PLW {peak:.2g}" if is_peak else "no maximum between PLW 0 and 1"
+    return Verdict(
+        1,
+        "on short data the score depends on PLW, with its maximum between 0 and 1",
+        HOLDS if fit.joint_p < LEVEL and is_peak else FAILS if fit.joint_p < LEVEL else CANNOT_TELL,
+        f"p = {fit.joint_p:.2g}; w_p² {bend:+.3f}; {shape}",
+    )
+
+
+def _long_data_do_not_care(grid: Grid) -> Verdict:
+    found = assess_equivalence(grid, AS_GOOD_AS_NONE, tasks_are_fixed=True)
+    assert found.p is not None
+    assert found.smallest_margin is not None
+    p = fitting.fit(ON_THESE, grid).joint_p
+    return Verdict(
+        2,
+        f"on long data the fitted curve has a range below {AS_GOOD_AS_NONE:g}",
+        HOLDS if found.p < LEVEL else FAILS if p < LEVEL else CANNOT_TELL,
+        f"the range is {found.largest_difference:.4f}, and below {found.smallest_margin:.4f} (95 %); p = {p:.2g}",
+    )
+
+
+def _nothing_is_worse_than_0(scores: pd.DataFrame) -> Verdict:
+    means = scores.groupby("plw")["score"].mean()
+    listed = ", ".join(f"{mean:.4f} at {plw:g}" for plw, mean in means.items())
+    return Verdict(
+        3,
+        "on short data PLW 0 has the lowest mean score",
+        HOLDS if means.idxmin() == 0 else FAILS,
+        f"{listed} (of these runs alone)",
+    )
+
+
+def _some_prompt_weight_helps(rows: Sequence[Row]) -> Verdict:
+    best = min(rows, key=lambda row: row.found.difference)
+    return Verdict(
+        4,
+        "on short data some PLW above 0 has a lower completion loss on new records",
+        _of_differences([-row.found.difference for row in rows], [row.holm_p for row in rows]),
+        f"least at PLW {best.plw:g}: {best.found.difference:+.4f} nats a token against PLW 0 (mean over records; "
+        f"{reach(best.found.paired)}; p = {in_brackets(best.found.paired.p, best.holm_p)})",
+    )
+
+
+def _all_prompt_weight_does_not_help(rows: Sequence[Row]) -> Verdict:
+    gain = _of_differences([row.found.difference for row in rows], [row.holm_p for row in rows])
+    listed = "; ".join(
+        f"{row.group['dataset'].removesuffix('.jsonl')}, {row.metric}: {row.found.difference:+.4f} "
+        f"({reach(row.found.paired)})"
+        for row in rows
+    )
+    return Verdict(
+        5,
+        "exact match and BLEU of PLW 1 on new records are not better than those of PLW 0",
+        {HOLDS: FAILS, FAILS: HOLDS, CANNOT_TELL: CANNOT_TELL}[gain],
+        listed,
+    )
+
+
+def _of_differences(gains: Sequence[float], holm_p: Sequence[float]) -> str:
+    """Whether some gain is above 0: shown, none is, or not told apart from 0."""
+    if any(gain > 0 and p < LEVEL for gain, p in zip(gains, holm_p, strict=True)):
+        return HOLDS
+    return CANNOT_TELL if any(gain > 0 for gain in gains) else FAILS
+
+
 @click.group()
 def main() -> None:
     """The replication's data and results (docs/replication.md)."""
@@ -155,6 +277,9 @@ def publish(folder: Path, sweep: str) -> None:
     tracking.score_table(sweep=sweep).to_csv(folder / "scores.csv", index=False)
     questions.drop(columns="evaluation").to_parquet(folder / "questions.parquet", index=False, compression="zstd")
     held_out_table(questions).to_csv(folder / "held_out.csv", index=False)
+    rows = [{"run": one.run_id, "seconds": round(one.seconds)} | one.options for one in tracking.measured_before()]
+    cells = pd.DataFrame(rows).astype({"seed": int, "plw": float}).sort_values(["seed", "dataset", "plw"])
+    cells.to_csv(folder / "cells.csv", index=False)
 
 
 @main.command()
@@ -162,6 +287,32 @@ def publish(folder: Path, sweep: str) -> None:
 def curves(file: Path) -> None:
     """Print the parabola of each measure of FILE, a held_out.csv."""
     print(curve_table(pd.read_csv(file)).to_string(index=False, float_format="{:.4g}".format))
+
+
+def mean_table(scores: pd.DataFrame, held_out_scores: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds of each data set and PLW: of the benchmarks' mean, and of each measure of new records."""
+    by = ["dataset", "plw"]
+    both = pd.concat([scores.assign(task="mean of benchmarks"), held_out_scores])
+    return both.pivot_table(index=by, columns="task", values="score", aggfunc="mean").reset_index()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+def means(folder: Path) -> None:
+    """Print the mean of each data set, PLW and measure in FOLDER, as a table in Markdown."""
+    table = mean_table(read_scores(folder / "scores.csv"), pd.read_csv(folder / "held_out.csv"))
+    print("| " + " | ".join(table.columns) + " |\n" + "|---" * len(table.columns) + "|")
+    for row in table.itertuples(index=False):
+        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row) + " |")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+def verdicts(folder: Path) -> None:
+    """Judge the registered hypotheses by the scores and questions in FOLDER."""
+    scores = folder / "scores.csv"
+    for one in judge(read_scores(scores), read_beside(scores)):
+        print(f"{one.number}. {one.says}: {one.verdict}\n   {one.found}")
 
 
 @main.command(name="draw")

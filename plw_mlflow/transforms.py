@@ -106,8 +106,9 @@ def make_transform(axis: str, plws: ArrayLike, prompt_odds: tuple[float, float] 
         raise UserError("axis logit is for PLWs within 0..1, some of them between; use w_p")
     if axis in SHARE_AXES and prompt_odds is None:
         raise UserError(
-            f"axis {axis} needs the prompts' share of the loss weight of every run, as of PLW times prompt tokens; "
-            "give a column prompt_share, or generation ratios (--ratios)"
+            f"axis {axis} needs the prompts' share of the loss weight of every run, in a column prompt_share or from "
+            "--ratios, and needs the weight of prompts over that of completions to be linear in PLW, as it is but for "
+            "--loss-divisor share (where --axis plw is the share) and --divisor-scope example"
         )
     return Transform(axis, tried, prompt_odds or (0.0, 1.0))
 

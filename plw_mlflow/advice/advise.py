@@ -76,6 +76,18 @@ class Line:
         """w_p of one more data set and model, and half the 95 % prediction interval."""
         return self.pooled.next_point(_row(ratio), beside=self.tau2_models)
 
+    def by_share(self, ratio: float) -> tuple[float, float]:
+        """The same as `next_one`, if one share of the prompts in the loss weight were best on all data sets.
+
+        The best (PLW / ratio)^0.30103 is then the same on all of them, and that is pooled.
+        """
+        unit = ratio**EXPONENT
+        units = np.array([dataset.ratio**EXPONENT for dataset in self.datasets])
+        w, variances = (np.array([getattr(dataset, name) for dataset in self.datasets]) for name in ("w", "variance"))
+        pooled = pool(w / units, variances / units**2, np.ones((len(units), 1)))
+        best, reach = pooled.next_point(np.ones(1), beside=self.tau2_models / unit**2)
+        return best * unit, reach * unit
+
 
 @dataclass(frozen=True)
 class Advice:

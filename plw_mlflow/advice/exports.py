@@ -40,6 +40,7 @@ def to_json(advice: Advice) -> dict[str, Any]:
             "degrees_of_freedom": line.pooled.degrees_of_freedom,
             "tau2_datasets": line.pooled.tau2,
             "tau2_models": line.tau2_models,
+            "w_and_reach_by_share": list(line.by_share(advice.ratio)),
             "datasets": [asdict(dataset) for dataset in line.datasets],
         },
         "slopes": [asdict(slope) for slope in advice.slopes],

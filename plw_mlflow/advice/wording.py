@@ -157,6 +157,12 @@ def _line_words(advice: Advice, line: Line) -> list[str]:
         f"All together, w_p of the best PLW moves by {_span(slope, slope - reach, slope + reach)} for a tenfold ratio"
         + ("." if abs(slope) > reach else ", which could be either way or none.")
     )
+    w, reach = line.by_share(advice.ratio)
+    lines.append(
+        "If one share of the prompts in the loss weight were best on all data, the same data sets would put the best "
+        f"PLW at {to_plw(w):.2g} here ({to_plw(w - reach):.2g} to {to_plw(w + reach):.2g}). "
+        "They do not show that one is."
+    )
     return lines
 
 

@@ -301,15 +301,17 @@ def meaning(rows: Sequence[Row]) -> list[str]:
         f"The first interval and p ({' or '.join(tests)}) are of these trained models, on other questions like these. "
         "The unpaired p is by the two scores' own standard errors, which leave unused that the questions are the same."
     ]
-    if all(row.found.with_luck is not None for row in rows):
+    have_luck = {row.found.with_luck is not None for row in rows}
+    if True in have_luck:
         sentences.append(
             "Luck of training is in the last interval and p alone, as far as the seeds show it: they say whether PLW "
             "makes a difference, the first ones whether these models differ."
         )
-    else:
+    if False in have_luck:
+        which = "Where there are none of these" if True in have_luck else "Luck of training is not in them"
         sentences.append(
-            "Luck of training is not in them, as too few PLWs have several seeds: a difference may be one of two "
-            "trainings, and not of PLW. Two seeds of each PLW would show that luck."
+            f"{which}, as too few PLWs have several seeds, a difference may be one of two trainings, and not of PLW. "
+            "Two seeds of each PLW would show that luck."
         )
     if any(not row.are_paired for row in rows):
         sentences.append("Where two PLWs have no seed in common, the means over the seeds of each are compared.")

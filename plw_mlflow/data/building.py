@@ -170,7 +170,8 @@ def _write_batch(
         )
         bare = _bare_counts(records, encoder, token_counts)
     usable, examples = [], []
-    for index, example in enumerate(encoder.encode(records)):
+    rendered = [encoder.render(record) for record in records]
+    for index, example in enumerate(encoder.encode_rendered(rendered)):
         if isinstance(example, Fault):
             unread.add(numbers[index], example)
         else:
@@ -183,7 +184,7 @@ def _write_batch(
             [records[index] is not as_read[index] for index in usable],
             bare[usable],
             examples,
-            audit.flags([records[index] for index in usable], examples, encoder),
+            audit.flags([records[index] for index in usable], [rendered[index] for index in usable], examples, encoder),
         )
     return len(usable)
 

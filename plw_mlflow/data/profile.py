@@ -213,12 +213,17 @@ def count_faults(
 
 
 def check_limits(profile: Profile, limits: Sequence[Limit]) -> None:
-    """Raise RunError with the limits that what was counted breaks."""
-    broken = [
-        f"{limit.name} is {profile.audit[limit.name]} of {profile.records} records, and {limit} was given as a limit"
-        for limit in limits
-        if limit.is_broken(profile.audit[limit.name], profile.records)
-    ]
+    """Raise RunError with the limits that what was counted breaks.
+
+    A share is of the chosen records; where those that are counted are not among them, of both together.
+    """
+    broken = []
+    for limit in limits:
+        found, records = profile.audit[limit.name], profile.records
+        if limit.name == "left_out" or (limit.name == "duplicates" and profile.duplicates_dropped):
+            records += found
+        if limit.is_broken(found, records):
+            broken.append(f"{limit.name} is {found} of {records} records, and {limit} was given as a limit")
     if broken:
         raise RunError("; ".join(broken))
 

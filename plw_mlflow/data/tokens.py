@@ -116,7 +116,10 @@ class Encoder:
 
         A Fault stands in place of a record that the template cannot hold. Raises UserError where there is no template.
         """
-        rendered = [self.render(record) for record in records]
+        return self.encode_rendered([self.render(record) for record in records])
+
+    def encode_rendered(self, rendered: Sequence[list[Piece] | Fault]) -> list[Example | Fault]:
+        """Tokenise what `render` gives of records; a Fault stays one."""
         examples = iter(self._encoded([pieces for pieces in rendered if not isinstance(pieces, Fault)]))
         return [pieces if isinstance(pieces, Fault) else next(examples) for pieces in rendered]
 

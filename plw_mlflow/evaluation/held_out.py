@@ -7,7 +7,6 @@ part of a run's `score`, whose tasks have prompts of the harness.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import warnings
@@ -19,7 +18,6 @@ import numpy as np
 
 from plw_mlflow.config import HELD_OUT, DataOptions, recorded_data_options, short_name
 from plw_mlflow.data import prepare
-from plw_mlflow.data.pieces import Segment
 from plw_mlflow.data.sources import Source
 from plw_mlflow.data.tokens import Example, answer_ends
 from plw_mlflow.errors import UserError
@@ -50,10 +48,12 @@ def read(names: Sequence[str], tokenizer: Any, options: DataOptions, limit: int 
     """The examples of data sets, made as `options` make those of the cell.
 
     All records are taken, or the first `limit`; they are neither mixed nor inverted, and those that the options drop as
-    too long are left out. Raises UserError where two data sets have one name, or one has no completion to measure.
+    too long are left out. Of a conversation, the last answer is measured. Raises UserError where two data sets have one
+    name, or one has no completion to measure.
     """
     choosing = ("mix", "mix_invert", "mix_share", "invert", "max_records")
-    alone = recorded_data_options({name: value for name, value in vars(options).items() if name not in choosing}, None)
+    kept = {name: value for name, value in vars(options).items() if name not in choosing}
+    alone = recorded_data_options(kept | {"completion_turns": "last"}, None)
     sets = [_read(name, tokenizer, alone, limit) for name in names]
     if len({each.task for each in sets}) < len(sets):
         raise UserError(f"held-out data sets need different names, got {', '.join(names)}")
@@ -68,15 +68,25 @@ def _read(name: str, tokenizer: Any, options: DataOptions, limit: int | None) ->
         for index in range(len(part))
     }
     in_order = ((number, part[index]) for number, (part, index) in sorted(places.items(), key=lambda place: place[0]))
-    have_both = (
-        (number, example)
-        for number, example in in_order
-        if (example.segment == Segment.COMPLETION).any() and len(prompt(example))
-    )
-    usable = list(itertools.islice(have_both, limit))
-    if not usable:
+    numbers: list[int] = []
+    examples: list[Example] = []
+    unusable: list[int] = []
+    for number, example in in_order:
+        if not len(prompt(example)) or not len(completion(example)):
+            unusable.append(number)
+        elif len(examples) == limit:
+            break
+        else:
+            numbers.append(number)
+            examples.append(example)
+    if not examples:
         raise UserError(f"held-out data set {name} has no record with a prompt and a completion")
-    numbers, examples = [number for number, _ in usable], [example for _, example in usable]
+    if unusable:
+        warnings.warn(
+            f"held-out data set {name}: {len(unusable)} records without a prompt or a completion are left out, the "
+            f"first of them record {unusable[0]}",
+            stacklevel=2,
+        )
     template = f"template {options.template}"
     return HeldOut(HELD_OUT + short_name(name), numbers, examples, prepared.sources[0], template)
 

@@ -13,10 +13,11 @@ from plw_mlflow.integrations.collator import PLWCollator
 from plw_mlflow.integrations.own_loop import divisor, token_weights, weighted_nll
 
 if TYPE_CHECKING:
-    from plw_mlflow.integrations.sft_trainer import PLWSFTTrainer
+    from plw_mlflow.integrations.sft_trainer import PLWSFTTrainer as PLWSFTTrainer
     from plw_mlflow.integrations.trainer import PLWTrainer
 
-__all__ = ["PLWCollator", "PLWSFTTrainer", "PLWTrainer", "divisor", "token_weights", "weighted_nll"]
+# Without PLWSFTTrainer, which needs TRL.
+__all__ = ["PLWCollator", "PLWTrainer", "divisor", "token_weights", "weighted_nll"]
 
 _ASKED_FOR = {"PLWTrainer": "trainer", "PLWSFTTrainer": "sft_trainer"}  # slow to import, or not there
 

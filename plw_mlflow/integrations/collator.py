@@ -15,6 +15,7 @@ from plw_mlflow.integrations.own_loop import check_plw, token_weights
 
 IGNORED = -100  # a label that is no token
 MASKS = ("completion_mask", "assistant_masks")  # as TRL and transformers name them
+OF_OTHER_KINDS = ("pixel_values", "pixel_values_videos", "input_features")  # columns of images and sounds
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class PLWCollator:
     """Makes a batch of tokenised rows: padded, or packed into one row in which each text attends to itself alone.
 
     plw: the weight of tokens that belong to no completion.
-    max_tokens: of a text, which is cut at its end; None: it is not cut.
+    max_tokens: of a text, which is cut at its end; None: it is not cut. A text whose completion is cut away is kept,
+        with its prompt's weights.
     packing: whether texts stand behind one another in one row, without padding.
 
     A row has `input_ids` and says by one of these what weighs 1, and so what has the PLW:
@@ -33,9 +35,9 @@ class PLWCollator:
         weights            the weights themselves, as many as tokens, where two do not suffice
 
     Where there are several of the first three, a token belongs to a completion if all say so. Padding that
-    `attention_mask` shows is taken out.
+    `attention_mask` shows is taken out; without that column, a row is taken to have none.
 
-    Raises UserError for a row without any of these, or with another number of them than of tokens.
+    Raises UserError for a row without any of these, with another number of them than of tokens, or of images or sounds.
 
     >>> row = {"input_ids": [2, 5, 6, 7, 1], "completion_mask": [0, 0, 0, 1, 1]}
     >>> batch = PLWCollator(plw=0.1, max_tokens=4, packing=True)([row, row])
@@ -53,6 +55,8 @@ class PLWCollator:
 
     def __post_init__(self) -> None:
         check_plw(self.plw)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, or None for no limit, got {self.max_tokens}")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch: `input_ids`, `labels` and `weights`, and what the model has to know of padding or borders."""
@@ -73,6 +77,8 @@ class PLWCollator:
 
     def _parts(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tokens, labels and weights of one text [T]."""
+        if others := [name for name in OF_OTHER_KINDS if row.get(name) is not None]:
+            raise UserError(f"a row has {others[0]}, and the default collator carries text alone; give a data_collator")
         tokens = torch.as_tensor(row["input_ids"]).long()
         if row.get("weights") is not None:
             weights = torch.as_tensor(row["weights"], dtype=torch.float32)
@@ -106,9 +112,30 @@ class Weighing:
         if "weights" not in batch:
             if "labels" not in batch:
                 raise UserError("the data collator gives neither labels nor weights; leave it out, or have it give one")
-            known = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
-            batch["weights"] = token_weights(batch["labels"] != IGNORED, self.plw, **known)
+            is_marked, position_ids = batch["labels"] != IGNORED, batch.get("position_ids")
+            if batch.get("attention_mask") is not None:
+                # Where texts are padded with what ends them, a mask may leave out the end, which has a label.
+                is_token = batch["attention_mask"].bool() | is_marked
+            elif position_ids is None and (~is_marked & ~_stands_before(is_marked)).any():
+                raise UserError(
+                    "the data collator ends rows with labels of -100 and gives no attention_mask, so that padding "
+                    "cannot be told from prompts; have it give one"
+                )
+            else:
+                is_token = None
+            batch["weights"] = token_weights(is_marked, self.plw, attention_mask=is_token, position_ids=position_ids)
         return batch
+
+
+def _stands_before(is_marked: Tensor) -> Tensor:
+    """Which positions [..., T] have a marked one behind them."""
+    return is_marked.flip(-1).cumsum(-1).flip(-1) > is_marked
+
+
+def prompts(labels: Tensor) -> Tensor:
+    """Which tokens [..., T] labels leave out though others that they mark follow: prompts, and no ends or padding."""
+    is_marked = labels != IGNORED
+    return ~is_marked & _stands_before(is_marked)
 
 
 def completions(row: Mapping[str, Any]) -> Tensor:

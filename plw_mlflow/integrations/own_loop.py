@@ -92,8 +92,8 @@ def weighted_nll(
     >>> bool(model.lm_head.weight.grad.any())
     True
     """
+    check_model(model)
     bare = extract_model_from_parallel(model)
-    _check(model, bare)
     with _summing(causal.unwrap(bare), label_smoothing):
         total = model(input_ids=input_ids, weights=weights, **rest)
     assert isinstance(total, Tensor)
@@ -118,11 +118,17 @@ def divisor(weights: Tensor | Sequence[Tensor], kind: str = "weights") -> Tensor
     """
     check_divisor(kind)
     parts = [weights] if isinstance(weights, Tensor) else weights
-    own = [part.double().sum() if kind == "weights" else part.count_nonzero().double() for part in parts]
-    total = torch.stack(own).sum()
+    total = torch.stack([mass(part, kind) for part in parts]).sum()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def mass(weights: Tensor, kind: str) -> Tensor:
+    """The sum of weights, or the number of those that are not 0: a float64 scalar."""
+    if weights.device.type == "mps":  # which has no float64
+        weights = weights.cpu()
+    return weights.double().sum() if kind == "weights" else weights.count_nonzero().double()
 
 
 def check_plw(plw: float) -> None:
@@ -137,10 +143,11 @@ def check_divisor(kind: str) -> None:
         raise UserError(f"the divisor must be one of {', '.join(DIVISORS)}, got {kind!r}")
 
 
-def _check(model: Any, bare: Any) -> None:
-    """Raise UserError for a model whose loss `weighted_nll` would not be."""
+def check_model(model: Any) -> None:
+    """Raise UserError for a model whose loss `weighted_nll` would not be, as far as its parts tell."""
     if isinstance(model, nn.DataParallel):
         raise UserError("DataParallel is not supported; start a process for each GPU by torchrun")
+    bare = extract_model_from_parallel(model)
     if getattr(getattr(bare, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError("peft's prompt tuning and prefix tuning are not supported; use adapters such as LoRA")
     if getattr(causal.unwrap(bare).config.get_text_config(), "output_router_logits", False):

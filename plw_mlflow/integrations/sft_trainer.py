@@ -40,4 +40,6 @@ class PLWSFTTrainer(WeightedLoss, SFTTrainer):
     ) -> None:
         if data_collator is None and "weights" in (getattr(train_dataset, "column_names", None) or ()):
             raise UserError("TRL loses a column of weights, as it cuts and packs labels alone; use PLWTrainer for them")
+        if (loss_type := getattr(args, "loss_type", "nll")) == "dft":
+            raise UserError(f"loss_type={loss_type!r} is another loss than the weighted one; leave it out")
         super().__init__(model, args, data_collator, train_dataset, *more, plw=plw, loss_divisor=loss_divisor, **kwargs)

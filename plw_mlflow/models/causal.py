@@ -61,6 +61,11 @@ def head(model: Any) -> Head:
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise UserError(f"{config.model_type} has no head whose weights make its logits")
+    if hasattr(layer, "base_layer"):  # as peft wraps what has adapters, whose `weight` is then without them
+        raise UserError(
+            "adapters on the head (lm_head) are not supported; take it out of the adapters' target modules, or train "
+            "all of it as one of peft's modules_to_save"
+        )
     scale = math.prod((getattr(config, name, None) or 1) ** power for name, power in SCALES.items())
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
@@ -72,6 +77,20 @@ def hidden_states(model: Any, tokens: Tensor, **context: Any) -> Tensor:
     context: the other arguments of the forward pass, such as `Batch.context` gives.
     """
     return body(unwrap(model))(input_ids=tokens, use_cache=False, **context).last_hidden_state
+
+
+def makes_own_logits(model: Any, hidden: Tensor, logits: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether a model's head makes its own logits [T, V] of its last hidden states [T, H].
+
+    A scale or a cap that differs shows in the losses of the most and the least likely token, which must agree within
+    the tolerance, in nats.
+    """
+    from_head = head(model).logits(hidden)
+    for targets in (logits.argmax(1), logits.argmin(1)):
+        own, ours = (nn.functional.cross_entropy(x.float(), targets, reduction="none") for x in (logits, from_head))
+        if not torch.allclose(ours, own, atol=tolerance):
+            return False
+    return True
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.models import causal, files, held, saved_adapters, stored
@@ -179,12 +178,8 @@ def _trial(model: Any) -> str | None:
     for row, cause in enumerate(("the tokens that follow", "padding")):
         if not (beside[row, :4] - hidden[0]).abs().max() <= tolerance:
             return f"lets {cause} change what it gives for a token, so it is no causal language model"
-    from_parts = causal.head(model).logits(hidden[0])
-    # A scale or a cap that differs shows in the losses of the most and the least likely token.
-    for targets in (logits.argmax(1), logits.argmin(1)):
-        own, ours = (nn.functional.cross_entropy(x, targets, reduction="none") for x in (logits, from_parts))
-        if not torch.allclose(ours, own, atol=1e-4):
-            return "makes its logits in a way that is not known here, so loss and scores would not be its own"
+    if not causal.makes_own_logits(model, hidden[0], logits):
+        return "makes its logits in a way that is not known here, so loss and scores would not be its own"
     return None
 
 

@@ -223,6 +223,18 @@ def test_points_on_a_line_give_the_line():
     assert "Suggested PLW 0.1" in wording.sentences(advice)[0]
 
 
+def test_if_one_share_is_best_the_best_weight_grows_with_the_ratio():
+    """Best PLWs of half the ratio give prompts a third of the weight on all data sets, and so on another."""
+    ratios = (0.1, 0.4, 1.6)
+    points = [point((ratio / 2) ** 0.30103, 0.01, ratio, dataset=str(ratio)) for ratio in ratios]
+    line = advise.fit_line(points)
+    w, reach = line.by_share(0.05)
+    assert evidence.to_plw(w) == pytest.approx(0.025, rel=1e-6)
+    assert reach < line.next_one(0.05)[1]
+    (told,) = [line for line in wording.sentences(advise.advise(0.05, points)) if "one share" in line]
+    assert "put the best PLW at 0.025 here" in told
+
+
 def test_flat_curves_change_nothing():
     flat = [point(0.9, math.inf, ratio, f"f{ratio}", p=0.6) for ratio in (0.2, 5)]
     with_flat, without = (advise.advise(1.0, points) for points in (lined() + flat, lined()))

@@ -61,3 +61,59 @@ def test_records_are_drawn_that_fit_in_both_forms(tmp_path):
     assert all(
         (pair.short.input, pair.short.output) == (pair.cleaned.output, pair.cleaned.instruction) for pair in inverted
     )
+
+
+def test_means_are_over_seeds_and_benchmarks():
+    scores = [
+        {**CELL, "seed": seed, "task": task, "score": seed + number}
+        for seed in (1, 2)
+        for number, task in enumerate("ab")
+    ]
+    new = [{**CELL, "seed": seed, "task": "held_out_new bleu", "score": seed / 10} for seed in (1, 2)]
+    (row,) = replication.mean_table(pd.DataFrame(scores), pd.DataFrame(new)).to_dict("records")
+    assert row == {"dataset": "d", "plw": 0.1, "held_out_new bleu": pytest.approx(0.15), "mean of benchmarks": 2.0}
+
+
+def cells(rise, gain):
+    """Scores and questions of 24 cells: on short data `rise` from PLW 0 to a peak, and new records better by `gain`."""
+    rng = np.random.default_rng(1)
+    tasks = [f"task{number}" for number in range(6)]
+    scores, questions = [], []
+    answers = rng.random(60)
+    for dataset in ("alpaca_cleaned", "alpaca_short"):
+        for plw in (0, 0.01, 0.05, 0.2463, 0.5, 1):
+            w = float(make_transform("w_p", [0.0, 1.0])(plw))
+            for seed in (1, 2):
+                cell = {"model": "m", "dataset": f"{dataset}.jsonl", "plw": plw, "seed": seed}
+                for task in tasks:
+                    peak = rise * (1 - (w / 0.7 - 1) ** 2) * (dataset == "alpaca_short")
+                    score = 0.4 + peak + rng.normal(scale=0.004)
+                    scores.append({**cell, "task": task, "metric": "acc", "score": score})
+                better = gain * (plw > 0)
+                for metric, sign in (("completion_loss", -1), ("exact_match", 1), ("bleu", 1)):
+                    for number, answer in enumerate(answers + rng.normal(scale=0.01, size=60)):
+                        new = {"task": f"held_out_{dataset}_new", "metric": metric, "document": str(number)}
+                        questions.append({**cell, **new, "doc_id": number, "value": answer + sign * better})
+    table = pd.DataFrame(questions)
+    table.attrs["metrics"] = dict.fromkeys(tasks, "acc")
+    return pd.DataFrame(scores), table
+
+
+@pytest.mark.parametrize(
+    ("rise", "gain", "expected"),
+    [
+        (0.05, 0.1, ["holds", "holds", "holds", "holds", "does not hold"]),
+        (-0.05, -0.1, ["does not hold", "holds", "does not hold", "does not hold", "holds"]),
+    ],
+)
+def test_hypotheses_are_judged_by_what_was_planted(rise, gain, expected):
+    judged = replication.judge(*cells(rise, gain))
+    assert [one.number for one in judged] == [1, 2, 3, 4, 5]
+    assert [one.verdict for one in judged] == expected
+
+
+def test_where_nothing_was_planted_the_hypotheses_of_an_effect_do_not_hold():
+    judged = replication.judge(*cells(0.0, 0.0))
+    assert [one.verdict for one in judged][1] == "holds"
+    assert "holds" not in {judged[0].verdict, judged[3].verdict}
+    assert judged[4].verdict != "does not hold"

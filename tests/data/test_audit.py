@@ -1,6 +1,7 @@
 """Is each fault that masks, cuts or shifts trained tokens counted, and are clean data found clean?"""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from plw_mlflow.config import PrepareConfig
 from plw_mlflow.config.limits import COUNTED, parse
 from plw_mlflow.data import audit, prepare, templates
+from plw_mlflow.data.profile import check_limits
 from plw_mlflow.data.records import Record
 from plw_mlflow.data.tokens import Encoder
 from plw_mlflow.data.weights import Weights
+from plw_mlflow.errors import RunError
 from tests.conftest import byte_tokenizer
 
 CHAT = (
@@ -78,6 +81,19 @@ def test_template_drift(prompt, counted):
     }
 
 
+@pytest.mark.parametrize("turns", ["last", "every"])
+def test_a_blank_before_answers_is_drift_where_it_is_a_token_of_its_own(turns, counted):
+    """Llama 2's template writes one that its generation prompt lacks, and SentencePiece makes it part of the answer."""
+    blank = byte_tokenizer().tokenize(" ")[0]
+    template = CHAT.replace(
+        "]{{ message['content'] }}", "]{{ ' ' if message['role'] == 'assistant' }}{{ message['content'] }}"
+    )
+    assert "' '" in template
+    options = {"template": template, "completion_turns": turns}
+    assert counted(CHATS, byte_tokenizer((blank, "t")), **options) == {}
+    assert counted(CHATS, byte_tokenizer(), **options) == {"template_drift": 20}
+
+
 def test_doubled_bos(counted):
     """A template writes the token that the tokenizer adds anyway."""
     doubled = {name: "<s>" + form for name, form in JSON.items()}
@@ -107,10 +123,10 @@ def test_border_off_by_one(step):
     encoder = Encoder(tokenizer, templates.load("none", tokenizer))
     record = Record("1", "ab", "", "cd")
     (example,) = encoder.encode([record])
-    assert audit.flags([record], [example], encoder).tolist() == [0]
+    assert audit.flags([record], [encoder.render(record)], [example], encoder).tolist() == [0]
     shifted = replace(example, segment=np.roll(example.segment, step))
     shifted.segment[0], shifted.segment[-1] = example.segment[0], example.segment[-1]
-    assert audit.flags([record], [shifted], encoder).tolist() == [audit.BITS["border_drift"]]
+    assert audit.flags([record], [encoder.render(record)], [shifted], encoder).tolist() == [audit.BITS["border_drift"]]
 
 
 # And others.
@@ -138,7 +154,9 @@ def test_an_example_without_an_end_token_is_found():
     record = Record("1", "ab", "", "cd")
     (example,) = encoder.encode([record])
     endless = replace(example, tokens=example.tokens[:-1], segment=example.segment[:-1])
-    assert audit.flags([record], [endless], encoder).tolist() == [audit.BITS["without_end_token"]]
+    assert audit.flags([record], [encoder.render(record)], [endless], encoder).tolist() == [
+        audit.BITS["without_end_token"]
+    ]
 
 
 # Limits.
@@ -151,6 +169,17 @@ def test_limits_are_read_as_they_are_written():
     for limit, broken, kept in zip(limits, (1, 3, 1), (0, 2, 2), strict=True):
         assert limit.is_broken(broken, 200)
         assert not limit.is_broken(kept, 200)
+
+
+@pytest.mark.parametrize(("limit", "is_broken"), [("left_out > 74%", True), ("left_out > 75%", False)])
+def test_a_share_of_what_was_left_out_is_of_all_records(limit, is_broken, tmp_path):
+    rows = [*CLEAN[:10], *({"instruction": f"{n}", "output": ""} for n in range(30))]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = PrepareConfig(template="none", on_bad_record="skip", cache_dir=tmp_path / "cache")
+    found = prepare.run(str(tmp_path / "data.json"), byte_tokenizer(), options).profile
+    expectation = pytest.raises(RunError, match="left_out is 30 of 40 records") if is_broken else nullcontext()
+    with expectation:
+        check_limits(found, parse(limit))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,28 @@ def test_the_format_that_is_given_is_that_of_a_held_out_file_too(toy, new_file, 
         held_out.read([str(new_file)], toy[1], DataOptions(cache_dir=tmp_path / "cache"))
 
 
+def test_of_a_conversation_the_last_answer_is_measured(toy, tmp_path):
+    turns = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    chat = tmp_path / "chat.jinja"
+    chat.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}")
+    options = DataOptions(cache_dir=tmp_path / "cache", template=str(chat), completion_turns="every")
+    (found,) = held_out.read([str(file)], toy[1], options)
+    (example,) = found.examples
+    assert toy[1].decode(completion(example), skip_special_tokens=True) == "Second."
+    assert "First." in toy[1].decode(prompt(example))
+
+
+def test_records_whose_completion_is_cut_away_are_left_out_and_told(toy, new_file, tmp_path):
+    rows = [{"prompt": "One? " * 40, "completion": "Alone."}, {"prompt": "One?", "completion": "Yes."}] * 2
+    new_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(cache_dir=tmp_path / "cache", template="none", max_tokens=30, on_long="truncate")
+    with pytest.warns(UserWarning, match="2 records without a prompt or a completion .* the first of them record 1"):
+        (found,) = held_out.read([str(new_file)], toy[1], options)
+    assert found.numbers == [2, 4]
+
+
 def test_two_sets_of_one_name_are_refused(toy, new_file, options):
     with pytest.raises(UserError, match="different names"):
         held_out.read([str(new_file), str(new_file)], toy[1], options)

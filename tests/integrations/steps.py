@@ -7,6 +7,8 @@ import tempfile
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainingArguments
 
@@ -42,6 +44,16 @@ def rows(examples):
 def model():
     """A tiny LLaMA whose gradients float32 can tell to a few parts in ten million."""
     return tiny_llama(initializer_range=0.1)
+
+
+def lora(model):
+    """The model with adapters, whose weights are not 0 as new ones' are, or most gradients would be."""
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return adapted
 
 
 def case(accumulation, packing, divisor, spread=exactness.SPREADS[0]):

@@ -64,6 +64,37 @@ def test_rows_without_marks_are_refused(row, message):
         PLWCollator(0.5)([row])
 
 
+def test_no_limit_is_none_and_nothing_else():
+    for limit in (-1, 0):
+        with pytest.raises(UserError, match="max_tokens must be at least 1"):
+            PLWCollator(0.5, max_tokens=limit)
+
+
+def test_images_are_not_dropped():
+    with pytest.raises(UserError, match="a row has pixel_values"):
+        PLWCollator(0.5)([{**ROWS[0], "pixel_values": [1.0]}])
+
+
+def weighed(**batch):
+    """The weights that batches of another collator get."""
+    return Weighing(lambda _: {name: torch.tensor(column) for name, column in batch.items()}, 0.5)([])[
+        "weights"
+    ].tolist()
+
+
+def test_padding_that_nothing_shows_is_refused():
+    labels = [[-100, -100, 7, 1, -100, -100]]
+    with pytest.raises(UserError, match="padding cannot be told from prompts"):
+        weighed(labels=labels)
+    assert weighed(labels=labels, attention_mask=[[1, 1, 1, 1, 0, 0]]) == [[0, 0.5, 1, 1, 0, 0]]
+    assert weighed(labels=[[-100, -100, 7, 1]]) == [[0, 0.5, 1, 1]]
+    assert weighed(labels=labels, position_ids=[[0, 1, 2, 3, 0, 1]]) == [[0, 0.5, 1, 1, 0, 0.5]]
+
+
+def test_an_end_with_a_label_counts_though_the_mask_takes_it_for_padding():
+    assert weighed(labels=[[-100, 7, 1, -100]], attention_mask=[[1, 1, 0, 0]]) == [[0, 1, 1, 0]]
+
+
 def test_a_collator_without_labels_is_refused():
     with pytest.raises(UserError, match="neither labels nor weights"):
         Weighing(lambda rows: {"input_ids": torch.ones(1, 2)}, 0.5)([])

@@ -1,10 +1,12 @@
 """Does transformers' Trainer with our loss take our steps, and leave the model as it is otherwise?"""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -34,19 +36,10 @@ def test_its_gradients_are_our_loops_and_the_oracles(plw, divisor, accumulation,
     assert steps.difference(found, steps.ours(plw, divisor, packing)) < 1e-6
 
 
-def lora(model):
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:  # with zeros, most gradients would be 0
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return adapted
-
-
 def test_adapters_of_peft_get_the_oracles_gradients():
     examples, one = steps.prepared().training, steps.case(4, True, "weights")
-    found = steps.by_trainer(one, 0.242, lora(steps.model()), examples)
-    exact = exactness.oracle(one, 0.242, lora(steps.model()).double(), examples)
+    found = steps.by_trainer(one, 0.242, steps.lora(steps.model()), examples)
+    exact = exactness.oracle(one, 0.242, steps.lora(steps.model()).double(), examples)
     assert steps.difference(found, exact) < 1e-6
 
 
@@ -86,7 +79,7 @@ def test_twenty_steps_give_our_loops_weights(tmp_path):
 
 
 def test_a_trained_model_generates_and_is_saved_as_any_other(tmp_path):
-    model = lora(steps.model())
+    model = steps.lora(steps.model())
     trainer = PLWTrainer(
         model, steps.arguments(tmp_path, bf16=True), train_dataset=steps.rows(steps.prepared().training), plw=0.1
     )
@@ -117,6 +110,23 @@ def test_the_loss_of_evaluation_is_the_weighted_one(tmp_path, packing):
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     expected = (nll * weights).sum() / weights.count_nonzero()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_of_evaluation_does_not_depend_on_how_it_is_cut(tmp_path):
+    rows = steps.rows(steps.prepared(7).training)
+    losses = []
+    for size in (1, 3, 7):
+        arguments = steps.arguments(tmp_path, per_device_eval_batch_size=size)
+        trainer = PLWTrainer(steps.model(), arguments, train_dataset=rows, eval_dataset=rows, plw=0.1)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+def test_a_saved_model_tells_its_plw(tmp_path):
+    rows = steps.rows(steps.prepared(4).training)
+    trainer = PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=rows, plw=0.1, loss_divisor="tokens")
+    trainer.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/plw.json").read_text()) == {"plw": 0.1, "loss_divisor": "tokens"}
 
 
 def test_logits_are_given_to_metrics(tmp_path):
@@ -158,8 +168,47 @@ def test_a_collator_that_passes_over_masks_is_refused(tmp_path):
     tokenizer.pad_token = "</s>"
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     rows = steps.rows(steps.prepared(4).training)
-    with pytest.raises(UserError, match="the PLW would change nothing"):
+    with pytest.raises(UserError, match="tokens as completion that their row does not"):
         PLWTrainer(steps.model(), steps.arguments(tmp_path), collate, train_dataset=rows, plw=0.1)
+    # Where texts are padded with what ends them, this collator leaves the ends out, and they are no prompts.
+    rows = [{"input_ids": [5, 6, 7, tokenizer.eos_token_id]}]
+    with pytest.raises(UserError, match="labels mark every token as completion"):
+        PLWTrainer(steps.model(), steps.arguments(tmp_path), collate, train_dataset=rows, plw=0.1)
+
+
+def test_columns_that_trainer_leaves_out_are_left_out_of_the_checks(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    rows = Dataset.from_list([{"text": "a", "input_ids": [5, 6, 7], "labels": [-100, -100, 7]}] * 2)
+    arguments = steps.arguments(tmp_path, per_device_train_batch_size=2)
+    PLWTrainer(steps.model(), arguments, DataCollatorForSeq2Seq(tokenizer), train_dataset=rows, plw=0.1).train()
+
+
+def test_a_stream_that_can_be_read_once_loses_no_row(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, rows):
+            self.rows = iter(rows)
+
+        def __iter__(self):
+            return self.rows
+
+    rows = steps.rows(steps.prepared(3).training)
+    trainer = PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=Stream(rows), plw=0.1)
+    assert len(list(trainer.train_dataset)) == 3
+
+
+def test_adapters_on_the_head_are_refused(tmp_path):
+    model = get_peft_model(steps.model(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(UserError, match="adapters on the head"):
+        PLWTrainer(model, steps.arguments(tmp_path), train_dataset=[], plw=0.1)
+
+
+def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tmp_path):
+    model = steps.model()
+    model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits / 2) or output)
+    with pytest.raises(UserError, match="logits in a way that is not known"):
+        PLWTrainer(model, steps.arguments(tmp_path), train_dataset=[], plw=0.1)
+    PLWTrainer(steps.model(), steps.arguments(tmp_path, bf16=True), train_dataset=[], plw=0.1)
 
 
 def test_packing_that_would_mix_examples_is_refused(tmp_path):

@@ -141,3 +141,9 @@ def test_evaluation_gives_the_weighted_loss(tmp_path):
         plw=0.1,
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(ours.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_another_loss_of_trl_is_refused(tmp_path):
+    arguments = steps.arguments(tmp_path, SFTConfig, loss_type="dft", bf16=False)
+    with pytest.raises(UserError, match="'dft' is another loss"):
+        PLWSFTTrainer(steps.model(), arguments, train_dataset=None, plw=0.1)

@@ -53,7 +53,7 @@ class Joint:
     runs: int
     tasks: list[str]
     fits: list[JointFit]
-    refusals: dict[str, str]  # why an axis is not among them
+    refusals: dict[str, str]  # why an axis, or a data set, is not among them
 
     def of(self, axis: str | None, *, each: bool = False) -> JointFit:
         """The description by that axis; each: by a curve for each data set."""
@@ -68,37 +68,48 @@ class Joint:
 def compare_axes(table: pd.DataFrame, by: tuple[str, ...] = ()) -> Joint:
     """Describe the data sets of a checked table, whose scores are on one scale, on every axis.
 
-    Only tasks count that every run is scored on. by: columns whose values have levels of their own. Raises UserError
-    where there is one data set only, no such task, or too few runs of a data set.
+    Only tasks count that every run is scored on. by: columns whose values have levels of their own. Data sets of too
+    few runs are left out, as are axes on which there is no fit. Raises UserError where fewer than two data sets are
+    left, or no such task, and where there is no fit on w_p.
     """
-    odds = odds_of_rows(table)
     keys = list(dict.fromkeys([*RUN, *by]))
+    groups = list(dict.fromkeys(["dataset", "model", *by]))
+    refusals = _of_too_few_runs(table, keys, groups)
+    table = table[~table["dataset"].isin(list(refusals))]
+    if (left := table["dataset"].nunique()) < 2:
+        too_few = "; ".join(f"{name} {why}" for name, why in refusals.items())
+        raise UserError(f"{left} data set{'s' * (left != 1)} left to join" + f" ({too_few})" * bool(too_few))
     scores = table.pivot_table(index=keys, columns="task", values="score")
     runs = scores.index.to_frame(index=False)
     scores = scores.dropna(axis=1)
     if scores.empty:
         raise UserError("no task is scored on every run")
     names, dataset = np.unique(runs["dataset"], return_inverse=True)
-    if len(names) < 2:
-        raise UserError(f"there is only {names[0]}, nothing to join")
-    levels = _dummies(runs.groupby(list(dict.fromkeys(["dataset", "model", *by]))).ngroup().to_numpy())
-    for number, name in enumerate(names):
-        of_one = dataset == number
-        needed = int(levels[of_one].any(0).sum()) + 2 + MIN_FREE
-        if of_one.sum() < needed:
-            raise UserError(f"{name} has {of_one.sum()} runs, and it takes {needed}")
+    levels = _dummies(runs.groupby(groups).ngroup().to_numpy())
     means = _Means(scores.to_numpy(float).mean(1), levels, dataset, [str(name) for name in names])
+    odds = odds_of_rows(table)
     of_run = None if odds is None else table.assign(odds=odds).groupby(keys)["odds"].first().to_numpy()
-    fits, refusals = [means.describe(None, np.empty((len(runs), 0)))], {}
+    fits = [means.describe(None, np.empty((len(runs), 0)))]
     for axis in AXES:
         try:
             w = _places(axis, runs["plw"].to_numpy(float), of_run)
+            curve = np.column_stack([w, w**2])
+            fits += [means.describe(axis, curve), means.describe(axis, curve, each=True)]
         except UserError as error:
+            if axis == "w_p":  # beside which all others are seen
+                raise
             refusals[axis] = str(error)
-            continue
-        curve = np.column_stack([w, w**2])
-        fits += [means.describe(axis, curve), means.describe(axis, curve, each=True)]
     return Joint(means.names, len(runs), list(scores.columns), fits, refusals)
+
+
+def _of_too_few_runs(table: pd.DataFrame, keys: list[str], groups: list[str]) -> dict[str, str]:
+    """The data sets that have too few runs for levels, a curve and a variance, and what each of them has."""
+    found = {}
+    for name, part in table.groupby("dataset"):
+        runs, needed = len(part[keys].drop_duplicates()), len(part[groups].drop_duplicates()) + 2 + MIN_FREE
+        if runs < needed:
+            found[str(name)] = f"has {runs} runs, and it takes {needed}"
+    return found
 
 
 def _places(axis: str, plw: Array, odds: Array | None) -> Array:

@@ -85,12 +85,23 @@ def test_shares_need_not_be_known():
     assert found.best.axis == "w_p"
 
 
+def test_an_axis_on_which_a_curve_fits_exactly_is_left_out():
+    table = simulated("w_p")
+    exact = score_table.check(table.assign(score=0.3 + 0.2 * table["plw"] - 0.1 * table["plw"] ** 2))
+    found = joint.compare_axes(exact)
+    assert "follow a curve exactly" in found.refusals["plw"]
+    assert {fit.axis for fit in found.fits} == {None, "w_p", "logit", "rank", "share", "w_share", "w_odds"}
+
+
 def test_what_does_not_allow_it_is_told():
     table = score_table.check(simulated("w_p"))
-    with pytest.raises(UserError, match="there is only long, nothing to join"):
+    with pytest.raises(UserError, match="1 data set left to join"):
         joint.compare_axes(table[table["dataset"] == "long"])
     few = table[(table["dataset"] != "short") | (table["plw"] < 0.003)]
-    with pytest.raises(UserError, match="short has 6 runs, and it takes 8"):
-        joint.compare_axes(few)
+    found = joint.compare_axes(few)
+    assert found.datasets == ["long", "middle"]
+    assert found.refusals == {"short": "has 6 runs, and it takes 8"}
+    with pytest.raises(UserError, match=r"1 data set left to join \(short has 6 runs, and it takes 8\)"):
+        joint.compare_axes(few[few["dataset"] != "middle"])
     with pytest.raises(UserError, match="no task is scored on every run"):
         joint.compare_axes(table[(table["task"] == "one") ^ (table["plw"] == 0)])
