@@ -46,6 +46,35 @@ def transformers_trainer(case: dict[str, Any]) -> None:
     Trainer(model, arguments, data_collator=collator, train_dataset=rows).train()
 
 
+def our_loop(case: dict[str, Any]) -> None:
+    """Our own loop on the same rows, as entrypoints.train runs it."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plw_mlflow.config import TrainConfig
+    from plw_mlflow.data.pieces import Segment
+    from plw_mlflow.data.prepare import Prepared
+    from plw_mlflow.data.tokens import Example
+    from plw_mlflow.training import train
+
+    examples = []
+    for row in labelled_rows(case, AutoTokenizer.from_pretrained(case["model"])):
+        is_completion = np.array(row["labels"]) != -100
+        segment = np.where(is_completion, Segment.COMPLETION, Segment.INSTRUCTION).astype(np.int8)
+        examples.append(Example(np.array(row["input_ids"], np.int32), segment))
+    config = TrainConfig(
+        plw=case["plw"] or 0.0,
+        precision="float32",
+        packing=case["packing"],
+        batch_examples=len(examples),
+        micro_batch_examples=case["micro_batch"],
+        max_grad_norm=1e9,
+        epochs=1,
+    )
+    prepared = Prepared((), examples, examples[:1], {}, "", 0)
+    train.run(config, prepared, AutoModelForCausalLM.from_pretrained(case["model"]), Path(case["folder"]))
+
+
 def plw_trainer(case: dict[str, Any]) -> None:
     """Our PLWTrainer on the same rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -143,6 +172,7 @@ TRAINERS = {
     "litgpt": litgpt_finetune,
     "transformers": transformers_trainer,
     "PLWTrainer": plw_trainer,
+    "our loop": our_loop,
     "trl": trl_sft_trainer,
 }
 

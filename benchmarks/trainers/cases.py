@@ -55,11 +55,19 @@ VARIANTS = {
         Case("packed by default", packing=True, options={"packing": True, "neat_packing": False}),
         Case("two turns, mask_history", "conversations", micro_batch=4, options={"mask_history": True}),
     ],
-    "LLaMA-Factory v1": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
+    "LLaMA-Factory v1": [
+        Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),
+        Case("truncated to 30", max_tokens=30),
+    ],
     "ms-swift": [
         Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),
+        Case("truncated to 30", max_tokens=30),
         Case("two turns, last_round", "conversations", micro_batch=4, options={"loss_scale": "last_round"}),
     ],
+    "axolotl": [
+        Case("two turns, eot_tokens", "conversations", micro_batch=4, options={"eot_tokens": [material.END_OF_TURN]}),
+    ],
+    "our loop": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
     "PLWTrainer": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
 }
 

@@ -253,6 +253,7 @@ PACKAGES = {
 # LLaMA-Factory imports torchaudio, which has no release for this torch; no audio is read here.
 EMPTY_MODULES = {"llamafactory": ["torchaudio"]}
 TRAINERS = (
+    Trainer("our loop", "ours", partial(by_python, "our loop", True), ("plw_mlflow.training.train", "transformers")),
     Trainer("PLWTrainer", "ours", partial(by_python, "PLWTrainer", True), ("plw_mlflow.integrations.trainer",)),
     Trainer("transformers", "ours", partial(by_python, "transformers", False), ("transformers.trainer",)),
     Trainer("TRL", "trl", partial(by_python, "trl", False), ("trl.trainer.sft_trainer", "datasets")),
