@@ -168,7 +168,37 @@ def litgpt_finetune(case: dict[str, Any]) -> None:
     runpy.run_module("litgpt", run_name="__main__", alter_sys=True)
 
 
+def unsloth_model(case: dict[str, Any]) -> None:
+    """Unsloth's model with TRL's SFTTrainer, on texts in the tokenizer's chat template."""
+    import torch
+    import unsloth  # before TRL, which it changes
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth.chat_templates import train_on_responses_only
+
+    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+        case["model"], max_seq_length=512, dtype=torch.float32, load_in_4bit=False, full_finetuning=True
+    )
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in read(case["messages"])]
+    arguments = SFTConfig(
+        case["folder"],
+        **QUIET,
+        **STEP,
+        **cut(case),
+        dataset_text_field="text",
+        max_length=case["max_tokens"],
+        packing=case["packing"],
+        gradient_checkpointing=False,
+        **case["options"],
+    )
+    rows = Dataset.from_list([{"text": text} for text in texts])
+    trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=arguments)
+    parts = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    train_on_responses_only(trainer, **parts).train()
+
+
 TRAINERS = {
+    "unsloth": unsloth_model,
     "litgpt": litgpt_finetune,
     "transformers": transformers_trainer,
     "PLWTrainer": plw_trainer,

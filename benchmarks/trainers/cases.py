@@ -15,7 +15,7 @@ class Case:
     """One step: of what, and how it is cut."""
 
     name: str
-    records: str = "records"  # of material: records, conversations or empty
+    records: str = "records"  # of material: records, pair, conversations or empty
     micro_batch: int = 12  # examples, or rows where packed, a process
     accumulation: int = 1
     processes: int = 1
@@ -50,13 +50,17 @@ VARIANTS = {
         Case("two turns by default", "conversations", micro_batch=4, options={"assistant_only_loss": False}),
         Case("packed, wrapped", micro_batch=4, packing=True, options={"packing_strategy": "wrapped"}),
     ],
-    "litgpt": [Case("by default", options={"data.mask_prompt": "false"})],
+    "litgpt": [
+        Case("by default", options={"data.mask_prompt": "false"}),
+        Case("2 records, one at a time", "pair", micro_batch=1, accumulation=2),
+    ],
     "LLaMA-Factory": [
         Case("packed by default", packing=True, options={"packing": True, "neat_packing": False}),
         Case("two turns, mask_history", "conversations", micro_batch=4, options={"mask_history": True}),
     ],
     "LLaMA-Factory v1": [
         Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),
+        Case("PLW 0.242, 2 records, one at a time", "pair", micro_batch=1, accumulation=2, plw=0.242),
         Case("truncated to 30", max_tokens=30),
     ],
     "ms-swift": [
@@ -65,6 +69,7 @@ VARIANTS = {
         Case("two turns, last_round", "conversations", micro_batch=4, options={"loss_scale": "last_round"}),
     ],
     "axolotl": [
+        Case("2 records, one at a time", "pair", micro_batch=1, accumulation=2),
         Case("two turns, eot_tokens", "conversations", micro_batch=4, options={"eot_tokens": [material.END_OF_TURN]}),
     ],
     "our loop": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
@@ -79,6 +84,7 @@ def write(case: Case, folder: Path) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "records": material.RECORDS,
         "empty": material.EMPTY,
+        "pair": material.PAIR,
         "conversations": material.CONVERSATIONS,
     }
     conversations = [turns if isinstance(turns, list) else [turns] for turns in chosen[case.records]]

@@ -257,6 +257,7 @@ TRAINERS = (
     Trainer("PLWTrainer", "ours", partial(by_python, "PLWTrainer", True), ("plw_mlflow.integrations.trainer",)),
     Trainer("transformers", "ours", partial(by_python, "transformers", False), ("transformers.trainer",)),
     Trainer("TRL", "trl", partial(by_python, "trl", False), ("trl.trainer.sft_trainer", "datasets")),
+    Trainer("Unsloth", "unsloth", partial(by_python, "unsloth", False), ("unsloth",)),
     Trainer("litgpt", "litgpt", litgpt, ("litgpt.finetune.full",)),
     Trainer("LLaMA-Factory", "llamafactory", llama_factory, ("llamafactory.train.tuner",)),
     Trainer(

@@ -29,6 +29,7 @@ RECORDS = [
     ("Who mends shoes?", "A cobbler."),
     ("Turn this into a question: the train is late.", "Is the train late?"),
 ]
+PAIR = RECORDS[:2]  # whose answers have few and many tokens
 # Two turns each.
 CONVERSATIONS = [
     [("Name a tree.", "Oak."), ("And a taller one?", "The redwood, which may reach a hundred metres.")],

@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 INPUTS = ("input_ids", "position_ids", "attention_mask")
 PACKAGES = ["torch", "transformers", "accelerate", "peft", "trl", "lightning"]
-PACKAGES += ["litgpt", "llamafactory", "ms-swift", "axolotl", "torchtune"]
+PACKAGES += ["litgpt", "llamafactory", "ms-swift", "axolotl", "torchtune", "unsloth"]
 SECONDS = 300  # that a step may take
 
 
