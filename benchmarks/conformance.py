@@ -33,6 +33,7 @@ from benchmarks.trainers.names import as_transformers
 
 HERE = Path(__file__).parent
 PADDING = material.SPECIAL.index(material.PAD)
+EXPLAINED = 1e-4  # a residual above it is no error of float32
 TRAINED = 1e-3  # a token counts as trained on if its weight is so much of the largest
 
 
@@ -130,6 +131,9 @@ def judge(folder: Path, known: Sequence[oracle.Tokens]) -> dict[str, Any]:
     """
     step = torch.load(folder / "rank0.pt", weights_only=False)
     gradient = as_transformers(step["gradient"])
+    others = [torch.load(file, weights_only=False)["gradient"] for file in sorted(folder.glob("rank*.pt"))[1:]]
+    if any(not torch.equal(other[name], values) for other in others for name, values in step["gradient"].items()):
+        return {"failed": "each process has a gradient of its own"}
     rows = rows_seen(folder)
     texts = [part for row in rows for part in oracle.cut(row.tokens, known)]
     found = the_oracle().weights(gradient, texts)
@@ -180,8 +184,8 @@ def install(name: str, places: Path) -> None:
 
 @click.command(help=__doc__)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Where to write what was found.")
-@click.option("--trainers", default="", help="Names, separated by commas (empty: all).")
-@click.option("--cases", "names", default="", help="Names, separated by commas (empty: all).")
+@click.option("--trainers", default="", help="Names, separated by semicolons (empty: all).")
+@click.option("--cases", "names", default="", help="Names, separated by semicolons (empty: all).")
 @click.option(
     "--environments",
     type=click.Path(path_type=Path),
@@ -201,10 +205,10 @@ def main(file: Path | None, trainers: str, names: str, environments: Path, insta
     if file and file.exists():
         results = json.loads(file.read_text())
     for trainer in commands.TRAINERS:
-        if trainers and trainer.name not in trainers.split(","):
+        if trainers and trainer.name not in trainers.split(";"):
             continue
         every = [*cases.CASES, *cases.VARIANTS.get(trainer.name, [])]
-        chosen = [case for case in every if not names or case.name in names.split(",")]
+        chosen = [case for case in every if not names or case.name in names.split(";")]
         for case, found in take_steps(trainer, chosen, places, scratch):
             results.setdefault(trainer.name, {})[case.name] = found
             print(f"{trainer.name:<14} {case.name:<24} {line(found)}", flush=True)
@@ -216,6 +220,8 @@ def line(found: dict[str, Any]) -> str:
     """What was found of a step, in a line."""
     if "sum" not in found:
         return next(f"{name}: {why}" for name, why in found.items())
+    if found["residual"] > EXPLAINED:
+        return f"no weights explain it: residual {found['residual']:.0e}, as one text {found['residual_as_one']}"
     return (
         f"{found['trained']:>4} of {found['tokens']:<4} sum {found['sum']:.5f}  {found['smallest']:.4f} to "
         f"{found['largest']:.4f}  residual {found['residual']:.0e}"

@@ -57,7 +57,7 @@ def our_loop(case: dict[str, Any]) -> None:
     from plw_mlflow.data.tokens import Example
     from plw_mlflow.training import train
 
-    examples = []
+    examples: Any = []
     for row in labelled_rows(case, AutoTokenizer.from_pretrained(case["model"])):
         is_completion = np.array(row["labels"]) != -100
         segment = np.where(is_completion, Segment.COMPLETION, Segment.INSTRUCTION).astype(np.int8)
@@ -71,7 +71,8 @@ def our_loop(case: dict[str, Any]) -> None:
         max_grad_norm=1e9,
         epochs=1,
     )
-    prepared = Prepared((), examples, examples[:1], {}, "", 0)
+    profile: Any = {}
+    prepared = Prepared((), examples, examples[:1], profile, "", 0)
     train.run(config, prepared, AutoModelForCausalLM.from_pretrained(case["model"]), Path(case["folder"]))
 
 

@@ -72,6 +72,7 @@ VARIANTS = {
         Case("2 records, one at a time", "pair", micro_batch=1, accumulation=2),
         Case("two turns, eot_tokens", "conversations", micro_batch=4, options={"eot_tokens": [material.END_OF_TURN]}),
     ],
+    "Unsloth": [Case("truncated to 30", max_tokens=30)],
     "our loop": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
     "PLWTrainer": [Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242)],
 }

@@ -154,6 +154,7 @@ def ms_swift(case: dict[str, Any]) -> list[str] | str:
         "dataset_num_proc": 1,
         "report_to": "none",
         "use_hf": True,
+        "use_cpu": True,
         "output_dir": folder / "out",
     }
     if case["plw"]:
@@ -224,7 +225,7 @@ PACKAGES = {
         ],
     ],
     "ms-swift": [[TORCH, "ms-swift==4.6.0"]],
-    # All that it names but triton and what is built on it, and cloud storage: these are for GPUs, or far away.
+    # All that it names but kernels for GPUs and cloud storage.
     "axolotl": [
         ["--no-deps", "axolotl==0.19.0"],
         [
@@ -246,7 +247,16 @@ PACKAGES = {
                 "hf_transfer",
                 "langdetect",
             ),
-            *("requests", "scipy", "sentencepiece", "tensorboard", "wandb"),
+            *("requests", "scipy", "sentencepiece", "tensorboard", "triton", "wandb"),
+        ],
+    ],
+    # All that it names but kernels for GPUs and torchvision.
+    "unsloth": [
+        ["--no-deps", "unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "cut_cross_entropy"],
+        [
+            *(TORCH, "transformers==5.16.1", "accelerate==1.13.0", "datasets==4.8.4", "trl==1.9.0", "peft==0.20.0"),
+            *("bitsandbytes==0.50.2", "torchao==0.17.0", "triton", "hf_transfer", "protobuf", "sentencepiece", "tyro"),
+            *("einops", "json5", "msgspec", "nest-asyncio", "pillow", "pydantic", "structlog", "typer", "wheel"),
         ],
     ],
 }
