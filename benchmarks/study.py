@@ -364,11 +364,13 @@ def singles() -> str:
     rows = []
     for runs in sorted(advise.advise(1.0, evidence_points()).single_runs, key=lambda runs: runs.ratio or math.inf):
         if runs.gain is not None and runs.scores is not None and runs.ratio is not None:
-            gain, reach = (100 * part for part in runs.gain)
             scores = [f"{100 * score:.1f}" for score in runs.scores]
-            difference = f"{gain:+.1f} ({gain - reach:+.1f} to {gain + reach:+.1f})"
-            rows.append([runs.dataset, f"{runs.ratio:.3g}", *scores, difference])
-    return markdown(["data set", "generation ratio", "PLW 0", "PLW 1", "difference, points (95 %)"], rows)
+            difference = f"{100 * runs.gain:+.1f}"
+            if runs.reach is not None:
+                ends = (100 * (runs.gain + sign * runs.reach) for sign in (-1, 1))
+                difference += " ({:+.1f} to {:+.1f})".format(*ends)
+            rows.append([runs.dataset, f"{runs.ratio:.3g}", runs.task, *scores, difference])
+    return markdown(["data set", "generation ratio", "score", "PLW 0", "PLW 1", "difference, points (95 %)"], rows)
 
 
 def slopes() -> str:

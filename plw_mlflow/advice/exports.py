@@ -50,7 +50,7 @@ def to_json(advice: Advice) -> dict[str, Any]:
             | {"best_plw": point.plw, "interval": list(point.interval)}
             for point in advice.points
         ],
-        "single_runs": [asdict(runs) | {"gain": runs.gain} for runs in advice.single_runs],
+        "single_runs": [asdict(runs) | {"gain": runs.gain, "reach": runs.reach} for runs in advice.single_runs],
     }
 
 

@@ -36,15 +36,20 @@ class SingleRuns:
     source: str
     plws: tuple[float, float] | None = None  # None without figures, as are the next two
     scores: tuple[float, float] | None = None  # shares of n
-    n: int | None = None
+    n: int | None = None  # questions
 
     @property
-    def gain(self) -> tuple[float, float] | None:
-        """How much more the larger PLW scored, and half the 95 % interval, of the questions alone."""
+    def gain(self) -> float | None:
+        """How much more the larger PLW scored."""
+        return None if self.scores is None else self.scores[1] - self.scores[0]
+
+    @property
+    def reach(self) -> float | None:
+        """Half the 95 % interval of the gain, of the questions alone; None where their number is not told."""
         if self.scores is None or self.n is None:
             return None
         variance = sum(score * (1 - score) / self.n for score in self.scores)
-        return self.scores[1] - self.scores[0], float(stats.norm.ppf(1 - LEVEL / 2)) * math.sqrt(variance)
+        return float(stats.norm.ppf(1 - LEVEL / 2)) * math.sqrt(variance)
 
 
 def published(task_types: Sequence[str] = ()) -> list[SingleRuns]:
@@ -60,5 +65,6 @@ def published(task_types: Sequence[str] = ()) -> list[SingleRuns]:
             found.append(SingleRuns(**told | {"n": None}))
         for other in others:
             plws, scores = ((float(first[name]), float(other[name])) for name in ("plw", "score"))
-            found.append(SingleRuns(**told | {"n": int(first["n"])}, plws=plws, scores=scores))
+            n = int(first["n"]) if first["n"] else None
+            found.append(SingleRuns(**told | {"n": n}, plws=plws, scores=scores))
     return found

@@ -121,7 +121,7 @@ def _share_words(advice: Advice, low: float, high: float) -> str:
 
 def _single_words(advice: Advice) -> list[str]:
     """Of the single runs with figures, those whose data set is nearest in ratio."""
-    known = [runs for runs in advice.single_runs if runs.gain is not None and runs.ratio is not None]
+    known = [runs for runs in advice.single_runs if runs.reach is not None and runs.ratio is not None]
     if not known:
         return []
     nearest = min(known, key=lambda runs: abs(math.log((runs.ratio or 1) / advice.ratio)))
@@ -134,11 +134,10 @@ def _single_words(advice: Advice) -> list[str]:
 def _gain(runs: SingleRuns) -> str:
     if runs.gain is None or runs.plws is None:
         return runs.says
-    gain, reach = runs.gain
-    return (
-        f"PLW {runs.plws[1]:g} less PLW {runs.plws[0]:g} is {100 * gain:+.1f} points "
-        f"({100 * (gain - reach):+.1f} to {100 * (gain + reach):+.1f}) on {runs.task}"
-    )
+    told = f"PLW {runs.plws[1]:g} less PLW {runs.plws[0]:g} is {100 * runs.gain:+.1f} points"
+    if runs.reach is not None:
+        told += f" ({100 * (runs.gain - runs.reach):+.1f} to {100 * (runs.gain + runs.reach):+.1f})"
+    return f"{told} on {runs.task}"
 
 
 def _line_words(advice: Advice, line: Line) -> list[str]:
