@@ -59,13 +59,13 @@ def take_steps(trainer: Any, chosen: Sequence[Any], places: Path, scratch: Path)
             run_probe(trainer, [step for _, step in group], group[0][0].processes, places, scratch)
         for case, step in group:
             folder = Path(step["folder"])
-            if len(list(folder.glob("rank*.pt"))) == case.processes:
-                known = (
-                    [row.tokens for row in rows_seen(folder.parent / folder_name(cases.WHOLE))] if case.packing else []
-                )
-                yield case, judge(folder, known)
-            else:
+            known = rows_seen(folder.parent / folder_name(cases.WHOLE)) if case.packing else []
+            if len(list(folder.glob("rank*.pt"))) < case.processes:
                 yield case, {"failed": last_error(folder)}
+            elif case.packing and not known:
+                yield case, {"failed": f"its texts have not been seen alone, as in the case {cases.WHOLE.name!r}"}
+            else:
+                yield case, judge(folder, [row.tokens for row in known])
 
 
 def folder_name(case: cases.Case) -> str:
@@ -108,14 +108,15 @@ def run_probe(trainer: Any, steps: list[dict[str, Any]], processes: int, places:
 
 
 def last_error(folder: Path) -> str:
-    """The last line of what a step that failed printed that names an error, or the last line at all."""
-    for name in ("output.txt", "imports.txt"):
+    """What a step that failed printed last of errors, or at all."""
+    lines: list[str] = []
+    for name in ("imports.txt", "output.txt"):
         if (folder / name).exists():
-            lines = [line.strip() for line in (folder / name).read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in lines if re.search(r"\w+(Error|Exception)(:|$)", line)]
-            if found := [*lines[-1:], *errors]:
-                return found[-1]
-    return "nothing was printed"
+            lines += [line.strip() for line in (folder / name).read_text(errors="replace").splitlines()]
+    said = [line for line in lines if line] or ["nothing was printed"]
+    # torchrun ends with errors of its own.
+    errors = [line for line in said if re.search(r"\w+(Error|Exception): ", line) and "torch.distributed" not in line]
+    return (errors or said)[-1]
 
 
 @functools.cache
