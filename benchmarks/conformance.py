@@ -7,12 +7,13 @@ each step are shown the sum of these weights, which is 1 where the loss is a mea
 of a token that is trained on, over their mean, which are both 1 where all tokens count alike; and the residual, what of
 the gradient no weights of tokens explain.
 
-Environments are made by --install NAMES, which downloads their packages.
+Environments are made by --install NAME, which downloads their packages.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -27,14 +28,26 @@ from typing import Any
 import click
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from benchmarks.trainers import cases, commands, material, oracle
 from benchmarks.trainers.names import as_transformers
+from benchmarks.trainers.probe import SECONDS
 
 HERE = Path(__file__).parent
 PADDING = material.SPECIAL.index(material.PAD)
 EXPLAINED = 1e-4  # a residual above it is no error of float32
+SHOWN = 4  # texts of a step
 TRAINED = 1e-3  # a token counts as trained on if its weight is so much of the largest
+
+
+NAMES = [trainer.name for trainer in commands.TRAINERS]
+CASES = list(dict.fromkeys(case.name for case in [*cases.CASES, *itertools.chain(*cases.VARIANTS.values())]))
+
+
+def cases_of(trainer: Any) -> list[cases.Case]:
+    """The steps that a trainer is asked to take."""
+    return [*cases.CASES, *cases.VARIANTS.get(trainer.name, [])]
 
 
 def environment(places: Path, name: str) -> Path:
@@ -50,7 +63,9 @@ def take_steps(trainer: Any, chosen: Sequence[Any], places: Path, scratch: Path)
         folder = scratch / trainer.name.replace(" ", "-") / folder_name(case)
         shutil.rmtree(folder, ignore_errors=True)
         program = trainer.start(cases.write(case, folder))
-        if isinstance(program, str):
+        if not environment(places, trainer.environment).exists():
+            yield case, {"not_run": f"no environment in {places}; make it by --install {trainer.environment}"}
+        elif isinstance(program, str):
             yield case, {"not_run": program}
         else:
             (alone if case.processes == 1 else spread).append((case, {"folder": str(folder), "program": program}))
@@ -65,7 +80,10 @@ def take_steps(trainer: Any, chosen: Sequence[Any], places: Path, scratch: Path)
             elif case.packing and not known:
                 yield case, {"failed": f"its texts have not been seen alone, as in the case {cases.WHOLE.name!r}"}
             else:
-                yield case, judge(folder, [row.tokens for row in known])
+                try:
+                    yield case, judge(folder, [row.tokens for row in known])
+                except ValueError as error:
+                    yield case, {"failed": str(error)}
 
 
 def folder_name(case: cases.Case) -> str:
@@ -97,14 +115,17 @@ def run_probe(trainer: Any, steps: list[dict[str, Any]], processes: int, places:
     }
     # Steps that are forked have an output of their own.
     with (Path(steps[0]["folder"]) / ("imports.txt" if processes == 1 else "output.txt")).open("w") as output:
-        subprocess.run(
-            [str(environment(places, trainer.environment)), *command],
+        limit = ["timeout", "--kill-after=10", str(SECONDS)] if processes > 1 else []  # a fork has its own
+        ended = subprocess.run(
+            [*limit, str(environment(places, trainer.environment)), *command],
             cwd=scratch,
             env=os.environ | variables | trainer.variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         )
+        if processes > 1 and ended.returncode in (124, 137):
+            output.write(f"\nTimeoutError: killed after {SECONDS} s\n")
 
 
 def last_error(folder: Path) -> str:
@@ -135,39 +156,51 @@ def judge(folder: Path, known: Sequence[oracle.Tokens]) -> dict[str, Any]:
     others = [torch.load(file, weights_only=False)["gradient"] for file in sorted(folder.glob("rank*.pt"))[1:]]
     if any(not torch.equal(other[name], values) for other in others for name, values in step["gradient"].items()):
         return {"failed": "each process has a gradient of its own"}
-    rows = rows_seen(folder)
+    if not (rows := rows_seen(folder)):
+        return {"failed": "the model was not called with rows of tokens before the step"}
     texts = [part for row in rows for part in oracle.cut(row.tokens, known)]
     found = the_oracle().weights(gradient, texts)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
-    positions = [found.by_position(text) for text in texts]
-    weights = [weight for row in positions for weight in row]
-    largest = max(map(abs, weights))
-    trained = [weight for weight in weights if abs(weight) > TRAINED * largest]
-    mean = sum(trained) / len(trained)
-    shown = [show(tokenizer.convert_ids_to_tokens(text), row, mean) for text, row in zip(texts, positions, strict=True)]
-    return {
+    told = {
         "texts": len(texts),
         "rows": len(rows),
-        "tokens": len(weights),
-        "trained": len(trained),
-        "sum": sum(weights),
-        "smallest": min(trained) / mean,
-        "largest": max(trained) / mean,
         "residual": found.residual,
         # Where rows are packed: what is left if their texts attended to each other.
         "residual_as_one": the_oracle().residual_as_one(gradient, rows) if len(rows) < len(texts) else None,
         "condition": found.condition,
-        "shown": sorted(shown),
         "versions": step["versions"],
+    }
+    return told if found.residual > EXPLAINED else told | described(found, texts, folder / "model")
+
+
+def described(found: oracle.Weights, texts: Sequence[oracle.Tokens], tokenizer_folder: Path) -> dict[str, Any]:
+    """The weights of the tokens of a step in a few numbers, and which tokens have any."""
+    positions = [found.by_position(text) for text in texts]
+    weights = [weight for row in positions for weight in row]
+    least = TRAINED * max(map(abs, weights))
+    trained = [weight for weight in weights if abs(weight) > least]
+    mean = sum(trained) / len(trained)
+    # Of a beginning that several texts share, only the sum of its weights is known.
+    alone = [value for prefix, value in found.of_tokens.items() if found.counts[prefix] == 1 and abs(value) > least]
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
+    shown = [
+        show(tokenizer.convert_ids_to_tokens(text), [abs(weight) > least for weight in row])
+        for text, row in zip(texts, positions, strict=True)
+    ]
+    return {
+        "tokens": len(weights),
+        "trained": len(trained),
+        "sum": sum(weights),
+        "smallest": min(alone) / mean,
+        "largest": max(alone) / mean,
+        "shown": sorted(shown)[:SHOWN],
     }
 
 
-def show(tokens: list[str], weights: list[float], mean: float) -> str:
-    """A text with what is trained on in brackets."""
+def show(tokens: list[str], are_trained: list[bool]) -> str:
+    """A text with what is trained on in brackets. are_trained: of all tokens but the first."""
     words = ""
     inside = False
-    for token, weight in zip(tokens, [0.0, *weights], strict=True):
-        is_trained = abs(weight) > TRAINED * mean
+    for token, is_trained in zip(tokens, [False, *are_trained], strict=True):
         words += ("⟦" if is_trained and not inside else "⟧" if inside and not is_trained else "") + token
         inside = is_trained
     return (words + ("⟧" if inside else "")).replace("Ġ", " ").replace("Ċ", "⏎")
@@ -184,9 +217,11 @@ def install(name: str, places: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Where to write what was found.")
-@click.option("--trainers", default="", help="Names, separated by semicolons (empty: all).")
-@click.option("--cases", "names", default="", help="Names, separated by semicolons (empty: all).")
+@click.option(
+    "--json", "file", type=click.Path(path_type=Path), help="Where to write what was found, beside what it has."
+)
+@click.option("--trainer", "trainers", multiple=True, type=click.Choice(NAMES), help="Take this one (none: all).")
+@click.option("--case", "chosen", multiple=True, type=click.Choice(CASES), help="Take this step (none: all).")
 @click.option(
     "--environments",
     type=click.Path(path_type=Path),
@@ -194,34 +229,41 @@ def install(name: str, places: Path) -> None:
     show_default=True,
     help="Folder of them.",
 )
-@click.option("--install", "installed", default="", help="Make these environments, separated by commas, and end.")
+@click.option(
+    "--install", "installed", multiple=True, type=click.Choice([*commands.PACKAGES]), help="Make it, and end."
+)
 @click.option("--scratch", type=click.Path(path_type=Path), default="output/conformance", show_default=True)
-def main(file: Path | None, trainers: str, names: str, environments: Path, installed: str, scratch: Path) -> None:
+def main(
+    file: Path | None,
+    trainers: tuple[str, ...],
+    chosen: tuple[str, ...],
+    environments: Path,
+    installed: tuple[str, ...],
+    scratch: Path,
+) -> None:
+    logging.disable_progress_bar()
     places, scratch = environments.absolute(), scratch.absolute()
-    for name in filter(None, installed.split(",")):
+    for name in installed:
         install(name, places)
     if installed:
         return
-    results: dict[str, dict[str, Any]] = {}
-    if file and file.exists():
-        results = json.loads(file.read_text())
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else {}
     for trainer in commands.TRAINERS:
-        if trainers and trainer.name not in trainers.split(";"):
+        if trainers and trainer.name not in trainers:
             continue
-        every = [*cases.CASES, *cases.VARIANTS.get(trainer.name, [])]
-        chosen = [case for case in every if not names or case.name in names.split(";")]
-        for case, found in take_steps(trainer, chosen, places, scratch):
+        wanted = [case for case in cases_of(trainer) if not chosen or case.name in chosen]
+        for case, found in take_steps(trainer, wanted, places, scratch):
             results.setdefault(trainer.name, {})[case.name] = found
-            print(f"{trainer.name:<14} {case.name:<24} {line(found)}", flush=True)
+            print(f"{trainer.name:<16} {case.name:<34} {line(found)}", flush=True)
             if file:
-                file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+                file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def line(found: dict[str, Any]) -> str:
     """What was found of a step, in a line."""
-    if "sum" not in found:
+    if "residual" not in found:
         return next(f"{name}: {why}" for name, why in found.items())
-    if found["residual"] > EXPLAINED:
+    if "sum" not in found:
         return f"no weights explain it: residual {found['residual']:.0e}, as one text {found['residual_as_one']}"
     return (
         f"{found['trained']:>4} of {found['tokens']:<4} sum {found['sum']:.5f}  {found['smallest']:.4f} to "

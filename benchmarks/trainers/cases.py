@@ -62,6 +62,13 @@ VARIANTS = {
         Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),
         Case("PLW 0.242, 2 records, one at a time", "pair", micro_batch=1, accumulation=2, plw=0.242),
         Case("truncated to 30", max_tokens=30),
+        Case(
+            "packed, dynamic_padding_free",
+            micro_batch=1,
+            packing=True,
+            max_tokens=60,
+            options={"batching_strategy": "dynamic_padding_free"},
+        ),
     ],
     "ms-swift": [
         Case("PLW 0.242, 4 micro-batches", micro_batch=3, accumulation=4, plw=0.242),

@@ -132,6 +132,8 @@ def fork(step: dict[str, Any]) -> None:
         if time.monotonic() > latest:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            with Path(step["folder"], "output.txt").open("a") as file:
+                file.write(f"\nTimeoutError: killed after {SECONDS} s\n")
             return
         time.sleep(0.1)
 

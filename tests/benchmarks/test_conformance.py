@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import conformance, exactness
-from benchmarks.trainers import cases, commands, oracle
+from benchmarks.trainers import cases, commands, material, oracle
 from benchmarks.trainers.names import as_transformers
 from plw_mlflow.data.pieces import Segment
 from tests.integrations import steps
@@ -143,9 +143,73 @@ def test_the_probe_sees_the_first_step_and_ends_the_program(tmp_path):
     assert "after the step" not in (tmp_path / "output.txt").read_text()
 
 
+def taken(folder, micro_batches, loss_of):
+    """Save what the probe would have, of a step of the tiny model; and its tokenizer."""
+    material.write_model(folder / "model")
+    model = material.model()
+    loss_of(model).backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    batches = [{"input_ids": torch.tensor(tokens)} for tokens in micro_batches]
+    torch.save({"micro_batches": batches, "gradient": gradient, "versions": {}}, folder / "rank0.pt")
+    return folder
+
+
+def test_a_step_is_described_by_the_weights_of_its_tokens(tmp_path):
+    first, second = (1, 20, 30, 40), (1, 50, 60)
+
+    def loss_of(model):  # of the last token of each, the second of half the weight
+        return (2 * losses(model, first)[-1] + losses(model, second)[-1]) / 3
+
+    found = conformance.judge(taken(tmp_path, [[first], [second]], loss_of), [])
+    assert (found["texts"], found["tokens"], found["trained"]) == (2, 5, 2)
+    assert found["sum"] == pytest.approx(1)
+    assert (found["smallest"], found["largest"]) == pytest.approx((2 / 3, 4 / 3), rel=1e-4)
+    assert [text.count("⟦") for text in found["shown"]] == [1, 1]
+
+
+def test_what_no_weights_explain_is_not_told_as_weights(tmp_path):
+    first, second = (1, 20, 30, 40), (1, 50, 60)
+    row = first + second
+    found = conformance.judge(taken(tmp_path, [[row]], lambda model: losses(model, row).mean()), [first, second])
+    assert found["residual"] > 0.01
+    assert found["residual_as_one"] < 1e-6
+    assert "sum" not in found
+    assert conformance.line(found).startswith("no weights explain it")
+
+
+def test_tokens_of_a_shared_beginning_do_not_count_as_smallest_or_largest(tmp_path):
+    """Of which only the sum can be known: the one text's are trained on, the other's are not."""
+    first, second = (1, 20, 30, 40), (1, 20, 30, 50)
+    found = conformance.judge(taken(tmp_path, [[first, second]], lambda model: losses(model, first).mean()), [])
+    assert found["smallest"] == found["largest"]
+
+
+def test_processes_with_gradients_of_their_own_have_failed(tmp_path):
+    taken(tmp_path, [[(1, 20, 30)]], lambda model: losses(model, (1, 20, 30)).mean())
+    step = torch.load(tmp_path / "rank0.pt")
+    step["gradient"]["lm_head.weight"] = step["gradient"]["lm_head.weight"] + 1
+    torch.save(step, tmp_path / "rank1.pt")
+    assert conformance.judge(tmp_path, []) == {"failed": "each process has a gradient of its own"}
+
+
+def test_without_its_environment_no_step_of_a_trainer_is_taken(tmp_path):
+    (trl,) = [trainer for trainer in commands.TRAINERS if trainer.name == "TRL"]
+    ((_, found),) = conformance.take_steps(trl, [cases.WHOLE], tmp_path / "none", tmp_path)
+    assert "make it by --install trl" in found["not_run"]
+
+
+def test_an_error_is_told_and_not_what_torchrun_says_of_it(tmp_path):
+    (tmp_path / "output.txt").write_text(
+        "ValueError: no accelerator\ntorch.distributed.elastic.ChildFailedError: 1\nbye\n"
+    )
+    assert conformance.last_error(tmp_path) == "ValueError: no accelerator"
+    (tmp_path / "output.txt").write_text("at work\n\n")
+    assert conformance.last_error(tmp_path) == "at work"
+
+
 @pytest.mark.slow
 def test_steps_of_trainers_are_read(tmp_path):
-    """Of those that are here: transformers' and ours."""
+    """Of PLWTrainer's, in one process and in two."""
     chosen = [
         replace(cases.WHOLE, plw=0.242),
         cases.Case("packed", packing=True, plw=0.242),
