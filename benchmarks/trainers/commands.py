@@ -185,6 +185,7 @@ def axolotl(case: dict[str, Any]) -> list[str] | str:
         "gradient_accumulation_steps": case["accumulation"],
         "max_steps": 1,
         "num_epochs": 1,
+        "seed": 1,  # or the order of records is another each time, and so are its micro-batches
         "learning_rate": 0.001,
         "optimizer": "adamw_torch",
         "lr_scheduler": "constant",
