@@ -31,6 +31,6 @@ def test_a_share_by_hand():
 @pytest.mark.parametrize("axis", SHARE_AXES)
 def test_an_axis_of_shares_needs_them(axis):
     with pytest.raises(
-        UserError, match=r"needs the prompts' share of the loss weight .* column prompt_share, or generation ratios"
+        UserError, match=r"needs the prompts' share of the loss weight .* column prompt_share or from --ratios"
     ):
         make_transform(axis, PLWS)
