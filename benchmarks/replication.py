@@ -9,7 +9,8 @@ AlpacaDataCleaned and the same records inverted, as the study made AlpacaDataSho
 The records are drawn once, without regard to PLW or seed. Only those are drawn that are no longer than the cells'
 `--max-tokens` in both forms, and whose completion is not empty, so that both forms are of the same records.
 
-`publish FOLDER --sweep RUN` writes what the finished cells of a sweep have found:
+`publish FOLDER --sweep RUN` writes what the finished cells of a sweep have found. What FOLDER has of other cells stays,
+so that cells of several stores come together:
 
     scores.csv          a row for each cell and benchmark
     questions.parquet   a row for each cell, question and metric
@@ -55,6 +56,7 @@ DRAW_SEED = 2401
 TRAINED_ON, MEASURED_ON = 256, 128
 MAX_TOKENS = 256
 ENCODED_TOGETHER = 64
+OF_A_CELL = {"seed": int, "plw": float}
 
 
 @dataclass(frozen=True)
@@ -273,13 +275,34 @@ def main() -> None:
 def publish(folder: Path, sweep: str) -> None:
     """Write what the finished cells of a sweep have found into FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
-    questions = tracking.questions(sweep=sweep)
-    tracking.score_table(sweep=sweep).to_csv(folder / "scores.csv", index=False)
-    questions.drop(columns="evaluation").to_parquet(folder / "questions.parquet", index=False, compression="zstd")
+    files = [folder / name for name in ("scores.csv", "questions.parquet", "cells.csv")]
+    scores, questions, cells = (
+        beside(_read(file), new) if file.exists() else new for file, new in zip(files, _found(sweep), strict=True)
+    )
+    scores.to_csv(files[0], index=False)
+    questions.to_parquet(files[1], index=False, compression="zstd")
+    cells.sort_values(["seed", "dataset", "plw"]).to_csv(files[2], index=False)
     held_out_table(questions).to_csv(folder / "held_out.csv", index=False)
+
+
+def _found(sweep: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Scores, questions and options of a sweep's finished cells."""
     rows = [{"run": one.run_id, "seconds": round(one.seconds)} | one.options for one in tracking.measured_before()]
-    cells = pd.DataFrame(rows).astype({"seed": int, "plw": float}).sort_values(["seed", "dataset", "plw"])
-    cells.to_csv(folder / "cells.csv", index=False)
+    return (
+        tracking.score_table(sweep=sweep),
+        tracking.questions(sweep=sweep).drop(columns="evaluation"),
+        pd.DataFrame(rows).astype(OF_A_CELL),
+    )
+
+
+def beside(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """The rows of both tables, but for those of old whose cell is in new."""
+    cells = [pd.MultiIndex.from_frame(table[RUN]) for table in (old, new)]
+    return pd.concat([old[~cells[0].isin(cells[1])], new], ignore_index=True)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str).astype(OF_A_CELL)
 
 
 @main.command()

@@ -45,6 +45,29 @@ def test_a_parabola_is_found_again():
     assert curve["peak"] == pytest.approx((0.2 / 0.3) ** (1 / 0.30103), rel=0.02)
 
 
+def found_of(plw, seed, score):
+    cell = CELL | {"plw": plw, "seed": seed}
+    scores = pd.DataFrame([{**cell, "task": "piqa", "metric": "acc", "score": score}])
+    questions = pd.DataFrame([{**question("exact_match", score, -2.0), **cell}])
+    return scores, questions, pd.DataFrame([{"run": f"{plw} {seed}", "packing": "true", "limit": None, **cell}])
+
+
+def test_what_two_sweeps_have_found_is_published_together(tmp_path, monkeypatch):
+    sweeps = {"first": found_of(0.0, 1, 0.1), "second": found_of(0.0, 2, 1 / 3), "again": found_of(0.0, 1, 0.3)}
+    monkeypatch.setattr(replication, "_found", sweeps.__getitem__)
+    for sweep in sweeps:
+        replication.publish.callback(tmp_path, sweep)
+    for name, column in (("scores.csv", "score"), ("held_out.csv", "score")):
+        table = pd.read_csv(tmp_path / name).set_index("seed")
+        assert dict(table[column]) == {2: 1 / 3, 1: 0.3}
+    lines = (tmp_path / "cells.csv").read_text().splitlines()
+    assert lines == [
+        "run,packing,limit,model,dataset,plw,seed",
+        "0.0 1,true,,m,d,0.0,1",
+        "0.0 2,true,,m,d,0.0,2",
+    ]
+
+
 def test_records_are_drawn_that_fit_in_both_forms(tmp_path):
     records = [{"instruction": f"Name the number {n}.", "input": "", "output": "It is " * (n % 40)} for n in range(120)]
     file = tmp_path / "all.jsonl"
