@@ -18,8 +18,8 @@ so that cells of several stores come together:
                         more is better in all of them
     cells.csv           a row for each cell: its options, and the seconds from its start to its end
 
-`curves FILE` fits a parabola on w_p to each measure of a held_out.csv, over all runs of a data set. `verdicts FOLDER`
-judges the registered hypotheses by what was published there, and `means FOLDER` prints a table of means.
+`tables FOLDER` judges the registered hypotheses by what was published there, and prints the tables of
+docs/replication.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 import click
 import pandas as pd
 
+from benchmarks.study import markdown, p_value
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.findings import ON_THESE
@@ -128,27 +129,6 @@ def held_out_table(questions: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {**dict(zip(RUN, cell, strict=False)), "task": f"{task} {metric}", "metric": metric, "score": score}
         )
-    return pd.DataFrame(rows)
-
-
-def curve_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """The parabola on w_p of each task of a score table, fitted over all runs of a data set."""
-    rows = []
-    for dataset, part in scores.groupby("dataset"):
-        grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
-        for curve in task_curves.fit_task_curves(grid):
-            rows.append(
-                {
-                    "dataset": dataset,
-                    "task": curve.task,
-                    **curve.coefficients,
-                    "free": curve.degrees_of_freedom,
-                    "joint_p": curve.joint_p,
-                    "peak": curve.optimum_plw,
-                    "best_plw": curve.best_plw,
-                    "interior_probability": curve.interior_probability,
-                }
-            )
     return pd.DataFrame(rows)
 
 
@@ -305,37 +285,76 @@ def _read(file: Path) -> pd.DataFrame:
     return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str).astype(OF_A_CELL)
 
 
-@main.command()
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
-def curves(file: Path) -> None:
-    """Print the parabola of each measure of FILE, a held_out.csv."""
-    print(curve_table(pd.read_csv(file)).to_string(index=False, float_format="{:.4g}".format))
+# ---------------------------------------------------------------------------------------------------- the tables
 
 
-def mean_table(scores: pd.DataFrame, held_out_scores: pd.DataFrame) -> pd.DataFrame:
-    """The mean over seeds of each data set and PLW: of the benchmarks' mean, and of each measure of new records."""
-    by = ["dataset", "plw"]
-    both = pd.concat([scores.assign(task="mean of benchmarks"), held_out_scores])
-    return both.pivot_table(index=by, columns="task", values="score", aggfunc="mean").reset_index()
+def mean_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds of each task, a column each in the order of the scores, by data set and PLW."""
+    means = scores.pivot_table(index=["dataset", "plw"], columns="task", values="score", aggfunc="mean")
+    return means[list(scores["task"].unique())]
+
+
+def means(table: pd.DataFrame) -> str:
+    """Means by data set and PLW as a table of a page, a loss with its own sign."""
+    rows = [
+        [_short(dataset), f"{plw:g}", *(f"{abs(mean):.4f}" for mean in row)]
+        for (dataset, plw), row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return markdown(["trained on", "PLW", *table.columns], rows)
+
+
+def curves(scores: pd.DataFrame) -> str:
+    """The parabola on w_p of each task, fitted over all runs of a data set, as a table of a page."""
+    rows = []
+    for dataset, part in scores.groupby("dataset"):
+        grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
+        for curve in task_curves.fit_task_curves(grid):
+            rows.append(
+                [
+                    _short(str(dataset)),
+                    curve.task,
+                    f"{curve.coefficients['w_p']:+.4f}",
+                    f"{curve.coefficients['w_p^2']:+.4f}",
+                    p_value(curve.joint_p),
+                    f"{curve.best_plw:.2g}",
+                    f"{curve.interior_probability:.2f}",
+                ]
+            )
+    head = ["trained on", "measured by", "w_p", "w_p²", "p of both", "best PLW", "chance that it is inside"]
+    return markdown(head, rows)
+
+
+def judged(verdicts: Sequence[Verdict]) -> str:
+    """The hypotheses' verdicts as a table of a page."""
+    return markdown(
+        ["", "hypothesis", "verdict", "found"],
+        [[str(one.number), one.says, f"**{one.verdict}**", one.found] for one in verdicts],
+    )
+
+
+def _short(dataset: str) -> str:
+    return Path(dataset).stem.removeprefix("alpaca_")
+
+
+def new_records(held_out_scores: pd.DataFrame) -> pd.DataFrame:
+    """The same scores, with tasks by the names that a page has for them."""
+    names = held_out_scores["task"].str.removeprefix(HELD_OUT).str.replace("_new ", ": ").str.replace("_", " ")
+    return held_out_scores.assign(task=names.str.removeprefix("alpaca "))
 
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-def means(folder: Path) -> None:
-    """Print the mean of each data set, PLW and measure in FOLDER, as a table in Markdown."""
-    table = mean_table(read_scores(folder / "scores.csv"), pd.read_csv(folder / "held_out.csv"))
-    print("| " + " | ".join(table.columns) + " |\n" + "|---" * len(table.columns) + "|")
-    for row in table.itertuples(index=False):
-        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row) + " |")
-
-
-@main.command()
-@click.argument("folder", type=click.Path(exists=True, path_type=Path))
-def verdicts(folder: Path) -> None:
-    """Judge the registered hypotheses by the scores and questions in FOLDER."""
-    scores = folder / "scores.csv"
-    for one in judge(read_scores(scores), read_beside(scores)):
-        print(f"{one.number}. {one.says}: {one.verdict}\n   {one.found}")
+def tables(folder: Path) -> None:
+    """Judge the registered hypotheses by what was published in FOLDER, and print the tables of docs/replication.md."""
+    file = folder / "scores.csv"
+    scores, new = read_scores(file), new_records(pd.read_csv(folder / "held_out.csv"))
+    for name, table in (
+        ("verdicts", judged(judge(scores, read_beside(file)))),
+        ("benchmarks", means(mean_table(scores).assign(mean=lambda table: table.mean(axis="columns")))),
+        ("new_records", means(mean_table(new))),
+        ("curves", curves(pd.concat([scores, new]))),
+    ):
+        print(f"<!-- {name} -->\n{table}\n<!-- end -->\n")
 
 
 @main.command(name="draw")

@@ -37,12 +37,13 @@ def test_a_parabola_is_found_again():
         {**CELL, "plw": plw, "seed": number // 6, "task": "t", "metric": "m", "score": 0.3 + 0.2 * x - 0.15 * x**2 + e}
         for number, (plw, x, e) in enumerate(zip(plws, w, noise, strict=True))
     ]
-    (curve,) = replication.curve_table(pd.DataFrame(rows)).to_dict("records")
-    assert curve["w_p"] == pytest.approx(0.2, abs=1e-3)
-    assert curve["w_p^2"] == pytest.approx(-0.15, abs=1e-3)
-    assert curve["free"] == 9
-    assert curve["joint_p"] < 1e-6
-    assert curve["peak"] == pytest.approx((0.2 / 0.3) ** (1 / 0.30103), rel=0.02)
+    row = replication.curves(pd.DataFrame(rows)).splitlines()[-1].strip("| ").split(" | ")
+    assert row[:2] == ["d", "t"]
+    slope, bend, p, best, chance = map(float, row[2:])
+    assert (slope, bend) == pytest.approx((0.2, -0.15), abs=1e-3)
+    assert p < 1e-6
+    assert best == pytest.approx((0.2 / 0.3) ** (1 / 0.30103), rel=0.02)
+    assert chance == 1
 
 
 def found_of(plw, seed, score):
@@ -86,15 +87,15 @@ def test_records_are_drawn_that_fit_in_both_forms(tmp_path):
     )
 
 
-def test_means_are_over_seeds_and_benchmarks():
+def test_means_are_over_seeds_by_task():
     scores = [
-        {**CELL, "seed": seed, "task": task, "score": seed + number}
-        for seed in (1, 2)
-        for number, task in enumerate("ab")
+        {**CELL, "seed": seed, "task": task, "score": -seed - len(task)} for seed in (1, 2) for task in ("bb", "a")
     ]
-    new = [{**CELL, "seed": seed, "task": "held_out_new bleu", "score": seed / 10} for seed in (1, 2)]
-    (row,) = replication.mean_table(pd.DataFrame(scores), pd.DataFrame(new)).to_dict("records")
-    assert row == {"dataset": "d", "plw": 0.1, "held_out_new bleu": pytest.approx(0.15), "mean of benchmarks": 2.0}
+    assert replication.means(replication.mean_table(pd.DataFrame(scores))).splitlines() == [
+        "| trained on | PLW | bb | a |",
+        "| --- | --- | --- | --- |",
+        "| d | 0.1 | 3.5000 | 2.5000 |",
+    ]
 
 
 def cells(rise, gain):
