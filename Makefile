@@ -56,7 +56,7 @@ replication-smoke: replication-data ## one small cell of it
 replication-data: setup
 	$(IN_REPLICATION) $(HERE)/$(BIN)/python -m benchmarks.replication draw data --model $(MODEL) --dataset $(RECORDS)
 
-claims: setup ## the numbers of README and docs, measured anew, in under ten minutes
+claims: setup ## have numbers of README and docs changed? measures some anew, in under ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims $(CLAIMS)
 
 ui: ui-store ## MLflow's pages on a store with a small toy study in it, in output/ui

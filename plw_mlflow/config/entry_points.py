@@ -90,7 +90,7 @@ class PrepareConfig(PresetOptions, DataOptions, WeightOptions, Config):
     plw: float = 0.242
     """Prompt loss weight of the tokens shown, and whose equals under other losses are printed."""
     fail_if: str | None = None
-    """Limits at which the command fails, such as 'no_end > 0, prompt_cut > 1%' (unset: none; docs/data.md)."""
+    """Conditions on which the command fails, such as 'no_end > 0, prompt_cut > 1%' (unset: none; docs/data.md)."""
 
     def faults(self) -> list[str]:
         faults = too_small(self, 1, "show") + too_small(self, 0, "plw") + no_share(self)
