@@ -34,7 +34,7 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from benchmarks.study import markdown, p_value
+from benchmarks.study import best_of, markdown, p_value
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.findings import ON_THESE
@@ -309,19 +309,9 @@ def curves(scores: pd.DataFrame) -> str:
     for dataset, part in scores.groupby("dataset"):
         grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
         for curve in task_curves.fit_task_curves(grid):
-            rows.append(
-                [
-                    _short(str(dataset)),
-                    curve.task,
-                    f"{curve.coefficients['w_p']:+.4f}",
-                    f"{curve.coefficients['w_p^2']:+.4f}",
-                    p_value(curve.joint_p),
-                    f"{curve.best_plw:.2g}",
-                    f"{curve.interior_probability:.2f}",
-                ]
-            )
-    head = ["trained on", "measured by", "w_p", "w_p²", "p of both", "best PLW", "chance that it is inside"]
-    return markdown(head, rows)
+            coefficients = [f"{curve.coefficients[term]:+.4f}" for term in ("w_p", "w_p^2")]
+            rows.append([_short(str(dataset)), curve.task, *coefficients, p_value(curve.joint_p), best_of(curve)])
+    return markdown(["trained on", "measured by", "w_p", "w_p²", "p", "best PLW (95 %, delta)"], rows)
 
 
 def judged(verdicts: Sequence[Verdict]) -> str:
@@ -351,8 +341,9 @@ def tables(folder: Path) -> None:
     for name, table in (
         ("verdicts", judged(judge(scores, read_beside(file)))),
         ("benchmarks", means(mean_table(scores).assign(mean=lambda table: table.mean(axis="columns")))),
+        ("benchmarks_curves", curves(scores)),
         ("new_records", means(mean_table(new))),
-        ("curves", curves(pd.concat([scores, new]))),
+        ("new_records_curves", curves(new)),
     ):
         print(f"<!-- {name} -->\n{table}\n<!-- end -->\n")
 

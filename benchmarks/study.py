@@ -118,6 +118,12 @@ def best(plw: float | None, interval: Sequence[float] | None) -> str:
     return "none inside" if plw is None or interval is None else f"{plw:.2g} ({span(*interval)})"
 
 
+def best_of(curve: task_curves.TaskCurve) -> str:
+    """A task's best PLW with its interval, or the end of the range that is best."""
+    inside = best(curve.optimum_plw, curve.delta_interval)
+    return inside + (f"; highest at {curve.best_plw:.2g}" if curve.optimum_plw is None else "")
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -198,9 +204,7 @@ def by_task() -> str:
     rows = []
     for number, curve in enumerate(answers[SHORT].by_task):
         p = [p_value(answers[dataset].by_task[number].joint_p) for dataset in DATASETS]
-        where = best(curve.optimum_plw, curve.delta_interval)
-        where += f"; highest at {curve.best_plw:.2g}" if curve.optimum_plw is None else ""
-        rows.append([curve.task, str(curve.task_type), *p, where])
+        rows.append([curve.task, str(curve.task_type), *p, best_of(curve)])
     types = {dataset: dict(answers[dataset].by_type) for dataset in DATASETS}
     for kind, fit in types[SHORT].items():
         p = [p_value(types[dataset][kind].joint_p) for dataset in DATASETS]

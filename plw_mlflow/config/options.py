@@ -271,7 +271,7 @@ class MachineOptions(Options):
     packing: bool = no_effect(BY_PRESET)
     """Pack examples into rows, each seeing itself alone, or pad each to a row (toy true, huerta2024 false)."""
     micro_batch_tokens: int | Literal["auto"] | None = no_effect(None)
-    """Longest packed row; auto: the longest that fits a GPU (unset: micro-batch-examples x max-tokens, on a CPU less)."""
+    """Longest packed row; auto: what fits the GPU (unset: micro-batch-examples x max-tokens, or less on a CPU)."""
     activation_checkpointing: bool = no_effect(False)
     """Keep only the inputs of the layers, and compute each again in the backward pass: less memory, more time."""
     compile: bool = no_effect(False)

@@ -135,12 +135,17 @@ def answer_noise(values: Array) -> float:
 
 
 def _with_luck(difference: float, error: float, freedom: float, share: float, luck: Luck) -> Tested:
-    """share: the variance of the difference over that of one run."""
+    """share: the variance of the difference over that of one run.
+
+    Degrees of freedom are by Satterthwaite. Where answers vary less in these runs than in others, no luck may be left
+    of a large spread, and the formula would give next to none; a sum of variances has as many as one of them at least.
+    """
     variances = np.array([error**2, share * luck.variance])
     uncertain = np.array([error**2, share * luck.spread])
     total = float(variances.sum())
     squares = float((uncertain**2 / np.array([freedom, luck.freedom])).sum())
-    return _t_test(difference, total**0.5, total**2 / squares if squares else np.inf)
+    by_formula = total**2 / squares if squares else np.inf
+    return _t_test(difference, total**0.5, max(by_formula, min(freedom, luck.freedom)))
 
 
 def _t_test(difference: float, error: float, freedom: float) -> Tested:

@@ -96,6 +96,12 @@ def test_luck_widens_the_interval_as_far_as_seeds_do_not_average_it_out():
     assert none.with_luck.p == pytest.approx(none.paired.p)
 
 
+def test_a_spread_without_luck_leaves_the_degrees_of_freedom_that_it_was_estimated_with():
+    rng = np.random.default_rng(4)
+    found = paired.compare([answers(rng, seeds=2)], [answers(rng, seeds=2)], Luck(0.0, 0.5, 6))
+    assert found.with_luck.high - found.difference == pytest.approx(stats.t.isf(0.025, 6) * found.paired.error)
+
+
 def test_noise_of_answers_is_the_residual_of_questions_and_seeds():
     values = np.array([[1.0, 0, 1, 1], [1, 1, 0, 1]])
     # Both seeds score 0.75, so their residuals are half the differences, 0, -1, 1, 0, of 3 degrees of freedom.
