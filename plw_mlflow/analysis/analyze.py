@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis import findings
-from plw_mlflow.analysis.answers import Analysis, Answer, Refusal, Variant
+from plw_mlflow.analysis.answers import Analysis, Answer, Finding, Refusal, Variant
 from plw_mlflow.analysis.score_table import (
     SCALES,
     SCORE,
@@ -33,6 +33,7 @@ from plw_mlflow.analysis.statistics import (
     equivalence,
     fitting,
     joint,
+    lack_of_fit,
     multiple_testing,
     parametric,
     task_curves,
@@ -41,6 +42,7 @@ from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.joint import Joint
+from plw_mlflow.analysis.statistics.lack_of_fit import LackOfFit
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import AXES, SHARE_AXES, make_transform
@@ -101,8 +103,6 @@ def analyze(
         answer = partial(
             Answer,
             dataset=dataset,
-            lead=lead,
-            equivalence=over_tasks,
             bootstraps=resampled,
             by_task=task_curves.fit_task_curves(grid, types),
             by_type=_by_type(part, types, attempts, axis, scale, by),
@@ -111,7 +111,8 @@ def analyze(
         )
         fixed = next((fit for fit in fits_here if fit.model == findings.ON_THESE), None)
         of_these = None if fixed is None else assess(tasks_are_fixed=True)
-        drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, dict(attempts.refused)))
+        misfit = None if fixed is None else lack_of_fit.lack_of_fit(grid)
+        drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, misfit, dict(attempts.refused)))
     return Analysis(
         fits=fits,
         refusals=refusals,
@@ -135,20 +136,51 @@ class _Draft:
     over_tasks: Equivalence | None
     fixed: Fit | None  # by findings.ON_THESE
     of_these: Equivalence | None  # of the mean of these tasks
+    misfit: LackOfFit | None  # of these tasks' mean
     refused: dict[str, str]  # reasons, by what was refused
 
-    def concluded(self, holm_p: float, fixed_holm_p: float | None, unit: findings.Unit, margin: float | None) -> Answer:
+    def concluded(
+        self,
+        holm_p: float,
+        fixed_holm_p: float | None,
+        misfit_p: float | None,
+        unit: findings.Unit,
+        margin: float | None,
+    ) -> Answer:
         """The answer, by the p-values corrected for the other data sets."""
+        if self.misfit is not None and misfit_p is not None and misfit_p < lack_of_fit.MISFIT:
+            return self._without_curve(replace(self.misfit, p=misfit_p), holm_p, unit)
         why_not = self.refused.get(findings.ON_THESE, "")
         these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, why_not)
-        reason = self.refused.get(findings.ON_OTHERS[0], "")
+        others = self._others(holm_p, self.over_tasks, unit)
         return self.answer(
+            lead=self.lead,
+            equivalence=self.over_tasks,
             holm_p=holm_p,
             verdict=verdict(self.lead, self.over_tasks, holm_p),
             these_tasks=these,
-            other_tasks=findings.about_others(self.lead, holm_p, self.over_tasks, unit, reason),
-            advice=findings.advise(these, self.fixed, self.grid, unit, margin, why_not),
+            other_tasks=others,
+            advice=findings.advise(these, self.fixed, self.grid, unit, margin, why_not, others),
             matters_little=findings.smallest_that_matters_little(these, unit, margin) is not None,
+        )
+
+    def _others(self, holm_p: float, equal: Equivalence | None, unit: findings.Unit) -> Finding:
+        reason = self.refused.get(findings.ON_OTHERS[0], "")
+        return findings.about_others(self.lead, holm_p, equal, unit, reason)
+
+    def _without_curve(self, misfit: LackOfFit, holm_p: float, unit: findings.Unit) -> Answer:
+        """The answer where no curve describes the scores, so that nothing is said of its shape."""
+        these = findings.about_these(self.fixed, misfit.p, None, len(self.grid.tasks), unit, "")
+        lead = replace(self.lead, notes=[*self.lead.notes, f"{findings.misfits(misfit)}."])
+        return self.answer(
+            lead=lead,
+            equivalence=None,
+            holm_p=holm_p,
+            verdict=f"{findings.misfits(misfit)}.",
+            these_tasks=findings.moved_without_curve(these, misfit),
+            other_tasks=findings.untold_without_curve(self._others(holm_p, None, unit)),
+            advice=f"No parabola describes these scores; of the PLWs tried, {misfit.best_plw:g} scores best.",
+            matters_little=False,
         )
 
 
@@ -157,8 +189,12 @@ def _concluded(drafts: list[_Draft], unit: findings.Unit, margin: float | None) 
     by_lead = multiple_testing.adjust_by_holm({draft.lead.dataset: draft.lead.joint_p for draft in drafts})
     fixed = {draft.lead.dataset: draft.fixed.joint_p for draft in drafts if draft.fixed is not None}
     by_fixed = multiple_testing.adjust_by_holm(fixed)
+    misfits = {draft.lead.dataset: draft.misfit.p for draft in drafts if draft.misfit is not None}
+    by_misfit = multiple_testing.adjust_by_holm(misfits)
     return [
-        draft.concluded(by_lead[draft.lead.dataset], by_fixed.get(draft.lead.dataset), unit, margin) for draft in drafts
+        draft.concluded(by_lead[name], by_fixed.get(name), by_misfit.get(name), unit, margin)
+        for draft in drafts
+        for name in [draft.lead.dataset]
     ]
 
 

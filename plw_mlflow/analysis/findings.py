@@ -15,6 +15,7 @@ from plw_mlflow.analysis.answers import Finding
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit, fewest_runs
+from plw_mlflow.analysis.statistics.lack_of_fit import LackOfFit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, POWER
 from plw_mlflow.analysis.wording import highest_end, interval
 
@@ -56,7 +57,7 @@ def about_these(
     """
     tasks = tasks if fit is None else fit.tasks  # it may have left some out
     question = f"Did PLW move {'this task' if tasks == 1 else f'these {tasks} tasks'}?"
-    mean = "its score" if tasks == 1 else "their mean score"
+    mean = "the curve of its score" if tasks == 1 else "the curve of their mean score"
     found = _finding(question, fit, holm_p, equal, unit, mean, why_not)
     left_out = [note for note in (fit.notes if fit else []) if note.startswith(LEFT_OUT)]
     return replace(found, verdict=" ".join([found.verdict, *left_out]))
@@ -69,7 +70,7 @@ def about_others(lead: Fit, holm_p: float, equal: Equivalence | None, unit: Unit
     why_not = why_not.removesuffix("; use lmm-slopes")  # what cannot be fitted either, or it would lead
     if not why_not and lead.notes:
         why_not = lead.notes[0].removesuffix(".")
-    return _finding(question, fit, holm_p, equal, unit, "the mean of such tasks", why_not)
+    return _finding(question, fit, holm_p, equal, unit, "the curve of the mean of such tasks", why_not)
 
 
 def _finding(
@@ -111,6 +112,28 @@ def _finding(
     )
 
 
+def misfits(misfit: LackOfFit) -> str:
+    """That no parabola describes the scores, as the beginning of a sentence."""
+    return (
+        f"No parabola describes the means of these runs (lack of fit: F({misfit.freedom}, {misfit.free}) = "
+        f"{misfit.statistic:.3g}, p = {misfit.p:.2g}), so nothing is said of a curve's peak, ends or range"
+    )
+
+
+def moved_without_curve(these: Finding, misfit: LackOfFit) -> Finding:
+    """The first answer where no parabola describes the scores: PLW moved the tasks, since their means differ by it."""
+    words = (
+        f"Yes, but not along a parabola (lack of fit: p = {misfit.p:.2g}): of the PLWs tried, {misfit.best_plw:g} has "
+        "the highest mean score."
+    )
+    return Finding(these.question, words, "yes", these.model, misfit.p, misfit.p)
+
+
+def untold_without_curve(others: Finding) -> Finding:
+    """The second answer there, which rests on the tasks' curves."""
+    return Finding(others.question, "These scores cannot tell: no parabola describes their means.")
+
+
 def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | None) -> float | None:
     """What all differences between the PLWs tried are shown to be below, if that is as good as none.
 
@@ -121,37 +144,46 @@ def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | Non
     return shown if shown is not None and margin is not None and shown <= margin else None
 
 
-def advise(these: Finding, fit: Fit | None, grid: Grid, unit: Unit, margin: float | None, why_not: str = "") -> str:
+def advise(
+    these: Finding,
+    fit: Fit | None,
+    grid: Grid,
+    unit: Unit,
+    margin: float | None,
+    why_not: str = "",
+    others: Finding | None = None,
+) -> str:
     """What to do, in one sentence, by what was found for these tasks; fit: that finding's.
 
-    margin: as of `smallest_that_matters_little`. why_not: why there is no fit.
+    margin: as of `smallest_that_matters_little`. why_not: why there is no fit. others: the second answer.
     """
     if (within := smallest_that_matters_little(these, unit, margin)) is not None:
         return f"Any value will do, within {unit.words(within)}."
     margin, equal = unit.point if margin is None else margin, these.equivalence
     if these.kind == "yes" and fit is not None:
         if fit.optimum_plw is None:
-            return f"Use PLW {highest_end(fit):.2g} on data like these."
+            return f"Use PLW {highest_end(fit):.2g} on data like these, where the curve is highest."
         if len(ends := fit.optimum_set or []) == 1 and not fit.optimum_set_is_unbounded:
             return f"Use {ends[0][0]:.2g} to {ends[0][1]:.2g} on data like these."
         return f"Use PLW {fit.optimum_plw:.2g} for now: it scores best, but where the peak lies is not settled."
+    cannot_tell = "These runs cannot tell"
+    if others is not None and others.kind == "yes":
+        cannot_tell += " of these tasks alone, but they do of others like them (see the second answer)"
     if fit is None and (lost := grid.lost_plws):
         everywhere = len(lost) == len(set(grid.runs["plw"]))
         where = "on every run" if everywhere else f"at PLW {', '.join(f'{plw:g}' for plw in lost)}"
-        return f"These runs cannot tell; score every task {where}."
+        return f"{cannot_tell}; score every task {where}."
     if fit is None:
         if (more := seeds_for_noise(grid)) == 0:
-            return f"These runs cannot tell: {why_not}."
-        return f"These runs cannot tell: {_seeds(more)} {SHOWS_NOISE}."
+            return f"{cannot_tell}: {why_not}."
+        return f"{cannot_tell}: {_seeds(more)} {SHOWS_NOISE}."
     if equal is None or margin is None:
-        return (
-            "These runs cannot tell; --margin names a difference that matters, and then says how many seeds it takes."
-        )
+        return f"{cannot_tell}; --margin names a difference that matters, and then says how many seeds it takes."
     if (free := fit.runs - len(fit.coefficients)) < FEWEST_FREE:
-        return f"These runs cannot tell: {_seeds(math.ceil((FEWEST_FREE - free) / _cells(grid)))} {SHOWS_NOISE}."
+        return f"{cannot_tell}: {_seeds(math.ceil((FEWEST_FREE - free) / _cells(grid)))} {SHOWS_NOISE}."
     low, high = (seeds_needed(fit, error, grid, margin) for error in _bounds(equal.standard_error, free))
     so = f"would probably, if PLW makes a difference of {unit.words(margin)}"
-    return f"These runs cannot tell: {_seeds(low, high)} {so}."
+    return f"{cannot_tell}: {_seeds(low, high)} {so}."
 
 
 def _bounds(standard_error: float, free: int) -> list[float]:

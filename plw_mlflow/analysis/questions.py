@@ -62,13 +62,17 @@ def read_beside(scores: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
         raise UserError(
             f"against compares by {path}, which is not there; main, evaluate and sweep write it beside scores.csv"
         )
+    cell = [*CELL, *(name for name in also if name not in CELL)]
     try:
-        questions = pd.read_parquet(path, columns=[*CELL, *(name for name in also if name not in CELL), *COLUMNS])
-        table = pd.read_csv(scores, usecols=["task", "metric"])
+        questions = pd.read_parquet(path, columns=[*cell, *COLUMNS])
+        table = pd.read_csv(scores, usecols=[*cell, "task", "metric"])
+        of_table = questions.merge(table[cell].drop_duplicates(), on=cell)
     except Exception as error:  # pyarrow's errors and those of pandas have no common base but this
         raise UserError(f"{path} holds no questions as main, evaluate and sweep write them ({error})") from None
-    questions.attrs["metrics"] = dict(zip(table["task"], table["metric"], strict=True))
-    return questions
+    if of_table.empty:
+        raise UserError(f"{path} holds no questions of the runs in {scores}; they belong to another score table")
+    of_table.attrs["metrics"] = dict(zip(table["task"], table["metric"], strict=True))
+    return of_table
 
 
 def compare(

@@ -26,8 +26,8 @@ def test_both_questions_are_answered_in_their_order(study):
     lines = wording.verdicts(study).splitlines()
     at = lines.index("AlpacaDataShort: Use 0.18 to 0.39 on data like these.")
     these, others = lines[at + 1 : at + 3]
-    assert these.startswith("- Did PLW move these 8 tasks? Yes (p = 3.9e-07): their mean score peaks at PLW 0.243 ")
-    assert "(95 % interval 0.177 to 0.395)" in these
+    assert these.startswith("- Did PLW move these 8 tasks? Yes (p = 3.9e-07): the curve of their mean score peaks at ")
+    assert "PLW 0.243 (95 % interval 0.177 to 0.395)" in these
     assert others.startswith("- Would it move others like them? Not shown (p = 0.16): ")
     assert "(95 % interval 0 to 0.0338 or 0.0802 to 1), which may be chance." in others
     assert all(line in wording.table_text(study) for line in (lines[at], these, others))
@@ -229,3 +229,11 @@ def test_models_count_alike_in_a_mean_and_its_error():
     assert row["score"] == pytest.approx(0.5)
     squares = many["score"].var() / 10 + few["score"].var() / 2
     assert row["error"] == pytest.approx(np.sqrt(squares) / 2)
+
+
+def test_where_only_the_second_question_is_answered_the_advice_says_so():
+    table = simulate(b=(0.5, 0.6, -0.6), seeds=2)
+    every_third = table[np.arange(len(table)) % 3 > 0]  # so that no run has all tasks, and no task all runs
+    (answer,) = analyze.analyze(every_third, draws=0).answers
+    assert (answer.these_tasks.kind, answer.other_tasks.kind) == ("untold", "yes")
+    assert answer.advice.startswith("These runs cannot tell of these tasks alone, but they do of others like them ")

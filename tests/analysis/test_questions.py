@@ -112,13 +112,26 @@ def test_data_sets_are_compared_apart_and_only_by_the_metric_of_the_score():
 
 def test_questions_lie_beside_the_scores(tmp_path):
     scores = tmp_path / "scores.csv"
-    pd.DataFrame({"task": ["arc"], "metric": ["acc"], "score": [0.5]}).to_csv(scores, index=False)
+    table = asked(TWO)[[*questions.CELL, "task", "metric"]].drop_duplicates().assign(score=0.5)
+    table.to_csv(scores, index=False)
     with pytest.raises(UserError, match=r"questions\.parquet, which is not there"):
         questions.read_beside(scores)
     asked(TWO).to_parquet(tmp_path / questions.FILE)
     assert questions.compare(questions.read_beside(scores), 0.0).rows[0].task == "arc"
     asked(TWO).drop(columns="value").to_parquet(tmp_path / questions.FILE)
     with pytest.raises(UserError, match="holds no questions as main, evaluate and sweep write them"):
+        questions.read_beside(scores)
+
+
+def test_only_the_runs_of_the_score_table_are_compared(tmp_path):
+    scores = tmp_path / "scores.csv"
+    asked(TWO).to_parquet(tmp_path / questions.FILE)
+    table = asked(TWO)[[*questions.CELL, "task", "metric"]].drop_duplicates().assign(score=0.5)
+    table[table["plw"] != 0.5].to_csv(scores, index=False)
+    found = questions.compare(questions.read_beside(scores), 0.0)
+    assert (found.plws, {row.plw for row in found.rows}) == (2, {1.0})
+    table.assign(model="another").to_csv(scores, index=False)
+    with pytest.raises(UserError, match="holds no questions of the runs in"):
         questions.read_beside(scores)
 
 

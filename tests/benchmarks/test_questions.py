@@ -43,7 +43,7 @@ def test_real_answers_have_no_difference_but_the_planted_one(tmp_path, monkeypat
         for number in range(300)
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / FILE)
-    pd.DataFrame({"task": ["arc"], "metric": ["acc"]}).to_csv(tmp_path / "scores.csv", index=False)
+    pd.DataFrame(rows).drop_duplicates("plw").to_csv(tmp_path / "scores.csv", index=False)
     none, *_, most = questions.real(tmp_path / "scores.csv")
     values = pd.DataFrame(rows).pivot_table(index="doc_id", columns="plw", values="value")
     assert none["disagreement"] == pytest.approx((values[0.0] != values[1.0]).mean())

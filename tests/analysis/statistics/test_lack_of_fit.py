@@ -1,0 +1,83 @@
+"""Is a curve that misses the scores found out, and is one that fits left alone?"""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from plw_mlflow.analysis import analyze, wording
+from plw_mlflow.analysis.statistics import design
+from plw_mlflow.analysis.statistics.lack_of_fit import lack_of_fit
+from plw_mlflow.transforms import make_transform
+
+PLWS = (0, 0.0005, 0.01, 0.1, 0.5, 1)
+
+
+def table(rng, shape, seeds=3, tasks=5, noise=0.01):
+    """Scores of which each task has the mean `shape(w, plw)`."""
+    rows = []
+    for plw in PLWS:
+        w = float(make_transform("w_p", PLWS)(plw))
+        for seed in range(seeds):
+            luck = rng.normal(scale=noise)
+            for task in range(tasks):
+                score = 0.4 + 0.02 * task + shape(w, plw) + luck + rng.normal(scale=noise)
+                rows.append(("m", "d", plw, seed, f"t{task}", "acc", score))
+    return pd.DataFrame(rows, columns=["model", "dataset", "plw", "seed", "task", "metric", "score"])
+
+
+def grid(scores):
+    return design.grid(scores, "d", make_transform("w_p", scores["plw"]))
+
+
+def parabola(w, plw):
+    return 0.2 * w - 0.2 * w**2
+
+
+def test_the_test_is_the_textbooks():
+    scores = table(np.random.default_rng(1), parabola)
+    found = lack_of_fit(grid(scores))
+    means = scores.groupby(["plw", "seed"])["score"].mean().reset_index()
+    w = make_transform("w_p", PLWS)(means["plw"])
+    line = np.polyval(np.polyfit(w, means["score"], 2), w)
+    pure = means["score"] - means.groupby("plw")["score"].transform("mean")
+    statistic = (((means["score"] - line) ** 2).sum() - (pure**2).sum()) / 3 / ((pure**2).sum() / 12)
+    assert (found.freedom, found.free) == (3, 12)
+    assert found.statistic == pytest.approx(statistic)
+    assert found.p == pytest.approx(stats.f.sf(statistic, 3, 12))
+    assert found.best_plw == means.groupby("plw")["score"].mean().idxmax()
+
+
+def test_a_parabola_is_found_to_misfit_as_often_as_the_level_says():
+    rng = np.random.default_rng(2)
+    p = [lack_of_fit(grid(table(rng, parabola, seeds=2))).p for _ in range(600)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_one_seed_or_three_plws_cannot_show_a_misfit():
+    scores = table(np.random.default_rng(3), parabola)
+    assert lack_of_fit(grid(scores[scores["seed"] == 0])) is None
+    assert lack_of_fit(grid(scores[scores["plw"].isin(PLWS[:3])])) is None
+
+
+@pytest.mark.parametrize("at", [0.1, 0.0005])
+def test_where_no_parabola_fits_nothing_is_said_of_its_shape(at):
+    scores = table(np.random.default_rng(4), lambda w, plw: 0.3 * (plw == at))
+    analysis = analyze.analyze(scores, margin=0.25, draws=0)
+    (answer,) = analysis.answers
+    assert answer.advice == f"No parabola describes these scores; of the PLWs tried, {at:g} scores best."
+    these, others = answer.findings
+    assert these.kind == "yes"
+    assert these.verdict.startswith("Yes, but not along a parabola (lack of fit: p = ")
+    assert f"{at:g} has the highest mean score" in these.verdict
+    assert (others.kind, others.verdict) == ("untold", "These scores cannot tell: no parabola describes their means.")
+    assert not answer.matters_little
+    assert answer.equivalence is None
+    assert answer.lead.notes[-1].startswith("No parabola describes the means of these runs (lack of fit: F(3, 12) = ")
+    assert "95 % sure" not in wording.table_text(analysis)
+
+
+def test_where_one_fits_the_answer_is_as_ever():
+    (answer,) = analyze.analyze(table(np.random.default_rng(5), parabola), draws=0).answers
+    assert "parabola" not in answer.advice
+    assert answer.equivalence is not None
