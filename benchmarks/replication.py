@@ -41,7 +41,7 @@ from plw_mlflow.analysis.findings import ON_THESE
 from plw_mlflow.analysis.questions import Row, in_brackets, reach, read_beside
 from plw_mlflow.analysis.questions import compare as compare_questions
 from plw_mlflow.analysis.score_table import RUN, read_scores
-from plw_mlflow.analysis.statistics import design, fitting, task_curves
+from plw_mlflow.analysis.statistics import design, fitting, lack_of_fit, task_curves
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.equivalence import assess_equivalence
 from plw_mlflow.analysis.statistics.optimum import LEVEL
@@ -306,12 +306,21 @@ def means(table: pd.DataFrame) -> str:
 def curves(scores: pd.DataFrame) -> str:
     """The parabola on w_p of each task, fitted over all runs of a data set, as a table of a page."""
     rows = []
-    for dataset, part in scores.groupby("dataset"):
+    for (dataset, _), part in scores.groupby(["dataset", "task"]):
         grid = design.grid(part, str(dataset), make_transform("w_p", part["plw"]))
         for curve in task_curves.fit_task_curves(grid):
-            coefficients = [f"{curve.coefficients[term]:+.4f}" for term in ("w_p", "w_p^2")]
-            rows.append([_short(str(dataset)), curve.task, *coefficients, p_value(curve.joint_p), best_of(curve)])
-    return markdown(["trained on", "measured by", "w_p", "w_p²", "p", "best PLW (95 %, delta)"], rows)
+            misfit = lack_of_fit.lack_of_fit(grid)
+            rows.append(
+                [
+                    _short(str(dataset)),
+                    curve.task,
+                    *(f"{curve.coefficients[term]:+.4f}" for term in ("w_p", "w_p^2")),
+                    p_value(curve.joint_p),
+                    "" if misfit is None else p_value(misfit.p),
+                    best_of(curve),
+                ]
+            )
+    return markdown(["trained on", "measured by", "w_p", "w_p²", "p", "lack of fit, p", "best PLW (95 %, delta)"], rows)
 
 
 def judged(verdicts: Sequence[Verdict]) -> str:
