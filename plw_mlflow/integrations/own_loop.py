@@ -133,8 +133,12 @@ def mass(weights: Tensor, kind: str) -> Tensor:
 
 def check_plw(plw: float) -> None:
     """Raise UserError for a PLW that is no weight."""
-    if not (math.isfinite(plw) and plw >= 0):
-        raise UserError(f"plw must be a finite number of at least 0, got {plw}")
+    try:
+        is_weight = math.isfinite(plw) and plw >= 0
+    except TypeError:
+        is_weight = False
+    if not is_weight:
+        raise UserError(f"plw must be a finite number of at least 0, got {plw!r}")
 
 
 def check_divisor(kind: str) -> None:

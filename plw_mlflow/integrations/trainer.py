@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from plw_mlflow.errors import UserError, first_line
@@ -72,12 +72,11 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def __init__(self, *args: Any, plw: float, loss_divisor: str = "weights", **kwargs: Any) -> None:
         check_plw(plw)
         check_divisor(loss_divisor)
-        self.plw, self.loss_divisor = plw, loss_divisor
+        self.plw, self.loss_divisor = float(plw), loss_divisor  # numpy's numbers cannot be written as JSON
         self._evaluated: list[Tensor] = []  # of each batch, its summed loss and its divisor
         super().__init__(*args, **kwargs)
         if self.compute_loss_func is not None:
             raise UserError("compute_loss_func cannot be given, as the loss is what a PLW is about")
-        self.data_collator = Weighing(self.data_collator, plw)
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise UserError(
                 "several GPUs in one process are not supported; start a process for each by torchrun, and leave "
@@ -86,6 +85,7 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if (shares := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) > 1:
             raise UserError(f"{shares} processes share each batch, which is not supported; give each its own batches")
         check_model(self.model)
+        self.data_collator = Weighing(self.data_collator, plw, _vocabulary(self.model))
         self._check_marks()
         self._try_model()
 
@@ -139,31 +139,39 @@ class WeightedLoss(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         return causal.hidden_states(self.model, batch.pop("input_ids"), **batch).float()
 
     def _check_marks(self) -> None:
-        """Raise UserError where a PLW has no effect, as the first rows are all prompt or all completion."""
+        """Raise UserError where the first rows are all prompt or all completion, or where none of them has a weight."""
         rows = self.train_dataset
         if rows is None or iter(rows) is iter(rows):  # a stream that can be read once
             return
-        collate = self._get_collator_with_removed_columns(self.data_collator.collator)
+        collate = self._get_collator_with_removed_columns(self.data_collator)
         kinds: set[bool] = set()
-        row = None
+        row, have_weights = None, False
         for row in itertools.islice(rows, ROWS_LOOKED_AT):
             batch = collate([row])
             if "labels" not in batch or (isinstance(row, Mapping) and row.get("weights") is not None):
-                return  # to weights, whose two kinds are not all
+                have_weights = True
+                if batch["weights"].any():
+                    return  # to weights, whose two kinds are not all
+                continue
             labels = batch["labels"][:, 1:]
             _check_carried(row, batch["labels"][0])
             kinds |= {kind for kind, there in ((True, labels != IGNORED), (False, prompts(labels))) if there.any()}
             if len(kinds) == 2:
                 return
+        name, is_ours = "labels", isinstance(self.data_collator.collator, PLWCollator)
+        if is_ours and isinstance(row, Mapping):
+            name = next((name for name in ("labels", *MASKS) if row.get(name) is not None), name)
         if kinds == {True} and self.plw != 1:
             raise UserError(
-                f"labels mark every token as completion, so the PLW would change nothing; let them be {IGNORED} on "
-                f"prompts, or {BY_TRL}"
+                f"the values of {name} mark every token as completion, so the PLW would change nothing; let them be "
+                f"{IGNORED if name == 'labels' else 0} on prompts{'' if is_ours else f', or {BY_TRL}'}"
             )
+        if have_weights and not kinds:
+            raise UserError("no token has a weight above 0, so that nothing would be trained on; see to the weights")
         if row is not None and True not in kinds:
             raise UserError(
-                "no token is marked as completion; a chat template marks what the assistant says only where it holds "
-                "{% generation %}"
+                f"no token is marked as completion by {name}; see that completions are not cut away, and that a "
+                "chat template holds {% generation %} around what the assistant says"
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -270,7 +278,13 @@ def _context(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _reciprocal(whole: Tensor, like: Tensor) -> Tensor:
     """One over a divisor in float32, where another number is; 0 where no token weighs anything."""
-    return torch.where(whole > 0, 1 / whole, 0.0).float().to(like.device)
+    return torch.where(whole != 0, 1 / whole, 0.0).float().to(like.device)
+
+
+def _vocabulary(model: Any) -> int | None:
+    """How many tokens a model has embeddings for, with adapters or without; None where that is not known."""
+    embeddings = causal.unwrap(model).get_input_embeddings()
+    return next((part.num_embeddings for part in embeddings.modules() if isinstance(part, nn.Embedding)), None)
 
 
 def _check_carried(row: Any, labels: Tensor) -> None:

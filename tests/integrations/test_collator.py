@@ -1,5 +1,7 @@
 """Do weights stay with their tokens where rows are padded, cut and packed?"""
 
+import math
+
 import pytest
 import torch
 
@@ -55,18 +57,72 @@ def test_padding_in_a_row_is_taken_out():
     ("row", "message"),
     [
         ({"input_ids": [5, 6]}, "none that tells its completion"),
-        ({"input_ids": [5, 6], "weights": [1.0]}, "2 tokens, but weights or marks for 1"),
-        ({"input_ids": [5, 6], "labels": [5, 6], "completion_mask": [1]}, "marks for 1 and for 2 tokens"),
+        ({"completion_mask": [0, 1]}, "a row has no input_ids"),
+        ("a text", "a row has no input_ids"),
+        ({"input_ids": ["a", "b"], "labels": [5, 6]}, "input_ids of a row must be one number a token"),
+        ({"input_ids": [[5, 6]], "labels": [[5, 6]]}, r"one number a token, got the shape \[1, 2\]"),
+        ({"input_ids": [5, 6], "weights": [1.0]}, "unequal lengths .input_ids 2, weights 1"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "completion_mask": [1]}, "labels 2, completion_mask 1"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1]}, "labels 2, attention_mask 1"),
+        ({"input_ids": [5, 6], "completion_mask": [0, 2]}, "completion_mask of a row must be 1 in completions and 0"),
+        ({"input_ids": [5, 6], "assistant_masks": [0.5, 1.0]}, "assistant_masks of a row must be 1"),
+        ({"input_ids": [5, 6], "completion_mask": [0.0, math.nan]}, "completion_mask of a row must be 1"),
+        ({"input_ids": [], "completion_mask": []}, "a row has no tokens"),
+        ({"input_ids": [0, 0], "completion_mask": [0, 0], "attention_mask": [0, 0]}, "a row has no tokens"),
     ],
 )
-def test_rows_without_marks_are_refused(row, message):
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_that_cannot_be_read_are_refused(row, message, packing):
     with pytest.raises(UserError, match=message):
+        PLWCollator(0.5, packing=packing)([ROWS[0], row])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [-100, -100, 8, 1, -100],  # shifted by one
+        [6, 7, 8, 1, -100],
+        [-100, -100, -100, 9, 9],
+    ],
+)
+def test_labels_that_are_not_the_tokens_are_refused(labels):
+    row = {"input_ids": [5, 6, 7, 8, 1], "labels": labels}
+    with pytest.raises(UserError, match="labels are shifted or of other tokens"):
         PLWCollator(0.5)([row])
+    with pytest.raises(UserError, match="labels are shifted or of other tokens"):
+        weighed(**{name: [column] for name, column in row.items()})
+
+
+def test_labels_of_other_shapes_than_the_tokens_are_refused():
+    with pytest.raises(UserError, match="labels are shifted or of other tokens"):
+        weighed(input_ids=[[5, 6, 7]], labels=[[-100, 6]])
+
+
+def test_labels_on_padding_do_not_matter():
+    row = {"input_ids": [5, 6, 0], "labels": [-100, 6, 3], "attention_mask": [1, 1, 0]}
+    assert PLWCollator(0.5)([row])["weights"].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, -0.5, 1e39])
+def test_weights_that_are_none_are_refused(weight):
+    message = "weights must be finite numbers of at least 0, got"
+    with pytest.raises(UserError, match=message):
+        PLWCollator(0.5)([{"input_ids": [5, 6, 7], "weights": [0, weight, 1]}])
+    with pytest.raises(UserError, match=message):
+        weighed(weights=[[0, weight, 1]])
+
+
+@pytest.mark.parametrize("token", [-3, 9])
+def test_tokens_that_the_model_does_not_know_are_refused(token):
+    collate = Weighing(PLWCollator(0.5), 0.5, vocabulary=9)
+    assert collate([{"input_ids": [0, 8], "labels": [-100, 8]}])["input_ids"].tolist() == [[0, 8]]
+    with pytest.raises(UserError, match=f"the token {token}, but the model knows 0 to 8"):
+        collate([{"input_ids": [5, token], "labels": [-100, token]}])
 
 
 def test_no_limit_is_none_and_nothing_else():
-    for limit in (-1, 0):
-        with pytest.raises(UserError, match="max_tokens must be at least 1"):
+    for limit in (-1, 0, "5", 5.0):
+        with pytest.raises(UserError, match="max_tokens must be a whole number of at least 1"):
             PLWCollator(0.5, max_tokens=limit)
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -24,7 +25,7 @@ from plw_mlflow.errors import UserError
 from plw_mlflow.integrations import PLWCollator, PLWTrainer
 from plw_mlflow.integrations import trainer as trainers
 from plw_mlflow.training import train
-from tests.conftest import byte_tokenizer
+from tests.conftest import VOCABULARY, byte_tokenizer
 from tests.integrations import steps
 
 
@@ -122,11 +123,12 @@ def test_the_loss_of_evaluation_does_not_depend_on_how_it_is_cut(tmp_path):
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
 
 
-def test_a_saved_model_tells_its_plw(tmp_path):
+@pytest.mark.parametrize("plw", [0.5, np.float32(0.5)])
+def test_a_saved_model_tells_its_plw(tmp_path, plw):
     rows = steps.rows(steps.prepared(4).training)
-    trainer = PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=rows, plw=0.1, loss_divisor="tokens")
+    trainer = PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=rows, plw=plw, loss_divisor="tokens")
     trainer.save_model(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/plw.json").read_text()) == {"plw": 0.1, "loss_divisor": "tokens"}
+    assert json.loads((tmp_path / "saved/plw.json").read_text()) == {"plw": 0.5, "loss_divisor": "tokens"}
 
 
 def test_logits_are_given_to_metrics(tmp_path):
@@ -145,22 +147,59 @@ def test_logits_are_given_to_metrics(tmp_path):
 
 
 def test_a_step_without_a_weight_changes_nothing(tmp_path):
-    rows = [{"input_ids": [5, 6, 7], "weights": [0.0, 0.0, 0.0]}]
+    rows = [{"input_ids": [5, 6, 7], "weights": [0.0, 0.0, weight]} for weight in (0.0, 1.0)]
     model = steps.model()
-    PLWTrainer(model, steps.arguments(tmp_path), train_dataset=rows, plw=0.0).train()
+    arguments = steps.arguments(tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    PLWTrainer(model, arguments, train_dataset=rows, plw=0.0).train()
     assert torch.equal(steps.parameters(model), steps.parameters(steps.model()))
 
 
 @pytest.mark.parametrize(
     ("marks", "message"),
     [
-        ({"labels": [5, 6, 7]}, "the PLW would change nothing"),
-        ({"assistant_masks": [0, 0, 0]}, "{% generation %}"),
+        ({"labels": [5, 6, 7]}, "values of labels mark every token as completion.* let them be -100 on prompts"),
+        ({"completion_mask": [1, 1, 1]}, "values of completion_mask mark every token.* let them be 0 on prompts"),
+        ({"assistant_masks": [0, 0, 0]}, "by assistant_masks; .*{% generation %}"),
+        ({"weights": [0.0, 0.0, 0.0]}, "no token has a weight above 0"),
+        ({"weights": [1.0, 0.0, 0.0]}, "no token has a weight above 0"),  # nothing predicts the first
     ],
 )
 def test_rows_in_which_a_plw_has_no_effect_are_refused(tmp_path, marks, message):
     with pytest.raises(UserError, match=message):
         PLWTrainer(steps.model(), steps.arguments(tmp_path), train_dataset=[{"input_ids": [5, 6, 7], **marks}], plw=0.1)
+
+
+def adapters_of(**settings):
+    return get_peft_model(steps.model(), LoraConfig(**{"target_modules": ["q_proj"]} | settings))
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        steps.model,
+        lambda: adapters_of(),
+        lambda: adapters_of(target_modules=["embed_tokens"]),
+        lambda: adapters_of(modules_to_save=["embed_tokens"]),
+        lambda: adapters_of(trainable_token_indices=[5]),
+    ],
+)
+def test_tokens_of_another_vocabulary_are_refused(tmp_path, make_model):
+    rows = [{"input_ids": [5, 6, VOCABULARY], "completion_mask": [0, 0, 1]}]
+    with pytest.raises(UserError, match=f"the token {VOCABULARY}, but the model knows 0 to {VOCABULARY - 1}"):
+        PLWTrainer(make_model(), steps.arguments(tmp_path), train_dataset=rows, plw=0.1)
+
+
+def test_labels_of_another_collator_that_are_not_the_tokens_are_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 7, 8, -100]}]
+    with pytest.raises(UserError, match="labels are shifted or of other tokens"):
+        PLWTrainer(steps.model(), steps.arguments(tmp_path), DataCollatorForSeq2Seq(tokenizer), rows, plw=0.1)
+
+
+def test_a_divisor_that_is_none_is_not_hidden():
+    assert [float(trainers._reciprocal(torch.tensor(whole), torch.ones(1))) for whole in (0.0, 4.0)] == [0, 0.25]
+    assert trainers._reciprocal(torch.tensor(math.nan), torch.ones(1)).isnan()
 
 
 def test_a_collator_that_passes_over_masks_is_refused(tmp_path):
@@ -236,6 +275,9 @@ def test_labels_of_another_collator_become_weights(tmp_path):
     [
         {"plw": -1.0},
         {"plw": math.nan},
+        {"plw": "0.1"},
+        {"plw": None},
+        {"plw": 0.1, "max_tokens": "5"},
         {"plw": 0.1, "loss_divisor": "rows"},
         {"plw": 0.1, "compute_loss_func": lambda *_: 0},
         {"plw": 0.1, "data_collator": PLWCollator(0.1), "packing": True},
