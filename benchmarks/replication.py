@@ -268,11 +268,11 @@ def publish(folder: Path, sweep: str) -> None:
 def _found(sweep: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Scores, questions and options of a sweep's finished cells."""
     rows = [{"run": one.run_id, "seconds": round(one.seconds)} | one.options for one in tracking.measured_before()]
-    return (
-        tracking.score_table(sweep=sweep),
-        tracking.questions(sweep=sweep).drop(columns="evaluation"),
-        pd.DataFrame(rows).astype(OF_A_CELL),
-    )
+    cells = pd.DataFrame(rows).astype(OF_A_CELL).drop_duplicates(RUN)
+    scores = tracking.score_table(sweep=sweep)
+    named = cells[RUN].assign(dataset=cells["dataset"].map(lambda dataset: Path(dataset).name))
+    is_of_sweep = pd.MultiIndex.from_frame(named).isin(pd.MultiIndex.from_frame(scores[RUN]))
+    return scores, tracking.questions(sweep=sweep).drop(columns="evaluation"), cells[is_of_sweep]
 
 
 def beside(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
@@ -297,7 +297,11 @@ def mean_table(scores: pd.DataFrame) -> pd.DataFrame:
 def means(table: pd.DataFrame) -> str:
     """Means by data set and PLW as a table of a page, a loss with its own sign."""
     rows = [
-        [_short(dataset), f"{plw:g}", *(f"{abs(mean):.4f}" for mean in row)]
+        [
+            _short(dataset),
+            f"{plw:g}",
+            *(f"{-mean if 'loss' in task else mean:.4f}" for task, mean in zip(table.columns, row, strict=True)),
+        ]
         for (dataset, plw), row in zip(table.index, table.to_numpy(), strict=True)
     ]
     return markdown(["trained on", "PLW", *table.columns], rows)

@@ -149,7 +149,7 @@ class _Draft:
     ) -> Answer:
         """The answer, by the p-values corrected for the other data sets."""
         if self.misfit is not None and misfit_p is not None and misfit_p < lack_of_fit.MISFIT:
-            return self._without_curve(replace(self.misfit, p=misfit_p), holm_p, unit)
+            return self._without_curve(self.misfit, holm_p, misfit_p, unit, margin)
         why_not = self.refused.get(findings.ON_THESE, "")
         these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, why_not)
         others = self._others(holm_p, self.over_tasks, unit)
@@ -168,19 +168,22 @@ class _Draft:
         reason = self.refused.get(findings.ON_OTHERS[0], "")
         return findings.about_others(self.lead, holm_p, equal, unit, reason)
 
-    def _without_curve(self, misfit: LackOfFit, holm_p: float, unit: findings.Unit) -> Answer:
+    def _without_curve(
+        self, misfit: LackOfFit, holm_p: float, misfit_p: float, unit: findings.Unit, margin: float | None
+    ) -> Answer:
         """The answer where no curve describes the scores, so that nothing is said of its shape."""
-        these = findings.about_these(self.fixed, misfit.p, None, len(self.grid.tasks), unit, "")
-        lead = replace(self.lead, notes=[*self.lead.notes, f"{findings.misfits(misfit)}."])
+        these = findings.about_these(self.fixed, misfit_p, None, len(self.grid.tasks), unit, "")
+        advice, matters_little = findings.advise_without_curve(misfit, unit, margin)
         return self.answer(
-            lead=lead,
+            lead=replace(self.lead, notes=[*self.lead.notes, findings.misfits(misfit)]),
             equivalence=None,
             holm_p=holm_p,
-            verdict=f"{findings.misfits(misfit)}.",
-            these_tasks=findings.moved_without_curve(these, misfit),
+            verdict=findings.misfits(misfit),
+            these_tasks=findings.moved_without_curve(these, misfit, misfit_p, unit),
             other_tasks=findings.untold_without_curve(self._others(holm_p, None, unit)),
-            advice=f"No parabola describes these scores; of the PLWs tried, {misfit.best_plw:g} scores best.",
-            matters_little=False,
+            advice=advice,
+            matters_little=matters_little,
+            misfit=misfit,
         )
 
 

@@ -9,6 +9,7 @@ from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.joint import Joint
+from plw_mlflow.analysis.statistics.lack_of_fit import LackOfFit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.analysis.statistics.task_curves import TaskCurve
 
@@ -67,6 +68,7 @@ class Answer:
     other_tasks: Finding  # would it move others like them? By the lead, if that takes tasks as a sample
     advice: str  # what to do, in one sentence
     matters_little: bool  # whether all differences between PLWs are shown to be as good as none
+    misfit: LackOfFit | None = None  # where no parabola describes the scores, so that no fit's shape means anything
 
     @property
     def findings(self) -> tuple[Finding, Finding]:

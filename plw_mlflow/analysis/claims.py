@@ -30,7 +30,7 @@ from scipy import stats
 
 from plw_mlflow.analysis import findings
 from plw_mlflow.analysis.score_table import SCORE, check, read_scores, rescale, widest_difference
-from plw_mlflow.analysis.statistics import equivalence, fitting, fixed_tasks, over_tasks
+from plw_mlflow.analysis.statistics import equivalence, fitting, fixed_tasks, lack_of_fit, over_tasks
 from plw_mlflow.analysis.statistics.design import Grid, grid
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL
@@ -253,6 +253,7 @@ RULES: dict[str, Callable[..., Judged]] = {
     "gain": _gain,
     "printed": _printed,
 }
+OF_SHAPE = ("none", "concave", "peak", "gain")  # rules that take a parabola to describe the scores
 IN_POINTS = {"effect": ("margin",), "none": ("margin",), "gain": ("low", "high")}  # of rules; 1 is 100 points
 
 
@@ -415,6 +416,9 @@ def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: 
         curve = _Curve(scores.grid(part, dataset), model)
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
+        misfit = lack_of_fit.lack_of_fit(curve.grid) if claim["rule"] in OF_SHAPE else None
+        if misfit is not None and misfit.p < lack_of_fit.MISFIT:
+            return CANNOT_TELL, f"no parabola describes these scores (lack of fit: p = {misfit.p:.2g})"
         return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
     except ValueError as error:
         return CANNOT_TELL, _reason(error)

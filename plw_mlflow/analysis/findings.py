@@ -113,25 +113,39 @@ def _finding(
 
 
 def misfits(misfit: LackOfFit) -> str:
-    """That no parabola describes the scores, as the beginning of a sentence."""
+    """That no parabola describes the scores, as a sentence."""
     return (
         f"No parabola describes the means of these runs (lack of fit: F({misfit.freedom}, {misfit.free}) = "
-        f"{misfit.statistic:.3g}, p = {misfit.p:.2g}), so nothing is said of a curve's peak, ends or range"
+        f"{misfit.statistic:.3g}, p = {misfit.p:.2g}), so a curve's peak, ends and range mean nothing here."
     )
 
 
-def moved_without_curve(these: Finding, misfit: LackOfFit) -> Finding:
-    """The first answer where no parabola describes the scores: PLW moved the tasks, since their means differ by it."""
+def moved_without_curve(these: Finding, misfit: LackOfFit, holm_p: float, unit: Unit) -> Finding:
+    """The first answer where no parabola describes the scores: PLW moved the tasks, since their means differ by it.
+
+    these: the answer by the curve. holm_p: of the misfit, corrected for the other data sets.
+    """
     words = (
         f"Yes, but not along a parabola (lack of fit: p = {misfit.p:.2g}): of the PLWs tried, {misfit.best_plw:g} has "
-        "the highest mean score."
+        f"the highest mean score. By these means, no two PLWs differ by more than {unit.words(misfit.widest)} "
+        "(95 % sure)."
     )
-    return Finding(these.question, words, "yes", these.model, misfit.p, misfit.p)
+    left_out = these.verdict.partition(LEFT_OUT)[2]
+    words += f" {LEFT_OUT}{left_out}" if left_out else ""
+    return Finding(these.question, words, "yes", these.model, misfit.p, holm_p)
 
 
 def untold_without_curve(others: Finding) -> Finding:
     """The second answer there, which rests on the tasks' curves."""
     return Finding(others.question, "These scores cannot tell: no parabola describes their means.")
+
+
+def advise_without_curve(misfit: LackOfFit, unit: Unit, margin: float | None) -> tuple[str, bool]:
+    """What to do there, in one sentence, and whether all differences are shown to be as good as none."""
+    margin = unit.point if margin is None else margin
+    if margin is not None and misfit.widest <= margin:
+        return f"Any value will do, within {unit.words(misfit.widest)}.", True
+    return f"No parabola describes these scores; of the PLWs tried, {misfit.best_plw:g} scores best.", False
 
 
 def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | None) -> float | None:

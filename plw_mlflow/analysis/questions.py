@@ -64,15 +64,27 @@ def read_beside(scores: Path, also: tuple[str, ...] = ()) -> pd.DataFrame:
         )
     cell = [*CELL, *(name for name in also if name not in CELL)]
     try:
-        questions = pd.read_parquet(path, columns=[*cell, *COLUMNS])
-        table = pd.read_csv(scores, usecols=[*cell, "task", "metric"])
-        of_table = questions.merge(table[cell].drop_duplicates(), on=cell)
-    except Exception as error:  # pyarrow's errors and those of pandas have no common base but this
+        table = pd.read_csv(scores, dtype=str, keep_default_na=False, skipinitialspace=True)
+        table = _named(table[[*cell, "task", "metric"]], cell)
+    except (KeyError, ValueError, pd.errors.ParserError) as error:
+        raise UserError(
+            f"{scores} is no score table with the columns {', '.join(cell)}, task, metric ({error})"
+        ) from None
+    try:
+        questions = _named(pd.read_parquet(path, columns=[*cell, *COLUMNS]), cell)
+    except Exception as error:  # pyarrow's errors have no common base but this
         raise UserError(f"{path} holds no questions as main, evaluate and sweep write them ({error})") from None
+    of_table = questions.merge(table[cell].drop_duplicates(), on=cell)
     if of_table.empty:
         raise UserError(f"{path} holds no questions of the runs in {scores}; they belong to another score table")
     of_table.attrs["metrics"] = dict(zip(table["task"], table["metric"], strict=True))
     return of_table
+
+
+def _named(table: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
+    """The table with PLWs and seeds as numbers and what else names a cell as text, as a CSV file has all of it."""
+    kinds = {"plw": float, "seed": int}
+    return table.astype({name: float if name in kinds else str for name in cell}).astype(kinds)
 
 
 def compare(

@@ -1,53 +1,62 @@
 """Does a parabola describe the scores at all?
 
-Runs of one PLW and model differ by luck and noise alone. If the means of such runs lie further from the fitted curve
-than that explains, the curve has another shape, and what is said of its peak, its ends and its range does not hold. It
-is the textbook's F test of lack of fit, by the runs' means over these tasks (as `fixed_tasks`). Noise that runs of one
-seed share makes it find a misfit too rarely.
+Runs of one PLW differ by luck and noise alone, once the levels of models are taken out. If the means of the PLWs lie
+further from the fitted curve than that explains, the curve has another shape, and what is said of its peak, its ends
+and its range does not hold. It is the textbook's F test of lack of fit, by the runs' means over these tasks (as
+`fixed_tasks`): a mean for each PLW against the curve, each with the same levels beside it. Noise that runs of one seed
+share makes it find a misfit too rarely.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
+from plw_mlflow.analysis.statistics import fixed_tasks
 from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.optimum import LEVEL
+from plw_mlflow.errors import UserError
+from plw_mlflow.transforms import TERMS
 
 MISFIT = 0.01  # p below which a curve is taken not to fit
 
 
 @dataclass(frozen=True)
 class LackOfFit:
-    """The F test of lack of fit."""
+    """The F test of lack of fit, and what the means of PLWs say without a curve."""
 
     statistic: float
     freedom: int  # degrees of freedom of the distances of PLWs from the curve
-    free: int  # and of runs from the mean of their PLW and model
+    free: int  # and of runs from the mean of their PLW
     p: float
-    best_plw: float  # whose runs score best on average
+    best_plw: float  # of the highest mean
+    widest: float  # what all differences between two PLWs' means are shown to be below, each at LEVEL
 
 
 def lack_of_fit(grid: Grid) -> LackOfFit | None:
-    """Test whether the curve misses the means of runs; None without runs that differ in seed alone, or a spare PLW.
-
-    Raises UserError as the fit of `fixed-tasks` does.
-    """
-    whole, _ = grid.of_these
-    means = whole.scores.mean(-1)
-    cells = whole.runs.drop(columns="seed").astype(str).agg("\n".join, axis=1)
-    _, cell = np.unique(cells, return_inverse=True)
-    runs, rank, groups = len(means), int(np.linalg.matrix_rank(whole.x)), int(cell.max()) + 1
-    freedom, free = groups - rank, runs - groups
-    if freedom < 1 or free < 1:
+    """Test whether the curve misses the means of PLWs; None where the runs are too few, or of one seed, to tell."""
+    try:
+        whole, _ = grid.of_these
+        plws = np.unique(whole.runs["plw"])
+        at = [(whole.runs["plw"] == plw).to_numpy(float) for plw in plws]
+        levels = [column for term, column in zip(whole.terms, whole.x.T, strict=True) if term not in TERMS]
+        x = np.stack([*at, *levels], axis=1)
+        if np.linalg.matrix_rank(x) < x.shape[1]:  # some PLWs were tried with one model alone
+            return None
+        curve = fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
+        means = fixed_tasks.fit(whole.scores, x, np.eye(x.shape[1])[: len(plws)])
+    except UserError:
         return None
-    residuals = means - whole.x @ np.linalg.lstsq(whole.x, means)[0]
-    around = means - (np.bincount(cell, means) / np.bincount(cell))[cell]
-    pure = float(around @ around)
-    if pure <= 1e-24 * float(np.abs(means).max()) ** 2:
+    freedom = curve.free - means.free
+    if freedom < 1:
         return None
-    statistic = (float(residuals @ residuals) - pure) / freedom / (pure / free)
-    plws = np.unique(whole.runs["plw"])
-    best = max(plws, key=lambda plw: float(means[whole.runs["plw"] == plw].mean()))
-    return LackOfFit(statistic, freedom, free, float(special.fdtrc(freedom, free, statistic)), float(best))
+    pure = float(means.variance) * means.free
+    statistic = (float(curve.variance) * curve.free - pure) / freedom / float(means.variance)
+    p = float(special.fdtrc(freedom, means.free, max(0.0, statistic)))
+    reach = float(stats.t.ppf(1 - LEVEL, means.free))
+    differences = (means.t_test(one - other)[:2] for one, other in combinations(means.contrasts, 2))
+    widest = max(abs(float(difference)) + reach * float(error) for difference, error in differences)
+    return LackOfFit(statistic, freedom, means.free, p, float(plws[means.coefficients[: len(plws)].argmax()]), widest)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze, wording
+from plw_mlflow.analysis import analyze, exports, report, wording
 from plw_mlflow.analysis.statistics import design
 from plw_mlflow.analysis.statistics.lack_of_fit import lack_of_fit
 from plw_mlflow.transforms import make_transform
@@ -61,7 +61,7 @@ def test_one_seed_or_three_plws_cannot_show_a_misfit():
 
 
 @pytest.mark.parametrize("at", [0.1, 0.0005])
-def test_where_no_parabola_fits_nothing_is_said_of_its_shape(at):
+def test_where_no_parabola_fits_nothing_is_said_of_its_shape(at, tmp_path):
     scores = table(np.random.default_rng(4), lambda w, plw: 0.3 * (plw == at))
     analysis = analyze.analyze(scores, margin=0.25, draws=0)
     (answer,) = analysis.answers
@@ -74,10 +74,57 @@ def test_where_no_parabola_fits_nothing_is_said_of_its_shape(at):
     assert not answer.matters_little
     assert answer.equivalence is None
     assert answer.lead.notes[-1].startswith("No parabola describes the means of these runs (lack of fit: F(3, 12) = ")
-    assert "95 % sure" not in wording.table_text(analysis)
+    assert "By the curve" not in wording.table_text(analysis)
+    told = exports.to_json(analysis, scores)
+    assert {fit["verdict"] for fit in told["fits"]} == {answer.verdict}
+    assert told["answers"][0]["misfit"]["p"] == these.p
+    report.write(analysis, scores, tmp_path, "")
+    assert "of curves that do not fit" in (tmp_path / "report.html").read_text()
 
 
 def test_where_one_fits_the_answer_is_as_ever():
     (answer,) = analyze.analyze(table(np.random.default_rng(5), parabola), draws=0).answers
     assert "parabola" not in answer.advice
     assert answer.equivalence is not None
+
+
+def test_models_whose_curves_differ_are_no_misfit():
+    """Each follows a parabola of its own, and their mean one, too: what differs is that they differ."""
+    rng = np.random.default_rng(6)
+    up, down = (table(rng, shape) for shape in (parabola, lambda w, plw: -parabola(w, plw)))
+    both = pd.concat([up, down.assign(model="other", score=down["score"] + 0.2)], ignore_index=True)
+    assert lack_of_fit(grid(both)).p > 0.05
+
+
+def test_the_best_plw_is_that_of_means_with_each_models_level_taken_out():
+    rng = np.random.default_rng(7)
+    one = table(rng, lambda w, plw: 0.1 * (plw == 0.01))
+    other = table(rng, lambda w, plw: 0.2).assign(model="other")
+    some = other[other["plw"].isin([0.0005, 0.5, 1])]  # of the better model, which was not tried at the best PLW
+    assert lack_of_fit(grid(pd.concat([one, some], ignore_index=True))).best_plw == 0.01
+
+
+def test_a_misfit_too_small_to_matter_is_said_to_be_so():
+    scores = table(np.random.default_rng(8), lambda w, plw: 0.002 * (plw == 0.1), noise=0.0001)
+    (answer,) = analyze.analyze(scores, draws=0).answers
+    assert answer.misfit is not None
+    assert answer.matters_little
+    assert 0.002 < answer.misfit.widest < 0.0025
+    assert answer.advice == f"Any value will do, within {100 * answer.misfit.widest:.2g} points."
+
+
+def test_the_text_has_the_p_of_its_f_and_the_answer_both_ps():
+    rng = np.random.default_rng(9)
+    parts = [table(rng, lambda w, plw: 0.3 * (plw == 0.1)).assign(dataset=name) for name in ("a", "b")]
+    first = analyze.analyze(pd.concat(parts, ignore_index=True), draws=0).answers[0]
+    assert first.these_tasks.p == first.misfit.p
+    assert first.these_tasks.holm_p in (first.misfit.p, 2 * first.misfit.p)
+    assert f"{first.misfit.statistic:.3g}, p = {first.misfit.p:.2g}" in first.verdict
+
+
+def test_what_was_left_out_is_named_without_a_curve_too():
+    scores = table(np.random.default_rng(10), lambda w, plw: 0.3 * (plw == 0.1))
+    lacking = scores[(scores["task"] != "t4") | (scores["plw"] != 0.5)]
+    (answer,) = analyze.analyze(lacking, draws=0).answers
+    assert answer.misfit is not None
+    assert answer.these_tasks.verdict.endswith("Left out: task t4 (some runs lack it).")
