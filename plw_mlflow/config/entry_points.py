@@ -374,6 +374,8 @@ class SweepConfig(
             if name in _AXES or given.strip() or type(None) not in typing.get_args(hint):
                 raise UserError(f"{flag(name)} names nothing")
             return [None]
+        if len(listed) != given.count(",") + 1:
+            raise UserError(f"{flag(name)} has an empty place in its list, got {given}; write each value once")
         try:
             values = [read(text, hint) for text in listed]
         except ValueError:

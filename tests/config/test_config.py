@@ -362,6 +362,8 @@ def test_a_sweep_is_every_combination_curve_by_curve():
         ({"plw": "0,-1"}, "plw must be a number of 0 or more, got -1"),
         ({"seed": "1,1.5"}, "seed must be whole numbers, got"),
         ({"plw": " , "}, "plw names nothing"),
+        ({"plw": "0,,1"}, "plw has an empty place in its list, got 0,,1"),
+        ({"epochs": "1,3,"}, "epochs has an empty place in its list, got 1,3,"),
         ({"method": "full,both"}, "method must be full or lora or dora or qlora, got both"),
         ({"tasks": ","}, "tasks must name at least one task"),
     ],
