@@ -241,7 +241,9 @@ def test_a_sweeps_own_cells_are_compared_too(experiment):
     [
         ("epochs", "--where is no search filter that MLflow takes"),
         ("params.epochs = 3 or 4", "--where is no search filter that MLflow takes"),
-        ("params.epochs = '7'", "holds no scored cell that passes --where params.epochs = '7'"),
+        ("params.epochs = '7'", "holds no scored cell that passes --where params.epochs = '7'$"),
+        ("params.epohcs = '4.0'", r"'4.0'; no run has a parameter epohcs \(did you mean 'epochs'\?\)$"),
+        ("metrics.a > 0 and parameter.`no such` = ''", "; no run has a parameter no such$"),
     ],
 )
 def test_a_filter_that_finds_nothing_is_said(experiment, where, fault):
