@@ -21,6 +21,7 @@ def run(config: SweepConfig) -> None:
     planned = grid.plan(config)
     if config.adaptive:
         adaptive.check(config, planned.cells)
+    tracking.check_named(config, planned.identity)
     before = states(planned.cells, tracking.finished_before())
     if config.dry_run:
         print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
