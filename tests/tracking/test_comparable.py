@@ -373,7 +373,7 @@ def test_the_best_cell_of_a_sweep_gets_the_alias_and_its_version_says_of_what(ex
     [
         ([{"score": 0.9}], None, "one cell alone is no best one"),
         ([{"score": 0.9}, {"score": 0.8}], 3, "2 of 3 cells are finished and scored"),
-        ([{"score": 0.9}, {"score": 0.8, "status": "FAILED"}], None, "1 of 2 cells are finished and scored"),
+        ([{"score": 0.9}, {"score": 0.8, "status": "FAILED"}], None, "1 of 2 cells is finished and scored"),
         ([{"score": 0.9, "row": {"caveat": "only the first 10"}}] * 2, None, "not comparable (a: only the first 10"),
         ([{"score": 0.9}, {"score": 0.8, "row": {"n": 10}}], None, "cannot be pooled"),
         ([{"score": 0.9}, {"score": 0.8, "epochs": 9.0}], None, "cannot be pooled"),
