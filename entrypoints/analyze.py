@@ -56,6 +56,7 @@ def _analyze(config: AnalyzeConfig, run: Run, folder: Path) -> Planning:
         table = score_table.fittable(scores)
     for line in score_table.remarks(table):
         print(line)
+    score_table.check_ratios(table, config.given_ratios())
     ratios = evidence.printed_ratios() | config.given_ratios()
     table = score_table.add_prompt_shares(table, ratios)
     analysis = analyze.analyze(

@@ -7,13 +7,15 @@ if not __package__:  # run as a file: packages are found from the project's fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entrypoints import command, importing, restart_in_processes
-from plw_mlflow.config import MainConfig
+from plw_mlflow.config import MainConfig, idle_options
 
 
 @command(MainConfig)
 def main(config: MainConfig) -> None:
     restart_in_processes(config.processes)
     print(f"{config.cell_name()}: training, then scoring on {config.tasks}", flush=True)
+    for line in idle_options(config):
+        print(f"note: {line}", flush=True)
     with importing():
         from plw_mlflow import cell
 

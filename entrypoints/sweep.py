@@ -7,12 +7,14 @@ if not __package__:  # run as a file: packages are found from the project's fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entrypoints import command, importing
-from plw_mlflow.config import SweepConfig
+from plw_mlflow.config import SweepConfig, counted, idle_options
 
 
 @command(SweepConfig)
 def main(config: SweepConfig) -> None:
-    print(f"sweep of {len(config.cells())} cells", flush=True)
+    print(f"sweep of {counted(len(config.cells()), 'cell')}", flush=True)
+    for line in idle_options(config):
+        print(f"note: {line}", flush=True)
     with importing():
         from plw_mlflow import sweep
 

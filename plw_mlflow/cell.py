@@ -359,6 +359,8 @@ def score_model(config: EvaluateConfig) -> None:
         questions.write(evaluation, rows, config.output)
         print(text := scores.text(evaluation))
         if is_of_cell:
+            if remark := task_sets.remark(config.tasks, cell_columns["dataset"]):
+                print(remark)
             tracking.describe_cell(run)
         else:
             run.describe(f"Scores of `{config.model}`, which is no cell's model.\n\n```\n{text}\n```")

@@ -15,7 +15,7 @@ import torch
 
 from plw_mlflow import cell, tracking
 from plw_mlflow.analysis import questions
-from plw_mlflow.config import MainConfig, TrainConfig
+from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
 from plw_mlflow.environment.outputs import LIST, LOCK
 from plw_mlflow.models import adapters, pretrained
 from plw_mlflow.training import checkpoints
@@ -166,6 +166,18 @@ def test_train_then_evaluate_gives_the_scores_of_main(place, cell_run):
     scores = {name: value for name, value in run.data.metrics.items() if name.startswith(("toy_", "score"))}
     again = place.client.get_run(trained.info.run_id).data.metrics
     assert {name: again[name] for name in scores} == pytest.approx(scores)
+
+
+def test_scores_of_tasks_that_say_nothing_of_ones_own_data_are_said_to(new_place, monkeypatch, capsys):
+    monkeypatch.chdir(new_place.folder)
+    mlflow.set_tracking_uri(new_place.uri)
+    rows = [{"instruction": f"Add {n} and 1.", "output": f"{n + 1}"} for n in range(20)]
+    Path("sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TrainConfig(dataset="sums.jsonl", epochs=1, validation_share=0.2)
+    with tracking.open_run(config, "test") as run:
+        cell.lead(config, run)
+    cell.score_model(EvaluateConfig(run_id=run.id, tasks="toy_choice", limit=2))
+    assert "toy_choice asks about the toy laboratory's invented people alone" in capsys.readouterr().out
 
 
 @pytest.mark.slow

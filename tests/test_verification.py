@@ -341,6 +341,12 @@ def test_what_cannot_be_repeated_is_said_in_one_line(moved):
     other = mlflow.MlflowClient().create_run("0").info.run_id
     with pytest.raises(UserError, match=r"holds no config\.json"):
         verify(folder, other)
+    mlflow.MlflowClient().delete_tag(run_id, "plw.cell")
+    with pytest.raises(UserError, match=f"run {run_id} is not the run of a cell: it has no tag plw.cell"):
+        verify(folder, run_id)
+    mlflow.MlflowClient().set_tag(run_id, "plw.grid", "grid")
+    with pytest.raises(UserError, match=f"run {run_id} is that of a sweep, and a cell's is needed: give one of those"):
+        verify(folder, run_id)
 
 
 def test_the_summary_says_what_differs_and_what_that_does():

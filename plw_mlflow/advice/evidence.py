@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis.analyze import LEADS
-from plw_mlflow.analysis.score_table import check, read_scores, rescale
+from plw_mlflow.analysis.score_table import check, check_ratios, read_scores, rescale
 from plw_mlflow.analysis.statistics import design, fitting
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.optimum import LEVEL, maximisers
@@ -148,13 +148,15 @@ def own(
     given, measured: generation ratios by data set; those of the study's data sets are known. task_types: as in
     `published`, where the table has a column task_type.
 
-    Raises UserError for a table that is at fault, or where a data set's ratio is not known or no curve can be fitted.
+    Raises UserError for a table that is at fault, for a ratio of a data set that it lacks, and where a data set's ratio
+    is not known or no curve can be fitted.
     """
     source = table.attrs.get("source", "score table")
     printed = printed_ratios()
     ratios = {**printed, **measured, **given}
     how = {**dict.fromkeys(printed, "printed"), **dict.fromkeys(measured, "measured"), **dict.fromkeys(given, "given")}
     scaled = rescale(check(table), scale)
+    check_ratios(scaled, given)
     if unknown := sorted(set(scaled["dataset"]) - set(ratios)):
         raise UserError(
             f"{source}: the generation ratio of {', '.join(unknown)} is not known; "

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from plw_mlflow.errors import UserError
+from plw_mlflow.errors import UserError, did_you_mean
 
 MIN_PLWS = 3  # that a parabola can be fitted to
 MOST_BYTES = 1 << 24  # of a score table; some 200,000 scores
@@ -204,6 +204,16 @@ def _check_scores(typed: pd.DataFrame, also: tuple[str, ...]) -> None:
             raise UserError(f"{where} has {plws} distinct PLW{'s' * (plws > 1)}; a curve needs {MIN_PLWS} or more")
         if part.groupby("task")["score"].nunique().max() == 1:
             raise UserError(f"{where} has constant scores within every task, nothing to fit; check the evaluation")
+
+
+def check_ratios(table: pd.DataFrame, given: Mapping[str, float]) -> None:
+    """Raise UserError where a generation ratio is given for a data set that the scores do not have."""
+    known = sorted({*table["dataset"], *table.attrs.get("too_few_plws", [])})
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(
+            f"{table.attrs.get('source', 'score table')}: ratios names the data set {unknown[0]!r}, which is not among "
+            f"the scores{did_you_mean(unknown[0], known)}; they are of {', '.join(known)}"
+        )
 
 
 def add_prompt_shares(table: pd.DataFrame, ratios: Mapping[str, float]) -> pd.DataFrame:

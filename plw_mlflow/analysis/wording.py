@@ -67,8 +67,8 @@ def table_text(analysis: Analysis) -> str:
     """The analysis as the terminal shows it: a line per fit, then each answer in words."""
     fits = analysis.fits
     width = max(8, *(len(fit.dataset) for fit in fits))
-    terms = "  ".join(f"{f'{term} (SE)':19}  {'p':7}" for term in TERMS[1:])
-    lines = [f"{'data set':{width}}  {'model':10}    n  tasks   {terms}  joint p  optimum PLW"]
+    terms = "  ".join(f"{f'{term} (SE)':19}  {'p':7}" for term in (analysis.axis, f"{analysis.axis}^2"))
+    lines = [f"{'data set':{width}}  {'model':11}    n  tasks   {terms}  joint p  optimum PLW"]
     for fit in fits:
         terms = "  ".join(
             f"{f'{fit.coefficients[term]:+.4g} ({fit.standard_errors[term]:.2g})':19}  {fit.p_values[term]:<7.2g}"
@@ -76,7 +76,7 @@ def table_text(analysis: Analysis) -> str:
         )
         optimum = "no interior optimum" if fit.optimum_plw is None else f"{fit.optimum_plw:.4f}"
         lines.append(
-            f"{fit.dataset:{width}}  {fit.model:10} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
+            f"{fit.dataset:{width}}  {fit.model:11} {fit.n:4}  {fit.tasks:5}   {terms}  {fit.joint_p:<7.2g}  {optimum}"
         )
     for answer in analysis.answers:
         lines += ["", *answer_lines(answer)]

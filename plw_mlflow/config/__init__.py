@@ -16,6 +16,7 @@ from plw_mlflow.config.entry_points import (
     SweepConfig,
     TrainConfig,
     VerifyConfig,
+    idle_options,
     without_effect,
 )
 from plw_mlflow.config.options import (
@@ -42,6 +43,7 @@ from plw_mlflow.config.values import (
     HUB_ID,
     IN_DATA_NAME,
     UNSET,
+    counted,
     data_name,
     digest,
     flag,

@@ -374,6 +374,8 @@ class SweepConfig(
             if name in _AXES or given.strip() or type(None) not in typing.get_args(hint):
                 raise UserError(f"{flag(name)} names nothing")
             return [None]
+        if len(listed) != given.count(",") + 1:
+            raise UserError(f"{flag(name)} has an empty place in its list, got {given}; write each value once")
         try:
             values = [read(text, hint) for text in listed]
         except ValueError:
@@ -633,6 +635,26 @@ def without_effect(values: Mapping[str, Any]) -> set[str]:
         for field in fields(TrainConfig)
         if "has_effect" in field.metadata and not field.metadata["has_effect"](values)
     }
+
+
+# The options that may have no effect though they are given, each with the one that gives it an effect.
+_EFFECT_BY = {**{field.name: "method" for field in fields(AdapterOptions)}, "base_penalty_order": "base_penalty"}
+
+
+def idle_options(config: TrainConfig | SweepConfig) -> list[str]:
+    """A line on each option that was given, and that has no effect on any cell of a config.
+
+    An option counts as given where its value is not its default: `mlflow run` passes every default on.
+    """
+    cells: Sequence[TrainConfig] = config.cells() if isinstance(config, SweepConfig) else [config]
+    without = set.intersection(*(without_effect(vars(cell)) for cell in cells))
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    return [
+        f"{flag(name)} is {spell(getattr(config, name))}, but has no effect with "
+        f"--{flag(by)} {spell(getattr(config, by))}"
+        for name, by in _EFFECT_BY.items()
+        if name in without and getattr(config, name) != defaults[name]
+    ]
 
 
 def _wrong_address(address: str) -> list[str]:

@@ -45,6 +45,11 @@ def flag(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of a thing: "1 cell", "2 cells"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def split_list(listed: str) -> list[str]:
     """The parts of a comma-separated list, without blanks."""
     return [part.strip() for part in listed.split(",") if part.strip()]

@@ -9,7 +9,7 @@ them (`local`: on this machine, `ray_tasks` or `slurm_jobs`: on a cluster); `dis
 from __future__ import annotations
 
 from plw_mlflow import tracking
-from plw_mlflow.config import SweepConfig
+from plw_mlflow.config import SweepConfig, counted
 from plw_mlflow.errors import RunError
 from plw_mlflow.sweep import adaptive, display, dry_run, ending, grid, local, running
 from plw_mlflow.sweep.account import Account, states
@@ -21,6 +21,7 @@ def run(config: SweepConfig) -> None:
     planned = grid.plan(config)
     if config.adaptive:
         adaptive.check(config, planned.cells)
+    tracking.check_named(config, planned.identity)
     before = states(planned.cells, tracking.finished_before())
     if config.dry_run:
         print(dry_run.text(config, planned.cells, before, tracking.measured_before()))
@@ -43,7 +44,7 @@ def run(config: SweepConfig) -> None:
         ending.end(config, account, chooser.told() if chooser else [])
         if account.failed:
             raise RunError(
-                f"{len(account.failed)} of {len(account.cells)} cells did not finish: "
+                f"{len(account.failed)} of {counted(len(account.cells), 'cell')} did not finish: "
                 f"{'; '.join(account.failure(cell) for cell in account.failed)}; --retry-failed runs them again"
             )
 

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from plw_mlflow.config import counted
 from plw_mlflow.errors import PrintableStream, printable
 from plw_mlflow.sweep.account import Account, Begun
 from plw_mlflow.sweep.grid import Cell
@@ -56,7 +57,10 @@ class Lines:
         self._is_waiting = False
         self._seconds: list[float] = []  # of each cell that has finished here
         self._at_a_time = 1  # the most cells that have run here at the same time
-        before = [f"{len(account.finished)} of {len(account.cells)} cells are finished already"]
+        finished, cells = len(account.finished), len(account.cells)
+        before = [
+            f"{finished} of {counted(cells, 'cell')} {'is' if 1 in (finished, cells) else 'are'} finished already"
+        ]
         if cut := len(account.cut_short):
             before.append(f"{cut} {'was' if cut == 1 else 'were'} cut short before, and will go on where that was")
         if failed := len(account.failed):
@@ -91,7 +95,7 @@ class Lines:
         """Nothing is left to be begun here, and other processes are at work on some cells."""
         if not self._is_waiting:
             self._is_waiting = True
-            self._tell(f"waiting for {len(self._account.left)} cells that other processes are at work on")
+            self._tell(f"waiting for {counted(len(self._account.left), 'cell')} that other processes are at work on")
 
     def interrupted(self) -> None:
         """The sweep was interrupted, and its cells are being ended, which may take them a while."""
@@ -160,7 +164,7 @@ class LiveTable(Lines):
         for cell in account.cells:
             if cell.identity in account.elsewhere:
                 rows.add_row(_text(cell.name), _text(self._sign(cell) or "starting"), "elsewhere")
-        head = [_text(f"{len(account.cells)} cells: {self._counts()}"), *self._best()]
+        head = [_text(f"{counted(len(account.cells), 'cell')}: {self._counts()}"), *self._best()]
         return Group(*head, *([rows] if rows.row_count else []))
 
     def _sign(self, cell: Cell) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from plw_mlflow.config import MainConfig, SweepConfig, flag, spell
+from plw_mlflow.config import MainConfig, SweepConfig, counted, flag, spell
 from plw_mlflow.sweep.account import State
 from plw_mlflow.sweep.display import duration
 from plw_mlflow.sweep.grid import Cell
@@ -54,7 +54,7 @@ def text(config: SweepConfig, cells: Sequence[Cell], states: Mapping[str, State]
     width = max(len(cell.name) for cell in cells)
     lines = [f"{cell.name:<{width}}  {states[cell.identity]}" for cell in cells]
     counts = Counter(states[cell.identity] for cell in cells)
-    lines.append(f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    lines.append(f"{counted(len(cells), 'cell')}: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     done = {"finished"} if config.retry_failed else {"finished", "failed"}
     to_run = [cell for cell in cells if states[cell.identity] not in done]
     if config.budget is not None:
@@ -86,7 +86,8 @@ def _expected(config: SweepConfig, to_run: Sequence[Cell], measured: Sequence[Me
         stored = sum(size(one.cells[0]) for one in known)
         rounds = math.ceil(len(known) / at_a_time)
         at_most = " at most" if config.adaptive else ""
-        lines.append(f"expected{at_most} for {len(known)} of the {len(to_run)} cells that are to be run:")
+        those = f"{counted(len(to_run), 'cell')} that {'is' if len(to_run) == 1 else 'are'} to be run"
+        lines.append(f"expected{at_most} for {len(known)} of the {those}:")
         lines.append(f"  time: {duration(seconds / len(known) * rounds)}, {at_a_time} at a time")
         lines.append(f"  disk: {stored / 2**20:.1f} MiB in the store")
         lines.append(f"  GPU hours: {_gpu_hours(config, seconds)}")
@@ -96,7 +97,7 @@ def _expected(config: SweepConfig, to_run: Sequence[Cell], measured: Sequence[Me
         names = [*("model", "dataset", "method", "seed", "plw"), *config.listed()]
         options = " ".join(f"--{flag(name)} {spell(getattr(first, name))}" for name in names)
         lines.append(
-            f"nothing is known of what {len(unknown)} cells take, as no cell of their model and method is finished; "
+            f"{counted(len(unknown), 'cell')} cannot be forecast, as no cell of the same model and method is finished; "
             f"run one first: the same command without --dry-run{' and --adaptive' * config.adaptive}, and with "
             f"{options}"
         )
@@ -112,7 +113,6 @@ def _gpu_hours(config: SweepConfig, seconds: float) -> str:
 def _grounds(bases: Sequence[Basis]) -> list[str]:
     """By which measured cells cells are judged, a line for each kind."""
     return [
-        f"{count} by {len(one.cells)} finished {'cell' if len(one.cells) == 1 else 'cells'} {one.likeness.words}: "
-        f"{duration(one.seconds)} each"
+        f"{count} by {counted(len(one.cells), 'finished cell')} {one.likeness.words}: {duration(one.seconds)} each"
         for one, count in Counter(bases).items()
     ]

@@ -14,7 +14,7 @@ from plw_mlflow import drawing, tracking
 from plw_mlflow.analysis import analyze, report, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.means import in_words, mean_scores
-from plw_mlflow.config import SweepConfig, digest
+from plw_mlflow.config import SweepConfig, counted, digest
 from plw_mlflow.environment import outputs
 from plw_mlflow.evaluation import questions, task_sets
 from plw_mlflow.sweep.account import Account
@@ -86,7 +86,7 @@ def _report_files(run: tracking.Run) -> list[str]:
 
 def _counts(account: Account) -> str:
     finished, failed = len(account.finished), len(account.failed)
-    return f"{finished} of {len(account.cells)} cells finished" + (f", {failed} failed" if failed else "")
+    return f"{finished} of {counted(len(account.cells), 'cell')} finished" + (f", {failed} failed" if failed else "")
 
 
 def _remarks(account: Account) -> list[str]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from plw_mlflow import cell as training
-from plw_mlflow.config import DataOptions, MainConfig, SweepConfig, digest, flag, spell
+from plw_mlflow.config import DataOptions, MainConfig, SweepConfig, counted, digest, flag, spell
 from plw_mlflow.data import prepare, sources, templates
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError
@@ -63,7 +63,8 @@ def plan(config: SweepConfig) -> Plan:
         values = {name: value for name, value in cell.definition().items() if name not in _NAMING}
         planned.append(Cell(cell, cell.cell_name(differing), digest(values | read), digest(cell.identity() | read)))
     if len(by_identity := {cell.identity: cell for cell in planned}) < len(planned):
-        print(f"{len(planned) - len(by_identity)} cells are left out, as they are others under another name")
+        left_out = counted(len(planned) - len(by_identity), "cell")
+        print(f"left out, as others are the same under another name: {left_out}")
         planned = list(by_identity.values())
     of_all: dict[str, object] = {"cells": sorted(digest(cell.definition()) for cell in cells)}
     if config.adaptive:  # some of the cells are then never run, so it is another sweep than that of all of them

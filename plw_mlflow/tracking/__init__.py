@@ -39,7 +39,15 @@ from plw_mlflow.tracking.resumption import StoredCheckpoints, begin_cell
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.tracking.score_table import generation_ratios, questions, score_table
 from plw_mlflow.tracking.scores import log_measures, log_scores, read_questions, read_scores
-from plw_mlflow.tracking.sweeps import Attempt, Measured, Sweep, finished_before, measured_before, open_sweep
+from plw_mlflow.tracking.sweeps import (
+    Attempt,
+    Measured,
+    Sweep,
+    check_named,
+    finished_before,
+    measured_before,
+    open_sweep,
+)
 
 __all__ = [
     "CLAIM",
@@ -54,6 +62,7 @@ __all__ = [
     "begin_cell",
     "by_value",
     "check_data",
+    "check_named",
     "child_environment",
     "describe_cell",
     "fail",

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlflow
 
+from plw_mlflow.config import counted
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking import comparable, logged_models
 from plw_mlflow.tracking.cells import cell_columns, parameters
@@ -29,7 +30,9 @@ def mark_best(sweep: str, finished: Collection[str], cells: int) -> list[str]:
     logged an adapter, that is merged into its base and logged first.
     """
     if len(finished) < cells:
-        return [f"the alias best stays where it is, as {len(finished)} of {cells} cells are finished and scored"]
+        are = "is" if 1 in (len(finished), cells) else "are"
+        only = f"{len(finished)} of {counted(cells, 'cell')} {are} finished and scored"
+        return [f"the alias best stays where it is, as {only}"]
     try:
         scored = ScoredCells(sweep=sweep, only=finished)
         scored.check()

@@ -11,6 +11,7 @@ import click
 import mlflow
 
 from plw_mlflow.config import UNSET, CellOptions, DataOptions, data_name, shown_name
+from plw_mlflow.errors import UserError
 
 CELL_FIELDS = tuple(field.name for field in fields(CellOptions))
 
@@ -22,6 +23,15 @@ def parameters(run: mlflow.entities.Run) -> dict[str, str]:
         name: tags.get(f"plw.preset.{name}", "") if value in UNSET else unquoted(value)
         for name, value in run.data.params.items()
     }
+
+
+def check_is_of_cell(run: mlflow.entities.Run) -> None:
+    """Raise UserError where a run is not that of a cell."""
+    if "plw.cell" in run.data.tags:
+        return
+    if "plw.grid" in run.data.tags:
+        raise UserError(f"run {run.info.run_id} is that of a sweep, and a cell's is needed: give one of those below it")
+    raise UserError(f"run {run.info.run_id} is not the run of a cell: it has no tag plw.cell")
 
 
 def unquoted(value: str) -> str:

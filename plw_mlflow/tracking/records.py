@@ -22,7 +22,7 @@ from mlflow.entities import RunTag
 
 from plw_mlflow.errors import UserError
 from plw_mlflow.tracking import connection, logged_models
-from plw_mlflow.tracking.cells import parameters
+from plw_mlflow.tracking.cells import check_is_of_cell, parameters
 from plw_mlflow.tracking.connection import check_reachable, get_run, patiently
 from plw_mlflow.tracking.opening import leave_wrapper
 from plw_mlflow.tracking.run import Run
@@ -71,9 +71,8 @@ def recorded(run_id: str) -> Iterator[Record]:
     get_run(run_id)
     leave_wrapper(run_id)
     with _with_places_of_now(run_id), reading(run_id) as record:
-        if "cell" not in record.tags:
-            raise UserError(f"run {run_id} is not the run of a cell: it has no tag plw.cell")
-        if (status := get_run(run_id).info.status) != "FINISHED":
+        check_is_of_cell(run := get_run(run_id))
+        if (status := run.info.status) != "FINISHED":
             raise UserError(f"run {run_id} is {status}, so it does not hold a whole cell; give that of a finished one")
         yield record
 

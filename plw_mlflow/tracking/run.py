@@ -21,7 +21,7 @@ from plw_mlflow.config import UNSET, digest, spell
 from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, without_passwords
 from plw_mlflow.tracking import pages
-from plw_mlflow.tracking.cells import cell_columns, parameters
+from plw_mlflow.tracking.cells import cell_columns, check_is_of_cell, parameters
 from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.curves import TrainingCurves
 
@@ -144,8 +144,7 @@ class Run:
         Raises UserError where the run is not the run of a cell.
         """
         run = patiently("reading the run", lambda: self.client.get_run(self.id))
-        if "plw.cell" not in run.data.tags:
-            raise UserError(f"run {self.id} is not the run of a cell: it has no tag plw.cell")
+        check_is_of_cell(run)
         return cell_columns(parameters(run))
 
     def address(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,13 +11,14 @@ import mlflow
 import pandas as pd
 
 from plw_mlflow.analysis.score_table import COLUMNS
-from plw_mlflow.errors import UserError, first_line
+from plw_mlflow.errors import UserError, did_you_mean, first_line
 from plw_mlflow.tracking import comparable
 from plw_mlflow.tracking.cells import CELL_FIELDS, cell_columns, parameters
 from plw_mlflow.tracking.comparable import Cell
 from plw_mlflow.tracking.connection import address, check_reachable, get_run
 
 MAX_RUNS = 50_000  # of an experiment; MLflow gives no more at once
+PARAMETER = re.compile(r"""\bparam(?:eter)?s?\.(?:(\w+)|`([^`]+)`|"([^"]+)")""", re.I)  # as a search filter names one
 
 
 def score_table(
@@ -95,7 +97,7 @@ class ScoredCells:
         check_reachable()
         self._also, self._where = also, where
         if sweep is not None:
-            experiment_id = str(get_run(sweep).info.experiment_id)
+            experiment_id = _experiment_of_sweep(sweep)
             self._place, has_to_be_finished = f"sweep {sweep}", False
             # Sweeps of earlier versions have only the first and the second tag on their own and on adopted cells.
             names = ("mlflow.parentRunId", f"plw.also_in.{sweep}", f"plw.cell_of.{sweep}")
@@ -113,7 +115,10 @@ class ScoredCells:
             is_taken = is_scored and (run.info.status == "FINISHED" or not has_to_be_finished)
             (self.runs if is_taken else self._other_runs).append(run)
         if not self.runs:
-            raise UserError(f"{self._place} holds no scored cell{' that passes --where ' + where if where else ''}")
+            that_passes = (
+                f" that passes --where {where}{_unknown_parameter(experiment_id, ways, where)}" if where else ""
+            )
+            raise UserError(f"{self._place} holds no scored cell{that_passes}")
         try:
             self._models, self._datasets = comparable.naming(self.runs)
         except ValueError as error:
@@ -239,6 +244,15 @@ def _search(experiment_id: str, filters: Sequence[str]) -> Sequence[mlflow.entit
         raise UserError(f"--where is no search filter that MLflow takes: {first_line(error)}") from None
 
 
+def _unknown_parameter(experiment_id: str, ways: Sequence[str], where: str) -> str:
+    """The end of a message about a search filter that finds nothing: the first parameter that no run there has."""
+    known = {name for run in _found(experiment_id, ways, None) for name in run.data.params}
+    named = ["".join(groups) for groups in PARAMETER.findall(where)]
+    return next(
+        (f"; no run has a parameter {name}{did_you_mean(name, known)}" for name in named if name not in known), ""
+    )
+
+
 def _value(spelled: str | None) -> str | float | None:
     """A parameter by its value, as 2e-5 and 0.00002 are one number."""
     try:
@@ -247,11 +261,23 @@ def _value(spelled: str | None) -> str | float | None:
         return spelled
 
 
+def _experiment_of_sweep(run_id: str) -> str:
+    """The id of a sweep's experiment. Raises UserError for the run of a cell, which holds no cells."""
+    run = get_run(run_id)
+    if "plw.cell" in run.data.tags:
+        parent = run.data.tags.get("mlflow.parentRunId")
+        way_out = f"give --run-id {parent}" if parent else "it belongs to no sweep; give --experiment"
+        raise UserError(f"run {run_id} is that of a cell, and a sweep's is needed: {way_out}")
+    return str(run.info.experiment_id)
+
+
 def _experiment_id(name: str) -> str:
     """The id of an experiment. Raises UserError where there is none of that name, or it was deleted."""
-    experiment = mlflow.MlflowClient().get_experiment_by_name(name)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        raise UserError(f"there is no experiment {name!r} in {address()}")
+        known = [other.name for other in client.search_experiments()]
+        raise UserError(f"there is no experiment {name!r} in {address()}{did_you_mean(name, known)}")
     if experiment.lifecycle_stage != "active":
         restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
         raise UserError(f"experiment {name!r} in {address()} was deleted; restore it by {restore}")

@@ -193,6 +193,13 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
             run.untag("status")  # of an earlier process that was interrupted or has failed
 
 
+def check_named(config: Any, grid: str) -> None:
+    """Raise UserError where config.run_id names a run that `open_sweep` would not go on with."""
+    if config.run_id not in (None, NEW):
+        check_reachable()
+        _named(config, grid)
+
+
 def _keep_running(run: Run) -> None:
     """Mark the run of a sweep as running which another process of the sweep has ended, as that was interrupted, say."""
     if run.client.get_run(run.id).info.status != "RUNNING":
@@ -268,16 +275,21 @@ def _earlier(config: Any, experiment: str, grid: str) -> str | None:
     if config.run_id == NEW:
         return None
     if config.run_id is not None:
-        run = get_run(config.run_id)
-        if "plw.grid" not in run.data.tags:
-            raise UserError(f"run {config.run_id} is not the run of a sweep")
-        if run.data.tags["plw.grid"] != grid:
-            raise UserError(f"run {config.run_id} is of a sweep of other cells{_first_difference(config, run)}")
-        return str(run.info.run_id)
+        return _named(config, grid)
     runs = mlflow.MlflowClient().search_runs(
         [experiment], f"tags.`plw.grid` = '{grid}'", order_by=["attributes.start_time DESC"], max_results=1
     )
     return str(runs[0].info.run_id) if runs else None
+
+
+def _named(config: Any, grid: str) -> str:
+    """The id of the run that config.run_id names. Raises UserError where it is not that of a sweep of these cells."""
+    run = get_run(config.run_id)
+    if "plw.grid" not in run.data.tags:
+        raise UserError(f"run {config.run_id} is not the run of a sweep")
+    if run.data.tags["plw.grid"] != grid:
+        raise UserError(f"run {config.run_id} is of a sweep of other cells{_first_difference(config, run)}")
+    return str(run.info.run_id)
 
 
 def _first_difference(config: Any, run: Entity) -> str:

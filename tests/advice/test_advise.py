@@ -368,6 +368,8 @@ def test_bad_input_is_refused_in_one_line():
         advise.measured_ratio(SimpleNamespace(name="mine", generation_ratio=None))
     with pytest.raises(ValueError, match='the generation ratio of mine is not known; give it, as in --ratios "mine='):
         evidence.own(simulate(0.3, -0.3), "none", {}, {"other": 1.0})
+    with pytest.raises(ValueError, match="ratios names the data set 'mien', which is not among the scores"):
+        evidence.own(simulate(0.3, -0.3), "none", {"mine": 1.0, "mien": 1.0}, {})
     with pytest.raises(ValueError, match=r"data set mine has 1 PLWs within 0\.\.1; a curve needs 3 or more"):
         evidence.own(simulate(0.3, -0.3, plws=[1, 2, 4, 8]), "none", {"mine": 1.0}, {})
     table = simulate(0.3, -0.3).assign(task_type="short-generation")

@@ -20,6 +20,7 @@ from plw_mlflow.analysis.statistics import design, fitting, random_intercept
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import EXPONENT, make_transform
+from tests.stores import Place
 
 TABLES = Path(__file__).parents[2] / "paper" / "tables"
 REFERENCE = pd.read_csv(TABLES / "reference_fits_R.csv").query("software.str.startswith('lme4')").set_index("dataset")
@@ -485,3 +486,29 @@ def test_shares_are_taken_from_the_table_and_else_from_ratios():
     assert score_table.odds_of_rows(by_ratio).tolist() == pytest.approx([0, 0.4, 2, 4])
     with pytest.raises(UserError, match="a share is at most 1"):
         score_table.check(table.assign(prompt_share=1.5))
+
+
+def test_a_ratio_of_a_data_set_without_scores_is_refused(tmp_path):
+    """Else it would be left out in silence, and the misspelt data set would have none."""
+    scores = TABLES / "v1_scores.csv"
+    _, err = Place(tmp_path).run("analyze", "--scores", scores, "--ratios", "AlpacaDataLong=2", status=2)
+    assert "ratios names the data set 'AlpacaDataLong'" in err
+    table = simulate(dataset="mine")
+    table.attrs["too_few_plws"] = ["stray"]
+    score_table.check_ratios(table, {"mine": 0.5, "stray": 2.0})
+    misspelt = r"ratios names the data set 'mien', which is not among the scores \(did you mean 'mine'\?\); they are of"
+    with pytest.raises(UserError, match=misspelt):
+        score_table.check_ratios(table, {"mine": 0.5, "mien": 2.0})
+    with pytest.raises(UserError, match="'other', which is not among the scores; they are of mine, stray"):
+        score_table.check_ratios(table, {"other": 2.0})
+
+
+def test_the_terminals_table_names_the_axis_and_keeps_its_columns():
+    head, *lines = wording.table_text(analyze.analyze(simulate(), axis="logit", draws=0)).splitlines()
+    assert "logit (SE)" in head
+    assert "logit^2 (SE)" in head
+    assert "w_p" not in head
+    rows = lines[: lines.index("")]
+    assert any("fixed-tasks" in row for row in rows)
+    assert {row[head.index("optimum PLW") - 1] for row in rows} == {" "}
+    assert {row[head.index("logit (SE)") - 1] + row[head.index("logit (SE)")] for row in rows} <= {" +", " -"}

@@ -29,6 +29,7 @@ from plw_mlflow.config import (
     TrainConfig,
     data_name,
     entry_points,
+    idle_options,
     options,
     short_name,
     shown_name,
@@ -362,6 +363,8 @@ def test_a_sweep_is_every_combination_curve_by_curve():
         ({"plw": "0,-1"}, "plw must be a number of 0 or more, got -1"),
         ({"seed": "1,1.5"}, "seed must be whole numbers, got"),
         ({"plw": " , "}, "plw names nothing"),
+        ({"plw": "0,,1"}, "plw has an empty place in its list, got 0,,1"),
+        ({"epochs": "1,3,"}, "epochs has an empty place in its list, got 1,3,"),
         ({"method": "full,both"}, "method must be full or lora or dora or qlora, got both"),
         ({"tasks": ","}, "tasks must name at least one task"),
     ],
@@ -369,6 +372,26 @@ def test_a_sweep_is_every_combination_curve_by_curve():
 def test_a_sweep_refuses_what_a_cell_would(options, expected):
     with pytest.raises(ValueError, match=expected):
         SweepConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (TrainConfig(lora_rank=4), ["lora-rank is 4, but has no effect with --method full"]),
+        (MainConfig(lora_targets="q_proj"), ["lora-targets is q_proj, but has no effect with --method full"]),
+        (TrainConfig(lora_rank=4, method="lora"), []),
+        (TrainConfig(preset="huerta2024"), []),
+        (TrainConfig(lora_rank=16, lora_alpha=32.0), []),  # as `mlflow run` passes on
+        (TrainConfig(base_penalty_order=1.0), ["base-penalty-order is 1.0, but has no effect with --base-penalty 0.0"]),
+        (TrainConfig(base_penalty_order=1.0, base_penalty=0.1), []),
+        (SweepConfig(lora_rank="4,8"), ["lora-rank is 4,8, but has no effect with --method full"]),
+        (SweepConfig(lora_rank="4,8", method="full,lora"), []),
+        (SweepConfig(lora_alpha="16"), ["lora-alpha is 16.0, but has no effect with --method full"]),
+        (SweepConfig(lora_alpha="32"), []),
+    ],
+)
+def test_an_option_that_has_no_effect_is_told(config, expected):
+    assert idle_options(config) == expected
 
 
 def test_the_published_plws_are_the_default():

@@ -166,6 +166,7 @@ def test_limits_are_read_as_they_are_written():
     limits = parse("no_end > 0, prompt_cut>=1.5%,left_out != 2 ,")
     assert [str(limit) for limit in limits] == ["no_end > 0", "prompt_cut >= 1.5%", "left_out != 2"]
     assert parse("") == []
+    assert len(parse("no_end >= 100%, no_end <= 0%, no_end == 0, no_end > 1000000, no_end != 3.0")) == 5
     for limit, broken, kept in zip(limits, (1, 3, 1), (0, 2, 2), strict=True):
         assert limit.is_broken(broken, 200)
         assert not limit.is_broken(kept, 200)
@@ -190,6 +191,13 @@ def test_a_share_of_what_was_left_out_is_of_all_records(limit, is_broken, tmp_pa
         ("no_end", "fail-if must be like 'no_end > 0, prompt_cut > 1%', got 'no_end'"),
         ("no_end > -1", "must be like"),
         ("no_end > 0 or 1", "must be like"),
+        (",", "fail-if holds no condition, got ','"),
+        (" ", "fail-if holds no condition"),
+        ("no_end > 500%", "fail-if 'no_end > 500%' can never hold"),
+        ("no_end > 100%", "can never hold"),
+        ("no_end == 101%", "can never hold"),
+        ("no_end < 0", "can never hold"),
+        ("no_end > 0.5", "fail-if counts whole records, got 'no_end > 0.5'; write a share in per cent"),
         ("__import__('os') > 0", "must be like"),
     ],
 )

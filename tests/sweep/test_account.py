@@ -8,6 +8,8 @@ import pytest
 from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, SweepConfig
 from plw_mlflow.environment import processes
+from plw_mlflow.errors import UserError
+from plw_mlflow.sweep import run as run_sweep
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking.sweeps import _keep_running
@@ -195,6 +197,19 @@ def test_a_sweep_joins_the_run_that_mlflow_run_has_begun_and_goes_on_in_that_of_
     assert first.info.run_name == "toy-short, toy-long plw 0 to 1 (10)"
     assert first.data.params["plw"] == SweepConfig().plw
     assert second.data.tags["plw.for_run"] == begun[0]
+
+
+def test_a_dry_run_refuses_a_run_that_the_sweep_would_not_go_on_with(store):
+    other, none = (store.create_run("0", tags=tags).info.run_id for tags in ({"plw.grid": "grid"}, {}))
+    faults = {
+        "nosuch": "there is no run 'nosuch'",
+        other: f"run {other} is of a sweep of other cells",
+        none: f"run {none} is not the run of a sweep",
+    }
+    for run_id, fault in faults.items():
+        with pytest.raises(UserError, match=fault):
+            run_sweep(SweepConfig(plw="0.1", dataset="toy-short", dry_run=True, run_id=run_id))
+    run_sweep(SweepConfig(plw="0.1", dataset="toy-short", dry_run=True, run_id="new"))
 
 
 def test_the_views_of_removed_sweeps_are_removed_with_the_next_one(store, open_account):

@@ -104,6 +104,17 @@ def test_a_log_file_gets_a_line_for_each_thing_that_happens(capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("finished", "cells", "expected"),
+    [(0, 1, "0 of 1 cell is finished already"), (1, 4, "1 of 4 cells is finished already")],
+)
+def test_one_cell_is_told_in_the_singular(finished, cells, expected, capsys):
+    account = Account()
+    account.cells, account.finished = CELLS[:cells], CELLS[:finished]
+    display.Lines(account)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
 def test_what_had_become_of_the_cells_and_what_an_interrupt_waits_for_is_said(capsys):
     account = Account()
     account.cut_short, account.failed = CELLS[:1], CELLS[1:3]

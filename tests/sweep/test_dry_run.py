@@ -8,6 +8,7 @@ from plw_mlflow.config import MainConfig, SweepConfig, spell
 from plw_mlflow.sweep import dry_run
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Measured
+from tests.stores import Place
 
 CELLS = [Cell(MainConfig(plw=plw), f"plw {plw:g}", f"cell{plw:g}", "") for plw in (0.0, 0.1, 0.5, 1.0)]
 LEFT = {cell.identity: "left" for cell in CELLS}
@@ -57,4 +58,13 @@ def test_finished_and_failed_cells_are_not_to_be_run():
     states = LEFT | {"cell0": "finished", "cell0.1": "failed"}
     assert "2 cells that are to be run" in text(CELLS, measured("1", 10), states=states)
     assert "3 cells that are to be run" in text(CELLS, measured("1", 10), states=states, retry_failed=True)
+    one = text(CELLS[:1], measured("1", 10))
+    assert "1 cell: 1 left\nexpected for 1 of the 1 cell that is to be run:" in one
+    assert "\n1 cell cannot be forecast, as no cell of the same model and method is finished" in text(CELLS[:1])
     assert text(CELLS, states=dict.fromkeys(LEFT, "finished")).endswith("4 cells: 4 finished\nnothing is to be run")
+
+
+def test_an_option_without_effect_is_told_before_the_cells(tmp_path):
+    arguments = ("--plw", "0.1", "--dataset", "toy-short", "--lora-rank", "4,8", "--dry-run")
+    out, _ = Place(tmp_path).run("sweep", *arguments)
+    assert out.startswith("sweep of 1 cell\nnote: lora-rank is 4,8, but has no effect with --method full\n")

@@ -37,6 +37,8 @@ def test_failures_are_listed_with_their_reasons_as_many_as_a_description_holds()
     assert lines[-1] == "- and 2 more"
     assert all(len(line) <= ending.FAILURE_CHARACTERS + 2 for line in lines)
     assert ending._counts(account) == "0 of 12 cells finished, 12 failed"
+    one = SimpleNamespace(cells=cells[:1], finished=cells[:1], failed=[])
+    assert ending._counts(one) == "1 of 1 cell finished"
     assert ending._failures(SimpleNamespace(failed=[])) == []
 
 

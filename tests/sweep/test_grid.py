@@ -71,7 +71,7 @@ def test_what_is_mixed_into_what_counts(tmp_path, data):
 def test_one_cell_under_two_names_is_one_cell(tmp_path, data, capsys):
     planned = plan(tmp_path, dataset=f"{data('a.jsonl')},{data('copy.jsonl')}", plw="0,1")
     assert len(planned.cells) == 2
-    assert "2 cells are left out" in capsys.readouterr().out
+    assert "left out, as others are the same under another name: 2 cells" in capsys.readouterr().out
 
 
 def test_cells_that_differ_in_their_scoring_alone_have_one_training(tmp_path):

@@ -241,7 +241,9 @@ def test_a_sweeps_own_cells_are_compared_too(experiment):
     [
         ("epochs", "--where is no search filter that MLflow takes"),
         ("params.epochs = 3 or 4", "--where is no search filter that MLflow takes"),
-        ("params.epochs = '7'", "holds no scored cell that passes --where params.epochs = '7'"),
+        ("params.epochs = '7'", "holds no scored cell that passes --where params.epochs = '7'$"),
+        ("params.epohcs = '4.0'", r"'4.0'; no run has a parameter epohcs \(did you mean 'epochs'\?\)$"),
+        ("metrics.a > 0 and parameter.`no such` = ''", "; no run has a parameter no such$"),
     ],
 )
 def test_a_filter_that_finds_nothing_is_said(experiment, where, fault):
@@ -371,7 +373,7 @@ def test_the_best_cell_of_a_sweep_gets_the_alias_and_its_version_says_of_what(ex
     [
         ([{"score": 0.9}], None, "one cell alone is no best one"),
         ([{"score": 0.9}, {"score": 0.8}], 3, "2 of 3 cells are finished and scored"),
-        ([{"score": 0.9}, {"score": 0.8, "status": "FAILED"}], None, "1 of 2 cells are finished and scored"),
+        ([{"score": 0.9}, {"score": 0.8, "status": "FAILED"}], None, "1 of 2 cells is finished and scored"),
         ([{"score": 0.9, "row": {"caveat": "only the first 10"}}] * 2, None, "not comparable (a: only the first 10"),
         ([{"score": 0.9}, {"score": 0.8, "row": {"n": 10}}], None, "cannot be pooled"),
         ([{"score": 0.9}, {"score": 0.8, "epochs": 9.0}], None, "cannot be pooled"),

@@ -120,6 +120,10 @@ def test_methods_in_one_table_count_as_models(store):
     ("call", "message"),
     [
         (lambda: tracking.score_table(experiment="none"), "there is no experiment 'none'"),
+        (
+            lambda: tracking.score_table(experiment="defalt"),
+            r"no experiment 'defalt' in .* \(did you mean 'Default'\?\)",
+        ),
         (lambda: tracking.score_table(experiment="Default"), "holds no scored cell"),
         (lambda: tracking.score_table(sweep="f" * 32), "there is no run 'ffff"),
     ],
@@ -127,3 +131,13 @@ def test_methods_in_one_table_count_as_models(store):
 def test_what_is_not_there_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_run_of_a_cell_is_told_from_that_of_its_sweep(store):
+    run = scored(MainConfig(), ("a", 0.2))
+    with pytest.raises(ValueError, match=f"run {run.id} is that of a cell, and a sweep's is needed: it belongs to no"):
+        tracking.score_table(sweep=run.id)
+    sweep = store.create_run("0").info.run_id
+    store.set_tag(run.id, "mlflow.parentRunId", sweep)
+    with pytest.raises(ValueError, match=f"is that of a cell, and a sweep's is needed: give --run-id {sweep}"):
+        tracking.score_table(sweep=run.id)

@@ -50,7 +50,9 @@ class Grid:
     def contrasts(self) -> Array:
         """Which coefficients are the curve's, [2, P]. Raises UserError where the PLWs are too few for a curve."""
         if not {*CURVE_TERMS} <= {*self.terms}:
-            raise UserError(f"a curve takes 3 PLWs, and there is none but {_numbers(sorted(set(self.runs['plw'])))}")
+            plws = _numbers(sorted(set(self.runs["plw"])))
+            there = f"there is none but {plws}" if plws else "no run is scored on every task"
+            raise UserError(f"a curve takes 3 PLWs, and {there}")
         return np.eye(len(self.terms))[[self.terms.index(term) for term in CURVE_TERMS]]
 
     @cached_property

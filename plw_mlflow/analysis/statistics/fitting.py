@@ -235,6 +235,7 @@ def _beta(grid: Grid) -> _Result:
     _need_tasks(grid)
     x, terms = grid.curve[run], grid.terms[:3]
     _need_residuals(y, x, task)
+    _need_fractions(grid)
     fitted = beta.fit(y, x, task)
     null = beta.fit(y, x[:, :1], task)
     if not (np.isfinite(fitted.covariance).all() and math.isfinite(null.loglik)):
@@ -327,6 +328,19 @@ def _need_tasks(grid: Grid) -> None:
     n = int((~np.isnan(grid.scores)).sum())
     if n - len(grid.tasks) - 2 < 1:
         raise UserError(f"{n} scores for {len(grid.tasks)} tasks are too few for a curve; score more cells")
+
+
+def _need_fractions(grid: Grid) -> None:
+    """Raise UserError that names the first score which the beta family does not have, and what helps."""
+    y, run, task = grid.long
+    if (is_outside := ~((y > 0) & (y < 1))).any():
+        at = int(np.argmax(is_outside))
+        of = grid.runs.loc[run[at]]
+        way_out = "--scale fraction divides scores of 0..100 by 100" if y[at] > 1 else "the other models take it"
+        raise UserError(
+            f"score {y[at]:g} of task {grid.tasks[task[at]]} at PLW {of['plw']:g}, seed {of['seed']} is not strictly "
+            f"between 0 and 1, and the beta family has no other; {way_out}"
+        )
 
 
 def _need_residuals(y: Array, x: Array, task: NDArray[np.intp]) -> None:

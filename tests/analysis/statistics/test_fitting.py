@@ -305,7 +305,18 @@ def test_scores_of_0_and_1_refuse_the_beta_model_alone():
     analysis = analyze.analyze(table, draws=0)
     assert [fit.model for fit in analysis.fits] == [name for name in fitting.FITS if name != "beta"]
     (reason,) = (one.reason for one in analysis.refusals if one.what == "beta")
-    assert "strictly between 0 and 1" in reason
+    row = table.iloc[3]
+    assert reason == (
+        f"score 1 of task {row['task']} at PLW {row['plw']:g}, seed {row['seed']} is not strictly between 0 and 1, and "
+        "the beta family has no other; the other models take it"
+    )
+
+
+def test_percentages_are_told_what_makes_them_fractions():
+    table = score_table.read_scores(STUDY).query("dataset == 'AlpacaDataShort'")
+    analysis = analyze.analyze(table.assign(score=100 * table["score"]), draws=0)
+    (reason,) = (one.reason for one in analysis.refusals if one.what == "beta")
+    assert "--scale fraction divides scores of 0..100 by 100" in reason
 
 
 def test_weights_are_those_of_the_table():
@@ -592,6 +603,7 @@ def test_no_run_on_every_task_is_a_reason():
     assert analysis.answers[0].lead.model == "lmm-slopes"
     reasons = {one.what: one.reason for one in analysis.refusals}
     assert "no run is scored on every task" in reasons["crossed"]
+    assert reasons["equivalence"] == "a curve takes 3 PLWs, and no run is scored on every task"
     assert "fewer than 3 PLWs" in reasons["bootstrap over tasks"]
     assert analysis.answers[0].bootstraps == []
 
