@@ -22,7 +22,7 @@ from plw_mlflow.advice import advise, evidence, evidence_figure
 from plw_mlflow.analysis import analyze, claims, score_table, wording
 from plw_mlflow.analysis.answers import Analysis
 from plw_mlflow.analysis.score_table import rescale
-from plw_mlflow.analysis.statistics import design, differences, fitting, joint, over_tasks, task_curves
+from plw_mlflow.analysis.statistics import design, differences, fitting, joint, lack_of_fit, over_tasks, task_curves
 from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.transforms import AXES, CURVE_TERMS, EXPONENT, make_transform
@@ -67,12 +67,17 @@ def grid(table: pd.DataFrame, name: str = "", by: str | None = None, axis: str =
 @cache
 def fitted(dataset: str, model: str, scale: str = "none", axis: str = "w_p") -> Fit:
     """One model of one of the study's data sets; the scale `mixed` has BLEU in 0..100 and the rest in 0..1."""
+    return fitting.fit(model, grid_of(dataset, scale, axis))
+
+
+def grid_of(dataset: str, scale: str = "none", axis: str = "w_p") -> design.Grid:
+    """One of the study's data sets as the models take it, its scores on a scale as `fitted` has it."""
     table = scores()
     if scale == "mixed":
         table = table.assign(score=table["score"].where(table["metric"] != "bleu", 100 * table["score"]))
     else:
         table = rescale(table, scale)
-    return fitting.fit(model, grid(table[table["dataset"] == dataset], dataset, axis=axis))
+    return grid(table[table["dataset"] == dataset], dataset, axis=axis)
 
 
 @cache
@@ -232,10 +237,13 @@ def by_scale() -> str:
         for model in ("crossed", "lmm"):
             fit = fitted(SHORT, model, scale, axis)
             shown += [p_value(fit.joint_p), best(fit.optimum_plw, fit.delta_interval)]
-        rows.append([name, *shown])
-    return markdown(
-        ["scale or axis", "p, `crossed`", "best PLW (95 %, delta)", "p, `lmm`", "best PLW (95 %, delta)"], rows
-    )
+        misfit = lack_of_fit.lack_of_fit(grid_of(SHORT, scale, axis))
+        assert misfit is not None
+        rows.append([name, *shown, p_value(misfit.p)])
+    head = ["scale or axis"]
+    for model in ("crossed", "lmm"):
+        head += [f"p, `{model}`", "best PLW (95 %, delta)"]
+    return markdown([*head, "lack of fit, p"], rows)
 
 
 def between() -> str:
