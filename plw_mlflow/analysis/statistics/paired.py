@@ -137,8 +137,9 @@ def answer_noise(values: Array) -> float:
 def _with_luck(difference: float, error: float, freedom: float, share: float, luck: Luck) -> Tested:
     """share: the variance of the difference over that of one run.
 
-    Degrees of freedom are by Satterthwaite. Where answers vary less in these runs than in others, no luck may be left
-    of a large spread, and the formula would give next to none; a sum of variances has as many as one of them at least.
+    Degrees of freedom are by Satterthwaite, but no fewer than the less certain of the two variances has. Where answers
+    vary less in these runs than in others, no luck may be left of a large spread, and the formula would give next to
+    none. The levels in docs/statistics.md are those of this choice.
     """
     variances = np.array([error**2, share * luck.variance])
     uncertain = np.array([error**2, share * luck.spread])
