@@ -44,6 +44,7 @@ REASONS = {
 SLOW = "run by make test-slow"
 LANGUAGES = {"sh", "python", "text"}  # of which text is what a command prints
 COPIED = ("Makefile", "README.md", "benchmarks", "conda.yaml", "docs", "entrypoints", "local", "paper", "plw_mlflow")
+COPIED += ("replication",)
 # Programs of others, whose options are not checked here.
 OTHERS = {"curl", "docker", "export", "kubectl", "lm_eval", "pip", "python3", "source", "~/mlflow/bin/pip"}
 MAKE = 'make() { if [ "$1" = test ]; then command make --dry-run test; else command make -o setup "$@"; fi; }\n'
