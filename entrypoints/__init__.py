@@ -8,7 +8,12 @@ if sys.version_info < (3, 11):  # noqa: UP036 (whatever python3 is on PATH may b
 from plw_mlflow.errors import not_installed
 
 try:
-    from plw_mlflow.command_line.cli import command, importing, restart_in_processes  # noqa: F401
+    from plw_mlflow.command_line.cli import (  # noqa: F401
+        command,
+        importing,
+        note_idle_options,
+        restart_in_processes,
+    )
 except ModuleNotFoundError as error:
     print(f"error: {not_installed(error)}", file=sys.stderr)
     sys.exit(2)

@@ -6,15 +6,14 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from entrypoints import command, importing
-from plw_mlflow.config import SweepConfig, counted, idle_options
+from entrypoints import command, importing, note_idle_options
+from plw_mlflow.config import SweepConfig, counted
 
 
 @command(SweepConfig)
 def main(config: SweepConfig) -> None:
     print(f"sweep of {counted(len(config.cells()), 'cell')}", flush=True)
-    for line in idle_options(config):
-        print(f"note: {line}", flush=True)
+    note_idle_options(config)
     with importing():
         from plw_mlflow import sweep
 

@@ -6,16 +6,15 @@ from pathlib import Path
 if not __package__:  # run as a file: packages are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from entrypoints import command, importing, restart_in_processes
-from plw_mlflow.config import TrainConfig, idle_options
+from entrypoints import command, importing, note_idle_options, restart_in_processes
+from plw_mlflow.config import TrainConfig
 
 
 @command(TrainConfig)
 def main(config: TrainConfig) -> None:
     restart_in_processes(config.processes)
     print(f"{config.cell_name()}: training", flush=True)
-    for line in idle_options(config):
-        print(f"note: {line}", flush=True)
+    note_idle_options(config)
     with importing():
         from plw_mlflow import cell
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from plw_mlflow.analysis import findings
-from plw_mlflow.analysis.answers import Analysis, Answer, Finding, Refusal, Variant
+from plw_mlflow.analysis.answers import Analysis, Answer, Refusal, Variant
 from plw_mlflow.analysis.score_table import (
     SCALES,
     SCORE,
@@ -33,7 +33,6 @@ from plw_mlflow.analysis.statistics import (
     equivalence,
     fitting,
     joint,
-    lack_of_fit,
     multiple_testing,
     parametric,
     task_curves,
@@ -42,7 +41,7 @@ from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.joint import Joint
-from plw_mlflow.analysis.statistics.lack_of_fit import LackOfFit
+from plw_mlflow.analysis.statistics.lack_of_fit import MISFIT, LackOfFit, lack_of_fit
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import AXES, SHARE_AXES, make_transform
@@ -111,7 +110,7 @@ def analyze(
         )
         fixed = next((fit for fit in fits_here if fit.model == findings.ON_THESE), None)
         of_these = None if fixed is None else assess(tasks_are_fixed=True)
-        misfit = None if fixed is None else lack_of_fit.lack_of_fit(grid)
+        misfit = None if fixed is None else lack_of_fit(grid)
         drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, misfit, dict(attempts.refused)))
     return Analysis(
         fits=fits,
@@ -148,11 +147,12 @@ class _Draft:
         margin: float | None,
     ) -> Answer:
         """The answer, by the p-values corrected for the other data sets."""
-        if self.misfit is not None and misfit_p is not None and misfit_p < lack_of_fit.MISFIT:
-            return self._without_curve(self.misfit, holm_p, misfit_p, unit, margin)
+        if self.fixed is not None and self.misfit is not None and misfit_p is not None and misfit_p < MISFIT:
+            return self._without_curve(self.fixed, self.misfit, holm_p, misfit_p, unit, margin)
         why_not = self.refused.get(findings.ON_THESE, "")
         these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, why_not)
-        others = self._others(holm_p, self.over_tasks, unit)
+        reason = self.refused.get(findings.ON_OTHERS[0], "")
+        others = findings.about_others(self.lead, holm_p, self.over_tasks, unit, reason)
         return self.answer(
             lead=self.lead,
             equivalence=self.over_tasks,
@@ -164,25 +164,20 @@ class _Draft:
             matters_little=findings.smallest_that_matters_little(these, unit, margin) is not None,
         )
 
-    def _others(self, holm_p: float, equal: Equivalence | None, unit: findings.Unit) -> Finding:
-        reason = self.refused.get(findings.ON_OTHERS[0], "")
-        return findings.about_others(self.lead, holm_p, equal, unit, reason)
-
     def _without_curve(
-        self, misfit: LackOfFit, holm_p: float, misfit_p: float, unit: findings.Unit, margin: float | None
+        self, fixed: Fit, misfit: LackOfFit, holm_p: float, misfit_p: float, unit: findings.Unit, margin: float | None
     ) -> Answer:
         """The answer where no curve describes the scores, so that nothing is said of its shape."""
-        these = findings.about_these(self.fixed, misfit_p, None, len(self.grid.tasks), unit, "")
-        advice, matters_little = findings.advise_without_curve(misfit, unit, margin)
+        verdict = findings.misfits(misfit)
         return self.answer(
-            lead=replace(self.lead, notes=[*self.lead.notes, findings.misfits(misfit)]),
+            lead=replace(self.lead, notes=[*self.lead.notes, verdict]),
             equivalence=None,
             holm_p=holm_p,
-            verdict=findings.misfits(misfit),
-            these_tasks=findings.moved_without_curve(these, misfit, misfit_p, unit),
-            other_tasks=findings.untold_without_curve(self._others(holm_p, None, unit)),
-            advice=advice,
-            matters_little=matters_little,
+            verdict=verdict,
+            these_tasks=findings.moved_without_curve(fixed, misfit, misfit_p, unit),
+            other_tasks=findings.untold_without_curve(self.lead),
+            advice=findings.advise_without_curve(misfit, unit, margin),
+            matters_little=findings.as_good_as_none(misfit.widest, unit, margin) is not None,
             misfit=misfit,
         )
 

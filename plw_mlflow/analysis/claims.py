@@ -85,19 +85,14 @@ class _Curve:
         return over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
 
     @cached_property
-    def plws(self) -> list[float]:
-        """Those tried."""
-        return sorted(set(self.grid.runs["plw"]))
-
-    @cached_property
     def steps(self) -> fixed_tasks.RunMeans | over_tasks.MeanCurve:
-        """The mean of each of `plws` in place of a curve, with residuals about these. Raises UserError without any."""
+        """The mean of each PLW in place of a curve, with residuals about these. Raises UserError without any."""
         whole = self.whole
-        at = np.column_stack([*((whole.runs["plw"] == plw).to_numpy(float) for plw in self.plws), whole.x[:, 3:]])
-        contrasts = np.eye(at.shape[1])[1 : len(self.plws)] - np.eye(at.shape[1])[0]
+        each = np.eye(whole.steps.shape[1])
+        contrasts = each[1 : len(whole.plws)] - each[0]
         if self.model == findings.ON_THESE:
-            return fixed_tasks.fit(whole.scores, at, contrasts)
-        return over_tasks.fit(whole.scores, at, contrasts, runs_differ=True)
+            return fixed_tasks.fit(whole.scores, whole.steps, contrasts)
+        return over_tasks.fit(whole.scores, whole.steps, contrasts, runs_differ=True)
 
     def reach(self, contrast: Array) -> tuple[float, float]:
         """The interval of a contrast of slope and bend."""
@@ -107,8 +102,8 @@ class _Curve:
 
     def reach_of_means(self, start: float, end: float) -> tuple[float, float]:
         """The interval of the difference between the means of two PLWs. Raises UserError where runs are too few."""
-        each = np.eye(self.steps.contrasts.shape[1])
-        value, error, freedom = self._parts(self.steps, each[self.plws.index(end)] - each[self.plws.index(start)])
+        plws, each = self.whole.plws, np.eye(self.steps.contrasts.shape[1])
+        value, error, freedom = self._parts(self.steps, each[plws.index(end)] - each[plws.index(start)])
         half = stats.t.ppf(1 - LEVEL / 2, freedom) * error
         return value - half, value + half
 
@@ -125,7 +120,7 @@ class _Curve:
     def largest_difference(self) -> tuple[float, float]:
         """The interval of the largest difference between two PLWs tried, as the module's docstring has it."""
         low = high = 0.0
-        for pair in combinations(self.plws, 2):
+        for pair in combinations(self.grid.plws, 2):
             value, error, freedom = self._parts(self.curves, self.rise(*pair) @ self.whole.contrasts)
             at_once = math.sqrt(2 * stats.f.ppf(1 - LEVEL, 2, freedom)) * error  # as curves have two coefficients
             low = max(low, abs(value) - at_once)
@@ -200,8 +195,8 @@ def _extreme(curve: _Curve, plw: float, sign: int, below: float = math.inf) -> J
     Every difference to it must have its sign, of the curve and of the PLWs' own means; the claim is contradicted where
     one is shown to have the other sign, by both. A curve alone says nothing of a PLW that does not lie on it.
     """
-    others = [other for other in curve.plws if other != plw and other < below]
-    if plw not in curve.plws or not others:
+    others = [other for other in curve.grid.plws if other != plw and other < below]
+    if plw not in curve.grid.plws or not others:
         return CANNOT_TELL, f"PLW {plw:g} was not tried beside others"
     of_curve, found = _is_beyond(plw, others, sign, lambda other: curve.reach(curve.rise(other, plw)))
     if of_curve == CANNOT_TELL:

@@ -48,9 +48,7 @@ def to_json(analysis: Analysis, table: pd.DataFrame) -> dict[str, Any]:
         if answer.lead.model == fit.model:
             return {"holm_p": answer.holm_p, "verdict": answer.verdict}
         p = holm_p[fit.dataset, fit.model]
-        if answer.misfit is not None:
-            return {"holm_p": p, "verdict": answer.verdict}
-        return {"holm_p": p, "verdict": verdict(fit, answer.equivalence, p)}
+        return {"holm_p": p, "verdict": answer.verdict if answer.misfit else verdict(fit, answer.equivalence, p)}
 
     canonical = table[COLUMNS].sort_values(SCORE).to_csv(index=False, lineterminator="\n")
     return {

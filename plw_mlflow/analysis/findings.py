@@ -56,21 +56,30 @@ def about_these(
     tasks: how many there are, of which the fit may use fewer.
     """
     tasks = tasks if fit is None else fit.tasks  # it may have left some out
-    question = f"Did PLW move {'this task' if tasks == 1 else f'these {tasks} tasks'}?"
     mean = "the curve of its score" if tasks == 1 else "the curve of their mean score"
-    found = _finding(question, fit, holm_p, equal, unit, mean, why_not)
-    left_out = [note for note in (fit.notes if fit else []) if note.startswith(LEFT_OUT)]
-    return replace(found, verdict=" ".join([found.verdict, *left_out]))
+    found = _finding(_of_these(tasks), fit, holm_p, equal, unit, mean, why_not)
+    return found if fit is None else replace(found, verdict=" ".join([found.verdict, *_left_out(fit)]))
+
+
+def _of_these(tasks: int) -> str:
+    return f"Did PLW move {'this task' if tasks == 1 else f'these {tasks} tasks'}?"
+
+
+def _of_others(tasks: int) -> str:
+    return f"Would it move others like {'it' if tasks == 1 else 'them'}?"
+
+
+def _left_out(fit: Fit) -> list[str]:
+    return [note for note in fit.notes if note.startswith(LEFT_OUT)]
 
 
 def about_others(lead: Fit, holm_p: float, equal: Equivalence | None, unit: Unit, why_not: str) -> Finding:
     """Would PLW move other tasks like these? lead: the fit that leads; why_not: why that is not by `crossed`."""
-    question = f"Would it move others like {'it' if lead.tasks == 1 else 'them'}?"
     fit = lead if lead.model in ON_OTHERS else None
     why_not = why_not.removesuffix("; use lmm-slopes")  # what cannot be fitted either, or it would lead
     if not why_not and lead.notes:
         why_not = lead.notes[0].removesuffix(".")
-    return _finding(question, fit, holm_p, equal, unit, "the curve of the mean of such tasks", why_not)
+    return _finding(_of_others(lead.tasks), fit, holm_p, equal, unit, "the curve of the mean of such tasks", why_not)
 
 
 def _finding(
@@ -120,42 +129,48 @@ def misfits(misfit: LackOfFit) -> str:
     )
 
 
-def moved_without_curve(these: Finding, misfit: LackOfFit, holm_p: float, unit: Unit) -> Finding:
+def moved_without_curve(fit: Fit, misfit: LackOfFit, holm_p: float, unit: Unit) -> Finding:
     """The first answer where no parabola describes the scores: PLW moved the tasks, since their means differ by it.
 
-    these: the answer by the curve. holm_p: of the misfit, corrected for the other data sets.
+    fit: by `fixed-tasks`. holm_p: of the misfit, corrected for the other data sets.
     """
     words = (
         f"Yes, but not along a parabola (lack of fit: p = {misfit.p:.2g}): of the PLWs tried, {misfit.best_plw:g} has "
         f"the highest mean score. By these means, no two PLWs differ by more than {unit.words(misfit.widest)} "
         "(95 % sure)."
     )
-    left_out = these.verdict.partition(LEFT_OUT)[2]
-    words += f" {LEFT_OUT}{left_out}" if left_out else ""
-    return Finding(these.question, words, "yes", these.model, misfit.p, holm_p)
+    return Finding(_of_these(fit.tasks), " ".join([words, *_left_out(fit)]), "yes", fit.model, misfit.p, holm_p)
 
 
-def untold_without_curve(others: Finding) -> Finding:
+def untold_without_curve(lead: Fit) -> Finding:
     """The second answer there, which rests on the tasks' curves."""
-    return Finding(others.question, "These scores cannot tell: no parabola describes their means.")
+    return Finding(_of_others(lead.tasks), "These scores cannot tell: no parabola describes their means.")
 
 
-def advise_without_curve(misfit: LackOfFit, unit: Unit, margin: float | None) -> tuple[str, bool]:
-    """What to do there, in one sentence, and whether all differences are shown to be as good as none."""
-    margin = unit.point if margin is None else margin
-    if margin is not None and misfit.widest <= margin:
-        return f"Any value will do, within {unit.words(misfit.widest)}.", True
-    return f"No parabola describes these scores; of the PLWs tried, {misfit.best_plw:g} scores best.", False
+def advise_without_curve(misfit: LackOfFit, unit: Unit, margin: float | None) -> str:
+    """What to do there, in one sentence; margin: as of `as_good_as_none`."""
+    if (within := as_good_as_none(misfit.widest, unit, margin)) is not None:
+        return _any_value(within, unit)
+    return f"No parabola describes these scores; of the PLWs tried, {misfit.best_plw:g} scores best."
 
 
-def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | None) -> float | None:
+def _any_value(within: float, unit: Unit) -> str:
+    return f"Any value will do, within {unit.words(within)}."
+
+
+def as_good_as_none(shown: float | None, unit: Unit, margin: float | None) -> float | None:
     """What all differences between the PLWs tried are shown to be below, if that is as good as none.
 
     margin: a difference that is as good as none; where it was not given, a point.
     """
     margin = unit.point if margin is None else margin
-    shown = None if these.equivalence is None else these.equivalence.smallest_margin
     return shown if shown is not None and margin is not None and shown <= margin else None
+
+
+def smallest_that_matters_little(these: Finding, unit: Unit, margin: float | None) -> float | None:
+    """`as_good_as_none` of what an answer by the curve shows."""
+    shown = None if these.equivalence is None else these.equivalence.smallest_margin
+    return as_good_as_none(shown, unit, margin)
 
 
 def advise(
@@ -169,10 +184,10 @@ def advise(
 ) -> str:
     """What to do, in one sentence, by what was found for these tasks; fit: that finding's.
 
-    margin: as of `smallest_that_matters_little`. why_not: why there is no fit. others: the second answer.
+    margin: as of `as_good_as_none`. why_not: why there is no fit. others: the second answer.
     """
     if (within := smallest_that_matters_little(these, unit, margin)) is not None:
-        return f"Any value will do, within {unit.words(within)}."
+        return _any_value(within, unit)
     margin, equal = unit.point if margin is None else margin, these.equivalence
     if these.kind == "yes" and fit is not None:
         if fit.optimum_plw is None:

@@ -21,7 +21,7 @@ import click
 
 from plw_mlflow.command_line import checks
 from plw_mlflow.command_line.options import Command, groups, options
-from plw_mlflow.config import SweepConfig
+from plw_mlflow.config import SweepConfig, TrainConfig, idle_options
 from plw_mlflow.environment.processes import INTERRUPTED, end_with_sweep, is_first_process, reports_interrupts
 from plw_mlflow.environment.provenance import ROOT
 from plw_mlflow.errors import ExpectedError, PrintableStream, not_installed, printable, without_passwords
@@ -75,6 +75,12 @@ def restart_in_processes(processes: int) -> None:
     sys.stdout.flush()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, [*torchrun, "-m", name, *sys.argv[1:]], os.environ | {"PYTHONPATH": path})
+
+
+def note_idle_options(config: TrainConfig | SweepConfig) -> None:
+    """Print a line on each option that was given and has no effect."""
+    for line in idle_options(config):
+        print(f"note: {line}", flush=True)
 
 
 @contextmanager

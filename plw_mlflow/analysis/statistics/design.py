@@ -47,10 +47,21 @@ class Grid:
         return curve_terms(self.w)
 
     @cached_property
+    def plws(self) -> list[float]:
+        """Those tried, in order."""
+        return sorted(set(self.runs["plw"]))
+
+    @cached_property
+    def steps(self) -> Array:
+        """The fixed part with a column for each of `plws` in place of the curve, the levels beside them."""
+        at = [(self.runs["plw"] == plw).to_numpy(float) for plw in self.plws]
+        return np.column_stack([*at, self.x[:, len(TERMS) :]])
+
+    @cached_property
     def contrasts(self) -> Array:
         """Which coefficients are the curve's, [2, P]. Raises UserError where the PLWs are too few for a curve."""
         if not {*CURVE_TERMS} <= {*self.terms}:
-            plws = _numbers(sorted(set(self.runs["plw"])))
+            plws = _numbers(self.plws)
             there = f"there is none but {plws}" if plws else "no run is scored on every task"
             raise UserError(f"a curve takes 3 PLWs, and {there}")
         return np.eye(len(self.terms))[[self.terms.index(term) for term in CURVE_TERMS]]

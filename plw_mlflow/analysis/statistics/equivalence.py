@@ -47,7 +47,7 @@ def assess_equivalence(
         curves = fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
     else:
         curves = over_tasks.fit(whole.scores, whole.x, whole.contrasts, runs_differ=True)
-    plws = sorted(set(whole.runs["plw"]))
+    plws = whole.plws
     w = whole.transform(plws)
     worst_p, smallest, detectable, largest_error = 0.0, 0.0, 0.0, 0.0
     largest, pair = -1.0, [plws[0], plws[0]]

@@ -376,7 +376,7 @@ def _conclude(model: str, result: _Result, scale: str) -> Fit:
         ends = np.clip(reach, low, high)
         optimum, interval = float(grid.transform.back(parabola.vertex)), grid.transform.back(ends).tolist()
         if not grid.w.min() <= parabola.vertex <= grid.w.max():
-            tried = sorted(set(grid.runs["plw"]))
+            tried = grid.plws
             notes.append(f"The optimum lies outside the PLWs tried ({tried[0]:g} to {tried[-1]:g}).")
     elif b[2] >= 0:
         notes.append("The curve does not bend downwards, so it has no maximum inside the range.")

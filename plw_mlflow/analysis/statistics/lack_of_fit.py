@@ -19,7 +19,6 @@ from plw_mlflow.analysis.statistics import fixed_tasks
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.errors import UserError
-from plw_mlflow.transforms import TERMS
 
 MISFIT = 0.01  # p below which a curve is taken not to fit
 
@@ -40,14 +39,11 @@ def lack_of_fit(grid: Grid) -> LackOfFit | None:
     """Test whether the curve misses the means of PLWs; None where the runs are too few, or of one seed, to tell."""
     try:
         whole, _ = grid.of_these
-        plws = np.unique(whole.runs["plw"])
-        at = [(whole.runs["plw"] == plw).to_numpy(float) for plw in plws]
-        levels = [column for term, column in zip(whole.terms, whole.x.T, strict=True) if term not in TERMS]
-        x = np.stack([*at, *levels], axis=1)
-        if np.linalg.matrix_rank(x) < x.shape[1]:  # some PLWs were tried with one model alone
+        columns = whole.steps.shape[1]
+        if np.linalg.matrix_rank(whole.steps) < columns:  # some PLWs were tried with one model alone
             return None
         curve = fixed_tasks.fit(whole.scores, whole.x, whole.contrasts)
-        means = fixed_tasks.fit(whole.scores, x, np.eye(x.shape[1])[: len(plws)])
+        means = fixed_tasks.fit(whole.scores, whole.steps, np.eye(columns)[: len(whole.plws)])
     except UserError:
         return None
     freedom = curve.free - means.free
@@ -59,4 +55,5 @@ def lack_of_fit(grid: Grid) -> LackOfFit | None:
     reach = float(stats.t.ppf(1 - LEVEL, means.free))
     differences = (means.t_test(one - other)[:2] for one, other in combinations(means.contrasts, 2))
     widest = max(abs(float(difference)) + reach * float(error) for difference, error in differences)
-    return LackOfFit(statistic, freedom, means.free, p, float(plws[means.coefficients[: len(plws)].argmax()]), widest)
+    best = whole.plws[int(means.coefficients[: len(whole.plws)].argmax())]
+    return LackOfFit(statistic, freedom, means.free, p, best, widest)
