@@ -106,6 +106,7 @@ def finish(work: Callable[[], Any]) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler may send several, and this process ends already
         if reports_interrupts():
             _stop(INTERRUPTION, INTERRUPTED)
         sys.exit(INTERRUPTED)

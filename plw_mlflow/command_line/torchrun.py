@@ -37,7 +37,7 @@ def run(options: list[str]) -> None:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode == processes.INTERRUPTED:
+        if processes.was_interrupted(failure.exitcode):
             raise KeyboardInterrupt from None
         if failure.exitcode < 0:
             raise RunError(

@@ -28,6 +28,14 @@ def reports_interrupts() -> bool:
     return is_first_process() and PARENT_REPORTS not in os.environ
 
 
+def was_interrupted(exit_status: int) -> bool:
+    """Whether a process that has ended so was interrupted, and is not to blame.
+
+    Its status is INTERRUPTED, unless the signal has come before it could take signals, or when it no longer did.
+    """
+    return exit_status in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
+
+
 def end_with_sweep() -> None:
     """Have the kernel kill this process when its parent dies, if it belongs to a sweep's cell.
 

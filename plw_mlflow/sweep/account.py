@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from plw_mlflow import tracking
-from plw_mlflow.environment.processes import INTERRUPTED
+from plw_mlflow.environment.processes import was_interrupted
 from plw_mlflow.sweep.grid import Cell
 from plw_mlflow.tracking import Attempt, Sweep
 
@@ -129,8 +129,10 @@ class Account:
             self.sweep.log_file(begun.run_id, log)
         self.look()
         if begun.cell not in self.finished:
-            if exit_status in (None, INTERRUPTED):
-                self._take_note_of_cut(begun, "it was interrupted" if exit_status else "its machine was lost")
+            if exit_status is None:
+                self._take_note_of_cut(begun, "its machine was lost")
+            elif was_interrupted(exit_status):
+                self._take_note_of_cut(begun, "it was interrupted")
             else:
                 tracking.fail(begun.run_id, _reason(exit_status, log))
             self._retried -= {attempt.run_id for attempt in self._attempts_of(begun.cell)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from plw_mlflow.data import templates
 from plw_mlflow.data.prepare import Prepared
 from plw_mlflow.data.sources import Source
 from plw_mlflow.errors import UserError
+from plw_mlflow.tracking.connection import patiently
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.transforms import EXPONENT
 
@@ -31,6 +33,9 @@ def log_data(run: Run, prepared: Prepared) -> None:
     """Log the data sets as the run's inputs with their digests, and the length profile as a table and a figure.
 
     Several data sets are mixed into the first one, which is logged under the name of the mixture.
+
+    Of runs that log a new data set at the same moment, MLflow's database takes one and refuses the others, which find
+    the data set there when they ask again.
     """
     sources, profile = prepared.sources, prepared.profile
     names = [profile.name, *(short_name(source.name) for source in sources[1:])]
@@ -41,7 +46,7 @@ def log_data(run: Run, prepared: Prepared) -> None:
         else:
             origin = _FileSource(source.location)
         dataset = MetaDataset(origin, name=name, digest=source.sha256[:DIGEST_CHARACTERS])  # type: ignore[abstract]
-        mlflow.log_input(dataset, context="training")
+        patiently("logging the data", partial(mlflow.log_input, dataset, context="training"))
     run.tag(data_sha256=",".join(source.sha256 for source in sources))
     mlflow.log_dict(asdict(profile), "profile.json")
     if template := templates.file(profile.template):

@@ -34,8 +34,9 @@ DIGEST = "sha256:"  # begins what stands for a longer text
 class Run:
     """An open MLflow run: of a cell, or of one entry point alone.
 
-    Before a training, a store that is away is an error at once. While a model trains, its curves and checkpoints
-    neither wait for such a store nor fail because of it. Whatever is logged after the training waits for the store.
+    A store that is away when the run is opened is an error at once, but for the cell of a sweep. While a model trains,
+    its curves and checkpoints neither wait for such a store nor fail because of it. Whatever is logged after the
+    training waits for the store.
 
     Data, checkpoints, models, scores and regressions are logged by modules of their own.
     """

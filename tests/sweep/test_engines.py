@@ -1,6 +1,7 @@
 """Are cells taken from the account, run by an engine, and accounted for, whatever becomes of the engine's machines?"""
 
 import importlib
+import signal
 import socket
 import time
 
@@ -60,7 +61,13 @@ def test_cells_whose_machine_is_lost_go_on_in_their_runs(store, open_account):  
 
 
 @pytest.mark.parametrize(
-    ("status", "how"), [(None, "its machine was lost"), (processes.INTERRUPTED, "it was interrupted")]
+    ("status", "how"),
+    [
+        (None, "its machine was lost"),
+        (processes.INTERRUPTED, "it was interrupted"),
+        (-signal.SIGTERM, "it was interrupted"),
+        (-signal.SIGINT, "it was interrupted"),
+    ],
 )
 def test_cells_that_are_cut_short_again_and_again_fail(status, how, store, open_account):  # noqa: F811
     account = open_account()

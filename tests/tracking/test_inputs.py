@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy
+from mlflow.store.tracking.dbmodels.models import SqlDataset
 
 from plw_mlflow import tracking
 from plw_mlflow.config import DataOptions, PrepareConfig
 from plw_mlflow.data import prepare
 from plw_mlflow.data.weights import Weights
 from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from plw_mlflow.tracking import inputs
 from tests.conftest import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -34,6 +37,26 @@ def test_every_data_set_is_an_input_and_the_profile_a_table_and_a_figure(store, 
     profile = store.download_artifacts(run.id, "profile.json", str(tmp_path))
     assert json.loads(Path(profile).read_text()) == dataclasses.asdict(prepared.profile)
     assert Path(store.download_artifacts(run.id, "profile.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_log_a_new_data_set_at_the_same_moment_all_have_it(store, tmp_path):
+    prepared = prepare.run("toy-short", byte_tokenizer(), DataOptions(max_records=5))
+    other = store.create_run("0")
+    dataset = inputs.MetaDataset(
+        inputs.CodeDatasetSource({}), name=prepared.profile.name, digest=prepared.sources[0].sha256[:36]
+    )
+
+    @sqlalchemy.event.listens_for(SqlDataset, "before_insert", once=True)
+    def log_in_the_other_run_first(*_):
+        store.log_inputs(other.info.run_id, [inputs.DatasetInput(dataset._to_mlflow_entity())])
+
+    with tracking.open_run(PrepareConfig(), "prepare") as run:
+        tracking.log_data(run, prepared)
+    names = [
+        [one.dataset.name for one in store.get_run(run_id).inputs.dataset_inputs]
+        for run_id in (other.info.run_id, run.id)
+    ]
+    assert names == [["toy-short"], ["toy-short"]]
 
 
 @pytest.mark.parametrize(
