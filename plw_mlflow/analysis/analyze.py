@@ -41,7 +41,7 @@ from plw_mlflow.analysis.statistics.differences import Difference
 from plw_mlflow.analysis.statistics.equivalence import Equivalence
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.joint import Joint
-from plw_mlflow.analysis.statistics.lack_of_fit import MISFIT, LackOfFit, lack_of_fit
+from plw_mlflow.analysis.statistics.lack_of_fit import LackOfFit, misfits
 from plw_mlflow.analysis.wording import verdict
 from plw_mlflow.errors import UserError
 from plw_mlflow.transforms import AXES, SHARE_AXES, make_transform
@@ -110,8 +110,7 @@ def analyze(
         )
         fixed = next((fit for fit in fits_here if fit.model == findings.ON_THESE), None)
         of_these = None if fixed is None else assess(tasks_are_fixed=True)
-        misfit = None if fixed is None else lack_of_fit(grid)
-        drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, misfit, dict(attempts.refused)))
+        drafts.append(_Draft(answer, grid, lead, over_tasks, fixed, of_these, dict(attempts.refused)))
     return Analysis(
         fits=fits,
         refusals=refusals,
@@ -135,20 +134,22 @@ class _Draft:
     over_tasks: Equivalence | None
     fixed: Fit | None  # by findings.ON_THESE
     of_these: Equivalence | None  # of the mean of these tasks
-    misfit: LackOfFit | None  # of these tasks' mean
     refused: dict[str, str]  # reasons, by what was refused
 
     def concluded(
         self,
         holm_p: float,
         fixed_holm_p: float | None,
-        misfit_p: float | None,
+        misfit: LackOfFit | None,
         unit: findings.Unit,
         margin: float | None,
     ) -> Answer:
-        """The answer, by the p-values corrected for the other data sets."""
-        if self.fixed is not None and self.misfit is not None and misfit_p is not None and misfit_p < MISFIT:
-            return self._without_curve(self.fixed, self.misfit, holm_p, misfit_p, unit, margin)
+        """The answer, by the p-values corrected for the other data sets.
+
+        misfit: of these tasks' mean, where no parabola describes it.
+        """
+        if self.fixed is not None and misfit is not None:
+            return self._without_curve(self.fixed, misfit, holm_p, unit, margin)
         why_not = self.refused.get(findings.ON_THESE, "")
         these = findings.about_these(self.fixed, fixed_holm_p, self.of_these, len(self.grid.tasks), unit, why_not)
         reason = self.refused.get(findings.ON_OTHERS[0], "")
@@ -165,7 +166,7 @@ class _Draft:
         )
 
     def _without_curve(
-        self, fixed: Fit, misfit: LackOfFit, holm_p: float, misfit_p: float, unit: findings.Unit, margin: float | None
+        self, fixed: Fit, misfit: LackOfFit, holm_p: float, unit: findings.Unit, margin: float | None
     ) -> Answer:
         """The answer where no curve describes the scores, so that nothing is said of its shape."""
         verdict = findings.misfits(misfit)
@@ -174,7 +175,7 @@ class _Draft:
             equivalence=None,
             holm_p=holm_p,
             verdict=verdict,
-            these_tasks=findings.moved_without_curve(fixed, misfit, misfit_p, unit),
+            these_tasks=findings.moved_without_curve(fixed, misfit, unit),
             other_tasks=findings.untold_without_curve(self.lead),
             advice=findings.advise_without_curve(misfit, unit, margin),
             matters_little=findings.as_good_as_none(misfit.widest, unit, margin) is not None,
@@ -187,10 +188,9 @@ def _concluded(drafts: list[_Draft], unit: findings.Unit, margin: float | None) 
     by_lead = multiple_testing.adjust_by_holm({draft.lead.dataset: draft.lead.joint_p for draft in drafts})
     fixed = {draft.lead.dataset: draft.fixed.joint_p for draft in drafts if draft.fixed is not None}
     by_fixed = multiple_testing.adjust_by_holm(fixed)
-    misfits = {draft.lead.dataset: draft.misfit.p for draft in drafts if draft.misfit is not None}
-    by_misfit = multiple_testing.adjust_by_holm(misfits)
+    without_curve = misfits([draft.grid for draft in drafts if draft.fixed is not None])
     return [
-        draft.concluded(by_lead[name], by_fixed.get(name), by_misfit.get(name), unit, margin)
+        draft.concluded(by_lead[name], by_fixed.get(name), without_curve.get(name), unit, margin)
         for draft in drafts
         for name in [draft.lead.dataset]
     ]

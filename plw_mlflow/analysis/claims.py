@@ -411,9 +411,8 @@ def _ruled(claim: dict[str, Any], scores: _Scores, part: pd.DataFrame, dataset: 
         curve = _Curve(scores.grid(part, dataset), model)
         if curve.fit.has_too_few_runs:
             return CANNOT_TELL, f"{curve.fit.runs} runs, and it takes {curve.fit.fewest_runs}"
-        misfit = lack_of_fit.lack_of_fit(curve.grid) if claim["rule"] in OF_SHAPE else None
-        if misfit is not None and misfit.p < lack_of_fit.MISFIT:
-            return CANNOT_TELL, f"no parabola describes these scores (lack of fit: p = {misfit.p:.2g})"
+        if claim["rule"] in OF_SHAPE and (found := lack_of_fit.misfits([curve.grid])):
+            return CANNOT_TELL, found[curve.grid.dataset].why()
         return RULES[claim["rule"]](curve, **scores.in_its_scale(claim["rule"], claim.get("by", {})))
     except ValueError as error:
         return CANNOT_TELL, _reason(error)

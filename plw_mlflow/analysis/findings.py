@@ -129,17 +129,17 @@ def misfits(misfit: LackOfFit) -> str:
     )
 
 
-def moved_without_curve(fit: Fit, misfit: LackOfFit, holm_p: float, unit: Unit) -> Finding:
+def moved_without_curve(fit: Fit, misfit: LackOfFit, unit: Unit) -> Finding:
     """The first answer where no parabola describes the scores: PLW moved the tasks, since their means differ by it.
 
-    fit: by `fixed-tasks`. holm_p: of the misfit, corrected for the other data sets.
+    fit: by `fixed-tasks`.
     """
     words = (
         f"Yes, but not along a parabola (lack of fit: p = {misfit.p:.2g}): of the PLWs tried, {misfit.best_plw:g} has "
         f"the highest mean score. By these means, no two PLWs differ by more than {unit.words(misfit.widest)} "
         "(95 % sure)."
     )
-    return Finding(_of_these(fit.tasks), " ".join([words, *_left_out(fit)]), "yes", fit.model, misfit.p, holm_p)
+    return Finding(_of_these(fit.tasks), " ".join([words, *_left_out(fit)]), "yes", fit.model, misfit.p, misfit.holm_p)
 
 
 def untold_without_curve(lead: Fit) -> Finding:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plw_mlflow.analysis.statistics import power, simulation
+from plw_mlflow.analysis.statistics import lack_of_fit, power, simulation
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.next_plws import Proposal, propose
 from plw_mlflow.analysis.statistics.power import Plan
@@ -50,7 +50,11 @@ def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Pla
     makes no proposal.
     """
     plans, proposals, refusals = [], [], []
+    misfits = lack_of_fit.misfits(grids)
     for grid in grids:
+        if grid.dataset in misfits:
+            refusals.append(f"not done: {grid.dataset}: {misfits[grid.dataset].why()}, and runs are planned by one")
+            continue
         try:
             if width is not None:
                 as_run = simulation.design_of(grid)

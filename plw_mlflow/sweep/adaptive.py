@@ -21,6 +21,7 @@ import numpy as np
 
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze
+from plw_mlflow.analysis.statistics import lack_of_fit
 from plw_mlflow.analysis.statistics.design import Grid
 from plw_mlflow.analysis.statistics.fitting import Fit
 from plw_mlflow.analysis.statistics.next_plws import NoOptimumError, propose
@@ -94,6 +95,8 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
         fit = analyze.lead_fit(grid)
     except ValueError as error:
         return _fill(tried, left, number, f"the scores cannot be fitted ({error})")
+    if found := lack_of_fit.misfits([grid]):
+        return _fill(tried, left, number, found[grid.dataset].why())
     width, known = interval(fit, grid)
     if width <= wanted and not fit.has_too_few_runs:
         return Choice([], f"{known}; {wanted:g} was wanted", fit.model, width)

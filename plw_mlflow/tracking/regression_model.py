@@ -3,7 +3,8 @@
 The numbers are those of fit.json. A data frame goes in with the columns dataset, plw and, if wanted, task. The columns
 score, low, high and optimum_plw come out, a row for each: the score at that PLW on the curve of the data set's leading
 model, its 95 % interval, and the PLW at which the curve is highest inside the range (NaN without an interior optimum).
-Where the analysis says that there are too few runs, low, high and optimum_plw are NaN.
+Where the analysis says that there are too few runs, or that no parabola describes the scores, low, high and optimum_plw
+are NaN.
 
 Without a task, the score is the mean over the tasks and models that were scored, and the interval is that of the curve
 around their mean, which leaves out how tasks in general differ in level. With a task, it is that task's own curve.
@@ -71,7 +72,7 @@ class Regression(PythonModel):
         score = float(point @ [curve["coefficients"][term] for term in TERMS])
         variance = offset @ np.array(curve["covariance"])[:3, :3] @ offset
         half_width = float(stats.t.ppf(1 - ALPHA / 2, freedom) * math.sqrt(max(0.0, variance)))
-        if lead["has_too_few_runs"]:
+        if lead["has_too_few_runs"] or answer.get("misfit"):  # which no fit.json of earlier versions has
             return score, math.nan, math.nan, math.nan
         optimum = curve["optimum_plw"]
         return score, score - half_width, score + half_width, math.nan if optimum is None else optimum

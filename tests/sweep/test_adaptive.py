@@ -86,6 +86,17 @@ def test_no_cell_is_chosen_to_locate_an_optimum_that_is_ruled_out_unless_runs_ar
     assert "a maximum inside the range has probability" in choice.why
 
 
+def test_where_no_parabola_describes_the_scores_cells_are_spread_over_the_range():
+    """A narrow interval of a curve's peak means nothing there, however few runs it takes."""
+    peaked = grid_of(every(PUBLISHED_PLWS, 1, 2))
+    scores = peaked.scores + np.where(peaked.runs["plw"] == 0.1, 0.5, 0.0)[:, None]
+    choice = adaptive.choose(replace(peaked, scores=scores), {0.1: 1, 0.05: 1, 0.02: 1}, 2, 10.0)
+    assert len(choice.plws) == 2
+    assert choice.why.startswith("no parabola describes these scores (lack of fit: p = ")
+    assert choice.why.endswith("; these are the farthest on w_p from those tried")
+    assert adaptive.choose(peaked, {0.1: 1, 0.05: 1, 0.02: 1}, 2, 10.0).plws == []
+
+
 def test_scores_that_cannot_be_fitted_lead_to_plws_between_those_tried():
     exact = grid_of(every((0.0, 0.1, 1.0), 1), noise=0.0)
     choice = adaptive.choose(exact, {0.05: 1, 0.01: 1, 0.5: 1}, 2, 0.1)

@@ -75,6 +75,18 @@ def test_too_few_runs_give_no_interval_and_no_optimum():
     assert predicted[["low", "high", "optimum_plw"]].isna().all(axis=None)
 
 
+def test_a_curve_that_does_not_fit_has_no_interval_and_no_optimum():
+    table = score_table.read_scores(ROOT / "paper" / "tables" / "v1_scores.csv")
+    table["score"] -= 0.15 * (table["plw"] == 0.1)
+    described = exports.to_json(analyze.analyze(table, draws=0), table)
+    assert all(answer["misfit"] for answer in described["answers"])
+    found = regression_model.Regression()
+    found.use(described)
+    predicted = ask(found, ("AlpacaDataShort", 0.1, None), ("AlpacaDataShort", 0.1, "piqa"))
+    assert predicted["score"].notna().all()
+    assert predicted[["low", "high", "optimum_plw"]].isna().all(axis=None)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

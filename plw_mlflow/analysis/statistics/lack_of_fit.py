@@ -9,7 +9,8 @@ share makes it find a misfit too rarely.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy import special, stats
 
 from plw_mlflow.analysis.statistics import fixed_tasks
 from plw_mlflow.analysis.statistics.design import Grid
+from plw_mlflow.analysis.statistics.multiple_testing import adjust_by_holm
 from plw_mlflow.analysis.statistics.optimum import LEVEL
 from plw_mlflow.errors import UserError
 
@@ -31,8 +33,20 @@ class LackOfFit:
     freedom: int  # degrees of freedom of the distances of PLWs from the curve
     free: int  # and of runs from the mean of their PLW
     p: float
+    holm_p: float  # corrected for the other data sets that are tested with it
     best_plw: float  # of the highest mean
     widest: float  # what all differences between two PLWs' means are shown to be below, each at LEVEL
+
+    def why(self) -> str:
+        """Why nothing is said of a curve's shape, where it misfits."""
+        return f"no parabola describes these scores (lack of fit: p = {self.p:.2g})"
+
+
+def misfits(grids: Sequence[Grid]) -> dict[str, LackOfFit]:
+    """The tests of those data sets whose scores no parabola describes: with p, by Holm's correction, below MISFIT."""
+    tests = {grid.dataset: test for grid in grids if (test := lack_of_fit(grid)) is not None}
+    corrected = adjust_by_holm({name: test.p for name, test in tests.items()})
+    return {name: replace(test, holm_p=corrected[name]) for name, test in tests.items() if corrected[name] < MISFIT}
 
 
 def lack_of_fit(grid: Grid) -> LackOfFit | None:
@@ -56,4 +70,4 @@ def lack_of_fit(grid: Grid) -> LackOfFit | None:
     differences = (means.t_test(one - other)[:2] for one, other in combinations(means.contrasts, 2))
     widest = max(abs(float(difference)) + reach * float(error) for difference, error in differences)
     best = whole.plws[int(means.coefficients[: len(whole.plws)].argmax())]
-    return LackOfFit(statistic, freedom, means.free, p, best, widest)
+    return LackOfFit(statistic, freedom, means.free, p, p, best, widest)

@@ -1,13 +1,15 @@
 """Is a curve that misses the scores found out, and is one that fits left alone?"""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from plw_mlflow.analysis import analyze, exports, report, wording
+from plw_mlflow.analysis import analyze, exports, planning, report, wording
 from plw_mlflow.analysis.statistics import design
-from plw_mlflow.analysis.statistics.lack_of_fit import lack_of_fit
+from plw_mlflow.analysis.statistics.lack_of_fit import lack_of_fit, misfits
 from plw_mlflow.transforms import make_transform
 
 PLWS = (0, 0.0005, 0.01, 0.1, 0.5, 1)
@@ -102,6 +104,27 @@ def test_the_best_plw_is_that_of_means_with_each_models_level_taken_out():
     other = table(rng, lambda w, plw: 0.2).assign(model="other")
     some = other[other["plw"].isin([0.0005, 0.5, 1])]  # of the better model, which was not tried at the best PLW
     assert lack_of_fit(grid(pd.concat([one, some], ignore_index=True))).best_plw == 0.01
+
+
+def test_no_runs_are_planned_by_a_curve_that_does_not_fit():
+    rng = np.random.default_rng(11)
+    grids = [grid(table(rng, shape)) for shape in (parabola, lambda w, plw: 0.3 * (plw == 0.1))]
+    named = [replace(one, dataset=name) for one, name in zip(grids, ("fits", "misfits"), strict=True)]
+    planning_of_both = planning.ask(named, width=None, next_plws=2)
+    assert [proposal.dataset for proposal in planning_of_both.proposals] == ["fits"]
+    (refusal,) = planning_of_both.refusals
+    assert refusal.startswith("not done: misfits: no parabola describes these scores (lack of fit: p = ")
+
+
+def test_a_misfit_is_found_by_a_p_that_is_corrected_for_the_other_data_sets():
+    """Each misfits by its own p alone, which is between a half of 0.01 and 0.01."""
+    rng, grids = np.random.default_rng(12), []
+    while len(grids) < 2:
+        one = grid(table(rng, lambda w, plw: 0.012 * (plw == 0.1)))
+        if 0.005 < lack_of_fit(one).p < 0.01:
+            grids.append(replace(one, dataset=str(len(grids))))
+    assert [*misfits(grids[:1])] == ["0"]
+    assert misfits(grids) == {}
 
 
 def test_a_misfit_too_small_to_matter_is_said_to_be_so():
