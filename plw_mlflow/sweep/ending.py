@@ -45,7 +45,8 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             mark_best = partial(tracking.mark_best, run.id, set(runs.values()), len(account.cells))
-            best = tracking.patiently("marking the best model", mark_best)
+            with account.sweep.sole_in_store("best"):  # or the worse of two sweeps that end together could be last
+                best = tracking.patiently("marking the best model", mark_best)
             said = "\n\n".join([*_analyse(config, account, set(runs.values())), *best])
             run.tag(conclusion=said, analysed=analysed)
         print("\n" + "\n".join(line for line in (said or "").splitlines() if line != FENCE))

@@ -149,7 +149,8 @@ class Claims:
             try:
                 client.create_registered_model(claim.full_name, tags, DESCRIPTION)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                # It existed, and may have been given back before MLflow looked at what exists.
+                if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                     raise
                 return _is_held_by(claim.full_name, claim.holder)  # the answer to an earlier attempt may have been lost
             return True

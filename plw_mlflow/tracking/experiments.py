@@ -44,11 +44,6 @@ Models that were trained at some prompt loss weight, and sweeps over them, are r
 }
 
 
-def is_named() -> bool:
-    """Whether the environment names the experiment that new runs belong to, as MLflow reads it, too."""
-    return bool(os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID"))
-
-
 def experiment_id(default: str = CELLS) -> str:
     """The id of the experiment that new runs belong to, which is made if it does not exist.
 

@@ -22,7 +22,7 @@ from plw_mlflow.environment import provenance
 from plw_mlflow.errors import UserError, without_passwords
 from plw_mlflow.tracking import pages
 from plw_mlflow.tracking.cells import cell_columns, check_is_of_cell, parameters
-from plw_mlflow.tracking.connection import patiently
+from plw_mlflow.tracking.connection import patiently, suppressing_missing
 from plw_mlflow.tracking.curves import TrainingCurves
 
 TAG_CHARACTERS = 5000  # which every store keeps of a tag; MLflow cuts longer ones off, some stores earlier than others
@@ -115,7 +115,8 @@ class Run:
     def untag(self, name: str) -> None:
         """Remove the tag `plw.NAME`, if the run has it."""
         if f"plw.{name}" in self.client.get_run(self.id).data.tags:
-            self.client.delete_tag(self.id, f"plw.{name}")
+            with suppressing_missing():
+                self.client.delete_tag(self.id, f"plw.{name}")
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Log a folder's files, if it has any, as artifacts under `name`."""

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,12 @@ class Sweep:
         with _sole(self.claims, f"{self.run.id}-{what}"):
             yield
 
+    @contextmanager
+    def sole_in_store(self, what: str) -> Iterator[None]:
+        """Within the block, no other process of any sweep does the same."""
+        with _sole(self.claims, what):
+            yield
+
     def _claim_name(self, training: str) -> str:
         return f"{self._experiment}-{training}"
 
@@ -181,14 +187,14 @@ def open_sweep(config: Any, grid: str, contents: Mapping[str, str]) -> Iterator[
     claims = Claims()
     with claims.giving_signs_of_life():
         experiment = experiments.experiment_id()
-        with _sole(claims, f"{experiment}-{grid}"):
-            earlier = _earlier(config, experiment, grid)
-            run_id = earlier or _new(experiment, grid, config.sweep_name())
-            _check_contents(Run(run_id), contents)
-        with (
-            open_run(config, config.sweep_name(), run_id, goes_on=True) as run,
-            signs.giving(partial(_keep_running, run), signs.SIGN_SECONDS),
-        ):
+        with ExitStack() as stack:
+            with _sole(claims, f"{experiment}-{grid}"):
+                earlier = _earlier(config, experiment, grid)
+                run_id = earlier or _new(experiment, grid, config.sweep_name())
+                _check_contents(Run(run_id), contents)
+                # Still alone, as it logs the options of a new sweep, which MLflow takes once.
+                run = stack.enter_context(open_run(config, config.sweep_name(), run_id, goes_on=True))
+            stack.enter_context(signs.giving(partial(_keep_running, run), signs.SIGN_SECONDS))
             yield Sweep(run, claims, cells_are_here=config.engine == "local")
             run.untag("status")  # of an earlier process that was interrupted or has failed
 
@@ -262,7 +268,7 @@ def _sole(claims: Claims, name: str) -> Iterator[None]:
         if not has_waited:
             minutes = SILENT_SECONDS // 60
             print(
-                f"waiting for another process of this sweep; if it has died elsewhere, {minutes:g} minutes", flush=True
+                f"waiting for another process of a sweep; if it has died elsewhere, {minutes:g} minutes", flush=True
             )
         has_waited = True
         time.sleep(WAIT_SECONDS)

@@ -9,9 +9,11 @@ from plw_mlflow import tracking
 from plw_mlflow.config import MainConfig, SweepConfig
 from plw_mlflow.environment import processes
 from plw_mlflow.errors import UserError
+from plw_mlflow.sweep import ending
 from plw_mlflow.sweep import run as run_sweep
 from plw_mlflow.sweep.account import Account
 from plw_mlflow.sweep.grid import Cell
+from plw_mlflow.tracking.claims import Claims
 from plw_mlflow.tracking.sweeps import _keep_running
 from tests.stores import Place
 
@@ -210,6 +212,34 @@ def test_a_dry_run_refuses_a_run_that_the_sweep_would_not_go_on_with(store):
         with pytest.raises(UserError, match=fault):
             run_sweep(SweepConfig(plw="0.1", dataset="toy-short", dry_run=True, run_id=run_id))
     run_sweep(SweepConfig(plw="0.1", dataset="toy-short", dry_run=True, run_id="new"))
+
+
+def test_one_process_alone_logs_the_options_of_a_new_sweep(store, open_account, monkeypatch):
+    log, others = tracking.Run.log_config, []
+
+    def log_when_nobody_else_may(run, config):
+        others.append(Claims().take("0-grid"))
+        log(run, config)
+
+    monkeypatch.setattr(tracking.Run, "log_config", log_when_nobody_else_may)
+    open_account()
+    assert others == [False]
+
+
+def test_one_sweep_alone_marks_the_best_model(store, open_account, monkeypatch, tmp_path):
+    account, others = open_account(), []
+    while begun := account.begin_next():
+        finish(store, begun.run_id)
+        account.end(begun, 0, tmp_path / "none")
+
+    def mark_when_nobody_else_may(*_):
+        others.append(Claims().take("best"))
+        return ["the alias best stays where it is"]
+
+    monkeypatch.setattr(tracking, "mark_best", mark_when_nobody_else_may)
+    monkeypatch.setattr(ending, "_analyse", lambda *_: [])
+    ending.end(SweepConfig(), account)
+    assert others == [False]
 
 
 def test_the_views_of_removed_sweeps_are_removed_with_the_next_one(store, open_account):

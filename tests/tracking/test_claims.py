@@ -6,8 +6,11 @@ import threading
 
 import mlflow
 import pytest
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from plw_mlflow.environment import processes
 from plw_mlflow.tracking import claims
@@ -154,6 +157,25 @@ def test_what_dead_processes_have_left_is_known_and_is_removed_by_who_takes_it(c
     with here.giving_signs_of_life():
         assert here.take("other")
     assert names(client) == []  # at the end of the block, both are given back
+
+
+def test_a_claim_that_is_given_back_while_another_process_asks_for_it_is_no_error(client, monkeypatch):
+    """MLflow refuses to make what exists, and then looks at it, when it no longer exists."""
+    one, other = Claims(), Claims()
+    look = SqlAlchemyStore.get_registered_model
+
+    @sqlalchemy.event.listens_for(SqlRegisteredModel, "before_insert", once=True)
+    def take_it_first(*_):
+        assert other.take("work")
+        monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", give_it_back_and_look)
+
+    def give_it_back_and_look(store, name):
+        monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", look)
+        other.release("work")
+        return look(store, name)
+
+    assert not one.take("work")
+    assert one.take("work")
 
 
 def test_of_many_threads_one_takes_a_claim(client):

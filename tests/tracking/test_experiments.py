@@ -4,6 +4,8 @@ import json
 
 import mlflow
 import pytest
+import sqlalchemy
+from mlflow.store.tracking.dbmodels.models import SqlExperiment
 
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig, TrainConfig
@@ -56,6 +58,16 @@ def test_the_environment_names_the_experiment(free, monkeypatch, name):
     monkeypatch.setenv(name, "mine" if name == "MLFLOW_EXPERIMENT_NAME" else mine)
     assert opened(free).experiment_id == experiments.experiment_id() == experiments.known_experiment_id() == mine
     assert free.get_experiment_by_name("plw") is None
+
+
+def test_commands_that_begin_a_new_experiment_at_the_same_moment_are_all_in_it(free, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+
+    @sqlalchemy.event.listens_for(SqlExperiment, "before_insert", once=True)
+    def make_it_first(*_):
+        free.create_experiment("mine")
+
+    assert opened(free).name == "mine"
 
 
 def test_a_run_that_mlflow_run_has_begun_stays_in_its_experiment(free, monkeypatch):

@@ -29,6 +29,19 @@ def test_parameters_already_logged_keep_their_spelling(store, monkeypatch):
     assert (params["plw"], params["invert"], params["max_records"]) == ("1e-2", "true", "")
 
 
+def test_a_tag_that_another_process_removes_first_is_no_error(store, monkeypatch):
+    run_id = store.create_run("0", tags={"plw.status": "killed"}).info.run_id
+    run, delete = tracking.Run(run_id), mlflow.MlflowClient.delete_tag
+
+    def delete_after_the_other(client, *which):
+        delete(client, *which)
+        delete(client, *which)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "delete_tag", delete_after_the_other)
+    run.untag("status")
+    assert run.read_tag("status") is None
+
+
 def test_what_is_longer_than_mlflow_keeps_is_kept_all_the_same(store, tmp_path, monkeypatch):
     assert (run_module.TAG_CHARACTERS, run_module.PARAMETER_CHARACTERS) <= (5000, 6000)  # what MLflow's stores keep
     monkeypatch.setattr(run_module, "TAG_CHARACTERS", 150)  # a digest takes up to 130
