@@ -267,9 +267,7 @@ def _sole(claims: Claims, name: str) -> Iterator[None]:
     while not claims.take(name):
         if not has_waited:
             minutes = SILENT_SECONDS // 60
-            print(
-                f"waiting for another process of a sweep; if it has died elsewhere, {minutes:g} minutes", flush=True
-            )
+            print(f"waiting for another process of a sweep; if it has died elsewhere, {minutes:g} minutes", flush=True)
         has_waited = True
         time.sleep(WAIT_SECONDS)
     yield
