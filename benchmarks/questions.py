@@ -18,7 +18,8 @@ with questions crossed with runs. Do these find a curve more often?
 
 does `pairs` and `values` on real answers instead, those of questions.parquet beside that file. For each task, questions
 are drawn from those of two runs of one seed. On each, the two runs are exchanged by chance, so that there is no
-difference between them, and one is planted.
+difference between them, and one is planted. Then the same, without a planted difference, of the means over all seeds at
+two PLWs, which the paired t test compares.
 """
 
 from __future__ import annotations
@@ -104,10 +105,11 @@ def t_rejections(first: Array, second: Array) -> Row:
     error = differences.std(1, ddof=1) / number**0.5
     own = np.sqrt((first.var(1, ddof=1) + second.var(1, ddof=1)) / number)
     size = np.abs(differences.mean(1))
-    return {
-        "paired t": share(2 * stats.t.sf(size / error, number - 1)),
-        "unpaired": share(2 * stats.norm.sf(size / own)),
-    }
+    with np.errstate(invalid="ignore", divide="ignore"):  # where all answers are alike
+        return {
+            "paired t": share(2 * stats.t.sf(size / error, number - 1)),
+            "unpaired": share(2 * stats.norm.sf(size / own)),
+        }
 
 
 # --------------------------------------------------------------------------------------------- several seeds
@@ -215,43 +217,59 @@ def real(scores: Path) -> Iterator[Row]:
     questions = questions[questions["metric"] == questions["task"].map(metrics)].dropna(subset="value")
     for (dataset, model, task), part in questions.groupby(["dataset", "model", "task"]):
         wide = part.pivot_table(index="doc_id", columns=["seed", "plw"], values="value").dropna(axis=1)
-        by_seed: dict[Any, list[Array]] = {}
-        for run in wide.columns:
-            by_seed.setdefault(run[0], []).append(wide[run].to_numpy())
-        both = [pair for runs in by_seed.values() for pair in combinations(runs, 2)]
-        if not both:
+        head = {"dataset": dataset, "model": model, "task": task, "questions": len(wide)}
+        by_number = _by_number_of_seeds(wide)
+        if not by_number:
             print(f"left out: {dataset}, {model}, {task}: no seed has all questions at two PLWs")
-            continue
-        chosen = [both[place] for place in np.unique(np.linspace(0, len(both) - 1, MOST_PAIRS).round().astype(int))]
-        head = {"dataset": dataset, "model": model, "task": task, "questions": len(wide), "pairs of runs": len(chosen)}
-        room = min(_wrong(first, second) for first, second in chosen)
-        for gain in PLANTED:
-            if gain >= room:  # too few answers are wrong for so many to become right
-                continue
-            yield head | {"planted": gain} | _means([_of_pair(first, second, gain) for first, second in chosen])
+        for number, every in by_number.items():
+            places = np.unique(np.linspace(0, len(every) - 1, MOST_PAIRS).round().astype(int))
+            chosen = [every[place] for place in places]
+            are_counted = number == 1 and np.isin(chosen, (0, 1)).all()  # right and wrong answers, for McNemar's test
+            of_pair = _of_counts if are_counted else _of_values
+            for gain in PLANTED if number == 1 else PLANTED[:1]:  # means of right and wrong answers move by jumps
+                if are_counted and gain >= min(_wrong(*pair) for pair in chosen):  # too few can become right
+                    continue
+                found = [of_pair(first, second, gain) for first, second in chosen]
+                yield head | {"seeds": number, "pairs": len(chosen), "planted": gain} | _means(found)
+
+
+def _by_number_of_seeds(wide: pd.DataFrame) -> dict[int, list[tuple[Array, Array]]]:
+    """Pairs of PLWs, by how many seeds' answers each has the mean of: those of a single seed, and of all of them.
+
+    wide: a column for each seed and PLW, a row for each question.
+    """
+    seeds = wide.columns.unique("seed")
+    ones = [pair for seed in seeds for pair in combinations(wide[seed].to_numpy().T, 2)]
+    whole = wide.T.groupby(level="plw").filter(lambda runs: len(runs) == len(seeds))
+    means = whole.groupby(level="plw").mean().to_numpy()
+    found = {1: ones} | ({len(seeds): list(combinations(means, 2))} if len(seeds) > 1 else {})
+    return {number: every for number, every in found.items() if every}
 
 
 def _wrong(first: Array, second: Array) -> float:
-    """The share of answers of two runs that are wrong, and so can become right; 1 where answers are more than that."""
-    return float(1 - (first + second).mean() / 2) if np.isin([first, second], (0, 1)).all() else 1.0
+    """The share of answers of two runs that are wrong, and so can become right."""
+    return float(1 - (first + second).mean() / 2)
 
 
-def _of_pair(first: Array, second: Array, gain: float) -> Row:
-    """On questions drawn from those of two runs, exchanged by chance, with a difference planted."""
-    random = np.random.default_rng(SEED)
-    number = len(first)
-    if np.isin([first, second], (0, 1)).all():
-        right, one = float((first * second).mean()), float((first != second).mean()) / 2
-        chance = gain / _wrong(first, second)  # with which wrong answers of the first of them become right
-        neither = (1 - right - 2 * one) * (1 - chance)
-        shares = [right + one * chance, one + (1 - right - 2 * one) * chance, one * (1 - chance), neither]
-        found = rejections(random.multinomial(number, shares, DRAWS).astype(float), gain)
-        return {"disagreement": 2 * one, "paired": found["McNemar, mid-p"], "unpaired": found["unpaired"]}
+def _of_counts(first: Array, second: Array, gain: float) -> Row:
+    """On right and wrong answers drawn from those of two runs, exchanged by chance, with a difference planted."""
+    right, one = float((first * second).mean()), float((first != second).mean()) / 2
+    chance = gain / _wrong(first, second)  # with which wrong answers of the first of them become right
+    neither = (1 - right - 2 * one) * (1 - chance)
+    shares = [right + one * chance, one + (1 - right - 2 * one) * chance, one * (1 - chance), neither]
+    drawn = np.random.default_rng(SEED).multinomial(len(first), shares, DRAWS)
+    found = rejections(drawn.astype(float), gain)
+    return {"disagreement": 2 * one, "paired": found["McNemar, mid-p"], "unpaired": found["unpaired"]}
+
+
+def _of_values(first: Array, second: Array, gain: float) -> Row:
+    """The same of answers that are between right and wrong, or means of several seeds'."""
+    random, number = np.random.default_rng(SEED), len(first)
     drawn = random.integers(number, size=(DRAWS, number))
     is_other = random.random(drawn.shape) < 0.5
     mine, theirs = first[drawn], second[drawn]
     found = t_rejections(np.where(is_other, theirs, mine) + gain, np.where(is_other, mine, theirs))
-    return {"disagreement": float("nan"), "paired": found["paired t"], "unpaired": found["unpaired"]}
+    return {"disagreement": float((first != second).mean()), "paired": found["paired t"], "unpaired": found["unpaired"]}
 
 
 def _means(rows: list[Row]) -> Row:

@@ -34,7 +34,7 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from benchmarks.study import best_of, markdown, p_value
+from benchmarks.study import axes_table, best_of, markdown, p_value
 from plw_mlflow import tracking
 from plw_mlflow.analysis import analyze
 from plw_mlflow.analysis.findings import ON_THESE
@@ -357,6 +357,7 @@ def tables(folder: Path) -> None:
         ("benchmarks_curves", curves(scores)),
         ("new_records", means(mean_table(new))),
         ("new_records_curves", curves(new)),
+        ("axes", axes_table({f"{len(scores.groupby(RUN))} runs": (scores, sorted(scores["dataset"].unique()))})),
     ):
         print(f"<!-- {name} -->\n{table}\n<!-- end -->\n")
 

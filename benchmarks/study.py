@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -268,6 +268,14 @@ def by_axis() -> str:
         "WIT, 60 runs, PLW to 1": (wit(1.0), WIT_SETS),
         "WIT, 90 runs, PLW to 5": (wit(5.0), WIT_SETS),
     }
+    return axes_table(collections)
+
+
+def axes_table(collections: Mapping[str, tuple[pd.DataFrame, Sequence[str]]]) -> str:
+    """One curve for all data sets of each collection of runs, beside a curve each, on every axis.
+
+    collections: the scores of each, and the names of its data sets in the order of the errors.
+    """
     rows = []
     for name, (table, datasets) in collections.items():
         joined = joint.compare_axes(score_table.check(table))
@@ -434,7 +442,8 @@ def headlines() -> dict[str, str]:
     datasets, between_models = advise.by_dataset(evidence_points())
     of_wit = [dataset for dataset in datasets if dataset.study == evidence.WIT]
     rank = fitting.stats.spearmanr([dataset.ratio for dataset in of_wit], [dataset.w for dataset in of_wit]).statistic
-    in_share = compared(score_table.in_prompt_odds(scores()), DATASETS, "share").tests[-1].p
+    by_share = score_table.in_prompt_odds(scores())
+    in_share = {axis: p_value(compared(by_share, DATASETS, axis).tests[-1].p) for axis in ("w_share", "share")}
     printed = pd.read_csv(evidence.TABLES / "wit_correlations.csv").set_index("characteristic")["spearman"]
     return {
         "task-t": f"p = {p_value(fitted(SHORT, 'task-t').joint_p)} over tasks",
@@ -446,7 +455,7 @@ def headlines() -> dict[str, str]:
         "gain": f"{100 * gain:.1f} points above it (p = {p_value(p_gain)} over tasks, by `crossed`)",
         "correlation, in print": f"prints a rank correlation of {printed['avg generation ratio']:+.1f}",
         "correlation, here": f"it is {rank:+.1f}",
-        "between, in the share": f"p = {p_value(in_share)} if the curves are in the share",
+        "between, in the share": f"p = {in_share['w_share']} if the curves are in `w_share`, {in_share['share']} in",
         "between models": f"SD {math.sqrt(between_models):.2f}",
     }
 

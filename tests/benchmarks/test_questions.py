@@ -45,7 +45,26 @@ def test_real_answers_have_no_difference_but_the_planted_one(tmp_path, monkeypat
     pd.DataFrame(rows).to_parquet(tmp_path / FILE)
     pd.DataFrame(rows).drop_duplicates("plw").to_csv(tmp_path / "scores.csv", index=False)
     none, *_, most = questions.real(tmp_path / "scores.csv")
+    assert {none["seeds"], most["seeds"]} == {1}
     values = pd.DataFrame(rows).pivot_table(index="doc_id", columns="plw", values="value")
     assert none["disagreement"] == pytest.approx((values[0.0] != values[1.0]).mean())
     assert none["paired"] < 0.09
     assert most["paired"] > 2 * none["paired"] > most["unpaired"]
+
+
+def test_the_means_of_two_seeds_are_compared_by_the_t_test_where_each_has_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "DRAWS", 400)
+    rng = np.random.default_rng(2)
+    rows = [
+        {"dataset": "short", "model": "m", "plw": plw, "seed": seed, "task": "arc", "metric": "acc", "doc_id": number}
+        | {"document": str(number), "value": float(rng.random() < 0.6)}
+        for plw, seed in ((0.0, 1), (0.0, 2), (1.0, 1), (1.0, 2), (0.5, 1))
+        for number in range(300)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / FILE)
+    pd.DataFrame(rows).drop_duplicates(["plw", "seed"]).to_csv(tmp_path / "scores.csv", index=False)
+    *_, two = questions.real(tmp_path / "scores.csv")
+    means = pd.DataFrame(rows).pivot_table(index="doc_id", columns="plw", values="value")
+    assert (two["seeds"], two["pairs"], two["planted"]) == (2, 1, 0.0)  # PLW 0.5 has one seed alone
+    assert two["disagreement"] == pytest.approx((means[0.0] != means[1.0]).mean())
+    assert 0.02 < two["paired"] < 0.09
