@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +17,8 @@ import torch
 from plw_mlflow import cell, tracking
 from plw_mlflow.analysis import questions
 from plw_mlflow.config import EvaluateConfig, MainConfig, TrainConfig
+from plw_mlflow.data import prepare
+from plw_mlflow.data.pieces import Segment
 from plw_mlflow.environment.outputs import LIST, LOCK
 from plw_mlflow.models import adapters, pretrained
 from plw_mlflow.training import checkpoints
@@ -67,6 +70,16 @@ def test_main_puts_everything_on_one_run(place, cell_run):
     assert run.info.run_id in out
     assert "bare float32 products on this CPU" in run.data.tags["plw.mfu_peak"]
     assert "mlflow ui --backend-store-uri" in out
+
+
+def test_the_prompts_share_is_that_of_the_segments_that_the_cell_is_trained_on(cell_run):
+    """By the toy's preset, the sums of a step's weights are divided once, so that the tokens of all examples count."""
+    run, _, _ = cell_run
+    prepared = prepare.run("toy-short", pretrained.load_tokenizer("toy"), MainConfig(max_records=120))
+    segments = np.concatenate([example.segment[1:] for example in prepared.training])  # nothing predicts the first
+    completion = np.count_nonzero(segments == Segment.COMPLETION)
+    prompt = 0.242 * (len(segments) - completion)
+    assert run.data.metrics["prompt_share"] == pytest.approx(prompt / (prompt + completion), rel=1e-12)
 
 
 def test_scores_are_metrics_and_rows_of_the_score_table(cell_run):

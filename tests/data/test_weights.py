@@ -114,7 +114,9 @@ def test_nothing_weighs_nothing():
         for scope in SCOPES:
             loss = Weights(0.0, None, 1, divisor, scope)
             assert weights.prompt_share(none, loss) is None
-            assert weights.plw_of_share(none, loss, 0.5) is None or divisor != "share"
+            # Without a completion, prompts have all of the weight, or there is none, as under `share`.
+            assert weights.prompt_share(none, replace(loss, plw=0.25)) == (None if divisor == "share" else 1)
+            assert weights.plw_of_share(none, loss, 0.5) is None
             assert np.isfinite(weights.factors(none, loss, np.zeros(1, np.int64))).all()
 
 

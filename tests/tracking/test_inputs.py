@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy
 from mlflow.store.tracking.dbmodels.models import SqlDataset
 
-from plw_mlflow import tracking
-from plw_mlflow.config import DataOptions, PrepareConfig
+from plw_mlflow import cell, tracking
+from plw_mlflow.config import DataOptions, PrepareConfig, TrainConfig
 from plw_mlflow.data import prepare
-from plw_mlflow.data.weights import Weights
+from plw_mlflow.errors import UserError
 from plw_mlflow.study import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from plw_mlflow.tracking import inputs
 from tests.conftest import byte_tokenizer
@@ -75,27 +75,58 @@ def test_a_template_that_is_a_file_is_kept_with_the_run(store, tmp_path, monkeyp
         assert Path(store.download_artifacts(run.id, path, str(tmp_path))).read_text() == content
 
 
-@pytest.mark.parametrize("scope", ["step", "example"])
+def share_by_hand(divisor, scope, plw, prompts, completions):
+    """As docs/plw.md has it. prompts, completions: of each example, the tokens that are predicted."""
+    if divisor == "share":
+        return plw
+    if divisor == "segments":
+        return plw / (1 + plw)
+    of_prompts, of_completions = plw * prompts, completions
+    if scope == "example":
+        by = prompts + completions if divisor == "tokens" else of_prompts + of_completions
+        of_prompts, of_completions = of_prompts / by, of_completions / by
+    return of_prompts.sum() / (of_prompts.sum() + of_completions.sum())
+
+
 @pytest.mark.parametrize("plw", [0.0, 0.01, 0.242, 1.0])
-def test_the_share_that_a_cell_logs_is_that_of_a_count_by_hand(store, tmp_path, plw, scope):
-    """A token is a byte here. An example's first one is never predicted, and each completion has an end of text."""
+@pytest.mark.parametrize("scope", ["step", "micro-batch", "example"])
+@pytest.mark.parametrize("divisor", ["weights", "tokens", "segments", "share"])
+def test_the_share_that_a_cell_logs_is_that_of_a_count_by_hand(store, tmp_path, monkeypatch, divisor, scope, plw):
+    """A token is a byte here. An example's first one is never predicted, and each completion has an end of text.
+
+    The cell goes as far as its training, and ends there.
+    """
     records = [
-        {"instruction": f"Say {number} times.", "input": "b" * (number % 3), "output": "c" * (number % 7 + 1)}
+        {"instruction": f"Say {number} times.", "input": "b" * (number % 3), "output": "c" * (number % 7 * 30 + 1)}
         for number in range(40)
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
-    prepared = prepare.run(str(tmp_path / "mine.jsonl"), byte_tokenizer(), DataOptions(validation_share=0.3))
-    with tracking.open_run(PrepareConfig(), "prepare") as run:
-        share = prepared.prompt_share(Weights(plw, loss_divisor="weights", divisor_scope=scope))
-        tracking.log_prompt_weight(run, plw, share)
-    trained = [records[int(prepared.training.id(n).rpartition(":")[2]) - 1] for n in range(len(prepared.training))]
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    given = []
+
+    def end(config, prepared, tokenizer):
+        given.append(prepared.training)
+        raise UserError("the training begins")
+
+    monkeypatch.setattr(cell, "_load_model", end)
+    monkeypatch.setattr(tracking, "log_data", lambda run, prepared: None)  # which draws a figure
+    config = TrainConfig(
+        plw=plw,
+        loss_divisor=divisor,
+        divisor_scope=scope,
+        dataset=str(tmp_path / "mine.jsonl"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        validation_share=0.3,
+        cache_dir=tmp_path / "cache",
+    )
+    with pytest.raises(UserError, match="the training begins"), tracking.open_run(config, "cell") as run:
+        cell.lead(config, run)
+    (training,) = given
+    trained = [records[int(training.id(n).rpartition(":")[2]) - 1] for n in range(len(training))]
     assert 0 < len(trained) < 40  # the others are for validation
-    prompts = [(ALPACA_WITH_INPUT if one["input"] else ALPACA_WITHOUT_INPUT).format(**one) for one in trained]
-    of_prompts = [plw * (len(prompt) - 1) for prompt in prompts]
-    of_completions = [len(one["output"]) + 1 for one in trained]
-    if scope == "step":
-        expected = sum(of_prompts) / (sum(of_prompts) + sum(of_completions))
-    else:
-        expected = np.mean([a / (a + b) for a, b in zip(of_prompts, of_completions, strict=True)])
+    texts = [(ALPACA_WITH_INPUT if one["input"] else ALPACA_WITHOUT_INPUT).format(**one) for one in trained]
+    prompts = np.array([len(text) - 1 for text in texts])
+    completions = np.array([len(one["output"]) + 1 for one in trained])
+    expected = share_by_hand(divisor, scope, plw, prompts, completions)
     logged = store.get_run(run.id).data.metrics["prompt_share"]
     assert logged == pytest.approx(expected, rel=1e-12)
