@@ -44,6 +44,11 @@ Models that were trained at some prompt loss weight, and sweeps over them, are r
 }
 
 
+def given_id() -> str | None:
+    """The id of the experiment that new runs belong to, where the environment gives it, and no name."""
+    return None if os.environ.get("MLFLOW_EXPERIMENT_NAME") else os.environ.get("MLFLOW_EXPERIMENT_ID") or None
+
+
 def experiment_id(default: str = CELLS) -> str:
     """The id of the experiment that new runs belong to, which is made if it does not exist.
 
@@ -51,9 +56,9 @@ def experiment_id(default: str = CELLS) -> str:
     """
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         return str(get_run(run_id).info.experiment_id)
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if not name and (given := os.environ.get("MLFLOW_EXPERIMENT_ID")):
+    if given := given_id():
         return given
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     client = mlflow.MlflowClient()
     if (found := client.get_experiment_by_name(name or default)) is None:
         try:
@@ -70,10 +75,9 @@ def experiment_id(default: str = CELLS) -> str:
 
 def known_experiment_id() -> str | None:
     """The id of the experiment that new cells belong to; None where it does not exist yet."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if os.environ.get("MLFLOW_RUN_ID") or (not name and os.environ.get("MLFLOW_EXPERIMENT_ID")):
+    if os.environ.get("MLFLOW_RUN_ID") or given_id():
         return experiment_id()
-    found = mlflow.MlflowClient().get_experiment_by_name(name or CELLS)
+    found = mlflow.MlflowClient().get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME") or CELLS)
     return None if found is None else str(found.experiment_id)
 
 
