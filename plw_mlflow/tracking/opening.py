@@ -58,7 +58,8 @@ def open_run(
         wrapper = None if run_id is None else leave_wrapper(run_id)
         short = _cut(without_passwords(name), NAME_CHARACTERS)
         own_devices.restrict()
-        # MLflow itself says what is wrong with an id. It would also make what a name names, but not beside others.
+        # MLflow itself says what is wrong with an id. An experiment of a new name it would make, too, but it fails
+        # where another process makes it at the same moment.
         belongs_to = None if existing or experiments.given_id() else experiments.experiment_id(experiment)
         keeps_name = is_of_sweep or (run_id is not None and not goes_on)
         active = mlflow.start_run(run_id, belongs_to, run_name=None if keeps_name else short)
