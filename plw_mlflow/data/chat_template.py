@@ -71,17 +71,14 @@ class ChatTemplate:
         it is no template, or needs too much memory or time.
         """
         turns = turns_of(record, self.completion_turns)
-        shape = tuple((turn.role, turn.is_placed, turn.is_completion) for turn in turns)
         try:
-            if shape not in self._outlines:
-                self._outlines[shape] = self._outline(turns)
+            outline = self._outline(turns)
             rendered = self._rendered(turns, [turn.text for turn in turns])
         except bounded.Exhausted as error:
-            raise UserError(f"the chat template {error}, at record {record.id}; use another --template") from None
+            raise _exhausted(error, record) from None
         except _Unfit as error:
             raise Misfit(record, f"does not fit the chat template: {error}") from None
-        outline = self._outlines[shape]
-        pieces = outline.around(turns)
+        pieces = list(itertools.chain.from_iterable(outline.parts(turns)))
         if "".join(piece.text for piece in pieces) != rendered:
             raise Misfit(
                 record,
@@ -90,14 +87,27 @@ class ChatTemplate:
             )
         return pieces + outline.end
 
-    def served(self, record: Record) -> str | None:
-        """What a server gives a model to answer: all text before a record's last answer, with the generation prompt.
+    def prompts(self, record: Record) -> Iterator[tuple[list[Piece], str | None]]:
+        """What stands before each completion of a record, in training and when it is served.
 
-        None where the template refuses a conversation that ends before the answer.
+        In training, these are the pieces of `render` before the completion. A server gives the model the conversation
+        before the completion, with the generation prompt; None where the template refuses that conversation. Raises
+        UserError where the template needs too much memory or time.
         """
-        turns = turns_of(record, self.completion_turns)[:-1]
+        turns = turns_of(record, self.completion_turns)
+        parts = self._outline(turns).parts(turns)
+        before = [*next(parts)]
+        for number, turn in enumerate(turns):
+            if turn.is_completion:
+                yield before.copy(), self._served(turns[:number], record)
+            if turn.is_placed:
+                before += next(parts)
+
+    def _served(self, turns: Sequence[Turn], record: Record) -> str | None:
         try:
             return self._rendered(turns, [turn.text for turn in turns], add_generation_prompt=True)
+        except bounded.Exhausted as error:
+            raise _exhausted(error, record) from None
         except _Unfit:
             return None
 
@@ -109,6 +119,13 @@ class ChatTemplate:
         return str(text)
 
     def _outline(self, turns: Sequence[Turn]) -> _Outline:
+        """The outline of a conversation with this order of roles, which is learnt once."""
+        shape = tuple((turn.role, turn.is_placed, turn.is_completion) for turn in turns)
+        if shape not in self._outlines:
+            self._outlines[shape] = self._learnt_outline(turns)
+        return self._outlines[shape]
+
+    def _learnt_outline(self, turns: Sequence[Turn]) -> _Outline:
         """What the template writes around the contents, and how it strips each of them."""
         bare = self._texts_around(turns, "", "")
         padded = self._texts_around(turns, *(max(paddings, key=len) for paddings in (_LEFT, _RIGHT)))
@@ -125,7 +142,7 @@ class ChatTemplate:
                     warnings.warn(
                         "the chat template ends answers with no special token: where to stop is learnt from the last "
                         "answer of a conversation alone",
-                        stacklevel=2,
+                        stacklevel=3,
                     )
                 after[number] = [
                     piece._replace(segment=Segment.COMPLETION) if last is not None and n <= last else piece
@@ -165,6 +182,10 @@ class _Unfit(Exception):
     """Why a record does not fit a chat template."""
 
 
+def _exhausted(error: bounded.Exhausted, record: Record) -> UserError:
+    return UserError(f"the chat template {error}, at record {record.id}; use another --template")
+
+
 def renderings(source: str, messages: list[dict[str, str]], variables: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """One chat as its template writes it, with True; or what is wrong with it, with False.
 
@@ -201,16 +222,14 @@ class _Outline:
     places: list[tuple[str | None, str | None, list[Piece]]]  # what is stripped left and right; what follows
     end: list[Piece]  # the end of text, where the template writes none
 
-    def around(self, turns: Sequence[Turn]) -> list[Piece]:
-        """The opening, and every turn with what follows it."""
-        pieces = [*self.opening]
+    def parts(self, turns: Sequence[Turn]) -> Iterator[list[Piece]]:
+        """The opening, and then every turn that needs a place, with what follows it."""
+        yield self.opening
         placed = (turn for turn in turns if turn.is_placed)
         for turn, (left, right, after) in zip(placed, self.places, strict=True):
             text = turn.text.lstrip(left)
             start = len(turn.text) - len(text)
-            pieces += _cut(turn.pieces, start, start + len(text.rstrip(right)))
-            pieces += after
-        return pieces
+            yield [*_cut(turn.pieces, start, start + len(text.rstrip(right))), *after]
 
 
 def _cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:

@@ -129,6 +129,70 @@ def test_border_off_by_one(step):
     assert audit.flags([record], [encoder.render(record)], [shifted], encoder).tolist() == [audit.BITS["border_drift"]]
 
 
+# Each answer of a conversation, where each is trained on.
+
+EACH = {"template": CHAT, "completion_turns": "every"}
+
+
+@pytest.mark.parametrize("starts", [("x", "t"), ("t", "x"), ("t", "t")])
+def test_border_drift_of_one_answer(starts, counted):
+    """The bracket that ends the prompt and the t of an answer are one token."""
+    rows = [chat(number, "user", "assistant", "user", "assistant") for number in range(20)]
+    for row in rows:
+        for place, start in zip((1, 3), starts, strict=True):
+            row["messages"][place]["content"] = start
+    assert counted(rows, byte_tokenizer(("]", "t")), **EACH) == {"border_drift": 20}
+    of_last = {"border_drift": 20} if starts[-1] == "t" else {}
+    assert counted(rows, byte_tokenizer(("]", "t")), template=CHAT) == of_last
+
+
+@pytest.mark.parametrize("ended", ["loop.index == 2", "loop.last", "loop.index == 4", "false"])
+def test_no_end_of_one_answer(ended, counted):
+    """A template ends some answers alone. After the last one, there is always an end of text."""
+    template = CHAT.replace("message['role'] == 'assistant' %}", f"message['role'] == 'assistant' and ({ended}) %}}")
+    rows = [chat(number, *("user", "assistant") * 3) for number in range(20)]
+    with pytest.warns(UserWarning, match="ends answers with no special token"):
+        found = counted(rows, template=template, completion_turns="every")
+    assert found == {"no_end": 20, "without_end_token": 20}
+    assert counted(rows, template=template) == {}
+
+
+@pytest.mark.parametrize("place", [2, 4])
+def test_template_drift_of_one_answer(place, counted):
+    """In training, thinking stands before one of the answers alone; a server gives no model such a prompt."""
+    template = CHAT.replace(
+        "]{{ message['content'] }}",
+        f"]{{% if loop.index0 == {place} %}}<think></think>{{% endif %}}{{{{ message['content'] }}}}",
+    )
+    assert "<think>" in template
+    assert counted(CHATS, template=template, completion_turns="every") == {"template_drift": 20}
+    assert counted(CHATS, template=template) == ({"template_drift": 20} if place == 4 else {})
+
+
+def test_empty_completion_of_one_answer(counted):
+    rows = [chat(number, "user", "assistant", "user", "assistant") for number in range(20)]
+    rows[5]["messages"][1]["content"] = " "
+    assert counted(rows, empty_completion="keep", **EACH) == {"empty_completion": 1}
+
+
+def test_an_answer_that_follows_another_at_once_has_no_border(counted):
+    """The template writes nothing between two answers, so their tokens are one run."""
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}[user]{{ message['content'] }}[assistant]"
+        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    rows = [chat(number, "user", "assistant", "assistant") for number in range(20)]
+    assert counted(rows, template=template, completion_turns="every") == {"roles_out_of_order": 20}
+
+
+def test_an_answer_that_is_not_trained_on_is_not_looked_at(counted):
+    rows = [chat(number, "user", "assistant", "user", "assistant") for number in range(20)]
+    for row in rows:
+        row["messages"][1] |= {"content": "t", "weight": 0}
+        row["messages"][3]["content"] = "x"
+    assert counted(rows, byte_tokenizer(("]", "t")), **EACH) == {}
+
+
 # And others.
 
 

@@ -358,6 +358,7 @@ def test_a_chats_tokens_are_those_of_transformers_unless_it_spells_special_token
     else:
         tokenizer = like = BYTE_CHAT
     encoder = Encoder(tokenizer, chat(CHATS[name], tokenizer))
+    every = chat(CHATS[name], tokenizer, "every")
     specials = [*SPECIALS, "<s>", "</s>"]
     ids = tokenizer.convert_tokens_to_ids(specials)
 
@@ -381,6 +382,13 @@ def test_a_chats_tokens_are_those_of_transformers_unless_it_spells_special_token
             == [t for t in native(plain, like, CHATS[name]) if t in ids]
         )
         assert found.tokens[found.segment == C][-1] in ids  # the model is taught to stop
+        # The audit relies on this: the tokens before a special token are the same whatever follows it.
+        every.render(record)
+        for before, _ in every.prompts(record):
+            last = max(number for number, piece in enumerate(before) if piece.is_special)
+            whole, part = encoder.prompts([before, before[last:]])
+            assert whole[len(whole) - len(part) :].tolist() == part.tolist()
+            assert whole[: len(whole) - len(part)].tolist() == tokens[: len(whole) - len(part)]
 
     check()
 
@@ -567,9 +575,12 @@ def test_a_template_that_needs_much_memory_is_refused(source):
 
 
 def test_a_template_that_computes_for_long_is_refused(monkeypatch):
+    template, record = chat(SAID), Record("1", "a", "", "b")
+    template.render(record)
     monkeypatch.setattr(chat_template, "_RENDERER", bounded.Worker(spin))
-    with pytest.raises(ValueError, match=r"the chat template takes more than \d+ seconds to compute, at record 1"):
-        chat(SAID).render(Record("1", "a", "", "b"))
+    for work in (lambda: chat(SAID).render(record), lambda: list(template.prompts(record))):
+        with pytest.raises(ValueError, match=r"the chat template takes more than \d+ seconds to compute, at record 1"):
+            work()
 
 
 @pytest.mark.parametrize(
