@@ -122,7 +122,7 @@ def lead(config: TrainConfig, run: Run) -> None:
             _score(config, run, model, tokenizer, tasks, sets, folder, arithmetic)
         tracking.describe_cell(run)
         stored.remove()
-        shutil.rmtree(folder, ignore_errors=True)  # the same cell, begun again just now, may lock it
+        checkpoints.remove(folder)
 
 
 def check_machine(config: TrainConfig) -> None:

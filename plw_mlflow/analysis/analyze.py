@@ -169,7 +169,7 @@ class _Draft:
         self, fixed: Fit, misfit: LackOfFit, holm_p: float, unit: findings.Unit, margin: float | None
     ) -> Answer:
         """The answer where no curve describes the scores, so that nothing is said of its shape."""
-        verdict = findings.misfits(misfit)
+        verdict = findings.without_curve(misfit)
         return self.answer(
             lead=replace(self.lead, notes=[*self.lead.notes, verdict]),
             equivalence=None,

@@ -121,7 +121,7 @@ def _finding(
     )
 
 
-def misfits(misfit: LackOfFit) -> str:
+def without_curve(misfit: LackOfFit) -> str:
     """That no parabola describes the scores, as a sentence."""
     return (
         f"No parabola describes the means of these runs (lack of fit: F({misfit.freedom}, {misfit.free}) = "

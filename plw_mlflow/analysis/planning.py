@@ -44,16 +44,19 @@ class Planning:
 
 
 def ask(grids: list[Grid], *, width: float | None, next_plws: int | None) -> Planning:
-    """Design help from scores.
+    """Design help from scores; for scores that no parabola describes, the reason why there is none.
 
     width: wanted, of the optimum's 95 % interval, in PLW; None makes no plan. next_plws: how many PLWs to propose; None
     makes no proposal.
     """
-    plans, proposals, refusals = [], [], []
+    plans, proposals, refusals = list[Plan](), list[Proposal](), list[str]()
+    if width is None and next_plws is None:
+        return Planning(plans, proposals, refusals)
     misfits = lack_of_fit.misfits(grids)
     for grid in grids:
         if grid.dataset in misfits:
-            refusals.append(f"not done: {grid.dataset}: {misfits[grid.dataset].why()}, and runs are planned by one")
+            why = misfits[grid.dataset].why()
+            refusals.append(f"not done: {grid.dataset}: runs are planned by a parabola, and {why}")
             continue
         try:
             if width is not None:

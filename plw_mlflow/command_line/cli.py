@@ -106,9 +106,11 @@ def finish(work: Callable[[], Any]) -> NoReturn:
     except click.ClickException as error:
         _stop(error.format_message().replace("\n", " "), 2)
     except (KeyboardInterrupt, click.Abort):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler may send several, and this process ends already
+        # A scheduler may send several signals. The status stays the same, and one that comes late ends a hanging exit.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if reports_interrupts():
-            _stop(INTERRUPTION, INTERRUPTED)
+            print(f"error: {INTERRUPTION}", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(INTERRUPTED))
         sys.exit(INTERRUPTED)
     except ExpectedError as error:
         _stop(" ".join(str(error).split()), error.status)
@@ -126,6 +128,8 @@ def _prepare_process() -> None:
     end_with_sweep()
     atexit.register(gc.freeze)  # or Python would search all modules for garbage as it ends, which takes 2 seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a scheduler interrupts
+    # What is registered first is done last. From then on, a signal would otherwise change the status.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     # Processes that a library forks take SIGTERM as usual: a pool ends its workers by it, and one that is just about to
     # wait for a lock would take note of an interrupt too late.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -2,9 +2,10 @@
 
 Of each data set, one cell at each of 4 PLWs is run first. After that, each round fits the scores as the report does,
 and chooses the cells that narrow the interval of the optimum most: at a PLW not tried yet, or at one already tried with
-the next of the listed seeds. Where several models or methods are listed, a choice is of a cell of each. A data set ends
-where its interval is as narrow as wanted, or where nothing is left to be chosen. Every cell that is begun is run to its
-end and counts: a cell that was given up because of low early scores would bend the curve.
+the next of the listed seeds. Where no parabola describes the scores, the cells farthest from those tried are chosen,
+after those of the other data sets. Where several models or methods are listed, a choice is of a cell of each. A data
+set ends where its interval is as narrow as wanted, or where nothing is left to be chosen. Every cell that is begun is
+run to its end and counts: a cell that was given up because of low early scores would bend the curve.
 
 What is decided follows from the scores of the cells that were chosen before, and from nothing else. It is written into
 the sweep's run (decisions.json) before it is carried out, and stands from then on: for the processes that work on the
@@ -96,7 +97,7 @@ def choose(grid: Grid, left: Mapping[float, int], number: int, wanted: float) ->
     except ValueError as error:
         return _fill(tried, left, number, f"the scores cannot be fitted ({error})")
     if found := lack_of_fit.misfits([grid]):
-        return _fill(tried, left, number, found[grid.dataset].why())
+        return replace(_fill(tried, left, number, found[grid.dataset].why()), model=fit.model)
     width, known = interval(fit, grid)
     if width <= wanted and not fit.has_too_few_runs:
         return Choice([], f"{known}; {wanted:g} was wanted", fit.model, width)
@@ -204,7 +205,7 @@ class Chooser:
         number = max(1, self._config.jobs // max(1, sum(self._cost(name) for name in names)))
         choices = {name: self._choice(name, number, account, finished) for name in names}
         decisions, cost = [], len(self.cells)
-        for name, choice in sorted(choices.items(), key=lambda item: -(item[1].width or math.inf)):  # the widest first
+        for name, choice in sorted(choices.items(), key=lambda item: -_breadth(item[1])):
             affordable = len(choice.plws)
             if self._config.budget is not None:
                 affordable = min(affordable, (self._config.budget - cost) // self._cost(name))
@@ -260,6 +261,16 @@ class Chooser:
     def _cost(self, dataset: str) -> int:
         """How many cells a choice takes: one of each model, method and so on."""
         return _cost(self._curves[dataset])
+
+
+def _breadth(choice: Choice) -> float:
+    """What data sets are served by, the broadest first: how much of the range their optimum may still be in.
+
+    One whose scores cannot be fitted yet comes before all, and one that no parabola describes after all.
+    """
+    if choice.width is not None:
+        return choice.width
+    return math.inf if choice.model is None else 0.0
 
 
 Points = Mapping[float, Mapping[int, list[Cell]]]  # the cells of a data set by PLW and seed, as they are listed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             mark_best = partial(tracking.mark_best, run.id, set(runs.values()), len(account.cells))
-            with account.sweep.sole_in_store("best"):  # or the worse of two sweeps that end together could be last
+            # Otherwise the worse of two sweeps that end together could be the last to move the alias. The price is that
+            # one waits while the other merges its best adapter.
+            is_complete = len(runs) == len(account.cells)
+            with account.sweep.sole_in_store("best") if is_complete else nullcontext():
                 best = tracking.patiently("marking the best model", mark_best)
             said = "\n\n".join([*_analyse(config, account, set(runs.values())), *best])
             run.tag(conclusion=said, analysed=analysed)

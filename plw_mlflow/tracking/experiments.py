@@ -12,6 +12,7 @@ import mlflow
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
+from plw_mlflow.errors import UserError
 from plw_mlflow.tracking import pages
 from plw_mlflow.tracking.connection import get_run
 
@@ -52,7 +53,8 @@ def given_id() -> str | None:
 def experiment_id(default: str = CELLS) -> str:
     """The id of the experiment that new runs belong to, which is made if it does not exist.
 
-    default: its name where the environment names no experiment.
+    default: its name where the environment names no experiment. Raises UserError where the environment gives a name and
+    an id that are of two experiments.
     """
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         return str(get_run(run_id).info.experiment_id)
@@ -70,6 +72,12 @@ def experiment_id(default: str = CELLS) -> str:
         if not name and default == CELLS:
             _tell_of_earlier_cells()
         return made
+    given = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if name and given and given != found.experiment_id:
+        raise UserError(
+            f"MLFLOW_EXPERIMENT_NAME is {name!r}, whose id is {found.experiment_id}, but MLFLOW_EXPERIMENT_ID is "
+            f"{given}; unset one of them"
+        )
     return str(found.experiment_id)
 
 

@@ -72,7 +72,7 @@ class Regression(PythonModel):
         score = float(point @ [curve["coefficients"][term] for term in TERMS])
         variance = offset @ np.array(curve["covariance"])[:3, :3] @ offset
         half_width = float(stats.t.ppf(1 - ALPHA / 2, freedom) * math.sqrt(max(0.0, variance)))
-        if lead["has_too_few_runs"] or answer.get("misfit"):  # which no fit.json of earlier versions has
+        if lead["has_too_few_runs"] or answer.get("misfit"):  # a fit.json of an earlier version has no such entry
             return score, math.nan, math.nan, math.nan
         optimum = curve["optimum_plw"]
         return score, score - half_width, score + half_width, math.nan if optimum is None else optimum

@@ -16,6 +16,7 @@ somebody who can write to the folder or the store and gives false weights a true
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -300,6 +301,15 @@ def reserve(folder: Path) -> Iterator[None]:
                 f"{folder} cannot be used ({first_line(error)}); mend it, or change --checkpoint-dir"
             ) from None
         yield
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that this process has reserved. Where another process begins to use it just now, it stays."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+            raise
 
 
 def step_of(name: str) -> int | None:

@@ -5,23 +5,30 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from plw_mlflow.environment.provenance import ROOT
 
 PROGRAM = """
+import sys
+import threading
 import time
 from plw_mlflow.command_line import cli
 
 def work():
     print("up", flush=True)
-    time.sleep(60)
+    if "hangs" in sys.argv:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    time.sleep(600)
 
 cli.finish(work)
 """
 
 
-def test_signals_that_follow_an_interrupt_do_not_change_how_a_command_ends():
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_signals_that_follow_an_interrupt_do_not_change_how_a_command_ends(how):
     command = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, how],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

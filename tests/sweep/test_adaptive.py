@@ -95,6 +95,9 @@ def test_where_no_parabola_describes_the_scores_cells_are_spread_over_the_range(
     assert choice.why.startswith("no parabola describes these scores (lack of fit: p = ")
     assert choice.why.endswith("; these are the farthest on w_p from those tried")
     assert adaptive.choose(peaked, {0.1: 1, 0.05: 1, 0.02: 1}, 2, 10.0).plws == []
+    located = adaptive.choose(peaked, {0.1: 1, 0.05: 1, 0.02: 1}, 2, 1e-6)
+    unfitted = adaptive.choose(grid_of(every((0.0, 0.1, 1.0), 1), noise=0.0), {0.5: 1}, 1, 0.1)
+    assert sorted([choice, unfitted, located], key=adaptive._breadth) == [choice, located, unfitted]
 
 
 def test_scores_that_cannot_be_fitted_lead_to_plws_between_those_tried():

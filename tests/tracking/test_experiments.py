@@ -9,6 +9,7 @@ from mlflow.store.tracking.dbmodels.models import SqlExperiment
 
 from plw_mlflow import tracking
 from plw_mlflow.config import EvaluateConfig, TrainConfig
+from plw_mlflow.errors import UserError
 from plw_mlflow.tracking import experiments, pages
 
 
@@ -58,6 +59,17 @@ def test_the_environment_names_the_experiment(free, monkeypatch, name):
     monkeypatch.setenv(name, "mine" if name == "MLFLOW_EXPERIMENT_NAME" else mine)
     assert opened(free).experiment_id == experiments.experiment_id() == experiments.known_experiment_id() == mine
     assert free.get_experiment_by_name("plw") is None
+
+
+def test_a_name_and_an_id_of_two_experiments_are_refused(free, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", free.create_experiment("mine"))
+    assert opened(free).name == "mine"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", free.create_experiment("another"))
+    with pytest.raises(
+        UserError, match="MLFLOW_EXPERIMENT_NAME is 'mine', whose id is 1, but MLFLOW_EXPERIMENT_ID is 2"
+    ):
+        opened(free)
 
 
 def test_commands_that_begin_a_new_experiment_at_the_same_moment_are_all_in_it(free, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,6 +261,29 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (2, 999_999, 1_000_000):
         (tmp_path / f"step-{step:06d}").mkdir()
     assert checkpoints.newest_step(tmp_path) == 1_000_000
+
+
+def test_a_folder_that_another_process_begins_in_stays_and_one_that_cannot_be_removed_is_an_error(
+    tmp_path, monkeypatch
+):
+    remove_folder = os.rmdir
+
+    def rmdir(path, *, dir_fd=None):
+        if Path(path).name == "cell":  # the last step, before which the other process makes its lock
+            (tmp_path / "cell" / "lock").touch()
+        remove_folder(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with checkpoints.reserve(tmp_path / "cell"):
+        checkpoints.remove(tmp_path / "cell")
+    assert [path.name for path in (tmp_path / "cell").iterdir()] == ["lock"]
+    monkeypatch.undo()
+    checkpoints.remove(tmp_path / "cell")
+    checkpoints.remove(tmp_path / "cell")  # the other process may have removed it
+    assert not (tmp_path / "cell").exists()
+    monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(PermissionError(errno.EACCES, "refused")))
+    with pytest.raises(PermissionError):
+        checkpoints.remove(tmp_path)
 
 
 def test_a_folder_is_one_trainings_at_a_time(tmp_path):

@@ -113,7 +113,10 @@ def test_no_runs_are_planned_by_a_curve_that_does_not_fit():
     planning_of_both = planning.ask(named, width=None, next_plws=2)
     assert [proposal.dataset for proposal in planning_of_both.proposals] == ["fits"]
     (refusal,) = planning_of_both.refusals
-    assert refusal.startswith("not done: misfits: no parabola describes these scores (lack of fit: p = ")
+    assert refusal.startswith(
+        "not done: misfits: runs are planned by a parabola, and no parabola describes these scores"
+    )
+    assert planning.ask(named, width=None, next_plws=None).text() == ""  # as none was asked for
 
 
 def test_a_misfit_is_found_by_a_p_that_is_corrected_for_the_other_data_sets():
