@@ -46,8 +46,8 @@ def end(config: SweepConfig, account: Account, decided: Sequence[str] = ()) -> N
             outputs.write(config.output, run.files(_report_files(run)))
         if said is None and runs:
             mark_best = partial(tracking.mark_best, run.id, set(runs.values()), len(account.cells))
-            # Otherwise the worse of two sweeps that end together could be the last to move the alias. The price is that
-            # one waits while the other merges its best adapter.
+            # One sweep at a time, since the worse of two that end together could be the last to move the alias. The
+            # price is that one waits while the other merges its best adapter.
             is_complete = len(runs) == len(account.cells)
             with account.sweep.sole_in_store("best") if is_complete else nullcontext():
                 best = tracking.patiently("marking the best model", mark_best)
