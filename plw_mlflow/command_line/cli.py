@@ -109,7 +109,7 @@ def finish(work: Callable[[], Any]) -> NoReturn:
         # A scheduler may send several signals. The status stays the same, and one that comes late ends a hanging exit.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if reports_interrupts():
-            print(f"error: {INTERRUPTION}", file=sys.stderr, flush=True)
+            _say(INTERRUPTION)
         signal.signal(signal.SIGTERM, lambda *_: os._exit(INTERRUPTED))
         sys.exit(INTERRUPTED)
     except ExpectedError as error:
@@ -153,8 +153,12 @@ def _silence_libraries() -> None:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"error: {_safe(message)}", file=sys.stderr)
+    _say(message)
     sys.exit(status)
+
+
+def _say(message: str) -> None:
+    print(f"error: {_safe(message)}", file=sys.stderr, flush=True)
 
 
 def _safe(message: str) -> str:

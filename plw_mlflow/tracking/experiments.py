@@ -53,6 +53,25 @@ def given_id() -> str | None:
 def experiment_id(default: str = CELLS) -> str:
     """The id of the experiment that new runs belong to, which is made if it does not exist.
 
+    default: as of `known_experiment_id`, whose errors are raised here, too.
+    """
+    if (known := known_experiment_id(default)) is not None:
+        return known
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    try:
+        made = str(mlflow.MlflowClient().create_experiment(name or default))
+    except MlflowException as error:  # another process has made it meanwhile
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return experiment_id(default)
+    if not name and default == CELLS:
+        _tell_of_earlier_cells()
+    return made
+
+
+def known_experiment_id(default: str = CELLS) -> str | None:
+    """The id of the experiment that new runs belong to; None where it does not exist yet.
+
     default: its name where the environment names no experiment. Raises UserError where the environment gives a name and
     an id that are of two experiments.
     """
@@ -61,17 +80,8 @@ def experiment_id(default: str = CELLS) -> str:
     if given := given_id():
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    client = mlflow.MlflowClient()
-    if (found := client.get_experiment_by_name(name or default)) is None:
-        try:
-            made = str(client.create_experiment(name or default))
-        except MlflowException as error:  # another process has made it meanwhile
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            return experiment_id(default)
-        if not name and default == CELLS:
-            _tell_of_earlier_cells()
-        return made
+    if (found := mlflow.MlflowClient().get_experiment_by_name(name or default)) is None:
+        return None
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if name and given and given != found.experiment_id:
         raise UserError(
@@ -79,14 +89,6 @@ def experiment_id(default: str = CELLS) -> str:
             f"{given}; unset one of them"
         )
     return str(found.experiment_id)
-
-
-def known_experiment_id() -> str | None:
-    """The id of the experiment that new cells belong to; None where it does not exist yet."""
-    if os.environ.get("MLFLOW_RUN_ID") or given_id():
-        return experiment_id()
-    found = mlflow.MlflowClient().get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME") or CELLS)
-    return None if found is None else str(found.experiment_id)
 
 
 def describe(experiment_id: str, kind: str) -> None:

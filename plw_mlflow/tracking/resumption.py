@@ -22,7 +22,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from plw_mlflow.environment import progress
 from plw_mlflow.errors import UserError, first_line
 from plw_mlflow.tracking import signs
-from plw_mlflow.tracking.connection import get_run, suppressing_missing
+from plw_mlflow.tracking.connection import get_run
 from plw_mlflow.tracking.run import Run
 from plw_mlflow.tracking.signs import SIGN_SECONDS
 from plw_mlflow.training import checkpoints
@@ -56,9 +56,7 @@ def _supersede(earlier: mlflow.entities.Run, run: Run) -> None:
     earlier_id = earlier.info.run_id
     run.tag(resumed_from=earlier_id)
     run.client.set_tag(earlier_id, "plw.superseded_by", run.id)
-    if "plw.cell" in earlier.data.tags:
-        with suppressing_missing():
-            run.client.delete_tag(earlier_id, "plw.cell")
+    Run(earlier_id).untag("cell")
     if earlier.info.status == RunStatus.to_string(RunStatus.RUNNING):
         run.client.set_terminated(earlier_id, RunStatus.to_string(RunStatus.KILLED))
 

@@ -21,3 +21,15 @@ def impatient(monkeypatch):
     monkeypatch.setattr(connection.time, "sleep", lambda seconds: pytest.fail("the store is there"))
     monkeypatch.setattr(outbox, "PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(outbox, "RETRY_SECONDS", (0.01, 0.1))
+
+
+@pytest.fixture
+def untagged_by_others(monkeypatch):
+    """Whoever removes a tag finds that another process has removed it just before."""
+    delete = mlflow.MlflowClient.delete_tag
+
+    def delete_after_the_other(client, *which):
+        delete(client, *which)
+        delete(client, *which)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "delete_tag", delete_after_the_other)
